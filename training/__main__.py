@@ -1,0 +1,57 @@
+"""python -m training {vit,sae,profiles,evaluate,report,all} --preset fashion-mnist --out runs/fm"""
+
+import sys
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from training import data
+from training.checkpoint import Run, RunError
+from training.config import STEPS, Settings
+from training.evaluate import evaluate
+from training.fit_profiles import fit_profiles, load_profiles
+from training.fit_sae import fit_sae, load_sae
+from training.fit_vit import fit_vit, load_vit
+from training.gated_vit import UnsupportedModel
+from training.report import write_report
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        settings = CliApp.run(Settings, cli_args=arguments)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"])).replace("_", "-")
+            print(f"--{name} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+        return 2
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    try:
+        images = data.load(settings.data, settings.seed)
+        for step in STEPS if settings.step == "all" else (settings.step,):
+            run_step(step, settings, images, Run(settings.out))
+    except (data.DataError, RunError, UnsupportedModel) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> Any:
+    """One step; the ones before it must be finished in the run folder."""
+    match step:
+        case "vit":
+            return fit_vit(settings, images, run)
+        case "sae":
+            return fit_sae(settings, images, run, load_vit(run))
+        case "profiles":
+            return fit_profiles(settings, images, run, load_vit(run), load_sae(run))
+        case "evaluate":
+            return evaluate(images, run, load_vit(run), load_sae(run), load_profiles(run))
+        case "report":
+            return write_report(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""The only reader and writer of a run folder.
+
+```
+runs/fm/
+  vit.safetensors       gated ViT             sae.safetensors   autoencoders       profiles.json  steering profiles
+  vit.json, sae.json, profiles.stage.json     what each stage was made with, and what it measured
+  results.json          every number of the report      report.html, *.png
+  *.state.safetensors   an interrupted stage, to go on from
+```
+A file is written beside its place and moved there, so after a crash it is the old one or the new one. The JSON
+of a stage is written last: a stage without it is not finished.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+
+class RunError(Exception):
+    """The run folder does not fit what was asked of it."""
+
+
+class Run:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def finished(self, stage: str, settings: dict[str, Any]) -> bool:
+        """Whether `stage` is there already, made with `settings`.
+
+        Raises RunError when it was made with others: nothing is overwritten.
+        """
+        path = self._stage(stage)
+        if not path.is_file():
+            return False
+        _check_same(path, self.info(stage)["settings"], settings)
+        return True
+
+    def info(self, stage: str) -> dict[str, Any]:
+        """{"settings": ..., "result": ...} of a finished stage. Raises RunError when it is not finished."""
+        path = self._stage(stage)
+        if not path.is_file():
+            raise RunError(f"{path} is missing: run the step '{stage}' first")
+        value: dict[str, Any] = json.loads(path.read_text())
+        return value
+
+    def finish(self, stage: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
+        self.write_json(self._stage(stage).name, {"settings": settings, "result": result})
+        (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
+
+    def write_state(self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """What an interrupted stage goes on from."""
+        self.write_tensors(f"{stage}.state", tensors, {**meta, "settings": settings})
+
+    def read_state(self, stage: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The last state of an interrupted stage, or None. Raises RunError when it was made with other settings."""
+        state = self.read_tensors(f"{stage}.state")
+        if state:
+            _check_same(self.folder / f"{stage}.state.safetensors", state[1]["settings"], settings)
+        return state
+
+    def _stage(self, stage: str) -> Path:
+        return self.folder / (f"{stage}.stage.json" if stage == "profiles" else f"{stage}.json")
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
+        """Tensors and a JSON value beside them, as one safetensors file."""
+        contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
+        self.write(f"{name}.safetensors", save(contiguous, {"meta": json.dumps(meta or {})}))
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the JSON value, or None when the file does not exist."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
+        return load_file(path), meta
+
+    def write(self, name: str, content: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+
+
+def _check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+    different = sorted(_differences(made, asked))
+    if different:
+        raise RunError(
+            f"{path} was made with other settings ({'; '.join(different)}). "
+            "Give the same settings, another --out, or remove that stage and those after it"
+        )
+
+
+def _differences(made: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in made.keys() | asked.keys():
+        a, b = made.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} asked")
+    return found

@@ -1,0 +1,249 @@
+"""A timm VisionTransformer whose attention heads are switched on and off per image.
+
+A gate reads the class token of the residual stream that enters its block and decides, per head, whether the
+head runs: `logit = Linear(LayerNorm(residual))`, kept when the logit is above 0 (the policy head of AdaViT,
+arXiv:2111.15668). A closed head contributes exactly zero before the output projection.
+
+Letters: B images, N tokens, D residual width, H heads, E head width, G gated blocks, Q query tokens.
+"""
+
+from collections.abc import Callable
+from typing import TypedDict
+
+import torch
+from timm.layers import Attention, build_sincos2d_pos_embed
+from timm.models import create_model
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.config import VitSettings
+from training.image_spec import ImageSpec
+
+Decide = Callable[[Tensor], Tensor]
+"""Gate logits (B, H) -> gates (B, H), 0 to 1."""
+Steer = Callable[[int, Tensor], Tensor]
+"""(index among the gated blocks, residual (B, D)) -> what the gate reads instead, (B, D)."""
+
+
+class UnsupportedModel(Exception):
+    """The model cannot be gated; the message says which part, and what is supported."""
+
+
+class Intermediates(TypedDict):
+    residual: Tensor
+    """float32 (B, G, D): the class token that enters each gated block."""
+    gate_logit: Tensor
+    """float32 (B, G, H)"""
+    head_gate: Tensor
+    """float32 (B, G, H): 0 or 1 (in the forward pass)."""
+
+
+def keep_positive(logit: Tensor) -> Tensor:
+    """The decision at inference: keep a head when its logit is above 0."""
+    return (logit > 0).to(logit.dtype)
+
+
+def keep_all(logit: Tensor) -> Tensor:
+    """The ungated model."""
+    return torch.ones_like(logit)
+
+
+def straight_through(temperature: float, noise: float = 0.0) -> Decide:
+    """0/1 forward, sigmoid(logit / temperature) backward (arXiv:1308.3432).
+
+    noise: share of Gumbel noise (the difference of two Gumbels is logistic), as in arXiv:1611.01144.
+    """
+
+    def decide(logit: Tensor) -> Tensor:
+        if noise:
+            uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+            logit = logit + noise * torch.logit(uniform)
+        soft = torch.sigmoid(logit / temperature)
+        return (logit > 0).to(logit.dtype) + soft - soft.detach()
+
+    return decide
+
+
+class Gate(nn.Module):
+    """(B, D) -> gate logits (B, H), softly bounded to +-4 so that no gate is beyond recall. Opens with every head on."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, heads)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, 2.0)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        return 4 * torch.tanh(self.linear(self.norm(residual)) / 4)
+
+
+class GatedVit(nn.Module):
+    """The model of this project: pixels in, logits and named intermediates out.
+
+    Only the class token leaves the last block, so there the query, the output projection and the MLP are
+    computed for that token alone.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: VisionTransformer, gated_blocks: tuple[int, ...], spec: ImageSpec):
+        super().__init__()
+        check_supported(vit)
+        self.vit = vit
+        self.gated_blocks = gated_blocks
+        self.heads = vit.blocks[0].attn.num_heads
+        self.dim = vit.embed_dim
+        self.gates = nn.ModuleList(Gate(self.dim, self.heads) for _ in gated_blocks)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1) * 255, persistent=False)
+
+    def forward(
+        self, image: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
+    ) -> tuple[Tensor, Intermediates]:
+        """image: uint8 (B, height, width, channels). Returns logits (B, classes) and the intermediates."""
+        vit = self.vit
+        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, D)
+        residuals, logits, gates = [], [], []
+        last = len(vit.blocks) - 1
+        for index, block in enumerate(vit.blocks):
+            gate = None
+            if index in self.gated_blocks:
+                site = self.gated_blocks.index(index)
+                with torch.autocast(x.device.type, enabled=False):
+                    residual = x[:, 0].float()
+                    logit = self.gates[site](residual if steer is None else steer(site, residual))
+                    gate = decide(logit)
+                residuals.append(residual)
+                logits.append(logit)
+                gates.append(gate)
+            queries = 1 if index == last else x.shape[1]
+            mixed = attention(block.attn, block.norm1(x), gate, queries)
+            x = x[:, :queries] + block.drop_path1(block.ls1(mixed))
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        out: Intermediates = {
+            "residual": torch.stack(residuals, 1),
+            "gate_logit": torch.stack(logits, 1),
+            "head_gate": torch.stack(gates, 1),
+        }
+        return vit.forward_head(vit.norm(x)), out
+
+
+def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> Tensor:
+    """Attention of the first `queries` tokens over all tokens, each head multiplied by its gate.
+
+    x (B, N, D), gate (B, H) or None for all on; returns (B, Q, D).
+    """
+    b, n, _ = x.shape
+    h, e = attn.num_heads, attn.head_dim
+    if queries == n:
+        q, k, v = attn.qkv(x).reshape(b, n, 3, h, e).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
+    else:
+        w_q, w_kv = attn.qkv.weight.split([h * e, 2 * h * e])
+        b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([h * e, 2 * h * e])
+        q = F.linear(x[:, :queries], w_q, b_q).reshape(b, queries, h, e).transpose(1, 2)  # (B, H, Q, E)
+        k, v = F.linear(x, w_kv, b_kv).reshape(b, n, 2, h, e).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if x.is_cuda:
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    else:  # few tokens on a CPU: three times as fast as the fused form, forward and backward
+        weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)  # (B, H, Q, N)
+        mixed = attn.attn_drop(weights).to(v.dtype) @ v  # (B, H, Q, E)
+    if gate is not None:
+        mixed = mixed * gate[:, :, None, None].to(mixed.dtype)
+    return attn.proj_drop(attn.proj(mixed.transpose(1, 2).reshape(b, queries, h * e)))
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions of stride 2 down to one vector a token (arXiv:2106.14881); timm's `embed_layer` interface."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: object):
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        widths = [in_chans, *(max(embed_dim // 2 ** (halvings - i), 16) for i in range(1, halvings)), embed_dim]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+        self.convolutions = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
+        side = -(-img_size // patch_size)
+        self.grid_size = (side, side)
+        self.num_patches = side * side
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.convolutions(image).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTransformer:
+    """The ungated backbone. Raises UnsupportedModel when timm does not know it or it cannot be gated."""
+    if settings.model == "conv_stem":
+        vit = VisionTransformer(
+            img_size=spec.height,
+            patch_size=settings.patch,
+            in_chans=spec.channels,
+            num_classes=classes,
+            embed_dim=settings.dim,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            embed_layer=ConvStem,
+        )
+        positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), settings.dim)  # (N - 1, D)
+        vit.pos_embed.data = torch.cat([torch.zeros(1, settings.dim), positions])[None]
+        vit.pos_embed.requires_grad_(False)
+        return vit
+    try:
+        vit = create_model(
+            settings.model,
+            pretrained=settings.pretrained,
+            num_classes=classes,
+            in_chans=spec.channels,
+            img_size=spec.height,
+        )
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModel(f"vit.model is {settings.model!r}: {error}") from error
+    check_supported(vit)
+    return vit
+
+
+def check_supported(vit: nn.Module) -> None:
+    """Raises UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
+
+    def require(condition: bool, found: str, allowed: str) -> None:
+        if not condition:
+            raise UnsupportedModel(f"the model has {found}; allowed: {allowed}")
+
+    require(type(vit) is VisionTransformer, f"type {type(vit).__name__}", "a timm VisionTransformer")
+    require(vit.cls_token is not None and vit.global_pool == "token", f"pooling {vit.global_pool!r}", "the class token")
+    require(vit.attn_pool is None, "attention pooling", "the class token")
+    for index, block in enumerate(vit.blocks):
+        require(type(block) is Block, f"block {index} of type {type(block).__name__}", "timm's Block")
+        attn = block.attn
+        require(type(attn) is Attention, f"attention of type {type(attn).__name__} in block {index}", "timm's Attention")
+        require(isinstance(attn.norm, nn.Identity), f"scale_attn_norm in block {index}", "none: a closed head must add 0")
+        require(attn.gate is None, f"an attention gate of its own in block {index}", "none")
+
+
+def parse_gated_blocks(text: str, depth: int) -> tuple[int, ...]:
+    """`all`, `last` or `2,4-5` -> block indices. Block 0 cannot be gated: its class token is the same for all images.
+
+    Raises UnsupportedModel naming the text and what is allowed.
+    """
+    if text == "all":
+        return tuple(range(1, depth))
+    if text == "last":
+        return (depth - 1,)
+    blocks: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, final = part.partition("-")
+            blocks |= set(range(int(first), int(final or first) + 1))
+    except ValueError:
+        blocks = {-1}
+    if not blocks or min(blocks) < 1 or max(blocks) >= depth:
+        raise UnsupportedModel(
+            f"vit.gated_blocks is {text!r}; allowed: 'all', 'last', or numbers and ranges from 1 to {depth - 1}, "
+            "such as '2,4-5' (block 0 sees the same class token for every image)"
+        )
+    return tuple(sorted(blocks))
