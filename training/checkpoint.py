@@ -52,7 +52,9 @@ class Run:
         self.write_json(self._stage(stage).name, {"settings": settings, "result": result})
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
 
-    def write_state(self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def write_state(
+        self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
+    ) -> None:
         """What an interrupted stage goes on from."""
         self.write_tensors(f"{stage}.state", tensors, {**meta, "settings": settings})
 

@@ -52,7 +52,7 @@ class VitSettings(Group):
     """The Vision Transformer and its gates."""
 
     model: str = "conv_stem"
-    """`conv_stem`: convolutional stem and fixed sin-cos positions, sized by dim, depth, heads and patch; or the name of a timm VisionTransformer."""
+    """The name of a timm VisionTransformer, or `conv_stem`: convolutional stem and fixed sin-cos positions."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)

@@ -1,4 +1,4 @@
-"""Stage `profiles`: find terms by every strategy, then choose strategy and strength per class on the selection slice."""
+"""Stage `profiles`: terms by every strategy, then strategy and strength per class by the selection slice."""
 
 import json
 from dataclasses import replace
@@ -73,7 +73,9 @@ def choose(
             tried.append((cost(before, after), strategy, strength, terms, after))
     best = min(tried, key=lambda entry: entry[0])
     measured = [{"strategy": t[1], "strength": t[2], "cost": round(t[0], 4), **t[4].to_json()} for t in tried]
-    evaluation = {"selection": {"images": int(torch.isin(split.classes, torch.tensor(target)).sum()), "tried": measured}}
+    evaluation = {
+        "selection": {"images": int(torch.isin(split.classes, torch.tensor(target)).sum()), "tried": measured}
+    }
     profile = SteeringProfile("", (), best[1], best[3])
     return profile, {"strategy": best[1], "strength": best[2], "before": before.to_json(), **evaluation}
 

@@ -31,7 +31,10 @@ def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
     sae = fitting.folded(held_out)
     quality = fidelity(sae, model, held_out)
     for site, measured in enumerate(quality):
-        print(f"sae: site {site} (block {model.gated_blocks[site]}): " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+        print(
+            f"sae: site {site} (block {model.gated_blocks[site]}): "
+            + ", ".join(f"{k} {v:.4g}" for k, v in measured.items())
+        )
     run.write_tensors("sae", sae.state_dict())
     result = {"sites": list(model.gated_blocks), "latents": sae.latents, "fidelity": quality, "curve": curve}
     run.finish("sae", settings.fingerprint("sae"), result)

@@ -20,7 +20,15 @@ from tqdm import tqdm
 from training.checkpoint import Run
 from training.config import Settings, VitSettings
 from training.data import Data, Split, augment, batches, steps
-from training.gated_vit import Decide, GatedVit, create_vit, keep_all, keep_positive, parse_gated_blocks, straight_through
+from training.gated_vit import (
+    Decide,
+    GatedVit,
+    create_vit,
+    keep_all,
+    keep_positive,
+    parse_gated_blocks,
+    straight_through,
+)
 from training.image_spec import ImageSpec
 from training.macs import count
 
@@ -113,8 +121,15 @@ def _run_phase(
         model.vit.pos_embed.requires_grad_(False)
     model.train(phase.backbone_rate > 0)
     groups = [
-        *({**g, "rate": phase.backbone_rate} for g in param_groups_weight_decay(model.vit, vit.weight_decay, UNDECAYED)),
-        {"params": [p for p in model.gates.parameters() if p.requires_grad], "weight_decay": 0.0, "rate": phase.gate_rate},
+        *(
+            {**g, "rate": phase.backbone_rate}
+            for g in param_groups_weight_decay(model.vit, vit.weight_decay, UNDECAYED)
+        ),
+        {
+            "params": [p for p in model.gates.parameters() if p.requires_grad],
+            "weight_decay": 0.0,
+            "rate": phase.gate_rate,
+        },
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     average = ModelEmaV3(model, decay=vit.ema_decay, use_warmup=True)
@@ -124,12 +139,16 @@ def _run_phase(
     total = steps(data.train, vit.batch_size, phase.epochs)
     schedule = warmup_cosine(total)
     saved = time.monotonic()
-    progress = tqdm(total=total, initial=start, desc=f"vit: {phase.name}", unit="step", mininterval=5, dynamic_ncols=True)
+    progress = tqdm(
+        total=total, initial=start, desc=f"vit: {phase.name}", unit="step", mininterval=5, dynamic_ncols=True
+    )
     for step, batch in batches(data.train, vit.batch_size, phase.epochs, settings.seed + index, start):
         if time.monotonic() - saved > SAVE_EVERY:
             _save(run, settings, _state(model, average.module, optimizer), index, step, curves)
             saved = time.monotonic()
-        torch.manual_seed((settings.seed * 3 + index) * 10_000_000 + step)  # a resumed step draws what it would have drawn
+        torch.manual_seed(
+            (settings.seed * 3 + index) * 10_000_000 + step
+        )  # a resumed step draws what it would have drawn
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step)
         images = augment(batch.images, settings.data.flip, settings.data.shift)
@@ -164,7 +183,7 @@ def _run_phase(
 
 
 def gate_noise(done: float) -> float:
-    """Share of Gumbel noise when a share `done` of the joint phase is over: all for half of it, none in the last fifth."""
+    """Share of Gumbel noise when a share `done` of the joint phase is over: 1 for half of it, 0 in the last fifth."""
     return min(1.0, max(0.0, (0.8 - done) / 0.3))
 
 
@@ -220,7 +239,9 @@ def _save(
     run.write_state("vit", settings.fingerprint("vit"), tensors, {"phase": phase, "step": step, "curves": curves})
 
 
-def _restore(tensors: dict[str, Tensor], model: GatedVit, average: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore(
+    tensors: dict[str, Tensor], model: GatedVit, average: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 

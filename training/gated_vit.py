@@ -8,6 +8,7 @@ Letters: B images, N tokens, D residual width, H heads, E head width, G gated bl
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypedDict
 
 import torch
@@ -66,7 +67,7 @@ def straight_through(temperature: float, noise: float = 0.0) -> Decide:
 
 
 class Gate(nn.Module):
-    """(B, D) -> gate logits (B, H), softly bounded to +-4 so that no gate is beyond recall. Opens with every head on."""
+    """(B, D) -> gate logits (B, H), softly bounded to +-4 so that no gate is beyond recall. Starts open."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -165,7 +166,7 @@ class ConvStem(nn.Module):
         halvings = patch_size.bit_length() - 1
         widths = [in_chans, *(max(embed_dim // 2 ** (halvings - i), 16) for i in range(1, halvings)), embed_dim]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
         self.convolutions = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
         side = -(-img_size // patch_size)
@@ -220,8 +221,12 @@ def check_supported(vit: nn.Module) -> None:
     for index, block in enumerate(vit.blocks):
         require(type(block) is Block, f"block {index} of type {type(block).__name__}", "timm's Block")
         attn = block.attn
-        require(type(attn) is Attention, f"attention of type {type(attn).__name__} in block {index}", "timm's Attention")
-        require(isinstance(attn.norm, nn.Identity), f"scale_attn_norm in block {index}", "none: a closed head must add 0")
+        require(
+            type(attn) is Attention, f"attention of type {type(attn).__name__} in block {index}", "timm's Attention"
+        )
+        require(
+            isinstance(attn.norm, nn.Identity), f"scale_attn_norm in block {index}", "none: a closed head must add 0"
+        )
         require(attn.gate is None, f"an attention gate of its own in block {index}", "none")
 
 

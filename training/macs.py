@@ -19,7 +19,7 @@ class Macs:
     dense: int
     """The whole model with every head on."""
     per_head: tuple[int, ...]
-    """What one head costs in each gated block: its share of q, k, v, the attention products and the output projection."""
+    """What one head costs in each gated block: its share of q, k, v, of the attention and of the output projection."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,9 +1,10 @@
 """Sparse autoencoders of the residuals that the gates read, one a site, and how they steer.
 
-    z  = JumpReLU(W_enc (x - b_dec) + b_enc)      a latent is its pre-activation where that exceeds its threshold, else 0
+    z  = JumpReLU(W_enc (x - b_dec) + b_enc)      the pre-activation where it exceeds the latent's threshold, else 0
     x' = x + sum_k ((scale_k - 1) z_k + shift_k) W_dec[k]
 
-(JumpReLU: arXiv:2407.14435.) Steering preserves the error of the autoencoder, so neutral terms change nothing, to the bit.
+(JumpReLU: arXiv:2407.14435.) Steering preserves the error of the autoencoder, so neutral terms change nothing, to the
+bit.
 
 Letters: B images, S sites, L latents, D residual width, T terms.
 """

@@ -35,7 +35,7 @@ class SiteStatistics:
 
 @torch.no_grad()
 def statistics(model: GatedVit, sae: Sae, residuals: Tensor, classes: Tensor, sample: int = 64) -> SiteStatistics:
-    """From residuals (S, B, D) and their classes (B,); the effect from `sample` images a class, by the gate's Jacobian."""
+    """From residuals (S, B, D) and their classes (B,); the effect by the Jacobian at `sample` images a class."""
     means, deviations, effects = [], [], []
     for site in range(sae.sites):
         jacobian = vmap(jacrev(model.gates[site].forward))
@@ -49,7 +49,7 @@ def statistics(model: GatedVit, sae: Sae, residuals: Tensor, classes: Tensor, sa
 
 
 def class_mean(stats: SiteStatistics, target: tuple[int, ...], count: int) -> Terms:
-    """Double the `count` latents a site of the highest mean activation on the target classes. Strength does the rest."""
+    """Double the `count` latents a site that are most active on the target on average. Strength does the rest."""
     mean = stats.mean[:, list(target)].mean(1)  # (S, L)
     return {
         site: tuple(SteeringTerm(int(k), 2.0) for k in of_site.topk(min(count, len(of_site))).indices if of_site[k] > 0)
@@ -90,9 +90,7 @@ def learned(
     scale_change = torch.zeros_like(unit, requires_grad=True)  # scale - 1
     shift_change = torch.zeros_like(unit, requires_grad=True)  # in units of `unit`
     optimizer = torch.optim.Adam([scale_change, shift_change], lr=settings.learning_rate)
-    members = [
-        torch.nonzero(torch.isin(train.classes, torch.tensor(target))).flatten() for target in targets
-    ]
+    members = [torch.nonzero(torch.isin(train.classes, torch.tensor(target))).flatten() for target in targets]
     own = settings.rows // 2
     profile = torch.arange(len(targets)).repeat_interleave(settings.rows)  # (P*R,)
     is_own = (torch.arange(settings.rows) < own).repeat(len(targets))

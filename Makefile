@@ -1,0 +1,76 @@
+# Targets that a person would guess. Each installs what it needs first; `make help` lists them.
+PYTHON ?= python3
+# The release that the tests and the committed bundle were made with; pyproject.toml admits others.
+TORCH := torch==2.14.1 torchvision==0.29.1
+RUN := .venv/bin/python
+PORT ?= 8001
+METRICS_PORT ?= 8002
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
+
+.PHONY: help demo serve test test-fast lint format proto train export clean system-python system-test
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+demo: .venv/.base  ## A real server, the sample images through it with and without steering (installs no torch)
+	@$(RUN) -m service.demo
+
+serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002)
+	$(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
+
+test: .venv/.dev system-test  ## All tests
+	$(RUN) -m pytest
+
+test-fast: .venv/.dev system-test  ## The tests that take seconds
+	$(RUN) -m pytest -m "not slow"
+
+lint: .venv/.dev  ## Style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: .venv/.dev  ## Rewrite the code in the project's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+proto: .venv/.dev  ## Generate service/pb from proto/
+	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto
+
+train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm (README.md says how long it takes)
+	$(RUN) -m training all --preset fashion-mnist --out runs/fm
+
+export: .venv/.dev  ## Write runs/fm as the next version of deploy/models/fashion_mnist
+	$(RUN) -m export runs/fm deploy/models --name fashion_mnist
+
+clean:  ## Remove .venv and caches (not runs/)
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/.base: pyproject.toml | system-python
+	@test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml | system-python
+	@test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[train,export,dev]'
+	@touch $@ .venv/.base
+
+# Debian and Ubuntu split venv off from python3.
+system-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 or later is needed: $(PYTHON) is not. Give another one: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call system_install,python3-venv)
+
+system-test:
+	@missing=; for package in $(TEST_SYSTEM_PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+	done; [ -z "$$missing" ] || $(call system_install,$$missing)
+
+# Install Debian packages as root; else say how, and fail.
+define system_install
+{ if [ "$$(id -u)" = 0 ]; then \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1); \
+else \
+	echo "Missing system packages. Run: sudo apt-get install -y --no-install-recommends $(1)"; exit 1; \
+fi; }
+endef

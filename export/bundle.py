@@ -1,0 +1,281 @@
+"""The bundle: a versioned folder with everything that serving needs. This module owns its format.
+
+```
+<repository>/<model>/<version>/
+  masked.fp32.onnx   graphs of one model, <attention>.<precision>.onnx
+  manifest.json      what it is (Manifest)
+  profiles.json      steering profiles (training/steering.py)
+  sae.safetensors    autoencoder weights, for explanations
+  golden.npz         a few inputs and the outputs expected of them
+```
+Standard library and numpy only: the server imports this module.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.image_spec import ImageSpec
+from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
+
+SCHEMA_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
+OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
+
+
+class BundleError(Exception):
+    """A bundle that cannot be used; the message names the file or field, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Site:
+    block: int
+    """The gated block whose gate is steered."""
+    latents: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    file: str
+    attention: str
+    """masked, dispatch or compact."""
+    precision: str
+    """fp32, fp16 or int8."""
+    opset: int
+    certificate: Mapping[str, Any]
+    """How far its answers were from PyTorch's when it was exported."""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates per image, by the counter of training/macs.py."""
+
+    dense: int
+    """Every head on."""
+    per_head: tuple[int, ...]
+    """What one head costs, by gated block."""
+
+    def spent(self, head_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Gates (B, gated blocks, heads) -> MACs spent (B,)."""
+        closed = (~head_gate).sum(2)  # (B, G)
+        return np.asarray(self.dense - closed @ np.asarray(self.per_head, np.int64), np.int64)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    version: int
+    labels: tuple[str, ...]
+    image: ImageSpec
+    gated_blocks: tuple[int, ...]
+    heads: int
+    """A block."""
+    dim: int
+    """Width of the residual stream."""
+    sites: tuple[Site, ...]
+    macs: Macs
+    graphs: tuple[Graph, ...]
+    """The first is the default."""
+    evaluation: Mapping[str, Any]
+    """Of the unsteered model on the test split."""
+    gates_sae_digest: str
+    """Of the weights that give a steering term its meaning; profiles are bound to it."""
+    files: Mapping[str, FileEntry]
+    """Every file but the manifest itself."""
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Number of latents of each site."""
+        return tuple(site.latents for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Manifest":
+        """Raises BundleError, naming the field, when the manifest is not one that this program reads."""
+        if not isinstance(value, dict):
+            raise BundleError(f"manifest.json holds a {type(value).__name__}; allowed: an object")
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise BundleError(
+                f"manifest.json: schema_version is {value.get('schema_version')}; allowed: {SCHEMA_VERSION}"
+            )
+        try:
+            manifest = cls(
+                name=str(value["name"]),
+                version=int(value["version"]),
+                labels=tuple(map(str, value["labels"])),
+                image=ImageSpec.from_json(value["image"]),
+                gated_blocks=tuple(map(int, value["gated_blocks"])),
+                heads=int(value["heads"]),
+                dim=int(value["dim"]),
+                sites=tuple(Site(int(s["block"]), int(s["latents"])) for s in value["sites"]),
+                macs=Macs(int(value["macs"]["dense"]), tuple(map(int, value["macs"]["per_head"]))),
+                graphs=tuple(Graph(**g) for g in value["graphs"]),
+                evaluation=dict(value["evaluation"]),
+                gates_sae_digest=str(value["gates_sae_digest"]),
+                files={str(k): FileEntry(str(v["sha256"]), int(v["size"])) for k, v in value["files"].items()},
+            )
+        except KeyError as error:
+            raise BundleError(f"manifest.json: {error.args[0]} is missing") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"manifest.json: {error}") from error
+        manifest._validate()
+        return manifest
+
+    def _validate(self) -> None:
+        def require(condition: bool, field: str, value: object, allowed: str) -> None:
+            if not condition:
+                raise BundleError(f"manifest.json: {field} is {value!r}; allowed: {allowed}")
+
+        require(bool(NAME.fullmatch(self.name)), "name", self.name, NAME.pattern)
+        require(self.version >= 1, "version", self.version, "a positive integer")
+        require(len(set(self.labels)) == len(self.labels) >= 2, "labels", self.labels, "two or more different labels")
+        require(self.heads >= 1, "heads", self.heads, "1 or more")
+        blocks = self.gated_blocks
+        require(
+            bool(blocks) and blocks[0] >= 1 and list(blocks) == sorted(set(blocks)),
+            "gated_blocks", blocks, "rising block numbers from 1 on",
+        )  # fmt: skip
+        site_blocks = [site.block for site in self.sites]
+        require(set(site_blocks) <= set(blocks) and bool(site_blocks), "sites", site_blocks, "some of the gated blocks")
+        require(len(self.macs.per_head) == len(blocks), "macs.per_head", self.macs.per_head, "one number a gated block")
+        require(bool(self.graphs), "graphs", self.graphs, "one or more")
+        for required in ("profiles.json", "sae.safetensors", "golden.npz", *(graph.file for graph in self.graphs)):
+            require(required in self.files, "files", sorted(self.files), f"a list with {required}")
+        for name in self.files:
+            require(bool(NAME.fullmatch(name)), "files", name, "plain file names")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    folder: Path
+    manifest: Manifest
+    profiles: Mapping[str, SteeringProfile]
+    """By name."""
+    digest: str
+    """SHA-256 of manifest.json, which names the SHA-256 of everything else; 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs of a few rows and the outputs that PyTorch gave for them."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    """By INPUTS."""
+    outputs: Mapping[str, NDArray[Any]]
+    """logits and gate_logit."""
+    tolerance: float
+    """Largest allowed absolute difference of a logit."""
+    margin: float
+    """Gates with |gate logit| above it must decide alike."""
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and check a bundle: schema, file sizes and checksums, profiles.
+
+    Raises BundleError naming the folder, the file or field, and what is allowed.
+    """
+    try:
+        content = (folder / "manifest.json").read_bytes()
+        manifest = Manifest.from_json(json.loads(content))
+        for name, entry in manifest.files.items():
+            _check_file(folder, name, entry)
+        profiles = profiles_from_json(json.loads((folder / "profiles.json").read_bytes()))
+        for profile in profiles:
+            check(profile.terms, manifest.latents, f"profile {profile.name!r}")
+    except OSError as error:
+        raise BundleError(f"{folder}: {error.strerror}: {error.filename}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{folder}: not JSON: {error}") from error
+    except (BundleError, SteeringError) as error:
+        raise BundleError(f"{folder}: {error}") from error
+    by_name = {profile.name: profile for profile in profiles}
+    return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16])
+
+
+def load_golden(folder: Path) -> Golden:
+    """Raises BundleError when golden.npz cannot be read."""
+    try:
+        with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
+            return Golden(
+                {name: arrays[name] for name in INPUTS},
+                {name: arrays[name] for name in ("logits", "gate_logit")},
+                float(arrays["tolerance"]),
+                float(arrays["margin"]),
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise BundleError(f"{folder / 'golden.npz'}: {error}") from error
+
+
+def is_bundle(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def versions(model_folder: Path) -> list[int]:
+    """The versions in a model's folder, rising. Only folders whose name is a positive integer count."""
+    names = [path.name for path in model_folder.iterdir() if path.is_dir()] if model_folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,17}", name))
+
+
+def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write a new bundle; it appears under its name only when it is whole. Returns its folder.
+
+    manifest.files is filled in here. Raises BundleError when that version is there already.
+    """
+    folder = repository / manifest.name / str(manifest.version)
+    if folder.exists():
+        raise BundleError(f"{folder} is there already; allowed: another version")
+    entries = {name: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
+    value = {**manifest.to_json(), "files": {name: asdict(entry) for name, entry in entries.items()}}
+    Manifest.from_json(json.loads(json.dumps(value)))
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
+            with open(temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int]) -> str:
+    """Of the gate and autoencoder weights and the blocks they belong to: 16 hexadecimal digits."""
+    sha = hashlib.sha256(json.dumps(list(blocks)).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    size = path.stat().st_size
+    if size != entry.size:
+        raise BundleError(f"{name} has {size} bytes; the manifest says {entry.size}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise BundleError(f"{name} has the SHA-256 {found}; the manifest says {entry.sha256}")

@@ -1,0 +1,57 @@
+"""python -m service --repository deploy/models --port 8001 --metrics-port 8002"""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from export.bundle import BundleError
+from service.config import Settings
+from service.engine import EngineError
+from service.server import Server
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        settings = CliApp.run(Settings, cli_args=list(arguments))
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "-".join(map(str, problem["loc"])).replace("_", "-")
+            print(f"--{name} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        asyncio.run(serve(settings))
+    except (BundleError, EngineError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    server = Server(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    print(
+        f"ready: grpc {settings.host}:{server.port}, metrics http://{settings.host}:{server.metrics_port}/metrics",
+        flush=True,
+    )
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    logging.getLogger("steervit").info("stopping: answering what was accepted")
+    await server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Outputs
+from service.errors import Expired, Overloaded, Stopping
+from service.steering import Steering, stack
+from training.steering import SteeringArrays
+
+
+class Runs(Protocol):
+    """What the batcher needs of an engine."""
+
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays) -> Outputs: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """For the B images of one call."""
+
+    logits: NDArray[np.float32]
+    """(B, classes)"""
+    head_gate: NDArray[np.bool_]
+    """(B, gated blocks, heads)"""
+    gate_logit: NDArray[np.float32]
+    """(B, gated blocks, heads)"""
+    queue_seconds: float
+    """From the call's arrival to the start of its last batch."""
+    inference_seconds: float
+    """Of its batches together."""
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """What happened in one batch."""
+
+    images: int
+    seconds: float
+    queue_seconds: tuple[float, ...]
+    """Of each piece of a call in the batch."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Images of one call, at most a batch."""
+
+    images: NDArray[np.uint8]
+    steering: Steering
+    deadline: float
+    """On the clock of time.monotonic; infinite: none."""
+    arrived: float
+    future: "asyncio.Future[tuple[Outputs, float]]"
+
+
+class Batcher:
+    """`submit` from the event loop; inference happens in a thread of its own.
+
+    on_batch, on_drop(reason, images): called from that thread.
+    """
+
+    def __init__(
+        self,
+        engine: Runs,
+        max_batch: int,
+        max_delay: float,
+        max_queue: int,
+        on_batch: Callable[[BatchStats], None],
+        on_drop: Callable[[str, int], None],
+        name: str,
+    ):
+        """max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up."""
+        self._engine = engine
+        self._max_batch, self._max_delay, self._max_queue = max_batch, max_delay, max_queue
+        self._on_batch, self._on_drop = on_batch, on_drop
+        self._queue: deque[_Piece] = deque()
+        self._queued = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Images waiting."""
+        return self._queued
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def submit(self, images: NDArray[np.uint8], steering: Steering, deadline: float) -> Answer:
+        """images (B, height, width, channels), any B >= 1. Cancelling drops what has not been run yet.
+
+        Raises Overloaded when the queue has no room for all, Expired when the deadline passes first, and Stopping
+        after close.
+        """
+        loop = asyncio.get_running_loop()
+        now = time.monotonic()
+        step = self._max_batch
+        pieces = [
+            _Piece(images[start : start + step], steering, deadline, now, loop.create_future())
+            for start in range(0, len(images), step)
+        ]
+        with self._changed:
+            if self._closed:
+                raise Stopping("the server is shutting down; try another one")
+            if self._queued + len(images) > self._max_queue:
+                raise Overloaded(
+                    f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
+                    "together. Try again later"
+                )
+            self._queue.extend(pieces)
+            self._queued += len(images)
+            self._changed.notify()
+        try:
+            parts = await asyncio.gather(*(piece.future for piece in pieces))
+        except BaseException:
+            for piece in pieces:
+                piece.future.cancel()
+            raise
+        outputs = [part[0] for part in parts]
+        return Answer(
+            np.concatenate([o.logits for o in outputs]),
+            np.concatenate([o.head_gate for o in outputs]),
+            np.concatenate([o.gate_logit for o in outputs]),
+            max(part[1] for part in parts),
+            sum(o.seconds for o in outputs),
+        )
+
+    def close(self) -> None:
+        """Refuse new images, run those that wait, end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            start = time.monotonic()
+            try:
+                outputs = self._engine.run(
+                    np.concatenate([piece.images for piece in batch]),
+                    stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
+                )
+            except (
+                Exception
+            ) as error:  # whatever the provider raises is the answer to these calls, not the end of the thread
+                for piece in batch:
+                    _resolve(piece, error)
+                continue
+            first = 0
+            for piece in batch:
+                rows = slice(first, first + len(piece.images))
+                first = rows.stop
+                of_piece = Outputs(
+                    outputs.logits[rows], outputs.head_gate[rows], outputs.gate_logit[rows], outputs.seconds
+                )
+                _resolve(piece, (of_piece, start - piece.arrived))
+            self._on_batch(BatchStats(first, outputs.seconds, tuple(start - piece.arrived for piece in batch)))
+
+    def _next_batch(self) -> list[_Piece]:
+        """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""
+        with self._changed:
+            while True:
+                self._drop_finished()
+                if self._queue:
+                    wait = self._queue[0].arrived + self._max_delay - time.monotonic()
+                    if self._queued >= self._max_batch or wait <= 0 or self._closed:
+                        return self._take()
+                    self._changed.wait(wait)
+                elif self._closed:
+                    return []
+                else:
+                    self._changed.wait()
+
+    def _take(self) -> list[_Piece]:
+        batch: list[_Piece] = []
+        count = 0
+        while self._queue and count + len(self._queue[0].images) <= self._max_batch:
+            batch.append(self._queue.popleft())
+            count += len(batch[-1].images)
+        self._queued -= count
+        return batch
+
+    def _drop_finished(self) -> None:
+        """Take out what nobody waits for any more: cancelled calls, and those whose deadline has passed."""
+        now = time.monotonic()
+        kept: deque[_Piece] = deque()
+        for piece in self._queue:
+            expired = piece.deadline <= now
+            if not expired and not piece.future.cancelled():
+                kept.append(piece)
+                continue
+            self._queued -= len(piece.images)
+            self._on_drop("deadline" if expired else "cancelled", len(piece.images))
+            if expired:
+                _resolve(piece, Expired("the deadline passed while the images waited; allow more time or send fewer"))
+        self._queue = kept
+
+
+def _resolve(piece: _Piece, result: "tuple[Outputs, float] | Exception") -> None:
+    def settle() -> None:
+        if piece.future.done():
+            return
+        if isinstance(result, Exception):
+            piece.future.set_exception(result)
+        else:
+            piece.future.set_result(result)
+
+    try:
+        piece.future.get_loop().call_soon_threadsafe(settle)
+    except RuntimeError:  # the loop is closed: nobody waits any more
+        return

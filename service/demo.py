@@ -1,0 +1,129 @@
+"""python -m service.demo: a real server on free ports, the sample images through it with and without steering."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.client import Client, table
+from service.pb import steering_pb2 as pb
+
+MODELS = Path("deploy/models")
+SAMPLES = Path("deploy/samples")
+SHADES = " ░▒▓█"
+READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics (?P<metrics>\S+)")
+
+
+@contextmanager
+def running_server(*flags: str) -> Iterator[tuple[str, str]]:
+    """A server process on free ports, as (gRPC address, URL of the metrics page); ended by SIGTERM.
+
+    Raises RuntimeError when it does not become ready or does not end cleanly.
+    """
+    command = [sys.executable, "-m", "service", "--port", "0", "--metrics-port", "0", "--log-level", "warning", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = READY.match(process.stdout.readline())
+            if not ready:
+                raise RuntimeError("the server did not start; its reason is above")
+            yield ready["grpc"], ready["metrics"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            if process.wait(60) != 0:
+                raise RuntimeError(f"the server ended with {process.returncode}")
+
+
+def main() -> int:
+    start = time.monotonic()
+    with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:
+        print(f"A server is up on {address} after {time.monotonic() - start:.1f} s, with the bundle of {MODELS}.\n")
+        effects = {profile.name: profile for profile in client.profiles()}
+        rows, shown = [], None
+        for folder in sorted(path for path in SAMPLES.iterdir() if path.is_dir()):
+            images = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+            plain, steered = client.predict(images), client.predict(images, profile=folder.name)
+            if folder.name == "Shirt":
+                shown = plain, steered
+            rows.append(_row(folder.name, plain, steered, effects[folder.name]))
+        counts = " to ".join(f"{n:,}" for n in sorted({effect.images for effect in effects.values()}))
+        columns = ["class", "right", "head usage", "compute", "recall", "precision", "head usage", "compute"]
+        print("No steering -> the profile of the image's class")
+        print(
+            f"Left: the samples, through this server. Right: the profile's record, on {counts} test images a class.\n"
+        )
+        print(table(columns, rows))
+        print("\nA class profile presumes that the class is known: precision shows what other images pay for it.\n")
+        if shown:
+            print(_heads("Shirt", *shown))
+        with urllib.request.urlopen(metrics, timeout=10) as page:
+            lines = [
+                line for line in page.read().decode().splitlines() if re.match(r'steervit_.*profile="Shirt"', line)
+            ]
+        print(f"\nFrom {metrics}:")
+        print(
+            "\n".join(
+                lines[:1] + [line for line in lines if "heads_kept" in line][-2:] + [x for x in lines if "macs" in x]
+            )
+        )
+    print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")
+    return 0
+
+
+def _row(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse, profile: pb.Profile) -> list[str]:
+    def right(answer: pb.PredictResponse) -> str:
+        return str(sum(prediction.classes[0].label == name for prediction in answer.predictions))
+
+    def mean(answer: pb.PredictResponse, field: str) -> float:
+        return float(np.mean([getattr(prediction, field) for prediction in answer.predictions]))
+
+    cells = [name, f"{right(plain)} -> {right(steered)} of {len(plain.predictions)}"]
+    cells += [f"{mean(plain, f):.2f} -> {mean(steered, f):.2f}" for f in ("head_usage", "compute_fraction")]
+    before, after = profile.before, profile.after
+    cells += [f"{before.recall:.3f} -> {after.recall:.3f}", f"{before.precision:.3f} -> {after.precision:.3f}"]
+    cells += [f"{before.head_usage:.2f} -> {after.head_usage:.2f}"]
+    return [*cells, f"{before.compute_fraction:.2f} -> {after.compute_fraction:.2f}"]
+
+
+def _heads(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse) -> str:
+    """Which heads ran: gated blocks down, heads across, shaded by the share of the images."""
+    blocks = [block.block for block in plain.predictions[0].head_mask]
+    before, after = _share_kept(plain), _share_kept(steered)
+    heads = before.shape[1]
+
+    def cells(row: NDArray[np.float64]) -> str:
+        return " ".join(SHADES[round(float(share) * (len(SHADES) - 1))] * 2 for share in row)
+
+    header = " ".join(f"h{head}" for head in range(heads))
+    lines = [
+        f"Heads that ran for the {len(plain.predictions)} samples of {name} (blank: never, ██: for all of them)",
+        "",
+    ]
+    lines.append(f"           {'no steering':<{3 * heads + 4}}profile {name}")
+    lines.append(f"           {header}     {header}")
+    lines += [
+        f"  block {block:>2} │{cells(left)}│   │{cells(right)}│"
+        for block, left, right in zip(blocks, before, after, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def _share_kept(answer: pb.PredictResponse) -> NDArray[np.float64]:
+    """(gated blocks, heads): share of the images for which the head ran."""
+    masks: Sequence[Sequence[Sequence[bool]]] = [
+        [list(block.kept) for block in prediction.head_mask] for prediction in answer.predictions
+    ]
+    share: NDArray[np.float64] = np.asarray(masks, np.float64).mean(0)
+    return share
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Encoded images -> the uint8 pixels that a model reads, the same as the evaluation transform in training gives."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from service.errors import InvalidRequest
+from training.image_spec import ImageSpec
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+Image.MAX_IMAGE_PIXELS = None  # Limits decides, with an error of ours
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_bytes: int
+    """Of an encoded image."""
+    max_pixels: int
+    """Width x height of an encoded image."""
+
+
+def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArray[np.uint8]:
+    """An encoded image -> uint8 (height, width, channels). `where` names the field in errors.
+
+    Raises InvalidRequest when it is not a readable image within the limits. The header decides on size before any
+    pixel is decoded.
+    """
+    if not encoded:
+        raise InvalidRequest(f"{where} is empty; allowed: {', '.join(FORMATS)}")
+    if len(encoded) > limits.max_bytes:
+        raise InvalidRequest(f"{where} has {len(encoded)} bytes; allowed: at most {limits.max_bytes}")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
+            if image.mode not in MODES:
+                raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
+            return to_pixels(image, spec)
+    except InvalidRequest:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files; all of them are the sender's
+        raise InvalidRequest(
+            f"{where} is not a readable image ({len(encoded)} bytes, {type(error).__name__}); "
+            f"allowed: {', '.join(FORMATS)}"
+        ) from error
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Upright, converted to grey or RGB, shorter side resized, centre cut out: uint8 (height, width, channels)."""
+    image = ImageOps.exif_transpose(image).convert("L" if spec.channels == 1 else "RGB")
+    width, height = image.size
+    shorter, longer = min(width, height), max(width, height)
+    if shorter != spec.resize:
+        other = int(spec.resize * longer / shorter)
+        if other > 100 * spec.resize:
+            raise InvalidRequest(
+                f"image is {width} x {height} pixels; allowed: sides that differ at most a hundredfold"
+            )
+        size = (spec.resize, other) if width <= height else (other, spec.resize)
+        image = image.resize(size, RESAMPLING[spec.interpolation])
+        width, height = size
+    top, left = round((height - spec.height) / 2.0), round((width - spec.width) / 2.0)
+    image = image.crop((left, top, left + spec.width, top + spec.height))
+    return np.asarray(image, np.uint8).reshape(spec.shape)
+
+
+def from_raw(pixels: bytes, spec: ImageSpec, where: str) -> NDArray[np.uint8]:
+    """Raw uint8 pixels of the model's own size. Raises InvalidRequest when their number is another."""
+    expected = spec.height * spec.width * spec.channels
+    if len(pixels) != expected:
+        raise InvalidRequest(
+            f"{where} has {len(pixels)} bytes; allowed: {expected} "
+            f"(uint8, {spec.height} x {spec.width} x {spec.channels})"
+        )
+    return np.frombuffer(pixels, np.uint8).reshape(spec.shape)

@@ -1,0 +1,177 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PredictRequest(_message.Message):
+    __slots__ = ("model", "version", "images", "steering", "top_k")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    STEERING_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    steering: Steering
+    top_k: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("encoded", "pixels")
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    encoded: bytes
+    pixels: bytes
+    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[bytes] = ...) -> None: ...
+
+class Steering(_message.Message):
+    __slots__ = ("profile", "terms", "strength", "gates_sae_digest")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    profile: str
+    terms: _containers.RepeatedCompositeFieldContainer[SteeringTerm]
+    strength: float
+    gates_sae_digest: str
+    def __init__(self, profile: _Optional[str] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., strength: _Optional[float] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
+
+class SteeringTerm(_message.Message):
+    __slots__ = ("site", "latent", "scale", "shift")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    LATENT_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    latent: int
+    scale: float
+    shift: float
+    def __init__(self, site: _Optional[int] = ..., latent: _Optional[int] = ..., scale: _Optional[float] = ..., shift: _Optional[float] = ...) -> None: ...
+
+class PredictResponse(_message.Message):
+    __slots__ = ("predictions", "receipt")
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    predictions: _containers.RepeatedCompositeFieldContainer[Prediction]
+    receipt: Receipt
+    def __init__(self, predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("classes", "head_mask", "head_usage", "compute_fraction", "gates_near_threshold")
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    HEAD_MASK_FIELD_NUMBER: _ClassVar[int]
+    HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    GATES_NEAR_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    classes: _containers.RepeatedCompositeFieldContainer[ClassProbability]
+    head_mask: _containers.RepeatedCompositeFieldContainer[BlockHeads]
+    head_usage: float
+    compute_fraction: float
+    gates_near_threshold: int
+    def __init__(self, classes: _Optional[_Iterable[_Union[ClassProbability, _Mapping]]] = ..., head_mask: _Optional[_Iterable[_Union[BlockHeads, _Mapping]]] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ...) -> None: ...
+
+class ClassProbability(_message.Message):
+    __slots__ = ("label", "index", "probability")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    index: int
+    probability: float
+    def __init__(self, label: _Optional[str] = ..., index: _Optional[int] = ..., probability: _Optional[float] = ...) -> None: ...
+
+class BlockHeads(_message.Message):
+    __slots__ = ("block", "kept")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    kept: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, block: _Optional[int] = ..., kept: _Optional[_Iterable[bool]] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    STEERING_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    bundle_digest: str
+    gates_sae_digest: str
+    graph: str
+    profile: str
+    steering_digest: str
+    queue_seconds: float
+    inference_seconds: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ...) -> None: ...
+
+class ListProfilesRequest(_message.Message):
+    __slots__ = ("model", "version", "page_size", "page_token")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    page_size: int
+    page_token: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListProfilesResponse(_message.Message):
+    __slots__ = ("profiles", "next_page_token", "model", "version", "gates_sae_digest")
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    profiles: _containers.RepeatedCompositeFieldContainer[Profile]
+    next_page_token: str
+    model: str
+    version: str
+    gates_sae_digest: str
+    def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("name", "classes", "strategy", "terms", "steering_digest", "before", "after", "images")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    STEERING_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    classes: _containers.RepeatedScalarFieldContainer[str]
+    strategy: str
+    terms: int
+    steering_digest: str
+    before: Effect
+    after: Effect
+    images: int
+    def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ...) -> None: ...
+
+class Effect(_message.Message):
+    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction")
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
+    OVERALL_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    recall: float
+    precision: float
+    false_positive_rate: float
+    overall_accuracy: float
+    head_usage: float
+    compute_fraction: float
+    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,80 @@
+"""From a request's steering to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.bundle import Bundle
+from service.errors import DigestMismatch, InvalidRequest, NotFound
+from training.steering import NEUTRAL, SteeringArrays, SteeringError, Terms, at_strength, check, digest, to_arrays
+
+MAX_STRENGTH = 100.0
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Checked against the bundle that serves it."""
+
+    arrays: SteeringArrays
+    """(1, S, T)"""
+    profile: str
+    """"" for inline terms or none."""
+    custom: bool
+    """Inline terms."""
+    digest: str
+    """Of the terms, strength included."""
+
+
+def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
+    """The steering that a request asks for. made_for: the gates_sae_digest that its terms were made for, or "".
+
+    Raises InvalidRequest, NotFound or DigestMismatch.
+    """
+    if profile and terms:
+        raise InvalidRequest(f"steering.profile is {profile!r} and steering.terms are given too; allowed: one of them")
+    served = bundle.manifest.gates_sae_digest
+    if made_for and made_for != served:
+        raise DigestMismatch(
+            f"steering.gates_sae_digest is {made_for!r}; allowed: {served!r}, which is served, or none"
+        )
+    if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
+        raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    if profile:
+        if profile not in bundle.profiles:
+            raise NotFound(f"steering.profile is {profile!r}; allowed: {_some(sorted(bundle.profiles))}")
+        terms = bundle.profiles[profile].terms
+    try:
+        if not profile:
+            check(terms, bundle.manifest.latents, "steering.terms")
+        applied = at_strength(terms, strength) if strength else NEUTRAL
+    except SteeringError as error:
+        raise InvalidRequest(str(error)) from error
+    return Steering(
+        to_arrays([applied], len(bundle.manifest.sites)), profile, bool(terms) and not profile, digest(applied)
+    )
+
+
+def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
+    """The arrays (B, S, T) of a batch in which steering i holds for counts[i] rows; padded with the neutral term."""
+    sites = steerings[0].arrays.latent.shape[1]
+    width = max(steering.arrays.latent.shape[2] for steering in steerings)
+    shape = (sum(counts), sites, width)
+    batch = SteeringArrays(np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32))
+    start = 0
+    for steering, count in zip(steerings, counts, strict=True):
+        rows, terms = slice(start, start + count), slice(0, steering.arrays.latent.shape[2])
+        batch.latent[rows, :, terms] = steering.arrays.latent
+        batch.scale[rows, :, terms] = steering.arrays.scale
+        batch.shift[rows, :, terms] = steering.arrays.shift
+        start += count
+    return batch
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:20])
+    return (
+        f"{shown} and {len(names) - 20} more (ListProfiles)"
+        if len(names) > 20
+        else shown or "none: the model has no profiles"
+    )

@@ -1,0 +1,139 @@
+"""The servicer of steering.v1: protobuf in, protobuf out. Everything between knows no protobuf."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import Manifest
+from service.batcher import Answer
+from service.config import Settings
+from service.errors import InvalidRequest
+from service.images import Limits, decode, from_raw
+from service.pb import steering_pb2 as pb
+from service.pb.steering_pb2_grpc import SteeringServiceServicer
+from service.repository import NEAR_THRESHOLD, Model, Repository
+from service.steering import Steering, resolve
+from training.steering import SteeringError, SteeringProfile, SteeringTerm, digest
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SteeringService(SteeringServiceServicer):
+    def __init__(self, repository: Repository, settings: Settings):
+        self._repository, self._settings = repository, settings
+        self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        model = self._repository.get(request.model, request.version)
+        labels = model.bundle.manifest.labels
+        if not 0 <= request.top_k <= len(labels):
+            raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
+        steering = self._steering(model, request)
+        answer = await model.predict(self._decoders(model, request), steering, context.time_remaining())
+        top_k = request.top_k or min(5, len(labels))
+        return pb.PredictResponse(
+            predictions=predictions(model.bundle.manifest, answer, top_k), receipt=receipt(model, steering, answer)
+        )
+
+    async def ListProfiles(self, request: pb.ListProfilesRequest, context: Context) -> pb.ListProfilesResponse:
+        bundle = self._repository.get(request.model, request.version).bundle
+        if not 0 <= request.page_size <= 1000:
+            raise InvalidRequest(f"page_size is {request.page_size}; allowed: 0 (100) to 1000")
+        names = sorted(name for name in bundle.profiles if name > request.page_token)
+        page = names[: request.page_size or 100]
+        return pb.ListProfilesResponse(
+            profiles=[profile_message(bundle.profiles[name]) for name in page],
+            next_page_token=page[-1] if len(page) < len(names) else "",
+            model=bundle.manifest.name,
+            version=str(bundle.manifest.version),
+            gates_sae_digest=bundle.manifest.gates_sae_digest,
+        )
+
+    def _decoders(self, model: Model, request: pb.PredictRequest) -> list[Callable[[], NDArray[np.uint8]]]:
+        count = len(request.images)
+        if not 1 <= count <= self._settings.max_images:
+            raise InvalidRequest(f"images has {count} entries; allowed: 1 to {self._settings.max_images}")
+        spec = model.bundle.manifest.image
+        decoders: list[Callable[[], NDArray[np.uint8]]] = []
+        for index, image in enumerate(request.images):
+            match image.WhichOneof("source"):
+                case "encoded":
+                    decoders.append(partial(decode, image.encoded, spec, self._limits, f"images[{index}].encoded"))
+                case "pixels":
+                    decoders.append(partial(from_raw, image.pixels, spec, f"images[{index}].pixels"))
+                case _:
+                    raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")
+        return decoders
+
+    def _steering(self, model: Model, request: pb.PredictRequest) -> Steering:
+        asked = request.steering
+        if len(asked.terms) > self._settings.max_terms:
+            raise InvalidRequest(f"steering.terms has {len(asked.terms)} entries; allowed: {self._settings.max_terms}")
+        terms: dict[int, tuple[SteeringTerm, ...]] = {}
+        for index, term in enumerate(asked.terms):
+            scale = term.scale if term.HasField("scale") else 1.0
+            try:
+                terms[term.site] = (*terms.get(term.site, ()), SteeringTerm(term.latent, scale, term.shift))
+            except SteeringError as error:
+                raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
+        strength = asked.strength if asked.HasField("strength") else 1.0
+        return resolve(model.bundle, asked.profile, terms, strength, asked.gates_sae_digest)
+
+
+def predictions(manifest: Manifest, answer: Answer, top_k: int) -> list[pb.Prediction]:
+    shifted = np.exp(answer.logits - answer.logits.max(1, keepdims=True))
+    probabilities = shifted / shifted.sum(1, keepdims=True)  # (B, classes)
+    best = np.argsort(-answer.logits, axis=1, kind="stable")[:, :top_k]
+    usage = answer.head_gate.mean((1, 2))
+    compute = manifest.macs.spent(answer.head_gate) / manifest.macs.dense
+    near = (np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum((1, 2))
+    return [
+        pb.Prediction(
+            classes=[
+                pb.ClassProbability(label=manifest.labels[c], index=c, probability=float(probabilities[row, c]))
+                for c in best[row].tolist()
+            ],
+            head_mask=[
+                pb.BlockHeads(block=block, kept=kept)
+                for block, kept in zip(manifest.gated_blocks, answer.head_gate[row].tolist(), strict=True)
+            ],
+            head_usage=float(usage[row]),
+            compute_fraction=float(compute[row]),
+            gates_near_threshold=int(near[row]),
+        )
+        for row in range(len(answer.logits))
+    ]
+
+
+def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
+    manifest = model.bundle.manifest
+    return pb.Receipt(
+        model=manifest.name,
+        version=str(manifest.version),
+        bundle_digest=model.bundle.digest,
+        gates_sae_digest=manifest.gates_sae_digest,
+        graph=model.engine.graph_name,
+        profile=steering.profile,
+        steering_digest=steering.digest,
+        queue_seconds=answer.queue_seconds,
+        inference_seconds=answer.inference_seconds,
+    )
+
+
+def profile_message(profile: SteeringProfile) -> pb.Profile:
+    message = pb.Profile(
+        name=profile.name,
+        classes=profile.classes,
+        strategy=profile.strategy,
+        terms=sum(map(len, profile.terms.values())),
+        steering_digest=digest(profile.terms),
+        images=profile.evaluation.get("images", 0),
+    )
+    for name, field in (("before", message.before), ("after", message.after)):
+        if name in profile.evaluation:
+            field.CopyFrom(pb.Effect(**profile.evaluation[name]))
+    return message

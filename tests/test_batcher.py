@@ -1,0 +1,190 @@
+"""The batcher over the real engine and the committed bundle."""
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.bundle import Bundle
+from service.batcher import Answer, Batcher, BatchStats
+from service.engine import Engine, Outputs
+from service.errors import Expired, Overloaded, Stopping
+from service.steering import Steering, resolve
+from training.steering import NEUTRAL, SteeringArrays, SteeringTerm
+
+LOGIT_TOLERANCE = 2e-4
+"""|difference| of a logit between batches of different composition."""
+
+
+class HeldEngine:
+    """The real engine behind a door, so that a test can fill the queue while a batch is in flight."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.fail = False
+
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays) -> Outputs:
+        self.entered.set()
+        assert self.open.wait(30)
+        if self.fail:
+            raise RuntimeError("out of memory")
+        return self.engine.run(images, steering)
+
+
+class Parts:
+    def __init__(self, engine: Engine):
+        self.engine = HeldEngine(engine)
+        self.batches: list[BatchStats] = []
+        self.drops: list[tuple[str, int]] = []
+        self.batcher = Batcher(
+            self.engine, 8, 0.01, 20, self.batches.append, lambda reason, count: self.drops.append((reason, count)), "t"
+        )
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Bundle) -> Engine:
+    return Engine(bundle, "cpu", 1)
+
+
+@pytest.fixture
+def parts(engine: Engine) -> Iterator[Parts]:
+    parts = Parts(engine)
+    yield parts
+    parts.engine.open.set()
+    parts.batcher.close()
+
+
+@pytest.fixture(scope="module")
+def steerings(bundle: Bundle) -> list[Steering]:
+    """No steering, every profile, a strong one, inline terms."""
+    profiles = [resolve(bundle, name, NEUTRAL, 1.0) for name in bundle.profiles]
+    inline = resolve(bundle, "", {0: (SteeringTerm(5, 0.0, 30.0), SteeringTerm(9, -2.0, 1.0))}, 1.0)
+    return [resolve(bundle, "", NEUTRAL, 1.0), *profiles, resolve(bundle, "Shirt", NEUTRAL, 2.5), inline]
+
+
+def same(found: Answer, expected: Outputs, row: int = 0) -> None:
+    """Equal within the tolerance, unless a gate within rounding of its threshold decided differently."""
+    near = np.abs(expected.gate_logit) < 1e-3
+    assert ((found.head_gate[row] == expected.head_gate[0]) | near[0]).all()
+    if (found.head_gate[row] == expected.head_gate[0]).all():
+        np.testing.assert_allclose(found.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
+
+
+def test_a_batch_of_mixed_profiles_equals_the_single_requests(
+    parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    chosen = [(sample_pixels[i : i + 1], steerings[i % len(steerings)]) for i in range(20)]
+
+    async def together() -> list[Answer]:
+        return await asyncio.gather(*(parts.batcher.submit(image, s, math.inf) for image, s in chosen))
+
+    answers = asyncio.run(together())
+    assert max(stats.images for stats in parts.batches) > 1, "nothing was batched"
+    for (image, steering), answer in zip(chosen, answers, strict=True):
+        same(answer, engine.run(image, steering.arrays))
+
+
+def test_neutral_terms_equal_no_steering_exactly(
+    engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    images = sample_pixels[::7]
+    neutral = {site: (SteeringTerm(3), SteeringTerm(8)) for site in range(len(bundle.manifest.sites))}
+    terms = resolve(bundle, "", neutral, 1.0).arrays
+    zero = resolve(bundle, "Shirt", NEUTRAL, 0.0).arrays
+    none = resolve(bundle, "", NEUTRAL, 1.0).arrays
+    results = [
+        engine.run(images, SteeringArrays(*(np.repeat(a, len(images), 0) for a in (s.latent, s.scale, s.shift))))
+        for s in (none, zero, terms)
+    ]
+    for result in results[1:]:
+        assert np.array_equal(result.logits, results[0].logits)
+        assert np.array_equal(result.gate_logit, results[0].gate_logit)
+
+
+def test_a_call_larger_than_a_batch_is_split_and_put_together(
+    parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    answer = asyncio.run(parts.batcher.submit(sample_pixels[:19], steerings[3], math.inf))
+    assert sorted(stats.images for stats in parts.batches) == [3, 8, 8]
+    for row in range(19):
+        same(answer, engine.run(sample_pixels[row : row + 1], steerings[3].arrays), row)
+
+
+def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="20 images wait already and 1 are given; allowed: 20 together"):
+            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+        parts.engine.open.set()
+        assert len((await first).logits) == 8
+        assert len((await waiting).logits) == 20
+
+    asyncio.run(scenario())
+    assert parts.batcher.queued == 0
+
+
+def test_cancelled_and_expired_calls_are_dropped_before_inference(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:3], steerings[1], math.inf))
+        late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
+        kept = asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[1], math.inf))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await asyncio.sleep(0)
+        parts.engine.open.set()
+        with pytest.raises(Expired, match="deadline passed"):
+            await late
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert len((await kept).logits) == 1
+        assert len((await first).logits) == 8
+
+    asyncio.run(scenario())
+    assert sorted(parts.drops) == [("cancelled", 3), ("deadline", 2)]
+    assert [stats.images for stats in parts.batches] == [8, 1]
+
+
+def test_a_failing_batch_fails_its_calls_and_the_next_one_works(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    parts.engine.fail = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf))
+    parts.engine.fail = False
+    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf)).logits) == 2
+    assert parts.batcher.alive
+
+
+def test_close_answers_what_waits_and_refuses_what_comes(
+    engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    parts = Parts(engine)
+
+    async def scenario() -> None:
+        waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(parts.batcher.close)
+        assert len((await waiting).logits) == 20
+        with pytest.raises(Stopping):
+            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+
+    asyncio.run(scenario())

@@ -1,0 +1,163 @@
+"""A bundle is whole and right, or it is refused with the reason; a graph that does not match PyTorch is not written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_bundle
+from export.graph import SteeredVit, masked_graph
+from export.verify import GateMismatch, LogitMismatch, ShapeError, certify, steerings
+from service.engine import Engine
+from training.config import VitSettings
+from training.gated_vit import GatedVit, create_vit
+from training.image_spec import ImageSpec
+from training.sae import Sae
+from training.steering import SteeringTerm
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle.folder, tmp_path / "1"))
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.update(changes)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["masked.fp32.onnx", "profiles.json", "golden.npz", "sae.safetensors"])
+def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=f"{name} has the SHA-256"):
+        load_bundle(copy)
+    (copy / name).write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=f"{name} has {len(content) - 1} bytes; the manifest says {len(content)}"):
+        load_bundle(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "schema_version is 2; allowed: 1"),
+        ({"version": 0}, "version is 0; allowed: a positive integer"),
+        ({"name": "../x"}, "name is '../x'"),
+        ({"gated_blocks": [0, 1, 2, 3, 4]}, "gated_blocks is"),
+        ({"labels": ["one"]}, "labels is"),
+        ({"graphs": []}, "graphs is"),
+        ({"files": {"../../etc/passwd": {"sha256": "", "size": 1}}}, "files is"),
+        ({"image": {"height": 28}}, "missing"),
+    ],
+)
+def test_a_manifest_that_is_not_allowed_is_refused(copy: Path, changes: dict[str, object], message: str) -> None:
+    rewrite(copy, **changes)
+    with pytest.raises(BundleError) as caught:
+        load_bundle(copy)
+    assert message in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+def test_what_is_not_json_is_refused(copy: Path) -> None:
+    (copy / "manifest.json").write_bytes(b"\xff{")
+    with pytest.raises(BundleError, match="not JSON"):
+        load_bundle(copy)
+
+
+def test_an_existing_version_is_not_overwritten(bundle: Bundle) -> None:
+    before = load_bundle(bundle.folder).digest
+    files = {name: (bundle.folder / name).read_bytes() for name in bundle.manifest.files}
+    with pytest.raises(BundleError, match="is there already; allowed: another version"):
+        write_bundle(bundle.folder.parent.parent, bundle.manifest, files)
+    assert load_bundle(bundle.folder).digest == before
+
+
+def test_a_written_bundle_is_read_back_and_nothing_else_is_left(bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: (bundle.folder / name).read_bytes() for name in bundle.manifest.files}
+    folder = write_bundle(tmp_path, bundle.manifest, files)
+    assert load_bundle(folder).manifest == bundle.manifest
+    assert [path.name for path in folder.parent.iterdir()] == [str(bundle.manifest.version)]
+
+
+def test_the_engine_refuses_a_graph_that_does_not_reproduce_the_golden_rows(copy: Path) -> None:
+    golden = dict(np.load(copy / "golden.npz"))
+    golden["logits"] = golden["logits"] + 0.01
+    np.savez(copy / "golden.npz", **golden)
+    changed = Bundle(copy, load_bundle_unchecked(copy), {}, "")
+    with pytest.raises(BundleError, match=r"logits differ from golden.npz by 0\.01"):
+        Engine(changed, "cpu", 1)
+    golden["gate_logit"] = -golden["gate_logit"]
+    np.savez(copy / "golden.npz", **golden)
+    with pytest.raises(BundleError, match=r"gates of golden.npz are not reproduced"):
+        Engine(changed, "cpu", 1)
+
+
+def load_bundle_unchecked(folder: Path) -> object:
+    from export.bundle import Manifest
+
+    return Manifest.from_json(json.loads((folder / "manifest.json").read_text()))
+
+
+def test_golden_rows_lie_away_from_the_threshold_and_at_several_steerings(bundle: Bundle) -> None:
+    golden = load_golden(bundle.folder)
+    assert np.abs(golden.outputs["gate_logit"]).min() > golden.margin
+    changed = (golden.inputs["steering_scale"] != 1) | (golden.inputs["steering_shift"] != 0)
+    steered = changed.any((1, 2))
+    assert steered.any()
+    assert len(steered) >= 8
+
+
+def test_the_committed_graph_carries_no_local_paths_or_stack_traces(bundle: Bundle) -> None:
+    content = (bundle.folder / "masked.fp32.onnx").read_bytes()
+    for trace in (b"/root", b"/home", b"site-packages", b".py", b"stack_trace", b"torch"):
+        assert trace not in content, trace
+
+
+@pytest.fixture(scope="module")
+def steered() -> SteeredVit:
+    torch.manual_seed(0)
+    spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 10), (1,), spec)
+    torch.nn.init.normal_(model.gates[0].linear.weight)
+    sae = Sae(1, 16, 24)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    return SteeredVit(model, sae).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def graph(steered: SteeredVit) -> bytes:
+    return masked_graph(steered, ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), {}).SerializeToString()
+
+
+def test_a_graph_that_does_not_match_pytorch_is_refused(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8]
+) -> None:
+    images = sample_pixels[::10]
+    tried = steerings([{0: (SteeringTerm(3, 2.0, 1.0),)}], [16])
+    certificate = certify(graph, steered, images, tried)
+    assert certificate.rows == len(images) * len(tried)
+    assert certificate.max_logit_difference < certificate.logit_tolerance
+    head, gate = steered.model.vit.head, steered.model.gates[0].linear
+    head.bias += 0.01
+    with pytest.raises(LogitMismatch, match=r"a logit differs by 0\.01"):
+        certify(graph, steered, images, tried)
+    head.bias -= 0.01
+    gate.bias *= -1
+    with pytest.raises(GateMismatch, match="decides differently"):
+        certify(graph, steered, images, tried)
+    gate.bias *= -1
+    steered.model.vit.head = torch.nn.Linear(24, 11)
+    try:
+        with pytest.raises(ShapeError, match="logits is float32"):
+            certify(graph, steered, images, tried)
+    finally:
+        steered.model.vit.head = head

@@ -1,0 +1,166 @@
+"""The gated ViT against timm's own model, against heads that are really removed, and against hand counts."""
+
+import pytest
+import torch
+from timm.layers import set_fused_attn
+from timm.models import create_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.config import VitSettings
+from training.gated_vit import (
+    GatedVit,
+    UnsupportedModel,
+    check_supported,
+    create_vit,
+    keep_all,
+    parse_gated_blocks,
+    straight_through,
+)
+from training.image_spec import ImageSpec
+from training.macs import count, head_macs
+
+GREY = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
+
+
+@pytest.fixture(scope="module")
+def model() -> GatedVit:
+    """Small, with gates that really decide: about half of the heads are closed."""
+    torch.manual_seed(0)
+    settings = VitSettings(dim=32, depth=3, heads=4)
+    model = GatedVit(create_vit(settings, GREY, 10), (1, 2), GREY)
+    for gate in model.gates:
+        nn.init.normal_(gate.linear.weight)
+        nn.init.zeros_(gate.linear.bias)
+    for _ in range(3):  # let the running statistics of the stem settle
+        model.train()(images(32))
+    return model.eval().requires_grad_(False)
+
+
+def images(count: int) -> Tensor:
+    return torch.randint(256, (count, 28, 28, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+def test_with_every_head_on_it_is_timms_model(model: GatedVit) -> None:
+    batch = images(6)
+    logits, _ = model(batch, decide=keep_all)
+    normal = (batch.permute(0, 3, 1, 2) / 255 - 0.3) / 0.4
+    torch.testing.assert_close(logits, model.vit(normal), rtol=1e-4, atol=1e-5)
+
+
+def test_a_closed_head_is_the_same_as_a_removed_head(model: GatedVit) -> None:
+    batch = images(64)
+    logits, out = model(batch)
+    gates = out["head_gate"]
+    assert 0.2 < gates.mean() < 0.8
+    width = model.vit.blocks[0].attn.head_dim
+    row = 5
+    alone = {k: v.clone() for k, v in model.vit.state_dict().items()}
+    try:
+        for index, block in enumerate(model.gated_blocks):
+            for head in torch.nonzero(gates[row, index] == 0).flatten().tolist():
+                model.vit.blocks[block].attn.proj.weight[:, head * width : (head + 1) * width] = 0
+        removed, _ = model(batch[row : row + 1], decide=keep_all)
+    finally:
+        model.vit.load_state_dict(alone)
+    torch.testing.assert_close(removed[0], logits[row], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_do_not_depend_on_their_neighbours(model: GatedVit) -> None:
+    batch = images(9)
+    together, out = model(batch)
+    for row in range(9):
+        alone, out_alone = model(batch[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
+        assert torch.equal(out_alone["head_gate"][0], out["head_gate"][row])
+
+
+def test_neutral_steering_equals_no_steering_exactly(model: GatedVit) -> None:
+    from training.evaluate import steering
+    from training.sae import Sae
+    from training.steering import SteeringTerm
+
+    sae = Sae(2, 16, 32).requires_grad_(False)
+    for parameter in sae.parameters():
+        parameter.normal_()
+    neutral = {0: (SteeringTerm(3), SteeringTerm(5)), 1: (SteeringTerm(15),)}
+    batch = images(4)
+    plain, steered = model(batch), model(batch, steering(sae, [neutral] * 4))
+    assert torch.equal(plain[0], steered[0])
+    assert torch.equal(plain[1]["gate_logit"], steered[1]["gate_logit"])
+
+
+def test_straight_through_decides_hard_and_learns_soft() -> None:
+    logit = torch.tensor([[-1.0, 0.5]], requires_grad=True)
+    gate = straight_through(temperature=2.0)(logit)
+    assert gate.tolist() == [[0.0, 1.0]]
+    gate.sum().backward()
+    sigmoid = torch.sigmoid(logit.detach() / 2)
+    torch.testing.assert_close(logit.grad, sigmoid * (1 - sigmoid) / 2)
+
+
+def test_macs_agree_with_torchs_flop_counter(model: GatedVit) -> None:
+    was_fused = model.vit.blocks[0].attn.fused_attn
+    set_fused_attn(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(images(1), decide=keep_all)
+    finally:
+        set_fused_attn(was_fused)
+    gates = 2 * len(model.gated_blocks) * model.dim * model.heads  # the only thing that we leave out
+    assert counter.get_total_flops() - gates == 2 * count(model).dense
+
+
+def test_macs_of_a_head_by_hand() -> None:
+    # 3 tokens, width 4, head width 2: q, k, v and output 3*4*2 each, scores and sum 3*3*2 each
+    assert head_macs(dim=4, head_dim=2, tokens=3, queries=3) == 4 * 24 + 2 * 18
+    # one query: q and output 1*4*2, k and v 3*4*2, scores and sum 1*3*2
+    assert head_macs(dim=4, head_dim=2, tokens=3, queries=1) == 2 * 8 + 2 * 24 + 2 * 6
+
+
+def test_compute_fraction_is_dense_less_the_closed_heads(model: GatedVit) -> None:
+    macs = count(model)
+    gates = torch.ones(2, 2, 4)
+    gates[1, 0, 1] = gates[1, 1, 3] = 0
+    expected = 1 - (macs.per_head[0] + macs.per_head[1]) / macs.dense
+    assert macs.fraction(gates).tolist() == pytest.approx([1.0, expected])
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"), [("all", (1, 2, 3, 4, 5)), ("last", (5,)), ("2,4-5", (2, 4, 5)), ("1", (1,))]
+)
+def test_gated_blocks(text: str, blocks: tuple[int, ...]) -> None:
+    assert parse_gated_blocks(text, 6) == blocks
+
+
+@pytest.mark.parametrize("text", ["0", "0-3", "6", "x", "", "3-1", "-1"])
+def test_gated_blocks_that_are_not_allowed(text: str) -> None:
+    with pytest.raises(UnsupportedModel, match="allowed: 'all', 'last', or numbers and ranges from 1 to 5"):
+        parse_gated_blocks(text, 6)
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
+
+
+def test_a_timm_model_by_name_is_gated() -> None:
+    spec = ImageSpec(32, 32, 3, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    vit = create_vit(VitSettings(model="vit_tiny_patch16_224"), spec, 4)
+    logits, out = GatedVit(vit, (1, 11), spec)(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    assert logits.shape == (2, 4)
+    assert out["gate_logit"].shape == (2, 2, 3)
+    assert out["residual"].shape == (2, 2, 192)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VisionTransformer(**SMALL, global_pool="avg"), "pooling 'avg'"),
+        (lambda: VisionTransformer(**SMALL, class_token=False, global_pool="avg"), "the class token"),
+        (lambda: VisionTransformer(**SMALL, qk_norm=True, scale_attn_norm=True), "scale_attn_norm in block 0"),
+        (lambda: create_model("resnet18"), "type ResNet"),
+    ],
+)
+def test_models_that_cannot_be_gated_are_refused(make: object, message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        check_supported(make())  # type: ignore[operator]

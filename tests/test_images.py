@@ -1,0 +1,100 @@
+"""The server's pixels are the evaluation transform's pixels, exactly."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.errors import InvalidRequest
+from service.images import Limits, decode, from_raw
+from training.data import eval_transform
+from training.image_spec import ImageSpec
+
+LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
+
+
+def spec(size: int, resize: int, channels: int, interpolation: str) -> ImageSpec:
+    return ImageSpec(size, size, channels, resize, interpolation, (0.5,) * channels, (0.5,) * channels)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def picture(width: int, height: int, mode: str, seed: int) -> Image.Image:
+    """Smooth shapes and noise."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 4), np.uint8), "RGBA").resize((width, height))
+    noisy = np.asarray(coarse).astype(int) + generator.integers(-20, 20, (height, width, 4))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8), "RGBA").convert(mode)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "LA", "P", "1"]),
+    channels=st.sampled_from([1, 3]),
+    size=st.sampled_from([16, 28, 33]),
+    margin=st.sampled_from([0, 1, 5]),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    seed=st.integers(0, 1000),
+)
+def test_pixels_equal_the_evaluation_transform(
+    width: int, height: int, mode: str, channels: int, size: int, margin: int, interpolation: str, seed: int
+) -> None:
+    wanted = spec(size, size + margin, channels, interpolation)
+    file = encoded(picture(width, height, mode, seed))
+    with Image.open(io.BytesIO(file)) as image:
+        expected = eval_transform(wanted)(image)
+    found = decode(file, wanted, LIMITS, "image")
+    assert found.dtype == np.uint8
+    assert found.shape == (size, size, channels)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_photograph_is_turned_upright_by_both(orientation: int) -> None:
+    image = picture(41, 29, "RGB", 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(image, "JPEG", exif=exif, quality=95)
+    wanted = spec(24, 28, 3, "bicubic")
+    with Image.open(io.BytesIO(file)) as opened:
+        expected = eval_transform(wanted)(opened)
+    found = decode(file, wanted, LIMITS, "image")
+    np.testing.assert_array_equal(found, expected)
+    upright = eval_transform(wanted)(Image.open(io.BytesIO(encoded(image, "JPEG", quality=95))))
+    assert np.array_equal(found, upright) == (orientation == 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "photo is empty; allowed: JPEG, PNG, WEBP, BMP, GIF"),
+        (b"not an image", "photo is not a readable image (12 bytes, UnidentifiedImageError)"),
+        (encoded(picture(40, 40, "RGB", 0))[:300], "photo is not a readable image (300 bytes"),
+        (encoded(picture(40, 40, "RGB", 0), "TIFF"), "photo is not a readable image"),
+        (encoded(Image.new("RGB", (1001, 1000))), "photo has 1001 x 1000 pixels; allowed: at most 1000000"),
+        (b"x" * 1_000_001, "photo has 1000001 bytes; allowed: at most 1000000"),
+        (encoded(Image.new("I;16", (8, 8))), "photo has the pixel format I;16; allowed: 8 bits a channel"),
+        (encoded(Image.new("L", (2, 5000))), "allowed: sides that differ at most a hundredfold"),
+    ],
+)
+def test_what_is_not_a_usable_image_is_named(file: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(file, spec(16, 16, 3, "bicubic"), LIMITS, "photo")
+    assert message in str(caught.value)
+
+
+def test_raw_pixels_must_have_the_models_size() -> None:
+    wanted = spec(16, 16, 3, "bicubic")
+    pixels = np.random.default_rng(0).integers(0, 256, wanted.shape, np.uint8)
+    np.testing.assert_array_equal(from_raw(pixels.tobytes(), wanted, "pixels"), pixels)
+    with pytest.raises(InvalidRequest, match=r"pixels has 767 bytes; allowed: 768 \(uint8, 16 x 16 x 3\)"):
+        from_raw(pixels.tobytes()[:-1], wanted, "pixels")

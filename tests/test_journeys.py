@@ -1,0 +1,164 @@
+"""From images to steered answers: train, export, serve, ask, watch. Real parts throughout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ServerProcess, run_module, start_server, stop_server
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from export.bundle import Bundle, load_bundle
+from service.client import Client
+from service.engine import Engine
+from training.config import DataSettings
+from training.data import load
+from training.steering import to_arrays
+
+pytestmark = pytest.mark.slow
+
+
+def test_smoke_run_is_trained_exported_served_and_counted(
+    smoke_run: Path, tmp_path: Path, samples: dict[str, list[bytes]]
+) -> None:
+    results = json.loads((smoke_run / "results.json").read_text())
+    assert results["neutral"]["accuracy"] > 0.5, "ten classes: a model that learned nothing has 0.1"
+    assert results["neutral"]["head_usage"] < 0.9
+    assert results["mean_change"]["head_usage"] < -0.05
+    assert (smoke_run / "report.html").read_text().count("<img") == 4
+
+    done = run_module("export", str(smoke_run), str(tmp_path), "--name", "smoke")
+    assert done.returncode == 0, done.stderr[-2000:]
+    bundle = load_bundle(tmp_path / "smoke" / "1")
+    assert sorted(bundle.profiles) == sorted(samples)
+
+    server = start_server(tmp_path)
+    try:
+        sent = ask_everything(server, bundle, samples)
+        for label, (images, kept) in sent.items():
+            assert server.count("steervit_images_total", model="smoke", version="1", profile=label) == images
+            for index, block in enumerate(bundle.manifest.gated_blocks):
+                for head in range(bundle.manifest.heads):
+                    labels = {"profile": label, "block": str(block), "head": str(head)}
+                    assert server.count("steervit_heads_kept_total", **labels) == kept[index, head]
+    finally:
+        assert stop_server(server) == 0
+
+    done = run_module("export", str(smoke_run), str(tmp_path), "--name", "smoke", "--version", "1")
+    assert done.returncode == 1
+    assert "is there already; allowed: another version" in done.stderr
+
+
+def ask_everything(
+    server: ServerProcess, bundle: Bundle, files: dict[str, list[bytes]]
+) -> dict[str, tuple[int, NDArray[np.int64]]]:
+    """Every image under its class's profile: images sent and heads kept, by profile."""
+    sent = {}
+    with Client(server.address) as client:
+        for label, of_class in files.items():
+            answer = client.predict(of_class, profile=label)
+            assert answer.receipt.bundle_digest == bundle.digest
+            masks = [[list(block.kept) for block in p.head_mask] for p in answer.predictions]
+            sent[label] = len(of_class), np.asarray(masks).sum(0)
+    return sent
+
+
+def test_a_finished_run_is_kept_and_other_settings_are_refused(smoke_run: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in smoke_run.glob("*.safetensors")}
+    done = run_module("training", "profiles", "--preset", "smoke", "--out", str(smoke_run))
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in smoke_run.glob("*.safetensors")} == before
+    done = run_module("training", "sae", "--preset", "smoke", "--sae.k", "5", "--out", str(smoke_run))
+    assert done.returncode == 1
+    assert "was made with other settings (sae.k: 12 there, 5 asked)" in done.stderr
+
+
+def test_an_export_without_an_evaluation_is_refused(smoke_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    (run / "results.json").unlink()
+    done = run_module("export", str(run), str(tmp_path / "models"), "--name", "smoke")
+    assert done.returncode == 1
+    assert "results.json is missing: run the step 'evaluate' first" in done.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def coloured_shapes(root: Path, count: int = 80) -> None:
+    """A folder of odd-sized colour JPEGs: discs, boxes and crosses in colours that do not give them away."""
+    generator = np.random.default_rng(0)
+    for label in ("box", "cross", "disc"):
+        (root / label).mkdir(parents=True)
+        for index in range(count):
+            width, height = generator.integers(30, 60, 2).tolist()
+            back, front = (tuple(generator.integers(0, 256, 3).tolist()) for _ in range(2))
+            image = Image.new("RGB", (width, height), back)
+            draw = ImageDraw.Draw(image)
+            x, y, r = width // 2, height // 2, int(generator.integers(8, 14))
+            if label == "disc":
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=front)
+            elif label == "box":
+                draw.rectangle((x - r, y - r, x + r, y + r), fill=front)
+            else:
+                draw.rectangle((x - r, y - 3, x + r, y + 3), fill=front)
+                draw.rectangle((x - 3, y - r, x + 3, y + r), fill=front)
+            image.save(root / label / f"{index:03d}.jpg", quality=92)
+
+
+def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: Path) -> None:
+    coloured_shapes(tmp_path / "shapes")
+    data = ["--data.dataset", "folder", "--data.root", str(tmp_path / "shapes"), "--data.image-size", "32"]
+    smaller = [
+        "--vit.batch-size",
+        "32",
+        "--vit.backbone-epochs",
+        "12",
+        "--vit.joint-epochs",
+        "8",
+        "--sae.latents",
+        "64",
+    ]
+    done = run_module(
+        "training", "all", "--preset", "smoke", "--out", str(tmp_path / "run"),
+        "--data.channels", "3", "--data.crop-fraction", "0.9", *data, *smaller,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["neutral"]["accuracy"] > 0.5
+    done = run_module("export", str(tmp_path / "run"), str(tmp_path / "models"), "--name", "shapes")
+    assert done.returncode == 0, done.stderr[-2000:]
+    bundle = load_bundle(tmp_path / "models" / "shapes" / "1")
+    assert bundle.manifest.image.shape == (32, 32, 3)
+    assert bundle.manifest.image.resize == 35
+    files = {
+        label: [path.read_bytes() for path in sorted((tmp_path / "shapes" / label).glob("*.jpg"))]
+        for label in ("box", "cross", "disc")
+    }
+    server = start_server(tmp_path / "models")
+    try:
+        for label, (images, kept) in ask_everything(server, bundle, files).items():
+            assert server.count("steervit_images_total", profile=label) == images == 80
+            assert server.count("steervit_heads_kept_total", profile=label) == kept.sum()
+    finally:
+        assert stop_server(server) == 0
+
+
+def test_the_committed_bundle_has_the_accuracy_that_its_manifest_states(bundle: Bundle) -> None:
+    """10,000 test images through onnxruntime alone; one image may fall the other way by rounding."""
+    test = load(DataSettings(), 0).test
+    engine = Engine(bundle, "auto", 0)
+    profile = bundle.profiles["Shirt"]
+    correct, kept, shirts = 0, 0.0, []
+    for start in range(0, len(test), 200):
+        images = test.images[start : start + 200].numpy()
+        classes = test.classes[start : start + 200].numpy()
+        outputs = engine.run(images, to_arrays([{}] * len(images), len(bundle.manifest.sites)))
+        correct += int((outputs.logits.argmax(1) == classes).sum())
+        kept += float(outputs.head_gate.mean((1, 2)).sum())
+        own = images[classes == bundle.manifest.labels.index("Shirt")]
+        steered = engine.run(own, to_arrays([profile.terms] * len(own), len(bundle.manifest.sites)))
+        shirts += (steered.logits.argmax(1) == bundle.manifest.labels.index("Shirt")).tolist()
+    stated = bundle.manifest.evaluation
+    assert stated["images"] == len(test) == 10_000
+    assert correct / len(test) == pytest.approx(stated["accuracy"], abs=1.01e-4)
+    assert kept / len(test) == pytest.approx(stated["head_usage"], abs=1e-4)
+    assert np.mean(shirts) == pytest.approx(profile.evaluation["after"]["recall"], abs=1.01e-3)

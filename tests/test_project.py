@@ -1,0 +1,55 @@
+"""The borders of the project: who may import what, and generated files that match their sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FORBIDDEN = {"torch", "timm", "torchvision", "onnx", "onnxscript", "matplotlib", "jinja2", "tqdm"}
+SERVING = ["service.__main__", "service.client", "service.demo", "service.server", "export.bundle"]
+
+
+def test_serving_imports_nothing_that_the_base_install_lacks() -> None:
+    code = (
+        "import sys, importlib\n"
+        f"for name in {sorted(FORBIDDEN)!r}: sys.modules[name] = None\n"
+        f"for name in {SERVING!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("folder", "may_not"), [("training", {"export", "service"}), ("export", {"service"})])
+def test_knowledge_flows_one_way(folder: str, may_not: set[str]) -> None:
+    seen = 0
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                seen += 1
+                assert name.split(".")[0] not in may_not, f"{path} imports {name}"
+    assert seen > 10
+
+
+def test_generated_code_matches_the_proto_files(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", "-Iservice/pb=proto", f"--python_out={tmp_path}",
+         f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}", "service/pb/steering.proto"],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    for name in ("steering_pb2.py", "steering_pb2.pyi", "steering_pb2_grpc.py"):
+        fresh, committed = tmp_path / "service" / "pb" / name, ROOT / "service" / "pb" / name
+        assert fresh.read_text() == committed.read_text(), f"{name} is stale: make proto"
+
+
+def test_the_readme_names_only_files_and_targets_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {word for line in readme.splitlines() if line.strip().startswith("make ") for word in line.split()[1:2]}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert f"\n{target}:" in makefile, target
