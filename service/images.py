@@ -58,7 +58,10 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     """Upright, converted to grey or RGB, shorter side resized, centre cut out: uint8 (height, width, channels)."""
-    image = ImageOps.exif_transpose(image).convert("L" if spec.channels == 1 else "RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    image = image.convert("L" if spec.channels == 1 else "RGB")
     width, height = image.size
     shorter, longer = min(width, height), max(width, height)
     if shorter != spec.resize:

@@ -150,6 +150,7 @@ class Pages:
     """HTTP in a thread of its own: /metrics, /livez (inference threads run), /readyz (takes requests)."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, server: Server):
+        """Raises OSError when the port is taken."""
         metrics_page = make_wsgi_app(registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -162,7 +163,10 @@ class Pages:
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [f"{status[4:]}\n".encode()]
 
-        self._http = make_server(host, port, app, _ThreadingWSGIServer, _QuietHandler)
+        try:
+            self._http = make_server(host, port, app, _ThreadingWSGIServer, _QuietHandler)
+        except OSError as error:
+            raise OSError(f"metrics port {port} of {host} cannot be listened on: {error.strerror}") from error
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, name="pages", daemon=True)
         self._thread.start()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ServerProcess, run_module, start_server, stop_server
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from processes import ServerProcess, run_module, start_server, stop_server
 
 from export.bundle import Bundle, load_bundle
 from service.client import Client

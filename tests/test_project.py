@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 FORBIDDEN = {"torch", "timm", "torchvision", "onnx", "onnxscript", "matplotlib", "jinja2", "tqdm"}
 SERVING = ["service.__main__", "service.client", "service.demo", "service.server", "export.bundle"]

@@ -7,10 +7,10 @@ import time
 import grpc
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
+from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server
 
 from export.bundle import Bundle
 from service.client import Client

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_module
 from PIL import Image
+from processes import run_module
 
 from training import fit_vit
 from training.checkpoint import Run, RunError

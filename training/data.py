@@ -67,12 +67,11 @@ def load(settings: DataSettings, seed: int) -> Data:
         train, test = (_fashion_mnist(settings.root, part) for part in ("train", "t10k"))
     else:
         labels, train, test = _folder(settings, seed)
-    generator = torch.Generator().manual_seed(seed)
     if settings.max_train:
-        train = train.take(_balanced(train.classes, settings.max_train / len(train), generator)[0])
+        train = train.take(balanced(train.classes, settings.max_train / len(train), seed)[0])
     if settings.max_test:
-        test = test.take(_balanced(test.classes, settings.max_test / len(test), generator)[0])
-    chosen, rest = _balanced(train.classes, settings.selection_fraction, generator)
+        test = test.take(balanced(test.classes, settings.max_test / len(test), seed)[0])
+    chosen, rest = balanced(train.classes, settings.selection_fraction, seed)
     selection, train = train.take(chosen), train.take(rest)
     pixels = train.images[:20_000].double() / 255
     mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)).clamp_min(1e-3)
@@ -104,7 +103,10 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
     mode = "L" if spec.channels == 1 else "RGB"
 
     def transform(image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(resize_and_crop(ImageOps.exif_transpose(image).convert(mode)))  # (C, H, W)
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "P" and "transparency" in image.info:  # as Pillow advises
+            image = image.convert("RGBA")
+        pixels = np.asarray(resize_and_crop(image.convert(mode)))  # (C, H, W)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
     return transform
@@ -138,8 +140,9 @@ def augment(images: torch.Tensor, flip: bool, shift: int) -> torch.Tensor:
     return images[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def _balanced(classes: torch.Tensor, fraction: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def balanced(classes: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of a random share of every class (at least one image of each), and of the rest; both in order."""
+    generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(classes), dtype=torch.bool)
     for index in classes.unique():
         members = torch.nonzero(classes == index).flatten()
@@ -196,7 +199,7 @@ def _folder(settings: DataSettings, seed: int) -> tuple[tuple[str, ...], Split, 
     train = _read_folder(root, labels, transform)
     if own_test:
         return labels, train, _read_folder(test_root, labels, transform)
-    held_out, rest = _balanced(train.classes, settings.test_fraction, torch.Generator().manual_seed(seed + 1))
+    held_out, rest = balanced(train.classes, settings.test_fraction, seed)
     return labels, train.take(rest), train.take(held_out)
 
 

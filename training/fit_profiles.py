@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from training.checkpoint import Run
 from training.config import Settings
-from training.data import Data, Split
+from training.data import Data, Split, balanced
 from training.evaluate import Effect, Outcome, answers, effect
 from training.fit_sae import residuals
 from training.gated_vit import GatedVit
@@ -28,7 +28,8 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
         return load_profiles(run)
     torch.manual_seed(settings.seed + 2)
     targets = [(index,) for index in range(len(data.labels))]
-    stats = statistics(model, sae, residuals(model, data.train, "profiles: residuals"), data.train.classes)
+    sample = data.train.take(balanced(data.train.classes, min(1.0, 10_000 / len(data.train)), settings.seed)[0])
+    stats = statistics(model, sae, residuals(model, sample, "profiles: residuals"), sample.classes)
     found: dict[str, list[Terms]] = {
         "learned": learned(model, sae, stats, targets, data.train, settings.profiles, settings.seed + 3, settings.bf16),
         "class-mean": [class_mean(stats, target, settings.profiles.terms) for target in targets],

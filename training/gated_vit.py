@@ -61,7 +61,7 @@ def straight_through(temperature: float, noise: float = 0.0) -> Decide:
             uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + noise * torch.logit(uniform)
         soft = torch.sigmoid(logit / temperature)
-        return (logit > 0).to(logit.dtype) + soft - soft.detach()
+        return (logit > 0).to(logit.dtype) + (soft - soft.detach())
 
     return decide
 

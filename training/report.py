@@ -55,7 +55,10 @@ def effects(results: dict[str, Any]) -> Figure:
         start, end = (before["head_usage"], before["recall"]), (after["head_usage"], after["recall"])
         left.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.4, "shrinkA": 3})
         left.plot(*start, "o", color=BEFORE, markersize=5)
-        left.annotate(profile["name"], start, xytext=(6, 3), textcoords="offset points", fontsize=8, color="#333333")
+    for name, x, y in _spread(
+        [(p["name"], p["before"]["head_usage"], p["before"]["recall"]) for p in results["profiles"]]
+    ):
+        left.text(x + 0.015, y, name, fontsize=8, color="#333333", va="center")
     left.set(xlabel="head usage on the class's images", ylabel="recall of the class", xlim=(0, 1.05))
     left.set_title("No steering (dot) to the class's profile (arrow head)", fontsize=10)
     left.grid(alpha=0.25)
@@ -72,6 +75,19 @@ def effects(results: dict[str, Any]) -> Figure:
     right.legend(fontsize=8, frameon=False)
     right.grid(axis="x", alpha=0.25)
     return figure
+
+
+def _spread(labels: Sequence[tuple[str, float, float]], near: float = 0.2) -> list[tuple[str, float, float]]:
+    """Labels (text, x, y) moved down where they would lie on one another."""
+    heights = [y for _, _, y in labels]
+    gap = max(max(heights) - min(heights), 0.02) / 24
+    placed: list[tuple[str, float, float]] = []
+    for text, x, y in sorted(labels, key=lambda label: -label[2]):
+        for _, other_x, other_y in placed:
+            if abs(other_x - x) < near and abs(other_y - y) < gap:
+                y = other_y - gap
+        placed.append((text, x, y))
+    return placed
 
 
 def heads(results: dict[str, Any]) -> Figure:

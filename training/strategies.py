@@ -120,7 +120,7 @@ def learned(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        usage_weight = (usage_weight + 0.1 * (usage.detach() - settings.usage_target)).clamp(0.05, 20)
+        usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(0.05, 20)
         if step % 10 == 0:
             progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
     scale, shift = (1 + scale_change).detach(), (shift_change * unit).detach()
