@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", type=int, help="a positive integer; default: the next one")
     parser.add_argument("--verify-images", type=int, default=40, help="images to compare with PyTorch on (default 40)")
     options = parser.parse_args(arguments)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every Split that it leaves as it is
     try:
         bundle = export(Run(options.run), options.repository, options.name, options.version, options.verify_images)
     except (BundleError, ExportError, RunError, data.DataError) as error:

@@ -3,6 +3,7 @@
 `masked`: every head is computed and multiplied by its gate. The reference; any execution provider.
 """
 
+import warnings
 from typing import Any
 
 import onnx
@@ -53,17 +54,19 @@ def masked_graph(steered: SteeredVit, spec: ImageSpec, metadata: dict[str, str])
         torch.zeros(2, sites, 3),
     )
     batch, terms = torch.export.Dim("batch", min=1), torch.export.Dim("terms", min=1)
-    program = torch.onnx.export(
-        steered.eval(),
-        example,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=list(INPUTS),
-        output_names=list(OUTPUTS),
-        dynamic_shapes=({0: batch}, *({0: batch, 2: terms},) * 3),
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes to itself; what matters is compared in verify.py
+        program = torch.onnx.export(
+            steered.eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(INPUTS),
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: batch}, *({0: batch, 2: terms},) * 3),
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None
     return cleaned(program.model_proto, metadata)
 

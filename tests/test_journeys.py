@@ -85,42 +85,34 @@ def test_an_export_without_an_evaluation_is_refused(smoke_run: Path, tmp_path: P
 
 
 def coloured_shapes(root: Path, count: int = 80) -> None:
-    """A folder of odd-sized colour JPEGs: discs, boxes and crosses in colours that do not give them away."""
+    """A folder of odd-sized colour JPEGs: reddish boxes, greenish crosses and bluish discs on grounds of any colour."""
     generator = np.random.default_rng(0)
-    for label in ("box", "cross", "disc"):
+    for channel, label in enumerate(("box", "cross", "disc")):
         (root / label).mkdir(parents=True)
         for index in range(count):
             width, height = generator.integers(30, 60, 2).tolist()
-            back, front = (tuple(generator.integers(0, 256, 3).tolist()) for _ in range(2))
-            image = Image.new("RGB", (width, height), back)
+            back, front = generator.integers(0, 200, 3), generator.integers(0, 120, 3)
+            front[channel] = 230
+            image = Image.new("RGB", (width, height), tuple(back.tolist()))
             draw = ImageDraw.Draw(image)
             x, y, r = width // 2, height // 2, int(generator.integers(8, 14))
             if label == "disc":
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=front)
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(front.tolist()))
             elif label == "box":
-                draw.rectangle((x - r, y - r, x + r, y + r), fill=front)
+                draw.rectangle((x - r, y - r, x + r, y + r), fill=tuple(front.tolist()))
             else:
-                draw.rectangle((x - r, y - 3, x + r, y + 3), fill=front)
-                draw.rectangle((x - 3, y - r, x + 3, y + r), fill=front)
+                draw.rectangle((x - r, y - 3, x + r, y + 3), fill=tuple(front.tolist()))
+                draw.rectangle((x - 3, y - r, x + 3, y + r), fill=tuple(front.tolist()))
             image.save(root / label / f"{index:03d}.jpg", quality=92)
 
 
 def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: Path) -> None:
     coloured_shapes(tmp_path / "shapes")
     data = ["--data.dataset", "folder", "--data.root", str(tmp_path / "shapes"), "--data.image-size", "32"]
-    smaller = [
-        "--vit.batch-size",
-        "32",
-        "--vit.backbone-epochs",
-        "12",
-        "--vit.joint-epochs",
-        "8",
-        "--sae.latents",
-        "64",
-    ]
+    longer = ["--vit.batch-size", "16", "--vit.backbone-epochs", "20", "--vit.joint-epochs", "8"]
     done = run_module(
         "training", "all", "--preset", "smoke", "--out", str(tmp_path / "run"),
-        "--data.channels", "3", "--data.crop-fraction", "0.9", *data, *smaller,
+        "--data.channels", "3", "--data.crop-fraction", "0.9", *data, *longer,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["neutral"]["accuracy"] > 0.5

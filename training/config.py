@@ -7,11 +7,13 @@ finished stage remembers the groups that it depends on: see checkpoint.py.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
+AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
+"""The command line gives text."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 
 
@@ -28,7 +30,7 @@ class DataSettings(Group):
     """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
     image_size: int = Field(28, ge=8, le=1024)
     """Height and width of the model's input, pixels."""
-    channels: Literal[1, 3] = 1
+    channels: Annotated[Literal[1, 3], AsInteger] = 1
     """1 grey, 3 RGB."""
     crop_fraction: float = Field(1.0, gt=0.1, le=1.0)
     """The shorter side is resized to image_size / crop_fraction before the centre crop."""
@@ -59,7 +61,7 @@ class VitSettings(Group):
     """Transformer blocks (conv_stem)."""
     heads: int = Field(6, ge=1)
     """Attention heads a block (conv_stem)."""
-    patch: Literal[2, 4, 8, 16] = 4
+    patch: Annotated[Literal[2, 4, 8, 16], AsInteger] = 4
     """Stride of the stem: pixels a token, each way (conv_stem)."""
     pretrained: bool = False
     """Start from timm's weights (timm models)."""
@@ -125,6 +127,8 @@ class ProfileSettings(Group):
     """Steps of the joint search for all classes."""
     rows: int = Field(12, ge=2)
     """Images a class and step: half of the class, half of any."""
+    own_weight: float = Field(0.2, gt=0)
+    """Weight of the own images in the cross-entropy, beside 1 for any image: more buys recall with precision."""
     learning_rate: float = Field(0.05, gt=0)
     """Adam."""
     sparsity: float = Field(2e-3, ge=0)

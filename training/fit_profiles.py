@@ -66,25 +66,31 @@ def choose(
 ) -> tuple[SteeringProfile, dict[str, Any]]:
     """The best of all strategies and strengths by `cost`, and what each measured on `split`."""
     before = effect(neutral, split.classes, target, macs)
+    own = torch.isin(split.classes, torch.tensor(target)).float().mean().item()
     tried = []
     for strategy, of_target in found.items():
         for strength in STRENGTHS[strategy]:
             terms = at_strength(of_target[target[0]], strength)
             after = effect(answers(model, sae, split, terms), split.classes, target, macs)
-            tried.append((cost(before, after), strategy, strength, terms, after))
+            tried.append((cost(before, after, own), strategy, strength, terms, after))
     best = min(tried, key=lambda entry: entry[0])
     measured = [{"strategy": t[1], "strength": t[2], "cost": round(t[0], 4), **t[4].to_json()} for t in tried]
-    evaluation = {
-        "selection": {"images": int(torch.isin(split.classes, torch.tensor(target)).sum()), "tried": measured}
-    }
+    evaluation = {"selection": {"images": round(own * len(split)), "tried": measured}}
     profile = SteeringProfile("", (), best[1], best[3])
     return profile, {"strategy": best[1], "strength": best[2], "before": before.to_json(), **evaluation}
 
 
-def cost(before: Effect, after: Effect) -> float:
-    """Head usage, plus 10 for every unit of recall lost and of overall accuracy lost beyond half a point."""
+def cost(before: Effect, after: Effect, own: float) -> float:
+    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost beyond half a point.
+
+    own: share of the target's images among those that were measured.
+    """
+
+    def others_accuracy(measured: Effect) -> float:
+        return (measured.overall_accuracy - own * measured.recall) / (1 - own)
+
     lost = max(0.0, before.recall - after.recall)
-    lost += max(0.0, before.overall_accuracy - after.overall_accuracy - 0.005)
+    lost += max(0.0, others_accuracy(before) - others_accuracy(after) - 0.005)
     return after.head_usage + 10 * lost
 
 

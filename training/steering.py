@@ -30,7 +30,7 @@ class SteeringTerm:
     scale: float = 1.0
     """1 is neutral."""
     shift: float = 0.0
-    """In units of the latent's activation; 0 is neutral."""
+    """In units of the latent's activation; 0 is neutral. Like scale, kept as the float32 that the graph reads."""
 
     def __post_init__(self) -> None:
         if self.latent < 0:
@@ -39,6 +39,7 @@ class SteeringTerm:
             value = getattr(self, name)
             if not math.isfinite(value) or abs(value) > 1e6:
                 raise SteeringError(f"{name} is {value}; allowed: a finite number from -1e6 to 1e6")
+            object.__setattr__(self, name, float(np.float32(value)))
 
     def at(self, strength: float) -> "SteeringTerm":
         """scale -> 1 + strength (scale - 1), shift -> strength * shift."""
@@ -120,7 +121,7 @@ def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
 def digest(terms: Terms) -> str:
     """A short name for what the terms do: 16 hexadecimal digits. Neutral terms do not count, nor does the order."""
     entries = sorted(
-        (site, term.latent, float(np.float32(term.scale)), float(np.float32(term.shift)))
+        (site, term.latent, term.scale, term.shift)
         for site, of_site in terms.items()
         for term in of_site
         if (term.scale, term.shift) != (1, 0)
@@ -137,7 +138,9 @@ def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
                 "classes": list(profile.classes),
                 "strategy": profile.strategy,
                 "terms": {
-                    str(site): [{"latent": t.latent, "scale": t.scale, "shift": t.shift} for t in of_site]
+                    str(site): [
+                        {"latent": t.latent, "scale": _short(t.scale), "shift": _short(t.shift)} for t in of_site
+                    ]
                     for site, of_site in sorted(profile.terms.items())
                 },
                 "evaluation": dict(profile.evaluation),
@@ -145,6 +148,11 @@ def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
             for profile in profiles
         ],
     }
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that is the same float32."""
+    return float(str(np.float32(value)))
 
 
 def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:

@@ -78,8 +78,8 @@ def learned(
     """Terms for every target (a set of classes), found together through the frozen network.
 
     Half of a target's rows are of its classes, half are any images; the loss is the cross-entropy on true labels (so
-    that other classes are not pulled in) + a usage term per target + an L1 penalty. The weight of the usage term
-    follows the target's distance from `usage_target`.
+    that other classes are not pulled in; own rows count less, or precision pays for recall) + a usage term per target
+    + an L1 penalty. The weight of the usage term follows the target's distance from `usage_target`.
     """
     generator = torch.Generator().manual_seed(seed)
     latent = torch.stack([candidates(stats, target, settings.terms) for target in targets])  # (P, S, K)
@@ -94,6 +94,7 @@ def learned(
     own = settings.rows // 2
     profile = torch.arange(len(targets)).repeat_interleave(settings.rows)  # (P*R,)
     is_own = (torch.arange(settings.rows) < own).repeat(len(targets))
+    weight = torch.where(is_own, settings.own_weight, 1.0)
     usage_weight = torch.full((len(targets),), 2.0)
     decide = straight_through(2.0)
     progress = tqdm(range(settings.steps), desc="profiles: learned", unit="step", mininterval=5, dynamic_ncols=True)
@@ -113,7 +114,7 @@ def learned(
 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits, out = model(train.images[index], steer, decide)
-        loss = F.cross_entropy(logits.float(), train.classes[index])
+        loss = (weight * F.cross_entropy(logits.float(), train.classes[index], reduction="none")).sum() / weight.sum()
         usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
         loss = loss + (usage_weight * usage).mean()
         loss = loss + settings.sparsity * (scale_change.abs() + shift_change.abs()).sum() / len(targets)
