@@ -1,8 +1,10 @@
 """Real parts for the tests: the committed bundle, a run trained here, a server process."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -11,6 +13,10 @@ from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, 
 
 from export.bundle import Bundle, load_bundle, versions
 from service.client import Client
+
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

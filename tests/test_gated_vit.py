@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.config import VitSettings
+from training.evaluate import steered_by
 from training.gated_vit import (
     GatedVit,
     UnsupportedModel,
@@ -20,6 +21,8 @@ from training.gated_vit import (
 )
 from training.image_spec import ImageSpec
 from training.macs import count, head_macs
+from training.sae import Sae
+from training.steering import SteeringTerm
 
 GREY = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
 
@@ -77,23 +80,19 @@ def test_rows_do_not_depend_on_their_neighbours(model: GatedVit) -> None:
 
 
 def test_neutral_steering_equals_no_steering_exactly(model: GatedVit) -> None:
-    from training.evaluate import steering
-    from training.sae import Sae
-    from training.steering import SteeringTerm
-
     sae = Sae(2, 16, 32).requires_grad_(False)
     for parameter in sae.parameters():
         parameter.normal_()
     neutral = {0: (SteeringTerm(3), SteeringTerm(5)), 1: (SteeringTerm(15),)}
     batch = images(4)
-    plain, steered = model(batch), model(batch, steering(sae, [neutral] * 4))
+    plain, steered = model(batch), model(batch, steered_by(sae, neutral))
     assert torch.equal(plain[0], steered[0])
     assert torch.equal(plain[1]["gate_logit"], steered[1]["gate_logit"])
 
 
 def test_straight_through_decides_hard_and_learns_soft() -> None:
     logit = torch.tensor([[-1.0, 0.5]], requires_grad=True)
-    gate = straight_through(temperature=2.0)(logit)
+    gate = straight_through(temperature=2.0)(0, logit)
     assert gate.tolist() == [[0.0, 1.0]]
     gate.sum().backward()
     sigmoid = torch.sigmoid(logit.detach() / 2)

@@ -97,11 +97,15 @@ def test_effect_by_hand() -> None:
     classes = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
     predicted = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2])
     gates = torch.tensor([[[True, False]]] * 4 + [[[True, True]]] * 4)
-    found = effect(Outcome(predicted, gates), classes, (0,), Macs(dense=100, per_head=(20,)))
+    logits = torch.nn.functional.one_hot(predicted, 3).float()
+    found = effect(Outcome(logits, gates), classes, (0,), Macs(dense=100, per_head=(20,)))
     assert found.recall == 3 / 4
     assert found.precision == 3 / 4
     assert found.false_positive_rate == 1 / 4
     assert found.overall_accuracy == 6 / 8
+    assert found.others_accuracy == 3 / 4
+    assert found.f1 == pytest.approx(3 / 4)
+    assert found.auroc == (3 * 3 + 3 * 0.5 + 1 * 0.5) / 16  # own: three high, one low; others: one high, three low
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
 

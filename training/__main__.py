@@ -10,11 +10,11 @@ from pydantic_settings import CliApp
 from training import data
 from training.checkpoint import Run, RunError
 from training.config import STEPS, Settings
-from training.evaluate import evaluate
 from training.fit_profiles import fit_profiles, load_profiles
 from training.fit_sae import fit_sae, load_sae
 from training.fit_vit import fit_vit, load_vit
 from training.gated_vit import UnsupportedModel
+from training.protocol import evaluate
 from training.report import write_report
 
 

@@ -131,6 +131,8 @@ class ProfileSettings(Group):
     """Weight of the own images in the cross-entropy, beside 1 for any image: more buys recall with precision."""
     learning_rate: float = Field(0.05, gt=0)
     """Adam."""
+    contexts: dict[str, tuple[str, ...]] = {}
+    """Further targets, each a set of labels, as JSON: {"footwear": ["Sandal", "Sneaker", "Ankle boot"]}."""
     sparsity: float = Field(2e-3, ge=0)
     """Weight of the L1 norm of the changes (in units of each latent's own scale)."""
     min_effect: float = Field(0.02, ge=0)
@@ -140,7 +142,15 @@ class ProfileSettings(Group):
 PRESETS: dict[str, dict[str, Any]] = {
     # python -m training all --preset fashion-mnist --out runs/fm
     # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 49 tokens. Result and run time: README.md, "What was measured".
-    "fashion-mnist": {},
+    "fashion-mnist": {
+        "profiles": {
+            "contexts": {
+                "tops": ("T-shirt", "Pullover", "Coat", "Shirt", "Dress"),
+                "footwear": ("Sandal", "Sneaker", "Ankle boot"),
+                "rest": ("Trouser", "Bag"),
+            }
+        },
+    },
     # python -m training all --preset smoke --out runs/smoke
     # Every stage on a real subset, in minutes on 2 cores. For tests: the accuracy is beside the point.
     "smoke": {

@@ -1,50 +1,60 @@
-"""Measuring a profile: what it does to its own classes, and what it does to all the others.
+"""Measuring a model under some steering: its answers on a split, and what they mean for a target.
 
-A class profile presumes that the class is known. So recall never stands alone: precision, the false-positive rate
-and the accuracy over all images under that profile stand beside it.
+A profile presumes that the class is known. So recall never stands alone: precision, the false-positive rate and the
+accuracy of the other images under that profile stand beside it.
+
+Letters: B images, C classes, G gated blocks, H heads.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
-from tqdm import tqdm
 
-from training.checkpoint import Run
-from training.data import Data, Split
-from training.gated_vit import Decide, GatedVit, Steer, keep_all, keep_positive
-from training.macs import Macs, count
+from training.data import Split
+from training.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.macs import Macs
 from training.sae import Sae
-from training.steering import NEUTRAL, SteeringProfile, Terms, to_arrays
+from training.steering import Terms, to_arrays
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What the model answered for B images."""
 
-    predicted: Tensor
-    """int64 (B,)"""
+    logits: Tensor
+    """float32 (B, C)"""
     head_gate: Tensor
     """bool (B, G, H)"""
 
+    @property
+    def predicted(self) -> Tensor:
+        """int64 (B,)"""
+        return self.logits.argmax(-1)
+
     def take(self, index: Tensor) -> "Outcome":
-        return Outcome(self.predicted[index], self.head_gate[index])
+        return Outcome(self.logits[index], self.head_gate[index])
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Measured on one split under one profile (or none), for its target classes. All are shares, 0 to 1."""
+    """Measured on one set of images, with some of the target and some not. All are shares, 0 to 1."""
 
     recall: float
-    """Images of the target that get their label."""
+    """Images of the target that get their own label."""
     precision: float
     """Images labelled as one of the target's classes that are correct."""
+    f1: float
+    """Harmonic mean of the two."""
     false_positive_rate: float
     """Other images that get a label of the target."""
+    auroc: float
+    """How well the target's probability tells its images from the others."""
+    others_accuracy: float
+    """Other images that get their own label under this steering."""
     overall_accuracy: float
-    """All images under this profile."""
+    """All images under this steering."""
     head_usage: float
     """On the target's images."""
     compute_fraction: float
@@ -56,93 +66,52 @@ class Effect:
 
 @torch.no_grad()
 def answers(
-    model: GatedVit, sae: Sae, split: Split, terms: Terms = NEUTRAL, decide: Decide = keep_positive, size: int = 500
+    model: GatedVit, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
 ) -> Outcome:
-    """The model's answers on a split with every image steered by `terms`, in float32."""
-    predicted, gates = [], []
+    """The model's answers on a split, in float32."""
+    logits, gates = [], []
     for start in range(0, len(split), size):
-        images = split.images[start : start + size]
-        logits, out = model(images, steering(sae, [terms] * len(images)), decide)
-        predicted.append(logits.argmax(-1))
+        of_batch, out = model(split.images[start : start + size], steer, decide)
+        logits.append(of_batch)
         gates.append(out["head_gate"] > 0.5)
-    return Outcome(torch.cat(predicted), torch.cat(gates))
+    return Outcome(torch.cat(logits), torch.cat(gates))
 
 
-def steering(sae: Sae, rows: Sequence[Terms]) -> Steer | None:
-    """How a batch with these terms per row is steered; None when all are neutral."""
-    if not any(rows):
+def steered_by(sae: Sae, terms: Terms) -> Steer | None:
+    """Every image of a batch steered by the same terms; None where there are none."""
+    if not terms:
         return None
-    arrays = to_arrays(rows, sae.sites)
-    latent, scale, shift = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))
+    arrays = to_arrays([terms], sae.sites)
+    latent, scale, shift = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))  # (1, S, T)
     return lambda site, residual: sae.steer(site, residual, latent[:, site], scale[:, site], shift[:, site])
 
 
 def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Macs) -> Effect:
-    """classes (B,): the true ones of the outcome's images, with some of the target and some not."""
+    """classes (B,): the true ones of the outcome's images."""
     wanted = torch.tensor(target)
     own, claimed = torch.isin(classes, wanted), torch.isin(outcome.predicted, wanted)
     correct = outcome.predicted == classes
     gates = outcome.head_gate[own]
+    recall, precision = _share(correct & own, own), _share(correct & claimed, claimed)
     return Effect(
-        recall=_share(correct & own, own),
-        precision=_share(correct & claimed, claimed),
+        recall=recall,
+        precision=precision,
+        f1=2 * recall * precision / max(recall + precision, 1e-12),
         false_positive_rate=_share(claimed & ~own, ~own),
-        overall_accuracy=correct.double().mean().item(),
+        auroc=auroc(outcome.logits.softmax(-1)[:, wanted].sum(1), own),
+        others_accuracy=_share(correct & ~own, ~own),
+        overall_accuracy=_share(correct, torch.ones_like(correct)),
         head_usage=gates.double().mean().item(),
         compute_fraction=macs.fraction(gates).mean().item(),
     )
 
 
+def auroc(score: Tensor, own: Tensor) -> float:
+    """Share of (own, other) pairs in which the own image scores higher; ties count half."""
+    n, m = int(own.sum()), int((~own).sum())
+    ranks = rankdata(score.numpy())
+    return float((ranks[own.numpy()].sum() - n * (n + 1) / 2) / max(n * m, 1))
+
+
 def _share(part: Tensor, whole: Tensor) -> float:
     return part.sum().item() / max(whole.sum().item(), 1)
-
-
-def evaluate(data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]) -> dict[str, Any]:
-    """Step `evaluate`: read the test split, once, under no steering and under every profile; write results.json."""
-    macs, split = count(model), data.test
-    ungated = answers(model, sae, split, decide=keep_all)
-    neutral = answers(model, sae, split)
-    measured = []
-    for profile in tqdm(profiles, desc="evaluate: test images", unit="profile", dynamic_ncols=True):
-        target = tuple(data.labels.index(label) for label in profile.classes)
-        outcome = answers(model, sae, split, profile.terms)
-        own = torch.isin(split.classes, torch.tensor(target))
-        measured.append({
-            "name": profile.name,
-            "classes": list(profile.classes),
-            "strategy": profile.strategy,
-            "terms": sum(map(len, profile.terms.values())),
-            "images": int(own.sum()),
-            "before": effect(neutral, split.classes, target, macs).to_json(),
-            "after": effect(outcome, split.classes, target, macs).to_json(),
-            "head_usage_before": _per_head(neutral.take(own)),
-            "head_usage_after": _per_head(outcome.take(own)),
-        })  # fmt: skip
-    changes = [{k: p["after"][k] - p["before"][k] for k in p["before"]} for p in measured]
-    results = {
-        "split": "test",
-        "images": len(split),
-        "labels": list(data.labels),
-        "gated_blocks": list(model.gated_blocks),
-        "macs": macs.to_json(),
-        "ungated": _whole(ungated, split, macs),
-        "neutral": _whole(neutral, split, macs),
-        "head_usage": _per_head(neutral),
-        "profiles": measured,
-        "mean_change": {k: round(sum(c[k] for c in changes) / len(changes), 5) for k in changes[0]} if changes else {},
-    }
-    run.write_json("results.json", results)
-    return results
-
-
-def _whole(outcome: Outcome, split: Split, macs: Macs) -> dict[str, float]:
-    return {
-        "accuracy": (outcome.predicted == split.classes).double().mean().item(),
-        "head_usage": round(outcome.head_gate.double().mean().item(), 5),
-        "compute_fraction": round(macs.fraction(outcome.head_gate).mean().item(), 5),
-    }
-
-
-def _per_head(outcome: Outcome) -> list[list[float]]:
-    """Share of images that keep each head: gated blocks x heads."""
-    return [[round(v, 4) for v in row] for row in outcome.head_gate.double().mean(0).tolist()]

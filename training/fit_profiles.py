@@ -1,52 +1,123 @@
-"""Stage `profiles`: terms by every strategy, then strategy and strength per class by the selection slice."""
+"""Stage `profiles`: terms by every strategy, then strategy and strength per target by the selection slice.
+
+A target is a set of classes: every class alone, and the contexts of the settings. Nothing of the test split is read.
+"""
 
 import json
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from training.checkpoint import Run
+from training.checkpoint import Run, RunError
 from training.config import Settings
 from training.data import Data, Split, balanced
-from training.evaluate import Effect, Outcome, answers, effect
+from training.evaluate import Effect, Outcome, answers, effect, steered_by
 from training.fit_sae import residuals
 from training.gated_vit import GatedVit
-from training.macs import Macs, count
+from training.latent_statistics import measure
+from training.learned import gate_bias, learned
+from training.macs import count
 from training.sae import Sae
-from training.steering import SteeringProfile, Terms, at_strength, profiles_from_json, profiles_to_json
-from training.strategies import class_mean, learned, statistics
+from training.steering import SteeringProfile, Terms, at_strength, profiles_from_json, profiles_to_json, terms_to_json
+from training.strategies import STRATEGIES, STRENGTHS, Target
 
-STRENGTHS = {"learned": (0.75, 1.0, 1.25), "class-mean": (-0.5, 1.0, 3.0)}
-"""What is tried. A negative strength turns an amplification into a suppression."""
+Trial = tuple[str, float, Terms]
+"""(strategy, strength, the terms at that strength)"""
+CONTROLS = ("random", "learned, random latents")
+"""Found and measured like the others, never chosen."""
+SCREENING, FINAL = 150, 600
+"""Own images (and as many others) that all candidates, and the best two, are measured on."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    strategy: str
+    strength: float
+    terms: Terms
+    cost: float
+    effect: Effect
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = {"strategy": self.strategy, "strength": self.strength, "cost": round(self.cost, 4)}
+        return {**chosen, **self.effect.to_json()}
+
+
+def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]]) -> dict[str, Target]:
+    """Class indices by profile name: every label, and every context.
+
+    Raises RunError when a context names a label that is not there, or bears a label's name.
+    """
+    targets: dict[str, Target] = {label: (index,) for index, label in enumerate(labels)}
+    for name, members in contexts.items():
+        unknown = [label for label in members if label not in labels]
+        if unknown or not members:
+            raise RunError(f"profiles.contexts[{name!r}] names {unknown}; allowed: one or more of {', '.join(labels)}")
+        if name in labels:
+            raise RunError(f"profiles.contexts has {name!r}, which is a label; allowed: another name")
+        targets[name] = tuple(labels.index(label) for label in members)
+    return targets
 
 
 def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae) -> tuple[SteeringProfile, ...]:
-    """Find, or load, one profile a class. Nothing of the test split is read."""
+    """Find, or load, one profile a target."""
     if run.finished("profiles", settings.fingerprint("profiles")):
         return load_profiles(run)
-    torch.manual_seed(settings.seed + 2)
-    targets = [(index,) for index in range(len(data.labels))]
-    sample = data.train.take(balanced(data.train.classes, min(1.0, 10_000 / len(data.train)), settings.seed)[0])
-    stats = statistics(model, sae, residuals(model, sample, "profiles: residuals"), sample.classes)
-    found: dict[str, list[Terms]] = {
-        "learned": learned(model, sae, stats, targets, data.train, settings.profiles, settings.seed + 3, settings.bf16),
-        "class-mean": [class_mean(stats, target, settings.profiles.terms) for target in targets],
-    }
+    options = settings.profiles
+    targets = targets_of(data.labels, options.contexts)
+    found = find(settings, data, run, model, sae, list(targets.values()))
+    neutral = answers(model, data.selection)
     profiles, choices = [], []
-    neutral = answers(model, sae, data.selection)
-    macs = count(model)
-    for target in tqdm(targets, desc="profiles: choose", unit="class", dynamic_ncols=True):
-        label = data.labels[target[0]]
-        slice_ = _own_and_others(data.selection, target, settings.seed)
-        profile, choice = choose(model, sae, data.selection.take(slice_), neutral.take(slice_), target, macs, found)
-        profiles.append(replace(profile, name=label, classes=(label,)))
-        choices.append({"class": label, **choice})
+    progress = tqdm(targets.items(), desc="profiles: choose", unit="target", dynamic_ncols=True)
+    for index, (name, target) in enumerate(progress):
+
+        def ranked(images: int, tried: Iterable[Trial], target: Target = target) -> list[Candidate]:
+            rows = own_and_others(data.selection, target, images, settings.seed)
+            return rank(model, sae, data.selection.take(rows), neutral.take(rows), target, tried)
+
+        screened = ranked(SCREENING, _at_strengths({strategy: terms[index] for strategy, terms in found.items()}))
+        finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:2]
+        best = ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0]
+        profiles.append(SteeringProfile(name, tuple(data.labels[i] for i in target), best.strategy, best.terms))
+        choices.append({
+            "name": name,
+            "chosen": best.to_json(),
+            "screened": [candidate.to_json() for candidate in screened],
+            "best": {c.strategy: terms_to_json(c.terms) for c in reversed(screened)},  # the cheapest of each wins
+        })  # fmt: skip
+        progress.set_postfix_str(f"{name}: {best.strategy} x {best.strength}", refresh=False)
     run.write_json("profiles.json", profiles_to_json(profiles))
-    result = {"choices": choices, "found": {k: [_terms_json(t) for t in v] for k, v in found.items()}}
-    run.finish("profiles", settings.fingerprint("profiles"), result)
+    run.finish("profiles", settings.fingerprint("profiles"), {"choices": choices})
     return tuple(profiles)
+
+
+def find(
+    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, targets: list[Target]
+) -> dict[str, list[Terms]]:
+    """Terms of every strategy and control, for every target. Also writes the gate-logit bias, a baseline."""
+    options, seed = settings.profiles, settings.seed + 3
+    sample = data.train.take(balanced(data.train.classes, min(1.0, 10_000 / len(data.train)), settings.seed)[0])
+    stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
+    found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    for name, at_random in (("learned", False), ("learned, random latents", True)):
+        found[name] = learned(model, sae, stats, targets, data.train, options, seed, settings.bf16, at_random)
+    run.write_tensors("gate_bias", {"bias": gate_bias(model, targets, data.train, options, seed, settings.bf16)})
+    return found
+
+
+def rank(
+    model: GatedVit, sae: Sae, split: Split, neutral: Outcome, target: Target, tried: Iterable[Trial]
+) -> list[Candidate]:
+    """What each trial does on the split, the least `cost` first. neutral: the answers without steering."""
+    macs = count(model)
+    before = effect(neutral, split.classes, target, macs)
+    candidates = []
+    for strategy, strength, terms in tried:
+        after = effect(answers(model, split, steered_by(sae, terms)), split.classes, target, macs)
+        candidates.append(Candidate(strategy, strength, terms, cost(before, after), after))
+    return sorted(candidates, key=lambda candidate: candidate.cost)
 
 
 def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
@@ -55,52 +126,24 @@ def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
     return profiles_from_json(json.loads((run.folder / "profiles.json").read_text()))
 
 
-def choose(
-    model: GatedVit,
-    sae: Sae,
-    split: Split,
-    neutral: Outcome,
-    target: tuple[int, ...],
-    macs: Macs,
-    found: dict[str, list[Terms]],
-) -> tuple[SteeringProfile, dict[str, Any]]:
-    """The best of all strategies and strengths by `cost`, and what each measured on `split`."""
-    before = effect(neutral, split.classes, target, macs)
-    own = torch.isin(split.classes, torch.tensor(target)).float().mean().item()
-    tried = []
-    for strategy, of_target in found.items():
-        for strength in STRENGTHS[strategy]:
-            terms = at_strength(of_target[target[0]], strength)
-            after = effect(answers(model, sae, split, terms), split.classes, target, macs)
-            tried.append((cost(before, after, own), strategy, strength, terms, after))
-    best = min(tried, key=lambda entry: entry[0])
-    measured = [{"strategy": t[1], "strength": t[2], "cost": round(t[0], 4), **t[4].to_json()} for t in tried]
-    evaluation = {"selection": {"images": round(own * len(split)), "tried": measured}}
-    profile = SteeringProfile("", (), best[1], best[3])
-    return profile, {"strategy": best[1], "strength": best[2], "before": before.to_json(), **evaluation}
-
-
-def cost(before: Effect, after: Effect, own: float) -> float:
-    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost beyond half a point.
-
-    own: share of the target's images among those that were measured.
-    """
-
-    def others_accuracy(measured: Effect) -> float:
-        return (measured.overall_accuracy - own * measured.recall) / (1 - own)
-
+def cost(before: Effect, after: Effect) -> float:
+    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost beyond half a point."""
     lost = max(0.0, before.recall - after.recall)
-    lost += max(0.0, others_accuracy(before) - others_accuracy(after) - 0.005)
+    lost += max(0.0, before.others_accuracy - after.others_accuracy - 0.005)
     return after.head_usage + 10 * lost
 
 
-def _own_and_others(split: Split, target: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Indices of the target's images and of as many others."""
+def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch.Tensor:
+    """Indices of at most `count` images of the target and of as many others, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
     own = torch.isin(split.classes, torch.tensor(target))
-    others = torch.nonzero(~own).flatten()
-    chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: int(own.sum())]]
-    return torch.cat([torch.nonzero(own).flatten(), chosen])
+    picked = []
+    for rows in (torch.nonzero(own).flatten(), torch.nonzero(~own).flatten()):
+        picked.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    return torch.cat([picked[0], picked[1][: len(picked[0])]])
 
 
-def _terms_json(terms: Terms) -> dict[str, Any]:
-    return {str(site): [[t.latent, t.scale, t.shift] for t in of_site] for site, of_site in terms.items()}
+def _at_strengths(found: Mapping[str, Terms]) -> Iterator[Trial]:
+    for strategy, terms in found.items():
+        for strength in STRENGTHS[strategy]:
+            yield strategy, strength, at_strength(terms, strength)

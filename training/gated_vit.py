@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from training.config import VitSettings
 from training.image_spec import ImageSpec
 
-Decide = Callable[[Tensor], Tensor]
-"""Gate logits (B, H) -> gates (B, H), 0 to 1."""
+Decide = Callable[[int, Tensor], Tensor]
+"""(index among the gated blocks, gate logits (B, H)) -> gates (B, H), 0 to 1."""
 Steer = Callable[[int, Tensor], Tensor]
 """(index among the gated blocks, residual (B, D)) -> what the gate reads instead, (B, D)."""
 
@@ -40,12 +40,12 @@ class Intermediates(TypedDict):
     """float32 (B, G, H): 0 or 1 (in the forward pass)."""
 
 
-def keep_positive(logit: Tensor) -> Tensor:
+def keep_positive(_: int, logit: Tensor) -> Tensor:
     """The decision at inference: keep a head when its logit is above 0."""
     return (logit > 0).to(logit.dtype)
 
 
-def keep_all(logit: Tensor) -> Tensor:
+def keep_all(_: int, logit: Tensor) -> Tensor:
     """The ungated model."""
     return torch.ones_like(logit)
 
@@ -56,7 +56,7 @@ def straight_through(temperature: float, noise: float = 0.0) -> Decide:
     noise: share of Gumbel noise (the difference of two Gumbels is logistic), as in arXiv:1611.01144.
     """
 
-    def decide(logit: Tensor) -> Tensor:
+    def decide(_: int, logit: Tensor) -> Tensor:
         if noise:
             uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + noise * torch.logit(uniform)
@@ -117,7 +117,7 @@ class GatedVit(nn.Module):
                 with torch.autocast(x.device.type, enabled=False):
                     residual = x[:, 0].float()
                     logit = self.gates[site](residual if steer is None else steer(site, residual))
-                    gate = decide(logit)
+                    gate = decide(site, logit)
                 residuals.append(residual)
                 logits.append(logit)
                 gates.append(gate)

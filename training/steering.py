@@ -39,7 +39,7 @@ class SteeringTerm:
             value = getattr(self, name)
             if not math.isfinite(value) or abs(value) > 1e6:
                 raise SteeringError(f"{name} is {value}; allowed: a finite number from -1e6 to 1e6")
-            object.__setattr__(self, name, float(np.float32(value)))
+            object.__setattr__(self, name, float(np.float32(value)) + 0.0)  # no -0.0: equal terms look alike
 
     def at(self, strength: float) -> "SteeringTerm":
         """scale -> 1 + strength (scale - 1), shift -> strength * shift."""
@@ -129,6 +129,21 @@ def digest(terms: Terms) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
 
+def terms_to_json(terms: Terms) -> dict[str, Any]:
+    return {
+        str(site): [{"latent": t.latent, "scale": _short(t.scale), "shift": _short(t.shift)} for t in of_site]
+        for site, of_site in sorted(terms.items())
+    }
+
+
+def terms_from_json(value: Any) -> Terms:
+    """Raises SteeringError on a term that is not allowed; KeyError, TypeError or ValueError on another structure."""
+    return {
+        int(site): tuple(SteeringTerm(int(t["latent"]), float(t["scale"]), float(t["shift"])) for t in of_site)
+        for site, of_site in value.items()
+    }
+
+
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -137,12 +152,7 @@ def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
                 "name": profile.name,
                 "classes": list(profile.classes),
                 "strategy": profile.strategy,
-                "terms": {
-                    str(site): [
-                        {"latent": t.latent, "scale": _short(t.scale), "shift": _short(t.shift)} for t in of_site
-                    ]
-                    for site, of_site in sorted(profile.terms.items())
-                },
+                "terms": terms_to_json(profile.terms),
                 "evaluation": dict(profile.evaluation),
             }
             for profile in profiles
@@ -165,12 +175,12 @@ def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
         where = f"profiles[{index}]"
         try:
             where = f"profile {entry['name']!r}"
-            terms = {
-                int(site): tuple(SteeringTerm(int(t["latent"]), float(t["scale"]), float(t["shift"])) for t in of_site)
-                for site, of_site in entry["terms"].items()
-            }
             profile = SteeringProfile(
-                str(entry["name"]), tuple(entry["classes"]), str(entry["strategy"]), terms, entry.get("evaluation", {})
+                str(entry["name"]),
+                tuple(entry["classes"]),
+                str(entry["strategy"]),
+                terms_from_json(entry["terms"]),
+                entry.get("evaluation", {}),
             )
         except SteeringError as error:
             raise SteeringError(f"{where}: {error}") from error

@@ -1,149 +1,127 @@
-"""How steering terms are chosen for a set of classes.
+"""How steering terms are chosen for a set of classes, in closed form. Every strategy has one signature:
 
-`class_mean` is the paper's likely form (arXiv:2603.26743): amplify the latents that are most active on the class.
-`learned` chooses latents by their effect on the gates and finds scale and shift by gradient, for all targets at once.
+    strategy(stats, target, count) -> Terms of at most `count` latents a site
 
-Letters: C classes, P profiles (targets), R rows a profile, S sites, L latents, K candidates, T terms, H heads, D width.
+Strength 1 is the strategy as written here; which strength serves is found on the selection slice (STRENGTHS).
+learned.py finds terms by gradient instead.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from training.config import ProfileSettings
-from training.data import Split
-from training.gated_vit import GatedVit, straight_through
-from training.sae import Sae
+from training.latent_statistics import SiteStatistics
 from training.steering import SteeringTerm, Terms
 
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """What the latents do on training images, and what they do to the gates."""
-
-    mean: Tensor
-    """(S, C, L): mean activation on the images of a class."""
-    deviation: Tensor
-    """(S, C, L): standard deviation of the activation."""
-    effect: Tensor
-    """(S, C, L, H): mean change of a gate logit per unit of the latent, on the images of a class."""
+Target = tuple[int, ...]
+"""Class indices."""
+Strategy = Callable[[SiteStatistics, Target, int], Terms]
 
 
-@torch.no_grad()
-def statistics(model: GatedVit, sae: Sae, residuals: Tensor, classes: Tensor, sample: int = 64) -> SiteStatistics:
-    """From residuals (S, B, D) and their classes (B,); the effect by the Jacobian at `sample` images a class."""
-    means, deviations, effects = [], [], []
-    for site in range(sae.sites):
-        jacobian = vmap(jacrev(model.gates[site].forward))
-        of_class = [residuals[site][classes == index] for index in range(int(classes.max()) + 1)]
-        latents = [sae.encode(site, x) for x in of_class]
-        means.append(torch.stack([z.mean(0) for z in latents]))
-        deviations.append(torch.stack([z.std(0) for z in latents]))
-        towards = torch.stack([jacobian(x[:sample]).mean(0) for x in of_class])  # (C, H, D)
-        effects.append(torch.einsum("chd,ld->clh", towards, sae.decoder[site]))
-    return SiteStatistics(torch.stack(means), torch.stack(deviations), torch.stack(effects))
+def amplify_all(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Double every latent that is active on the target (`count` does not limit it), as VS2 (arXiv:2506.01247) does."""
+    return scaled(stats.of(target, "frequency"), stats.mean.shape[-1], 2.0)
 
 
-def class_mean(stats: SiteStatistics, target: tuple[int, ...], count: int) -> Terms:
-    """Double the `count` latents a site that are most active on the target on average. Strength does the rest."""
-    mean = stats.mean[:, list(target)].mean(1)  # (S, L)
-    return {
-        site: tuple(SteeringTerm(int(k), 2.0) for k in of_site.topk(min(count, len(of_site))).indices if of_site[k] > 0)
-        for site, of_site in enumerate(mean)
-    }
+def class_mean(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Double the latents that are most active on the target on average: the paper's likely form (arXiv:2603.26743)."""
+    return scaled(stats.of(target, "mean"), count, 2.0)
 
 
-def candidates(stats: SiteStatistics, target: tuple[int, ...], count: int) -> Tensor:
-    """(S, K): latents by norm of their effect on the gates x (mean + deviation of their activation) on the target."""
-    index = list(target)
-    reach = (stats.mean + stats.deviation)[:, index].mean(1)  # (S, L)
-    score = stats.effect[:, index].mean(1).norm(dim=-1) * reach
-    return score.topk(min(count, score.shape[1]), dim=1).indices
+def selectivity(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Double the latents that tell the target from the rest best, by AUROC above 0.5."""
+    return scaled(stats.of(target, "auroc") - 0.5, count, 2.0)
 
 
-def learned(
-    model: GatedVit,
-    sae: Sae,
-    stats: SiteStatistics,
-    targets: list[tuple[int, ...]],
-    train: Split,
-    settings: ProfileSettings,
-    seed: int,
-    bf16: bool,
-) -> list[Terms]:
-    """Terms for every target (a set of classes), found together through the frozen network.
-
-    Half of a target's rows are of its classes, half are any images; the loss is the cross-entropy on true labels (so
-    that other classes are not pulled in; own rows count less, or precision pays for recall) + a usage term per target
-    + an L1 penalty. The weight of the usage term follows the target's distance from `usage_target`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    latent = torch.stack([candidates(stats, target, settings.terms) for target in targets])  # (P, S, K)
-    unit = torch.stack([  # each latent's own scale on the target, so that one step size fits all
-        (stats.mean + stats.deviation)[:, list(target)].mean(1).gather(1, chosen)
-        for target, chosen in zip(targets, latent, strict=True)
-    ]).clamp_min(1e-3)  # fmt: skip
-    scale_change = torch.zeros_like(unit, requires_grad=True)  # scale - 1
-    shift_change = torch.zeros_like(unit, requires_grad=True)  # in units of `unit`
-    optimizer = torch.optim.Adam([scale_change, shift_change], lr=settings.learning_rate)
-    members = [torch.nonzero(torch.isin(train.classes, torch.tensor(target))).flatten() for target in targets]
-    own = settings.rows // 2
-    profile = torch.arange(len(targets)).repeat_interleave(settings.rows)  # (P*R,)
-    is_own = (torch.arange(settings.rows) < own).repeat(len(targets))
-    weight = torch.where(is_own, settings.own_weight, 1.0)
-    usage_weight = torch.full((len(targets),), 2.0)
-    decide = straight_through(2.0)
-    progress = tqdm(range(settings.steps), desc="profiles: learned", unit="step", mininterval=5, dynamic_ncols=True)
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, 3 * (1 - step / settings.steps))
-        index = torch.cat([
-            torch.cat([
-                rows[torch.randint(len(rows), (own,), generator=generator)],
-                torch.randint(len(train), (settings.rows - own,), generator=generator),
-            ])
-            for rows in members
-        ])  # fmt: skip
-
-        def steer(site: int, residual: Tensor) -> Tensor:
-            terms = latent[:, site], 1 + scale_change[:, site], (shift_change * unit)[:, site]
-            return sae.steer(site, residual, *(of_site[profile] for of_site in terms))
-
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits, out = model(train.images[index], steer, decide)
-        loss = (weight * F.cross_entropy(logits.float(), train.classes[index], reduction="none")).sum() / weight.sum()
-        usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
-        loss = loss + (usage_weight * usage).mean()
-        loss = loss + settings.sparsity * (scale_change.abs() + shift_change.abs()).sum() / len(targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(0.05, 20)
-        if step % 10 == 0:
-            progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
-    scale, shift = (1 + scale_change).detach(), (shift_change * unit).detach()
-    return [
-        _pruned(stats, target, latent[i], scale[i], shift[i], settings.min_effect) for i, target in enumerate(targets)
-    ]
+def attribution(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Double the latents whose growth raises the class logit and lowers head usage, by gradient x activation."""
+    return scaled(stats.of(target, "attribution"), count, 2.0)
 
 
-def _pruned(
-    stats: SiteStatistics, target: tuple[int, ...], latent: Tensor, scale: Tensor, shift: Tensor, min_effect: float
-) -> Terms:
-    """Terms (S, K) without those that move no gate logit of the target by more than `min_effect` on average."""
-    index = list(target)
-    terms: dict[int, tuple[SteeringTerm, ...]] = {}
-    for site in range(latent.shape[0]):
-        mean = stats.mean[site, index].mean(0)[latent[site]] + stats.deviation[site, index].mean(0)[latent[site]]
-        change = ((scale[site] - 1) * mean).abs() + shift[site].abs()  # (K,)
-        effect = stats.effect[site, index].mean(0)[latent[site]].abs().amax(-1) * change
-        kept = torch.nonzero(effect > min_effect).flatten().tolist()
-        if kept:
-            terms[site] = tuple(
-                SteeringTerm(int(latent[site, k]), round(float(scale[site, k]), 4), round(float(shift[site, k]), 4))
-                for k in kept
-            )
-    return terms
+def causal(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Shift the latents that move the gates most per unit of their own activity, each towards closing heads."""
+    effect = stats.of(target, "effect").sum(-1)  # (S, L): summed over heads
+    reach = stats.of(target, "mean") + stats.of(target, "deviation")
+    terms = {}
+    for site, score in enumerate((effect * reach).abs()):
+        chosen = _top(score, count)
+        terms[site] = tuple(SteeringTerm(k, 1.0, -float(torch.sign(effect[site, k]) * reach[site, k])) for k in chosen)
+    return _without_empty(terms)
+
+
+def clamp(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Set the latents that tell the target best to their mean on it, whatever the image shows."""
+    terms = {}
+    for site, score in enumerate(stats.of(target, "auroc") - 0.5):
+        mean = stats.of(target, "mean")[site]
+        terms[site] = tuple(SteeringTerm(k, 0.0, float(mean[k])) for k in _top(score, count))
+    return _without_empty(terms)
+
+
+def suppress(stats: SiteStatistics, target: Target, count: int) -> Terms:
+    """Silence the latents that belong to other classes: most active on the rest beyond the target."""
+    return scaled(stats.of(target, "rest") - stats.of(target, "mean"), count, 0.0)
+
+
+def random_matched(seed: int) -> Strategy:
+    """The control of class_mean: as many latents, drawn among those of like frequency and magnitude on the target."""
+
+    def strategy(stats: SiteStatistics, target: Target, count: int) -> Terms:
+        generator = torch.Generator().manual_seed(seed)
+        frequency, mean = stats.of(target, "frequency"), stats.of(target, "mean")
+        terms = {}
+        for site, of_site in class_mean(stats, target, count).items():
+            taken: list[int] = []
+            for term in of_site:
+                distance = (frequency[site] - frequency[site, term.latent]).abs()
+                distance = distance + (mean[site] / mean[site, term.latent].clamp_min(1e-6)).clamp(1e-6).log().abs()
+                distance[[*taken, term.latent]] = torch.inf
+                nearest = distance.topk(min(4, len(distance)), largest=False).indices
+                taken.append(int(nearest[torch.randint(len(nearest), (1,), generator=generator)]))
+            terms[site] = tuple(SteeringTerm(k, 2.0) for k in taken)
+        return terms
+
+    return strategy
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "amplify-all": amplify_all,
+    "class-mean": class_mean,
+    "selectivity": selectivity,
+    "attribution": attribution,
+    "causal": causal,
+    "clamp": clamp,
+    "suppress": suppress,
+    "random": random_matched(0),
+}
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "amplify-all": (-0.5, 1.0, 3.0),
+    "class-mean": (-0.5, 1.0, 3.0),
+    "selectivity": (-0.5, 1.0, 3.0),
+    "attribution": (0.5, 1.0, 3.0),
+    "causal": (0.25, 0.5, 1.0),
+    "clamp": (0.5, 1.0, 2.0),
+    "suppress": (0.5, 1.0),
+    "random": (-0.5, 1.0, 3.0),
+    "learned": (0.75, 1.0, 1.25),
+    "learned, random latents": (0.75, 1.0, 1.25),
+}
+"""What is tried. A negative strength turns an amplification into a suppression."""
+
+
+def scaled(score: Tensor, count: int, scale: float) -> Terms:
+    """The same scale for the `count` latents a site of the highest score (S, L) above 0."""
+    return _without_empty({
+        site: tuple(SteeringTerm(k, scale) for k in _top(of_site, count)) for site, of_site in enumerate(score)
+    })  # fmt: skip
+
+
+def _top(score: Tensor, count: int) -> list[int]:
+    """Indices of the `count` highest scores above 0."""
+    best = score.topk(min(count, len(score)))
+    return [int(k) for k, value in zip(best.indices, best.values, strict=True) if value > 0]
+
+
+def _without_empty(terms: dict[int, tuple[SteeringTerm, ...]]) -> Terms:
+    return {site: of_site for site, of_site in terms.items() if of_site}

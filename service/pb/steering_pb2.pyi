@@ -161,17 +161,23 @@ class Profile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ...) -> None: ...
 
 class Effect(_message.Message):
-    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction")
+    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy")
     RECALL_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
     OVERALL_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    F1_FIELD_NUMBER: _ClassVar[int]
+    AUROC_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     recall: float
     precision: float
     false_positive_rate: float
     overall_accuracy: float
     head_usage: float
     compute_fraction: float
-    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ...) -> None: ...
+    f1: float
+    auroc: float
+    others_accuracy: float
+    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., f1: _Optional[float] = ..., auroc: _Optional[float] = ..., others_accuracy: _Optional[float] = ...) -> None: ...

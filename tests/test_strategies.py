@@ -1,0 +1,98 @@
+"""Strategies with statistics small enough to work out by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.latent_statistics import SiteStatistics, auroc
+from training.steering import SteeringTerm
+from training.strategies import (
+    STRATEGIES,
+    STRENGTHS,
+    amplify_all,
+    attribution,
+    causal,
+    clamp,
+    class_mean,
+    random_matched,
+    selectivity,
+    suppress,
+)
+
+
+def row(*values: float) -> Tensor:
+    """One site, one class."""
+    return torch.tensor([[values]])
+
+
+STATS = SiteStatistics(
+    # latent:    0    1    2    3
+    mean=row(4.0, 1.0, 0.0, 2.0),
+    deviation=row(1.0, 1.0, 0.0, 2.0),
+    frequency=row(0.9, 0.5, 0.0, 0.1),
+    rest=row(4.5, 0.2, 3.0, 0.0),
+    auroc=row(0.45, 0.80, 0.10, 0.95),
+    effect=torch.tensor([[[[0.1, 0.0], [-1.0, -1.0], [9.0, 9.0], [0.5, -0.1]]]]),  # two heads
+    attribution=row(-3.0, 2.0, 0.0, 0.5),
+)
+
+
+def latents(terms: dict[int, tuple[SteeringTerm, ...]]) -> list[int]:
+    return [term.latent for term in terms[0]]
+
+
+def test_amplify_all_takes_every_latent_that_is_ever_active() -> None:
+    assert sorted(latents(amplify_all(STATS, (0,), 1))) == [0, 1, 3]
+
+
+def test_class_mean_takes_the_most_active() -> None:
+    assert class_mean(STATS, (0,), 2) == {0: (SteeringTerm(0, 2.0), SteeringTerm(3, 2.0))}
+
+
+def test_selectivity_takes_those_that_tell_the_class_and_none_that_tell_its_absence() -> None:
+    assert latents(selectivity(STATS, (0,), 4)) == [3, 1]
+
+
+def test_attribution_takes_what_helps_and_nothing_that_harms() -> None:
+    assert latents(attribution(STATS, (0,), 4)) == [1, 3]
+
+
+def test_causal_shifts_each_latent_towards_closing_heads() -> None:
+    # effect summed over heads x (mean + deviation): 0.1 * 5, -2 * 2, 18 * 0, 0.4 * 4
+    assert causal(STATS, (0,), 2) == {0: (SteeringTerm(1, 1.0, 2.0), SteeringTerm(3, 1.0, -4.0))}
+
+
+def test_clamp_sets_the_mean_of_the_class() -> None:
+    assert clamp(STATS, (0,), 1) == {0: (SteeringTerm(3, 0.0, 2.0),)}
+
+
+def test_suppress_silences_what_belongs_to_others() -> None:
+    # rest - mean: 0.5, -0.8, 3.0, -2.0
+    assert suppress(STATS, (0,), 4) == {0: (SteeringTerm(2, 0.0), SteeringTerm(0, 0.0))}
+
+
+def test_random_takes_as_many_others_and_the_same_each_time() -> None:
+    first = latents(random_matched(0)(STATS, (0,), 2))
+    assert first == latents(random_matched(0)(STATS, (0,), 2))
+    assert len(set(first)) == 2
+
+
+def test_a_target_of_two_classes_averages_them() -> None:
+    two = SiteStatistics(**{name: torch.cat([value, value.flip(2)], 1) for name, value in vars(STATS).items()})
+    # means of both: (4 + 2) / 2, (1 + 0) / 2, (0 + 1) / 2, (2 + 4) / 2
+    assert two.of((0, 1), "mean").tolist() == [[3.0, 0.5, 0.5, 3.0]]
+    assert sorted(latents(class_mean(two, (0, 1), 2))) == [0, 3]
+
+
+def test_auroc_by_hand() -> None:
+    z = torch.tensor([[3.0], [1.0], [2.0], [1.0]])
+    # class 0 is {3, 1}, class 1 is {2, 1}: of the 4 pairs 3>2, 3>1, 1<2, 1=1 -> 2.5 / 4
+    found = auroc(z, [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    assert found.tolist() == [[0.625], [0.375]]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_names_each_latent_once_and_has_strengths(name: str) -> None:
+    terms = STRATEGIES[name](STATS, (0,), 4)
+    assert len(set(latents(terms))) == len(latents(terms)) > 0
+    assert STRENGTHS[name]
