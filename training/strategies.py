@@ -77,8 +77,9 @@ def random_matched(seed: int) -> Strategy:
                 distance = (frequency[site] - frequency[site, term.latent]).abs()
                 distance = distance + (mean[site] / mean[site, term.latent].clamp_min(1e-6)).clamp(1e-6).log().abs()
                 distance[[*taken, term.latent]] = torch.inf
-                nearest = distance.topk(min(4, len(distance)), largest=False).indices
-                taken.append(int(nearest[torch.randint(len(nearest), (1,), generator=generator)]))
+                nearest = distance.topk(min(4, int(distance.isfinite().sum())), largest=False).indices
+                if len(nearest):
+                    taken.append(int(nearest[torch.randint(len(nearest), (1,), generator=generator)]))
             terms[site] = tuple(SteeringTerm(k, 2.0) for k in taken)
         return terms
 

@@ -1,0 +1,127 @@
+"""Statistics and baselines with numbers that can be worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from training import significance
+from training.baselines import bisect, by_predicted_class, fixed_heads, logit_bias, prior_bias, random_heads
+from training.checkpoint import RunError
+from training.config import VitSettings
+from training.data import Split
+from training.evaluate import Outcome, auroc
+from training.fit_profiles import own_and_others, targets_of
+from training.gated_vit import GatedVit, create_vit
+from training.image_spec import ImageSpec
+
+
+def right(*counts: tuple[int, bool]) -> NDArray[np.bool_]:
+    return np.concatenate([np.full(count, value) for count, value in counts])
+
+
+def test_wilson_intervals_of_the_papers_class() -> None:
+    """76 and 82 of 100: the intervals overlap."""
+    low, high = significance.wilson(right((76, True), (24, False)))
+    assert (round(low, 2), round(high, 2)) == (0.67, 0.83)
+    low, high = significance.wilson(right((82, True), (18, False)))
+    assert (round(low, 2), round(high, 2)) == (0.73, 0.88)
+
+
+def test_mcnemar_counts_only_what_changed() -> None:
+    before = right((50, True), (1, True), (5, False), (44, False))
+    after = right((50, True), (1, False), (5, True), (44, False))
+    # 5 of 6 changes in one direction: 2 * (C(6,5) + C(6,6)) / 2^6
+    assert significance.mcnemar(before, after) == pytest.approx(2 * (6 + 1) / 64)
+    assert significance.mcnemar(before, before) == 1.0
+
+
+def test_below_a_margin_by_hand() -> None:
+    before, after = right((100, True)), right((97, True), (3, False))
+    # 3 lost of 3 changed; at a loss of exactly 1 of 100, a change is a gain with probability 1/2 - 1/6
+    assert significance.mcnemar_below(before, after, 0.01) == pytest.approx((2 / 3) ** 3)
+    assert significance.mcnemar_below(before, right((80, True), (20, False)), 0.01) < 0.001
+    assert significance.mcnemar_below(right((90, True), (10, False)), before, 0.01) > 0.99
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    # sorted 0.01, 0.03, 0.04 times 3/1, 3/2, 3/3, made monotone from the right
+    assert significance.benjamini_hochberg([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert significance.benjamini_hochberg([]) == []
+
+
+def test_the_interval_of_a_change_covers_it_and_is_paired() -> None:
+    before = right((500, True), (500, False))
+    after = before.copy()
+    after[:30] = False
+    after[500:560] = True
+    low, high = significance.change_interval(before, after)
+    # +60 - 30 of 1000; standard error sqrt(0.09 - 0.0009) / sqrt(1000) = 0.0094, far below that of unpaired shares
+    assert low == pytest.approx(0.03 - 1.96 * 0.0094, abs=0.003)
+    assert high == pytest.approx(0.03 + 1.96 * 0.0094, abs=0.003)
+    assert significance.change_interval(before, before) == (0.0, 0.0)
+
+
+def test_auroc_of_a_score_by_hand() -> None:
+    score, own = torch.tensor([0.9, 0.4, 0.4, 0.1]), torch.tensor([True, True, False, False])
+    assert auroc(score, own) == (2 + 1.5) / 4
+
+
+def outcome(logits: list[list[float]], gate: float = 1.0) -> Outcome:
+    return Outcome(torch.tensor(logits), torch.full((len(logits), 1, 2), gate) > 0.5)
+
+
+def test_prior_bias_is_the_free_recall_at_the_same_precision() -> None:
+    classes = torch.tensor([0, 0, 0, 1, 1])
+    # margins of class 0 over class 1: own 2, -0.5, -1.5; others -1, -3
+    neutral = outcome([[2.0, 0.0], [0.0, 0.5], [0.0, 1.5], [0.0, 1.0], [0.0, 3.0]])
+    assert prior_bias(neutral, classes, [0], 1.0) == (pytest.approx(2 / 3), 1.0)  # up to the other image at -1
+    assert prior_bias(neutral, classes, [0], 0.75) == (1.0, pytest.approx(3 / 4))  # that image is paid
+    assert prior_bias(neutral, classes, [0], 1.1) == (0.0, 0.0)
+
+
+def test_the_profile_of_the_predicted_class_answers() -> None:
+    neutral = outcome([[1.0, 0.0], [0.0, 1.0]])
+    under_0, under_1 = outcome([[5.0, 0.0], [6.0, 0.0]], 0.0), outcome([[0.0, 7.0], [0.0, 8.0]], 1.0)
+    chosen = by_predicted_class(neutral, [under_0, under_1])
+    assert chosen.logits.tolist() == [[5.0, 0.0], [0.0, 8.0]]
+    assert chosen.head_gate[:, 0, 0].tolist() == [False, True]
+
+
+def test_bisect_finds_where_a_falling_function_crosses_in_either_direction() -> None:
+    assert bisect(lambda x: 1 - x / 8, 0.25, 0.0, 8.0) == pytest.approx(6.0, abs=0.01)
+    assert bisect(lambda x: 1 + x / 8, 0.25, 0.0, -8.0) == pytest.approx(-6.0, abs=0.01)
+    assert bisect(lambda x: 1.0, 0.25, 0.0, 8.0) == pytest.approx(8.0, abs=0.01)
+
+
+def test_rivals_decide_the_gates_that_they_say() -> None:
+    torch.manual_seed(0)
+    spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=3, heads=3), spec, 4), (1, 2), spec).eval()
+    images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8)
+    kept = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    rival = fixed_heads(kept)
+    assert torch.equal(model(images, rival.steer, rival.decide)[1]["head_gate"], kept.expand(5, 2, 3))
+    bias = torch.tensor([[0.0, -9.0, 0.0], [-9.0, 0.0, 0.0]])  # every gate starts open, at most at 4
+    gates = model(images, None, logit_bias(bias).decide)[1]["head_gate"]
+    assert torch.equal(gates, (bias == 0).float().expand(5, 2, 3))
+    drawn = model(images, None, random_heads(model, 0.5, seed=1).decide)[1]["head_gate"]
+    assert drawn[0].sum() == 3
+    assert (drawn == drawn[0]).all()
+
+
+def test_the_slice_holds_as_many_others_as_own_images() -> None:
+    classes = torch.tensor([0] * 6 + [1] * 20 + [2] * 20)
+    split = Split(torch.zeros(46, 1, 1, 1, dtype=torch.uint8), classes)
+    rows = own_and_others(split, (0,), 10, seed=0)
+    assert classes[rows].eq(0).sum() == 6
+    assert len(rows) == len(set(rows.tolist())) == 12
+
+
+def test_contexts_are_sets_of_labels() -> None:
+    labels = ("a", "b", "c")
+    assert targets_of(labels, {"ends": ("a", "c")}) == {"a": (0,), "b": (1,), "c": (2,), "ends": (0, 2)}
+    with pytest.raises(RunError, match=r"profiles.contexts\['x'\] names \['d'\]; allowed: one or more of a, b, c"):
+        targets_of(labels, {"x": ("a", "d")})
+    with pytest.raises(RunError, match=r"profiles\.contexts has 'a', which is a label"):
+        targets_of(labels, {"a": ("b",)})
