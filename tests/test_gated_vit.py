@@ -151,6 +151,36 @@ def test_a_timm_model_by_name_is_gated() -> None:
     assert out["residual"].shape == (2, 2, 192)
 
 
+TIMM = {
+    "distillation token": ("deit_tiny_distilled_patch16_224", {}),
+    "registers": ("vit_wee_patch16_reg1_gap_256", {"global_pool": "token", "class_token": True}),
+    "layer scale": ("deit3_small_patch16_224", {"depth": 3}),
+    "qk-norm": ("vit_tiny_patch16_224", {"depth": 3, "qk_norm": True}),
+    "class token without position": ("vit_tiny_patch16_224", {"depth": 3, "no_embed_class": True}),
+    "norm before the blocks": ("vit_tiny_patch16_224", {"depth": 3, "pre_norm": True}),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timms_variants_are_gated_and_counted(kind: str) -> None:
+    """With every head on, the gated model gives timm's own answers, and the counter agrees with torch's."""
+    name, options = TIMM[kind]
+    torch.manual_seed(0)
+    vit = create_model(name, num_classes=5, img_size=64, **options).eval().requires_grad_(False)
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    spec = ImageSpec(64, 64, 3, 64, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    last = len(vit.blocks) - 1
+    model = GatedVit(vit, (1, last), spec).eval().requires_grad_(False)
+    batch = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    logits, out = model(batch, decide=keep_all)
+    torch.testing.assert_close(logits, vit((batch.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25), rtol=1e-3, atol=1e-4)
+    assert out["gate_logit"].shape == (2, 2, model.heads)
+    with FlopCounterMode(display=False) as counter:
+        model(batch[:1], decide=keep_all)
+    assert counter.get_total_flops() - 2 * 2 * model.dim * model.heads == 2 * count(model).dense
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.config import SaeSettings
-from training.fit_sae import Fitting, batch_top_k
+from training.fit_sae import Fitting, batch_top_k, top_k
 from training.sae import Sae
 
 
@@ -62,6 +62,11 @@ def test_steering_computes_what_encode_computes() -> None:
 def test_batch_top_k_keeps_the_largest_of_the_whole_batch() -> None:
     values = torch.tensor([[[5.0, 1.0, 0.0], [4.0, 3.0, 2.0]]])  # one site, two images: the first may keep fewer
     assert batch_top_k(values, 3).tolist() == [[[5.0, 0.0, 0.0], [4.0, 3.0, 0.0]]]
+
+
+def test_top_k_keeps_the_largest_of_each_image() -> None:
+    values = torch.tensor([[[5.0, 1.0, 0.0], [4.0, 3.0, 2.0]]])
+    assert top_k(values, 2).tolist() == [[[5.0, 1.0, 0.0], [4.0, 3.0, 0.0]]]
 
 
 def test_folding_keeps_the_autoencoder_and_meets_k() -> None:

@@ -67,6 +67,10 @@ class VitSettings(Group):
     """Start from timm's weights (timm models)."""
     gated_blocks: str = "all"
     """`all` (every block but the first), `last`, or a list such as `2,4-5`."""
+    gate: Literal["gumbel", "straight-through", "static"] = "gumbel"
+    """Gumbel noise in training; none; or gates that do not look at the image (a fixed set of heads)."""
+    budget: Literal["global", "per-block"] = "global"
+    """Whether all gated blocks together, or each of them, is drawn to the usage target."""
     usage_target: float = Field(0.5, gt=0, le=1)
     """Mean head usage that the joint phase is drawn to."""
     usage_weight: float = Field(4.0, ge=0)
@@ -100,6 +104,8 @@ class VitSettings(Group):
 class SaeSettings(Group):
     """The sparse autoencoders, one a site (every gated block)."""
 
+    kind: Literal["batch-topk", "topk"] = "batch-topk"
+    """k active latents an image on average over a batch, or exactly. Both are saved as JumpReLU."""
     latents: int = Field(512, ge=4)
     """Latents a site."""
     k: int = Field(32, ge=1)

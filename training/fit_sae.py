@@ -1,4 +1,4 @@
-"""Stage `sae`: BatchTopK autoencoders (arXiv:2412.06410) of the residuals at every site, saved as JumpReLU.
+"""Stage `sae`: BatchTopK (arXiv:2412.06410) or TopK (arXiv:2406.04093) autoencoders, saved as JumpReLU.
 
 Letters: B images, S sites, L latents, D residual width.
 """
@@ -98,7 +98,7 @@ class Fitting(nn.Module):
             warm, decay = min(1.0, (step + 1) / (0.05 * total + 1)), min(1.0, (total - step) / (0.2 * total))
             optimizer.param_groups[0]["lr"] = s.learning_rate * warm * decay
             raw = self.activations(x)
-            z = batch_top_k(raw, s.k * size)
+            z = batch_top_k(raw, s.k * size) if s.kind == "batch-topk" else top_k(raw, s.k)
             error = x - (z @ self.decoder + self.decoder_bias)
             loss = error.pow(2).mean((1, 2)) / x.var((1, 2))  # (S,)
             active = (z > 0).any(1)
@@ -153,6 +153,12 @@ def batch_top_k(values: Tensor, count: int) -> Tensor:
     count = min(count, flat.shape[1])
     threshold = flat.detach().kthvalue(flat.shape[1] - count + 1, dim=1).values  # (S,)
     return values * (values >= threshold[:, None, None])
+
+
+def top_k(values: Tensor, k: int) -> Tensor:
+    """Keep the k largest of each image's latents (S, B, L) (>= 0), zero the rest."""
+    best = values.topk(min(k, values.shape[-1]), dim=-1)
+    return torch.zeros_like(values).scatter(-1, best.indices, best.values)
 
 
 @torch.no_grad()

@@ -117,6 +117,9 @@ def _run_phase(
     vit = settings.vit
     model.vit.requires_grad_(phase.backbone_rate > 0)
     model.gates.requires_grad_(phase.gate_rate > 0)
+    if vit.gate == "static":  # the biases alone decide
+        for gate in model.gates:
+            gate.linear.weight.requires_grad_(False)
     if vit.model == "conv_stem":
         model.vit.pos_embed.requires_grad_(False)
     model.train(phase.backbone_rate > 0)
@@ -155,7 +158,8 @@ def _run_phase(
         done = step / total
         decide = keep_all
         if teacher is not None:
-            decide = straight_through(vit.gumbel_temperature, gate_noise(done) if phase.name == "joint" else 1.0)
+            noise = gate_noise(done) if phase.name == "joint" else 1.0
+            decide = straight_through(vit.gumbel_temperature, noise if vit.gate == "gumbel" else 0.0)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             logits, out = model(images, decide=decide)
         logits, usage = logits.float(), out["head_gate"].mean()
@@ -165,7 +169,8 @@ def _run_phase(
                 wanted = teacher(images, decide=keep_all)[0].float().log_softmax(-1)
             divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
             target = annealed(vit.usage_target, done) if phase.name == "joint" else 0.9
-            loss = loss + vit.distillation_weight * divergence + vit.usage_weight * (usage - target) ** 2
+            used = usage if vit.budget == "global" else out["head_gate"].mean((0, 2))  # () or (G,)
+            loss = loss + vit.distillation_weight * divergence + vit.usage_weight * (used - target).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

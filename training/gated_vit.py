@@ -14,6 +14,7 @@ from typing import TypedDict
 import torch
 from timm.layers import Attention, build_sincos2d_pos_embed
 from timm.models import create_model
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,8 +84,8 @@ class Gate(nn.Module):
 class GatedVit(nn.Module):
     """The model of this project: pixels in, logits and named intermediates out.
 
-    Only the class token leaves the last block, so there the query, the output projection and the MLP are
-    computed for that token alone.
+    Only the class token (of a distilled model: and the distillation token) leaves the last block, so there the query,
+    the output projection and the MLP are computed for that alone.
     """
 
     mean: Tensor
@@ -97,6 +98,7 @@ class GatedVit(nn.Module):
         self.gated_blocks = gated_blocks
         self.heads = vit.blocks[0].attn.num_heads
         self.dim = vit.embed_dim
+        self.leaving = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # tokens that the classifier reads
         self.gates = nn.ModuleList(Gate(self.dim, self.heads) for _ in gated_blocks)
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1) * 255, persistent=False)
@@ -121,7 +123,7 @@ class GatedVit(nn.Module):
                 residuals.append(residual)
                 logits.append(logit)
                 gates.append(gate)
-            queries = 1 if index == last else x.shape[1]
+            queries = self.leaving if index == last else x.shape[1]
             mixed = attention(block.attn, block.norm1(x), gate, queries)
             x = x[:, :queries] + block.drop_path1(block.ls1(mixed))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -215,7 +217,8 @@ def check_supported(vit: nn.Module) -> None:
         if not condition:
             raise UnsupportedModel(f"the model has {found}; allowed: {allowed}")
 
-    require(type(vit) is VisionTransformer, f"type {type(vit).__name__}", "a timm VisionTransformer")
+    known = (VisionTransformer, VisionTransformerDistilled)
+    require(type(vit) in known, f"type {type(vit).__name__}", "a timm VisionTransformer, distilled or not")
     require(vit.cls_token is not None and vit.global_pool == "token", f"pooling {vit.global_pool!r}", "the class token")
     require(vit.attn_pool is None, "attention pooling", "the class token")
     for index, block in enumerate(vit.blocks):

@@ -49,10 +49,10 @@ def count(model: GatedVit) -> Macs:
     finally:
         for hook in hooks:
             hook.remove()
-    dense = stem + vit.head.weight.numel()
+    dense = stem + sum(head.weight.numel() for head in (vit.head, getattr(vit, "head_dist", None)) if head is not None)
     per_head = []
     for index, block in enumerate(vit.blocks):
-        queries = 1 if index == len(vit.blocks) - 1 else tokens
+        queries = model.leaving if index == len(vit.blocks) - 1 else tokens
         head = head_macs(vit.embed_dim, block.attn.head_dim, tokens, queries)
         dense += block.attn.num_heads * head
         dense += queries * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())

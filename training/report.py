@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def write_report(run: Run) -> None:
         "effects": effects(results),
         "heads": heads(results),
         "usage": usage_per_block(results),
+        "rivals": rivals(results),
         "curves": curves(vit["result"]["curves"]),
     }
     encoded = {}
@@ -41,7 +42,16 @@ def write_report(run: Run) -> None:
         run.write(f"{name}.png", buffer.getvalue())
         encoded[name] = base64.b64encode(buffer.getvalue()).decode()
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
-    html = page.render(r=results, vit=vit["result"], sae=sae["result"], settings=vit["settings"], pictures=encoded)
+    classes = [profile for profile in results["profiles"] if "other_profiles" in profile]
+    html = page.render(
+        r=results,
+        sae=sae["result"],
+        settings=vit["settings"],
+        pictures=encoded,
+        free_recall=_mean(p["prior_bias"]["recall"] - p["before"]["recall"] for p in classes),
+        other_recall=_mean(p["other_profiles"]["recall"] - p["before"]["recall"] for p in classes),
+        other_usage=_mean(p["other_profiles"]["head_usage"] for p in classes),
+    )
     run.write("report.html", html.encode())
     print(f"report: {run.folder / 'report.html'}", flush=True)
 
@@ -108,6 +118,27 @@ def heads(results: dict[str, Any]) -> Figure:
         axis.set_title(f"{title} (one column a head)", fontsize=10)
     figure.colorbar(image, ax=axes, label="share of images that keep the head", shrink=0.9)
     return figure
+
+
+def rivals(results: dict[str, Any]) -> Figure:
+    """Strategies and baselines: mean change of recall over mean head usage; up and left is better."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    found = results["rivals"]
+    for name, x, y in _spread([(n, v["head_usage"], 100 * v["recall"]) for n, v in found.items()]):
+        value = found[name]
+        colour = AFTER if name == "learned" else "#333333" if name == "no steering" else BEFORE
+        axis.plot(value["head_usage"], 100 * value["recall"], "o", color=colour, markersize=6)
+        axis.text(x + 0.008, y, name, fontsize=8, va="center", color=colour)
+    axis.axhline(0, color="#bbbbbb", lw=0.8)
+    axis.set(xlabel="head usage, mean over classes", ylabel="recall, mean change, points")
+    axis.margins(x=0.16)
+    axis.grid(alpha=0.25)
+    return figure
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / max(len(listed), 1)
 
 
 def usage_per_block(results: dict[str, Any]) -> Figure:

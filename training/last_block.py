@@ -1,0 +1,94 @@
+"""The last block, exactly, without the network: what enters it and what each head adds are stored once an image.
+
+    logits = tail(residual + bias + sum of the kept heads' contributions)
+
+where tail is the block's MLP, the final norm and the classifier, of the class token alone. For models in which only
+the last block is gated (the paper's setting) every question about gates is then a question about small vectors.
+
+Letters: B images, H heads, D width, C classes.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from training.data import Split
+from training.gated_vit import GatedVit, keep_all
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """Of the images of a split, with the gates of earlier blocks as they decide without steering."""
+
+    model: GatedVit
+    residual: Tensor
+    """float32 (B, D): the class token that enters the block: what its gate reads."""
+    contribution: Tensor
+    """float32 (B, H, D): what each head adds to it when it is kept."""
+
+    def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
+        """Gates (B, H) -> logits (B, C)."""
+        block, vit = self.model.vit.blocks[-1], self.model.vit
+        constant = block.ls1(block.attn.proj.bias) if block.attn.proj.bias is not None else 0.0
+        found = []
+        for start in range(0, len(self.residual), size):
+            rows = slice(start, start + size)
+            kept = torch.einsum("bh,bhd->bd", head_gate[rows].float(), self.contribution[rows])
+            x = (self.residual[rows] + constant + kept)[:, None]  # (B, 1, D)
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+            found.append(vit.forward_head(vit.norm(x)))
+        return torch.cat(found)
+
+
+@torch.no_grad()
+def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
+    """One forward pass over the split. Raises ValueError for a distilled model, of which two tokens leave the block."""
+    if model.leaving != 1:
+        raise ValueError("the last-block cache is for models of which only the class token leaves the last block")
+    attn = model.vit.blocks[-1].attn
+    h, e = attn.num_heads, attn.head_dim
+    weight = attn.proj.weight.view(-1, h, e)  # (D, H, E)
+    mixed: list[Tensor] = []
+    residuals: list[Tensor] = []
+    hooks = [
+        attn.proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0][:, 0])),  # (B, H*E), ungated
+        model.vit.blocks[-1].norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0])),
+    ]
+    last = len(model.gated_blocks) - 1 if model.gated_blocks[-1] == len(model.vit.blocks) - 1 else -1
+
+    def last_open(site: int, logit: Tensor) -> Tensor:
+        return keep_all(site, logit) if site == last else (logit > 0).to(logit.dtype)
+
+    try:
+        for start in range(0, len(split), size):
+            model(split.images[start : start + size], decide=last_open)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = torch.cat(mixed).view(-1, h, e)
+    return LastBlock(model, torch.cat(residuals), model.vit.blocks[-1].ls1(torch.einsum("bhe,dhe->bhd", heads, weight)))
+
+
+def subsets(heads: int) -> Tensor:
+    """float32 (2^H, H): every set of heads, the empty one included."""
+    return torch.tensor(list(product((0.0, 1.0), repeat=heads)))
+
+
+@torch.no_grad()
+def best_subsets(cache: LastBlock, classes: Tensor, label: int) -> list[dict[str, float | list[int]]]:
+    """The oracle: for every number of heads, the fixed set that keeps the class's recall highest on this split.
+
+    classes (B,). Chosen and measured on the same images, so it is a bound, not a method.
+    """
+    own = torch.nonzero(classes == label).flatten()
+    of_class = LastBlock(cache.model, cache.residual[own], cache.contribution[own])
+    found: dict[int, dict[str, float | list[int]]] = {}
+    for subset in subsets(cache.contribution.shape[1]):
+        recall = (of_class.logits(subset.expand(len(own), -1)).argmax(-1) == label).double().mean().item()
+        count = int(subset.sum())
+        if count not in found or recall > float(found[count]["recall"]):  # type: ignore[arg-type]
+            kept = torch.nonzero(subset).flatten().tolist()
+            found[count] = {"head_usage": count / len(subset), "recall": round(recall, 5), "heads": kept}
+    return [found[count] for count in sorted(found)]
