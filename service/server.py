@@ -12,8 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
@@ -88,7 +87,7 @@ class Server:
         self._metrics = Metrics(self._registry)
         self.ready = False
         self._repository = Repository(settings, self._metrics)
-        self._health = HealthServicer()
+        self._health = health.aio.HealthServicer()
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:

@@ -1,5 +1,6 @@
 """Training: data are split as said, an interrupted run ends as an uninterrupted one, and bad settings are named."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from processes import run_module
 from training import fit_vit
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
-from training.data import DataError, augment, batches, load
+from training.data import DEBIAN_FASHION_MNIST, DataError, augment, batches, load
 from training.evaluate import Outcome, effect
 from training.macs import Macs
 
@@ -108,6 +109,23 @@ def test_effect_by_hand() -> None:
     assert found.auroc == (3 * 3 + 3 * 0.5 + 1 * 0.5) / 16  # own: three high, one low; others: one high, three low
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
+
+
+def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:
+    """torch/fashion_mnist wants the files unpacked."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in DEBIAN_FASHION_MNIST.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    limits = {"max_train": 300, "max_test": 100}
+    ours = load(DataSettings(**limits), 0)
+    timms = load(DataSettings(dataset="torch/fashion_mnist", root=tmp_path, **limits), 0)
+    for name in ("train", "selection", "test"):
+        assert torch.equal(getattr(ours, name).images, getattr(timms, name).images)
+        assert torch.equal(getattr(ours, name).classes, getattr(timms, name).classes)
+    assert timms.labels[:2] == ("T-shirt/top", "Trouser")
+    with pytest.raises(DataError, match=r"data\.dataset 'torch/cifar100', data\.root .*, train:"):
+        load(DataSettings(dataset="torch/cifar100", root=tmp_path), 0)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,13 @@ class Group(BaseModel):
 class DataSettings(Group):
     """The images, and how they are split."""
 
-    dataset: Literal["fashion-mnist", "folder"] = "fashion-mnist"
-    """`folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/."""
+    dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds)/.+)$")
+    """`fashion-mnist`; a data set of timm, such as `torch/cifar100` or `hfds/<name>`; or `folder`: root/<label>/*.png,
+    or root/train/<label>/ and root/test/<label>/."""
     root: Path | None = None
     """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
+    download: bool = False
+    """Whether a data set of timm may be downloaded to root."""
     image_size: int = Field(28, ge=8, le=1024)
     """Height and width of the model's input, pixels."""
     channels: Annotated[Literal[1, 3], AsInteger] = 1
@@ -129,7 +132,7 @@ class ProfileSettings(Group):
     """Steering terms a site at most."""
     usage_target: float = Field(0.27, gt=0, le=1)
     """Head usage on the class that the learned profiles are drawn to."""
-    steps: int = Field(900, ge=0)
+    steps: int = Field(600, ge=0)
     """Steps of the joint search for all classes."""
     rows: int = Field(12, ge=2)
     """Images a class and step: half of the class, half of any."""

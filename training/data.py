@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform
+from timm.data import create_dataset, create_transform
+from tqdm import tqdm
 
 from training.config import DataSettings
 from training.image_spec import ImageSpec
@@ -65,8 +66,10 @@ def load(settings: DataSettings, seed: int) -> Data:
             raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
         labels = FASHION_MNIST_LABELS
         train, test = (_fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-    else:
+    elif settings.dataset == "folder":
         labels, train, test = _folder(settings, seed)
+    else:
+        labels, train, test = _timm(settings)
     if settings.max_train:
         train = train.take(balanced(train.classes, settings.max_train / len(train), seed)[0])
     if settings.max_test:
@@ -183,6 +186,28 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
         raise DataError(f"{path} is not an IDX file of uint8")
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def _timm(settings: DataSettings) -> tuple[tuple[str, ...], Split, Split]:
+    """A map-style data set that timm knows, read into memory: its train split, and its validation or test split."""
+    channels = (0.5,) * settings.channels
+    transform = eval_transform(image_spec(settings, channels, channels))
+    splits, labels = [], ()
+    for name in ("train", "validation"):
+        try:
+            found = create_dataset(
+                settings.dataset, str(settings.root or ""), split=name, is_training=False, download=settings.download
+            )
+        except Exception as error:  # timm and the libraries behind it raise many kinds
+            raise DataError(
+                f"data.dataset {settings.dataset!r} in data.root {settings.root}, {name}: {error}"
+            ) from error
+        found.transform = transform
+        labels = tuple(found.classes if hasattr(found, "classes") else found.reader.class_to_idx)
+        rows = [found[i] for i in tqdm(range(len(found)), desc=f"data: {name}", unit="image", mininterval=5)]
+        images, classes = zip(*rows, strict=True)
+        splits.append(Split(torch.from_numpy(np.stack(images)), torch.tensor(classes)))
+    return labels, splits[0], splits[1]
 
 
 def _folder(settings: DataSettings, seed: int) -> tuple[tuple[str, ...], Split, Split]:

@@ -4,7 +4,7 @@ A target is a set of classes: every class alone, and the contexts of the setting
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ from training.latent_statistics import measure
 from training.learned import gate_bias, learned
 from training.macs import count
 from training.sae import Sae
-from training.steering import SteeringProfile, Terms, at_strength, profiles_from_json, profiles_to_json, terms_to_json
+from training.steering import (
+    SteeringProfile,
+    Terms,
+    at_strength,
+    profiles_from_json,
+    profiles_to_json,
+    terms_from_json,
+    terms_to_json,
+)
 from training.strategies import STRATEGIES, STRENGTHS, Target
 
 Trial = tuple[str, float, Terms]
@@ -102,8 +110,24 @@ def find(
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
     for name, at_random in (("learned", False), ("learned, random latents", True)):
-        found[name] = learned(model, sae, stats, targets, data.train, options, seed, settings.bf16, at_random)
+        found[name] = _learned_once(
+            settings, run, name,
+            lambda at_random=at_random: learned(
+                model, sae, stats, targets, data.train, options, seed, settings.bf16, at_random
+            ),
+        )  # fmt: skip
     run.write_tensors("gate_bias", {"bias": gate_bias(model, targets, data.train, options, seed, settings.bf16)})
+    return found
+
+
+def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], list[Terms]]) -> list[Terms]:
+    """The terms of a search that takes minutes: from the run folder when it was finished before an interruption."""
+    file = f"profiles.{name.replace(', ', '-').replace(' ', '-')}"
+    stored = run.read_state(file, settings.fingerprint("profiles"))
+    if stored:
+        return [terms_from_json(terms) for terms in stored[1]["terms"]]
+    found = search()
+    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in found]})
     return found
 
 

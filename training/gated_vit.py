@@ -172,6 +172,7 @@ class ConvStem(nn.Module):
             layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
         self.convolutions = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
         side = -(-img_size // patch_size)
+        self.img_size = (img_size, img_size)
         self.grid_size = (side, side)
         self.num_patches = side * side
 

@@ -3,7 +3,7 @@
 One search serves all: every step takes rows for every target, half of the target's classes, half any images; the loss
 is the cross-entropy on true labels (so that other classes are not pulled in; own rows count less, or precision pays
 for recall) + a usage term per target + a penalty. The weight of the usage term follows the target's distance from
-`usage_target`.
+`usage_target`, from both sides: what is compared is compared at the same usage.
 
 Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, H heads, D width.
 """
@@ -74,13 +74,16 @@ def gate_bias(
     model: GatedVit, targets: Sequence[Target], train: Split, settings: ProfileSettings, seed: int, bf16: bool
 ) -> Tensor:
     """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
-    bias = torch.zeros(len(targets), len(model.gated_blocks), model.heads, requires_grad=True)
+    raw = torch.zeros(len(targets), len(model.gated_blocks), model.heads, requires_grad=True)
+
+    def bounded() -> Tensor:
+        return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
 
     def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
-        return logit + bias[profile, site]
+        return logit + bounded()[profile, site]
 
-    search(model, targets, train, settings, seed, bf16, [bias], "gate-logit bias", None, shifted, lambda: 0.0)
-    return bias.detach()
+    search(model, targets, train, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
+    return bounded().detach()
 
 
 def search(
@@ -128,7 +131,7 @@ def search(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(0.05, 20)
+        usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(-2, 20)
         if step % 10 == 0:
             progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
 

@@ -31,8 +31,8 @@ class Macs:
 
 
 def count(model: GatedVit) -> Macs:
+    """Count the MACs of a model in evaluation mode."""
     vit = model.vit
-    height, width = vit.patch_embed.img_size if hasattr(vit.patch_embed, "img_size") else (None, None)
     stem = 0
 
     def add(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
@@ -41,15 +41,14 @@ def count(model: GatedVit) -> Macs:
         stem += layer.weight.numel() * output.shape[2] * output.shape[3]
 
     hooks = [m.register_forward_hook(add) for m in vit.patch_embed.modules() if isinstance(m, nn.Conv2d)]
-    channels = model.mean.shape[0]
-    side = height or vit.patch_embed.grid_size[0] * 4
+    image = torch.zeros(1, len(model.mean), *vit.patch_embed.img_size)
     try:
         with torch.no_grad():
-            tokens = vit._pos_embed(vit.patch_embed(torch.zeros(1, channels, side, width or side))).shape[1]
+            tokens = vit._pos_embed(vit.patch_embed(image)).shape[1]
     finally:
         for hook in hooks:
             hook.remove()
-    dense = stem + sum(head.weight.numel() for head in (vit.head, getattr(vit, "head_dist", None)) if head is not None)
+    dense = stem + model.leaving * vit.head.weight.numel()  # a distilled model has a second head of the same size
     per_head = []
     for index, block in enumerate(vit.blocks):
         queries = model.leaving if index == len(vit.blocks) - 1 else tokens
