@@ -36,7 +36,7 @@ format: .venv/.dev  ## Rewrite the code in the project's format
 proto: .venv/.dev  ## Generate service/pb from proto/
 	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto
 
-train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm (README.md says how long it takes)
+train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm (about two hours)
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm
 
 export: .venv/.dev  ## Write runs/fm as the next version of deploy/models/fashion_mnist
