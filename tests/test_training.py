@@ -106,7 +106,6 @@ def test_effect_by_hand() -> None:
     assert found.overall_accuracy == 6 / 8
     assert found.others_accuracy == 3 / 4
     assert found.f1 == pytest.approx(3 / 4)
-    assert found.auroc == (3 * 3 + 3 * 0.5 + 1 * 0.5) / 16  # own: three high, one low; others: one high, three low
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
 

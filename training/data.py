@@ -199,9 +199,7 @@ def _timm(settings: DataSettings) -> tuple[tuple[str, ...], Split, Split]:
                 settings.dataset, str(settings.root or ""), split=name, is_training=False, download=settings.download
             )
         except Exception as error:  # timm and the libraries behind it raise many kinds
-            raise DataError(
-                f"data.dataset {settings.dataset!r} in data.root {settings.root}, {name}: {error}"
-            ) from error
+            raise DataError(f"data.dataset {settings.dataset!r}, data.root {settings.root}, {name}: {error}") from error
         found.transform = transform
         labels = tuple(found.classes if hasattr(found, "classes") else found.reader.class_to_idx)
         rows = [found[i] for i in tqdm(range(len(found)), desc=f"data: {name}", unit="image", mininterval=5)]
