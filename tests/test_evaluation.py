@@ -6,14 +6,23 @@ import torch
 from numpy.typing import NDArray
 
 from training import significance
-from training.baselines import bisect, by_predicted_class, fixed_heads, logit_bias, prior_bias, random_heads
+from training.baselines import (
+    bisect,
+    by_predicted_class,
+    fixed_heads,
+    logit_bias,
+    matched,
+    prior_bias,
+    random_heads,
+)
 from training.checkpoint import RunError
 from training.config import VitSettings
 from training.data import Split
-from training.evaluate import Outcome, auroc
+from training.evaluate import Effect, Outcome, answers, auroc, gate_diagnostics
 from training.fit_profiles import own_and_others, targets_of
 from training.gated_vit import GatedVit, create_vit
 from training.image_spec import ImageSpec
+from training.rivals import Measured, compare
 
 
 def right(*counts: tuple[int, bool]) -> NDArray[np.bool_]:
@@ -68,7 +77,8 @@ def test_auroc_of_a_score_by_hand() -> None:
 
 
 def outcome(logits: list[list[float]], gate: float = 1.0) -> Outcome:
-    return Outcome(torch.tensor(logits), torch.full((len(logits), 1, 2), gate) > 0.5)
+    gates = torch.full((len(logits), 1, 2), gate)
+    return Outcome(torch.tensor(logits), gates > 0.5, gates - 0.5)
 
 
 def test_prior_bias_is_the_free_recall_at_the_same_precision() -> None:
@@ -108,6 +118,40 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     drawn = model(images, None, random_heads(model, 0.5, seed=1).decide)[1]["head_gate"]
     assert drawn[0].sum() == 3
     assert (drawn == drawn[0]).all()
+
+
+def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> None:
+    """Gate logits 4 tanh(bias / 4) of 1.85, 2.54 and 3.39, by head: which bias leaves no more than half of them open?"""
+    torch.manual_seed(0)
+    spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 4), (1,), spec).eval()
+    model.gates[0].linear.bias.data = torch.tensor([2.0, 3.0, 5.0])
+    split = Split(torch.randint(256, (8, 28, 28, 1), dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    rival = matched(model, split, 0.5, lambda factor: logit_bias(-10 * factor * torch.ones(1, 3)))
+    assert rival.decide(0, torch.tensor([[2.44, 2.64, 2.64]])).tolist() == [[0.0, 1.0, 1.0]]
+
+
+def test_rivals_are_compared_with_the_profile_image_by_image() -> None:
+    """Two classes of four images; the rival gets 1 + 2 of them right, the profile 3 + 2, no steering 2 + 2."""
+    by_hand = dict.fromkeys(Effect.__dataclass_fields__, 0.5)
+
+    def measured(right: str, recall: float) -> Measured:
+        return Measured(Effect(**{**by_hand, "recall": recall}), np.array([c == "1" for c in right]))
+
+    first = {"no steering": measured("1100", 0.5), "profile": measured("1110", 0.75), "rival": measured("0010", 0.25)}
+    second = {"no steering": measured("1100", 0.5), "profile": measured("1100", 0.5), "rival": measured("0011", 0.5)}
+    found = compare([first, second])["rival"]
+    assert found["recall"] == pytest.approx(-0.125)  # mean of -0.25 and 0
+    assert found["worst_recall"] == -0.25
+    assert found["against_profile"]["recall"] == pytest.approx(3 / 8 - 5 / 8)
+    assert found["against_profile"]["p"] == pytest.approx(2 * (1 + 6 + 15) / 64)  # 2 gained, 4 lost
+    assert compare([first, second])["profile"]["against_profile"]["p"] == 1.0
+
+
+def test_gate_diagnostics_by_hand() -> None:
+    logit = torch.tensor([[[0.05, 2.0]], [[-0.05, -2.0]], [[3.0, -0.5]]])
+    found = gate_diagnostics(Outcome(torch.zeros(3, 2), logit > 0, logit), torch.tensor([0, 0, 1]))
+    assert found == {"usage": [[[0.5, 0.5]], [[1.0, 0.0]]], "near_threshold": [[0.6667, 0.0]]}
 
 
 def test_the_slice_holds_as_many_others_as_own_images() -> None:

@@ -6,9 +6,9 @@ from torch import nn
 
 from training.config import VitSettings
 from training.data import Split
-from training.gated_vit import GatedVit, create_vit
+from training.gated_vit import GatedVit, create_vit, straight_through
 from training.image_spec import ImageSpec
-from training.last_block import best_subsets, store, subsets
+from training.last_block import LastBlock, best_subsets, shortcut, store, subsets
 
 SPEC = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
 
@@ -35,6 +35,28 @@ def test_the_cache_gives_the_logits_of_the_full_forward(gated: tuple[int, ...]) 
             torch.testing.assert_close(cache.residual, out["residual"][:, -1], rtol=1e-4, atol=1e-5)
         elif kept.all():  # the last block is not gated: all its heads run
             torch.testing.assert_close(cache.logits(kept.expand(40, 4)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_block_takes_the_place_of_the_model() -> None:
+    """Same logits, gates and gradients, steered and not, for any rows of several splits."""
+    torch.manual_seed(2)
+    model = GatedVit(create_vit(VitSettings(dim=32, depth=3, heads=4), SPEC, 5), (2,), SPEC)
+    nn.init.normal_(model.gates[0].linear.weight)
+    model.eval().requires_grad_(False)
+    splits = [Split(torch.randint(256, (n, 28, 28, 1), dtype=torch.uint8), torch.randint(5, (n,))) for n in (30, 20)]
+    cache, rows = shortcut(model, splits)
+    assert isinstance(cache, LastBlock)
+    change = torch.randn(1, 32, requires_grad=True)
+    picked = torch.tensor([3, 19, 7])
+    found = []
+    for network, split in ((model, splits[1]), (cache, rows[1])):
+        logits, out = network(split.images[picked], lambda _, residual: residual + change, straight_through(2.0))
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), change)
+        found.append([logits, gradient, out["head_gate"], out["gate_logit"], out["residual"]])
+    for whole, cached in zip(*found, strict=True):
+        torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+    two = GatedVit(create_vit(VitSettings(dim=32, depth=3, heads=4), SPEC, 5), (1, 2), SPEC).eval()
+    assert shortcut(two, splits) == (two, splits)
 
 
 def test_the_oracle_is_the_best_of_all_subsets() -> None:

@@ -1,21 +1,19 @@
-"""Training: data are split as said, an interrupted run ends as an uninterrupted one, and bad settings are named."""
+"""Training: an interrupted run ends as an uninterrupted one, runs share what they may, bad settings are named."""
 
-import gzip
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from processes import run_module
 
-from training import fit_vit
+from training import fit_vit, phases
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
-from training.data import DEBIAN_FASHION_MNIST, DataError, augment, batches, load
+from training.controls import narrower
+from training.data import load
 from training.evaluate import Outcome, effect
-from training.macs import Macs
+from training.macs import Macs, count
 
 TINY = VitSettings(
     dim=16, depth=2, heads=2, backbone_epochs=2, gate_epochs=1, joint_epochs=2, batch_size=50, learning_rate=5e-3
@@ -36,7 +34,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in each of the three phases, right after a state was saved."""
-    monkeypatch.setattr(fit_vit, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(phases, "SAVE_EVERY", 0.0)
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
     whole = fit_vit.fit_vit(settings, data, Run(tmp_path / "whole"))
@@ -60,38 +58,58 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
 
 
-def test_splits_are_disjoint_balanced_and_the_same_each_time() -> None:
-    settings = DataSettings(max_train=1000, max_test=200, selection_fraction=0.2)
-    one, two = load(settings, 7), load(settings, 7)
-    for name in ("train", "selection", "test"):
-        assert torch.equal(getattr(one, name).images, getattr(two, name).images)
-    assert (len(one.train), len(one.selection), len(one.test)) == (800, 200, 200)
-    assert one.selection.classes.bincount().tolist() == [20] * 10
-    train = {image.numpy().tobytes() for image in one.train.images}
-    assert not train & {image.numpy().tobytes() for image in one.selection.images}
-    assert not torch.equal(one.selection.images, load(settings, 8).selection.images)
+def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    data = load(settings.data, settings.seed)
+    whole = fit_vit.fit_vit(settings, data, Run(tmp_path / "whole"))
+
+    def sharing(**changes: Any) -> Settings:
+        vit = TINY.model_copy(update={"backbone": tmp_path / "whole", **changes})
+        return settings.model_copy(update={"vit": vit})
+
+    again = fit_vit.fit_vit(sharing(), data, Run(tmp_path / "again"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    with pytest.raises(RunError, match=r"vit\.backbone is .*whole, trained with another backbone_epochs"):
+        fit_vit.fit_vit(sharing(backbone_epochs=3), data, Run(tmp_path / "other"))
+    with pytest.raises(RunError, match=r"which has no backbone\.safetensors: run the step 'vit' there first"):
+        fit_vit.fit_vit(sharing(backbone=tmp_path), data, Run(tmp_path / "none"))
 
 
-def test_a_resumed_epoch_sees_the_batches_that_it_would_have_seen() -> None:
-    split = load(DataSettings(max_train=300), 0).train
-    whole = {step: batch.classes.tolist() for step, batch in batches(split, 50, 3, seed=5)}
-    assert len(whole) == 15
-    rest = {step: batch.classes.tolist() for step, batch in batches(split, 50, 3, seed=5, start=8)}
-    assert rest == {step: whole[step] for step in range(8, 15)}
+def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    data = load(settings.data, settings.seed)
+    old = tmp_path / "vit.json"
+    old.write_text('{"settings": {}, "result": {}}')
+    with pytest.raises(
+        RunError, match=r"vit\.json has the format None of another version; this one reads and writes 2"
+    ):
+        fit_vit.fit_vit(settings, data, Run(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["vit.json"]
+    assert old.read_text() == '{"settings": {}, "result": {}}'
 
 
-def test_augmentation_only_mirrors_and_shifts() -> None:
+def test_offsets_spare_the_first_image_and_most_others() -> None:
     torch.manual_seed(0)
-    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 5, 5, 1)
-    assert torch.equal(augment(image, flip=False, shift=0), image)
-    allowed = set()
-    for mirrored in (image, image.flip(2)):
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                rows, columns = ((np.arange(5) + d).clip(0, 4) for d in (dy, dx))
-                allowed.add(mirrored.numpy()[0][rows][:, columns].tobytes())
-    seen = {augment(image, flip=True, shift=1).numpy().tobytes() for _ in range(300)}
-    assert seen == allowed
+    offsets = phases.offsets(10_000, VitSettings(offset=3.0, offset_share=0.4), torch.device("cpu"))[:, 0]
+    assert offsets[0] == 0
+    assert (offsets > 0).float().mean().item() == pytest.approx(0.4, abs=0.02)
+    assert offsets[offsets > 0].mean().item() == pytest.approx(1.5, abs=0.05)
+    assert offsets.max() <= 3
+
+
+def test_the_smaller_control_computes_as_much_as_the_gated_model() -> None:
+    data = load(DataSettings(max_train=100, max_test=20), 0)
+    wide = fit_vit.build(VitSettings(), data.spec, 10).eval()
+    macs = count(wide)
+    dim = narrower(VitSettings(), data, usage=0.25)
+    small = count(fit_vit.build(VitSettings(dim=dim), data.spec, 10).eval()).dense
+    wanted = (
+        macs.fraction(torch.cat([torch.zeros(3, 5, 6), torch.ones(1, 5, 6)])).mean().item()
+    )  # a quarter of the heads
+    assert dim % 12 == 0
+    assert small / macs.dense == pytest.approx(wanted, abs=0.06)
+    assert narrower(VitSettings(), data, usage=1.0) == 192
 
 
 def test_effect_by_hand() -> None:
@@ -99,7 +117,7 @@ def test_effect_by_hand() -> None:
     predicted = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2])
     gates = torch.tensor([[[True, False]]] * 4 + [[[True, True]]] * 4)
     logits = torch.nn.functional.one_hot(predicted, 3).float()
-    found = effect(Outcome(logits, gates), classes, (0,), Macs(dense=100, per_head=(20,)))
+    found = effect(Outcome(logits, gates, gates.float()), classes, (0,), Macs(dense=100, per_head=(20,)))
     assert found.recall == 3 / 4
     assert found.precision == 3 / 4
     assert found.false_positive_rate == 1 / 4
@@ -108,23 +126,6 @@ def test_effect_by_hand() -> None:
     assert found.f1 == pytest.approx(3 / 4)
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
-
-
-def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:
-    """torch/fashion_mnist wants the files unpacked."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in DEBIAN_FASHION_MNIST.glob("*.gz"):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    limits = {"max_train": 300, "max_test": 100}
-    ours = load(DataSettings(**limits), 0)
-    timms = load(DataSettings(dataset="torch/fashion_mnist", root=tmp_path, **limits), 0)
-    for name in ("train", "selection", "test"):
-        assert torch.equal(getattr(ours, name).images, getattr(timms, name).images)
-        assert torch.equal(getattr(ours, name).classes, getattr(timms, name).classes)
-    assert timms.labels[:2] == ("T-shirt/top", "Trouser")
-    with pytest.raises(DataError, match=r"data\.dataset 'torch/cifar100', data\.root .*, train:"):
-        load(DataSettings(dataset="torch/cifar100", root=tmp_path), 0)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +145,3 @@ def test_bad_settings_are_named(flags: list[str], message: str, tmp_path: Path) 
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_broken_image_in_a_folder_is_named(tmp_path: Path) -> None:
-    for label in ("a", "b"):
-        (tmp_path / label).mkdir()
-        for index in range(4):
-            Image.new("RGB", (9, 9)).save(tmp_path / label / f"{index}.png")
-    (tmp_path / "b" / "2.png").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match=r"b/2.png is not a readable image"):
-        load(DataSettings(dataset="folder", root=tmp_path), 0)

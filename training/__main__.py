@@ -1,15 +1,15 @@
-"""python -m training {vit,sae,profiles,evaluate,report,all} --preset fashion-mnist --out runs/fm"""
+"""python -m training {vit,sae,profiles,controls,evaluate,report,all} --preset fashion-mnist --out runs/fm"""
 
 import sys
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from training import data
+from training import data, processes
 from training.checkpoint import Run, RunError
 from training.config import STEPS, Settings
+from training.controls import fit_controls
 from training.fit_profiles import fit_profiles, load_profiles
 from training.fit_sae import fit_sae, load_sae
 from training.fit_vit import fit_vit, load_vit
@@ -38,19 +38,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> Any:
-    """One step; the ones before it must be finished in the run folder."""
+def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> None:
+    """One step, in every process; the ones before it must be finished in the run folder."""
     match step:
         case "vit":
-            return fit_vit(settings, images, run)
+            fit_vit(settings, images, run)
         case "sae":
-            return fit_sae(settings, images, run, load_vit(run))
+            fit_sae(settings, images, run, load_vit(run))
         case "profiles":
-            return fit_profiles(settings, images, run, load_vit(run), load_sae(run))
-        case "evaluate":
-            return evaluate(images, run, load_vit(run), load_sae(run), load_profiles(run))
-        case "report":
-            return write_report(run)
+            fit_profiles(settings, images, run, load_vit(run), load_sae(run))
+        case "controls":
+            fit_controls(settings, images, run)
+        case "evaluate" if processes.is_main():
+            evaluate(settings, images, run, load_vit(run), load_sae(run), load_profiles(run))
+        case "report" if processes.is_main():
+            write_report(run)
+    processes.wait()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def residual_direction(model: GatedVit, own: Split, usage: float, difference: Te
     """
 
     def added(factor: float) -> Steer:
-        return lambda site, residual: residual + factor * difference[site]
+        return lambda site, residual: residual + factor * difference[site].to(residual.device)
 
     def used(factor: float) -> float:
         return answers(model, own, added(factor)).head_gate.double().mean().item()
@@ -47,14 +47,24 @@ def residual_direction(model: GatedVit, own: Split, usage: float, difference: Te
     return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
 
 
+def matched(model: GatedVit, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+    """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
+
+    def used(factor: float) -> float:
+        rival = at(factor)
+        return answers(model, own, rival.steer, rival.decide).head_gate.double().mean().item()
+
+    return at(bisect(used, usage, 0.0, 2.0, rounds=8))
+
+
 def logit_bias(bias: Tensor) -> Rival:
     """A constant (G, H) added to the gate logits (learned.gate_bias)."""
-    return Rival(decide=lambda site, logit: keep_positive(site, logit + bias[site]))
+    return Rival(decide=lambda site, logit: keep_positive(site, logit + bias[site].to(logit.device)))
 
 
 def fixed_heads(kept: Tensor) -> Rival:
     """The same heads (G, H) for every image."""
-    return Rival(decide=lambda site, logit: kept[site].to(logit.dtype).expand_as(logit))
+    return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
 def random_heads(model: GatedVit, usage: float, seed: int) -> Rival:
@@ -94,8 +104,8 @@ def by_predicted_class(neutral: Outcome, under: Sequence[Outcome]) -> Outcome:
     """
     chosen = neutral.predicted
     rows = torch.arange(len(chosen))
-    logits, gates = torch.stack([o.logits for o in under]), torch.stack([o.head_gate for o in under])
-    return Outcome(logits[chosen, rows], gates[chosen, rows])
+    fields = ("logits", "head_gate", "gate_logit")
+    return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})
 
 
 def bisect(value: Callable[[float], float], wanted: float, low: float, high: float, rounds: int = 12) -> float:

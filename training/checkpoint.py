@@ -20,6 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from training import processes
+
+FORMAT = 2
+"""Of the run folder. Raised when what is in it means something else, or is missing something."""
+
 
 class RunError(Exception):
     """The run folder does not fit what was asked of it."""
@@ -40,29 +45,37 @@ class Run:
         _check_same(path, self.info(stage)["settings"], settings)
         return True
 
+    def has(self, stage: str) -> bool:
+        """Whether `stage` is finished, whatever it was made with."""
+        return self._stage(stage).is_file()
+
     def info(self, stage: str) -> dict[str, Any]:
         """{"settings": ..., "result": ...} of a finished stage. Raises RunError when it is not finished."""
         path = self._stage(stage)
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step '{stage}' first")
         value: dict[str, Any] = json.loads(path.read_text())
+        _check_format(path, value)
         return value
 
     def finish(self, stage: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        self.write_json(self._stage(stage).name, {"settings": settings, "result": result})
-        (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
+        self.write_json(self._stage(stage).name, {"format": FORMAT, "settings": settings, "result": result})
+        if processes.is_main():
+            (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
 
     def write_state(
         self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> None:
         """What an interrupted stage goes on from."""
-        self.write_tensors(f"{stage}.state", tensors, {**meta, "settings": settings})
+        self.write_tensors(f"{stage}.state", tensors, {**meta, "format": FORMAT, "settings": settings})
 
     def read_state(self, stage: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last state of an interrupted stage, or None. Raises RunError when it was made with other settings."""
         state = self.read_tensors(f"{stage}.state")
         if state:
-            _check_same(self.folder / f"{stage}.state.safetensors", state[1]["settings"], settings)
+            path = self.folder / f"{stage}.state.safetensors"
+            _check_format(path, state[1])
+            _check_same(path, state[1]["settings"], settings)
         return state
 
     def _stage(self, stage: str) -> Path:
@@ -86,6 +99,9 @@ class Run:
         return load_file(path), meta
 
     def write(self, name: str, content: bytes) -> None:
+        """Only process 0 writes."""
+        if not processes.is_main():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
         with open(temporary, "wb") as file:
@@ -93,6 +109,14 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / name)
+
+
+def _check_format(path: Path, meta: dict[str, Any]) -> None:
+    if meta.get("format") != FORMAT:
+        raise RunError(
+            f"{path} has the format {meta.get('format')} of another version; this one reads and writes {FORMAT}. "
+            "Give another --out, or go on with the version that wrote it: nothing was changed"
+        )
 
 
 def _check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettin
 AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
 """The command line gives text."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
+"""Those of `all`."""
 
 
 class Group(BaseModel):
@@ -24,13 +25,32 @@ class Group(BaseModel):
 class DataSettings(Group):
     """The images, and how they are split."""
 
-    dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds)/.+)$")
-    """`fashion-mnist`; a data set of timm, such as `torch/cifar100` or `hfds/<name>`; or `folder`: root/<label>/*.png,
-    or root/train/<label>/ and root/test/<label>/."""
+    dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds|hfids|wds)/.+)$")
+    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (or val/); or a data
+    set of timm: `torch/cifar100`, `wds/<any name>` (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
     root: Path | None = None
     """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
     download: bool = False
     """Whether a data set of timm may be downloaded to root."""
+    train_split: str = "train"
+    """Name of the training split (hfds, hfids), or of the shards, such as `train-{000..099}.tar|100000` (wds)."""
+    test_split: str = "validation"
+    """Name of the test split, likewise."""
+    image_key: str | None = None
+    """Where a sample has its image (hfds: image; wds: jpg;png;webp)."""
+    label_key: str | None = None
+    """Where a sample has its class number (hfds: label; wds: the .cls file, else a field of the .json)."""
+    labels: Path | None = None
+    """A file of labels in the order of the class numbers, one a line (timm data sets that do not name theirs)."""
+    memory: Literal["auto", "memory", "lazy", "map"] = Field("auto", exclude=True)
+    """Where pixels are: in memory; decoded at each use; or decoded once, into a mapped file. `auto`: in memory up to
+    the limit, above it mapped for data sets that stream and lazy for others."""
+    memory_limit: int = Field(4 * 2**30, ge=0, exclude=True)
+    """Bytes of pixels of one split, above which `auto` leaves it out of memory."""
+    cache: Path | None = None
+    """Folder of the mapped files. By default steervit in the user's cache folder."""
+    workers: int = Field(0, ge=0, le=256, exclude=True)
+    """Processes that prepare training batches (each); 0: the training process itself."""
     image_size: int = Field(28, ge=8, le=1024)
     """Height and width of the model's input, pixels."""
     channels: Annotated[Literal[1, 3], AsInteger] = 1
@@ -39,6 +59,10 @@ class DataSettings(Group):
     """The shorter side is resized to image_size / crop_fraction before the centre crop."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Of the resize."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, of pixels scaled to 0..1. By default measured on training images; a pretrained model has its own."""
+    std: tuple[float, ...] | None = None
+    """Likewise."""
     selection_fraction: float = Field(0.1, gt=0, lt=0.5)
     """Share of each class's training images held out to choose profiles."""
     test_fraction: float = Field(0.2, gt=0, lt=0.9)
@@ -50,7 +74,29 @@ class DataSettings(Group):
     flip: bool = True
     """Augmentation: mirror half of the images."""
     shift: int = Field(2, ge=0)
-    """Augmentation: shift by up to this many pixels each way."""
+    """Augmentation `shift`: by up to this many pixels each way."""
+    augmentation: Literal["shift", "timm"] = "shift"
+    """`shift`: flip and shift. `timm`: random resized crop, flip, and what follows."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Augmentation `timm`: share of the image's area that is cropped, from and to."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Augmentation `timm`: width / height of the crop, from and to."""
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
+    """Augmentation `timm`: of the crop's resize."""
+    auto_augment: str | None = None
+    """Augmentation `timm`: a policy of timm, such as rand-m9-mstd0.5-inc1, 3a or augmix-m5-w4-d2."""
+    color_jitter: float = Field(0.4, ge=0)
+    """Augmentation `timm`: of brightness, contrast and saturation; not used with most policies of auto_augment."""
+    re_prob: float = Field(0.0, ge=0, le=1)
+    """Augmentation `timm`: share of images of which a rectangle is replaced by noise."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup (https://arxiv.org/abs/1710.09412); 0: none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of cutmix (https://arxiv.org/abs/1905.04899); 0: none."""
+    mixup_prob: float = Field(1.0, ge=0, le=1)
+    """Share of batches that are mixed."""
+    switch_prob: float = Field(0.5, ge=0, le=1)
+    """Share of mixed batches with cutmix, when both are on."""
 
 
 class VitSettings(Group):
@@ -58,6 +104,10 @@ class VitSettings(Group):
 
     model: str = "conv_stem"
     """The name of a timm VisionTransformer, or `conv_stem`: convolutional stem and fixed sin-cos positions."""
+    weights: Path | None = None
+    """Start from this file of weights (timm models; a classifier of another size is left out)."""
+    backbone: Path | None = Field(None, exclude=True)
+    """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)
@@ -66,6 +116,10 @@ class VitSettings(Group):
     """Attention heads a block (conv_stem)."""
     patch: Annotated[Literal[2, 4, 8, 16], AsInteger] = 4
     """Stride of the stem: pixels a token, each way (conv_stem)."""
+    unpadded: int = Field(0, ge=0, le=4)
+    """Last 3x3 convolutions of the stem without padding: each takes two tokens off either side (conv_stem)."""
+    mlp_ratio: float = Field(4.0, gt=0, le=16)
+    """Width of the MLP / width of the residual stream (conv_stem)."""
     pretrained: bool = False
     """Start from timm's weights (timm models)."""
     gated_blocks: str = "all"
@@ -80,6 +134,10 @@ class VitSettings(Group):
     """Weight of (usage - target)^2 in the loss."""
     distillation_weight: float = Field(1.0, ge=0)
     """Weight of the KL divergence to the ungated teacher."""
+    offset: float = Field(3.0, ge=0)
+    """Joint phase: the largest random offset by which all gate logits of an image are lowered."""
+    offset_share: float = Field(0.4, ge=0, lt=1)
+    """Joint phase: share of the images that get such an offset. They do not count in the usage target."""
     gumbel_temperature: float = Field(5.0, gt=0)
     """Temperature of the straight-through Gumbel gates in training."""
     backbone_epochs: float = Field(6, ge=0)
@@ -91,7 +149,9 @@ class VitSettings(Group):
     batch_size: int = Field(128, ge=1)
     """Images a step."""
     learning_rate: float = Field(1.5e-3, gt=0)
-    """AdamW, ungated phase: 10% warm-up, then cosine."""
+    """AdamW, ungated phase, at its highest: the first tenth of every phase is warm-up."""
+    schedule: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
+    """timm's schedule of that name, in every phase."""
     joint_learning_rate: float = Field(8e-4, gt=0)
     """AdamW, joint phase."""
     gate_learning_rate: float = Field(5e-3, gt=0)
@@ -123,6 +183,10 @@ class SaeSettings(Group):
     """Weight of the AuxK loss that revives dead latents."""
     dead_epochs: float = Field(2, gt=0)
     """A latent is dead that was silent for this long."""
+    memory: int = Field(4 * 2**30, ge=0)
+    """Bytes. Residuals that take more (4 an entry) are kept in a file in the run folder, in half precision."""
+    stability_seeds: int = Field(0, ge=0)
+    """Further fits from other seeds, to report how many latents are found again; each takes as long as the first."""
 
 
 class ProfileSettings(Group):
@@ -138,6 +202,10 @@ class ProfileSettings(Group):
     """Images a class and step: half of the class, half of any."""
     own_weight: float = Field(0.2, gt=0)
     """Weight of the own images in the cross-entropy, beside 1 for any image: more buys recall with precision."""
+    keep_weight: float = Field(1.0, ge=0)
+    """Weight of the KL divergence to the unsteered answers, on the other half of the rows."""
+    pool: int = Field(20_000, ge=10)
+    """Training images that the search draws from, at most."""
     learning_rate: float = Field(0.05, gt=0)
     """Adam."""
     contexts: dict[str, tuple[str, ...]] = {}
@@ -148,10 +216,35 @@ class ProfileSettings(Group):
     """Terms that move no gate logit of their class by more than this are dropped."""
 
 
+DEIT_S: dict[str, Any] = {
+    "model": "deit_small_patch16_224",
+    "pretrained": True,
+    "batch_size": 256,
+    "learning_rate": 1e-4,
+    "joint_learning_rate": 5e-5,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9998,
+}
+DEIT_PIXELS: dict[str, Any] = {
+    "image_size": 224,
+    "channels": 3,
+    "crop_fraction": 0.9,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+DEIT_AUGMENTATION: dict[str, Any] = {  # after https://arxiv.org/abs/2012.12877
+    "augmentation": "timm",
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "re_prob": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "workers": 8,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # python -m training all --preset fashion-mnist --out runs/fm
     # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 49 tokens. Result and run time: README.md, "What was measured".
     "fashion-mnist": {
+        "vit": {"unpadded": 1, "mlp_ratio": 2, "backbone_epochs": 7, "gate_epochs": 0.5, "joint_epochs": 6.5},
         "profiles": {
             "contexts": {
                 "tops": ("T-shirt", "Pullover", "Coat", "Shirt", "Dress"),
@@ -167,6 +260,58 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vit": {"dim": 48, "depth": 3, "heads": 3, "backbone_epochs": 5, "gate_epochs": 0.5, "joint_epochs": 4},
         "sae": {"latents": 96, "k": 12, "epochs": 30, "batch_size": 256},
         "profiles": {"terms": 8, "steps": 80, "usage_target": 0.35},
+    },
+    # accelerate launch -m training all --preset cifar100-deit-s --data.root data --data.download --out runs/cifar100
+    # The paper's likely setting: CIFAR-100 at 224 px, pretrained DeiT-S, gates on its last block alone. For a GPU; the
+    # 32-pixel images are resized at each use, by 8 processes. Not run here: no result, no run time.
+    "cifar100-deit-s": {
+        "data": {
+            "dataset": "torch/cifar100",
+            **DEIT_PIXELS,
+            **DEIT_AUGMENTATION,
+            "crop_fraction": 1.0,
+            "scale": (0.5, 1.0),
+        },
+        "vit": {
+            **DEIT_S,
+            "gated_blocks": "last",
+            "usage_target": 0.7,
+            "backbone_epochs": 30,
+            "gate_epochs": 1,
+            "joint_epochs": 10,
+        },
+        "sae": {"latents": 1024},
+        "profiles": {"usage_target": 0.33},
+    },
+    # accelerate launch -m training all --preset imagenet-deit-s --data.root imagenet --out runs/imagenet
+    # imagenet/train/<synset>/ and imagenet/val/<synset>/; from shards: --data.dataset wds/imagenet (their pixels are
+    # cut to 224 px once, a file of 200 GB). Pretrained DeiT-S, gates on all blocks but the first. For 8 GPUs with 12
+    # processor cores each. Not run here: no result, no run time.
+    "imagenet-deit-s": {
+        "data": {"dataset": "folder", **DEIT_PIXELS, **DEIT_AUGMENTATION, "selection_fraction": 0.02},
+        "vit": {
+            **DEIT_S,
+            "batch_size": 1024,
+            "backbone_epochs": 0,
+            "gate_epochs": 0.5,
+            "joint_epochs": 10,
+        },
+        "sae": {"latents": 2048, "epochs": 10},
+    },
+    # python -m training all --preset folder --data.root path/to/images --out runs/mine
+    # A person's own images, one folder a label (or train/<label>/ and test/<label>/): pretrained DeiT-S at 224 px, the
+    # whole image kept in view, mild augmentation. A GPU is advised. Not run here: no result, no run time.
+    "folder": {
+        "data": {
+            "dataset": "folder",
+            **DEIT_PIXELS,
+            "augmentation": "timm",
+            "scale": (0.5, 1.0),
+            "auto_augment": "rand-m6-mstd0.5-inc1",
+            "workers": 2,
+        },
+        "vit": {**DEIT_S, "batch_size": 32, "learning_rate": 5e-5, "joint_learning_rate": 3e-5, "backbone_epochs": 10},
+        "sae": {"batch_size": 256},
     },
 }
 
@@ -186,11 +331,12 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    step: CliPositionalArg[Literal["vit", "sae", "profiles", "evaluate", "report", "all"]]
-    """One step of the run, or all of them in this order: vit, sae, profiles, evaluate, report."""
+    step: CliPositionalArg[Literal["vit", "sae", "profiles", "controls", "evaluate", "report", "all"]]
+    """One step of the run, or `all` of them: vit, sae, profiles, evaluate, report. `controls`, which takes longer than
+    all others together, is not among them: it trains the models that the report compares with."""
     out: Path
     """The run folder. A finished stage is kept, an interrupted one is taken up where it stood."""
-    preset: Literal["fashion-mnist", "smoke"] = "fashion-mnist"
+    preset: Literal["fashion-mnist", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"] = "fashion-mnist"
     """Where the defaults come from."""
     seed: int = 0
     """Of everything that is drawn at random."""
@@ -198,6 +344,10 @@ class Settings(BaseSettings):
     """bfloat16 autocast in training where the machine computes it natively. Evaluation is always float32."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: all cores."""
+    only: tuple[Literal["dense", "direct", "last-block", "small"], ...] = ()
+    """Step `controls`: train these alone."""
+    others: tuple[Path, ...] = ()
+    """Step `report`: the evaluated runs of other seeds, to stand beside this one."""
     data: DataSettings = DataSettings()
     vit: VitSettings = VitSettings()
     sae: SaeSettings = SaeSettings()

@@ -1,48 +1,27 @@
-"""Real images as uint8 arrays in memory, and their splits.
+"""The images of a run and their splits. Where images come from: sources.py; how they are held: pixels.py.
 
 Letters: B images, H height, W width, C channels.
 """
 
-import gzip
-import math
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_dataset, create_transform
 from tqdm import tqdm
 
 from training.config import DataSettings
+from training.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.image_spec import ImageSpec
+from training.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory
+from training.sources import find
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_LABELS = (
-    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+__all__ = (
+    "DEBIAN_FASHION_MNIST", "FASHION_MNIST_LABELS", "Data", "DataError", "Split", "augment", "balanced", "batches",
+    "eval_transform", "load", "shuffled", "steps",
 )  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-class DataError(Exception):
-    """The data are not where, or not what, the settings say."""
-
-
-@dataclass(frozen=True)
-class Split:
-    images: torch.Tensor
-    """uint8 (B, H, W, C): pixels as they enter the model."""
-    classes: torch.Tensor
-    """int64 (B,): index into the labels."""
-
-    def __len__(self) -> int:
-        return len(self.classes)
-
-    def take(self, index: torch.Tensor) -> "Split":
-        return Split(self.images[index], self.classes[index])
+MEASURED = 20_000
+"""Mean and standard deviation are measured on this many training images at most."""
 
 
 @dataclass(frozen=True)
@@ -57,89 +36,138 @@ class Data:
 
 
 def load(settings: DataSettings, seed: int) -> Data:
-    """Load, transform and split the data set. The same settings and seed give the same splits.
+    """Find, split and, where they fit, read the images. The same settings and seed give the same splits and pixels,
+    wherever the pixels are held.
 
-    Raises DataError with what is missing and where it was looked for.
+    Raises DataError with what is missing and where it was looked for, the label that has too few images, or the file
+    that is no image.
     """
-    if settings.dataset == "fashion-mnist":
-        if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
-            raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
-        labels = FASHION_MNIST_LABELS
-        train, test = (_fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-    elif settings.dataset == "folder":
-        labels, train, test = _folder(settings, seed)
-    else:
-        labels, train, test = _timm(settings)
+    labels, train, test = find(settings)
+    _check_classes(settings, labels, train, test)
+    if test is None:
+        held_out, rest = balanced(train.classes, settings.test_fraction, seed)
+        train, test = train.take(rest), train.take(held_out)
     if settings.max_train:
         train = train.take(balanced(train.classes, settings.max_train / len(train), seed)[0])
     if settings.max_test:
         test = test.take(balanced(test.classes, settings.max_test / len(test), seed)[0])
     chosen, rest = balanced(train.classes, settings.selection_fraction, seed)
-    selection, train = train.take(chosen), train.take(rest)
-    pixels = train.images[:20_000].double() / 255
-    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)).clamp_min(1e-3)
-    spec = image_spec(settings, tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist()))
-    return Data(labels, spec, train, selection, test)
+    splits = {"train": train.take(rest), "selection": train.take(chosen), "test": test}
+    for name, split in splits.items():
+        counts = split.classes.bincount(minlength=len(labels))
+        if counts.min() == 0:
+            short = labels[int(counts.argmin())]
+            raise DataError(
+                f"label {short!r} has too few images: none is left for the {name} split; allowed: at least 1 in each "
+                "of train, selection and test (data.test_fraction, data.selection_fraction)"
+            )
+    splits = {name: _held(settings, split, name) for name, split in splits.items()}
+    mean, std = settings.mean, settings.std
+    if mean is None or std is None:
+        measured = _mean_and_std(settings, splits["train"])
+        mean, std = mean or measured[0], std or measured[1]
+    try:
+        return Data(labels, image_spec(settings, mean, std), **splits)
+    except ValueError as error:
+        raise DataError(f"data.mean, data.std: {error}") from error
 
 
-def image_spec(settings: DataSettings, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageSpec:
-    return ImageSpec(
-        height=settings.image_size,
-        width=settings.image_size,
-        channels=settings.channels,
-        resize=math.floor(settings.image_size / settings.crop_fraction),
-        interpolation=settings.interpolation,
-        mean=mean,
-        std=std,
-    )
+def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None) -> None:
+    if len(labels) < 2:
+        raise DataError(f"{settings.dataset!r} has {len(labels)} label ({', '.join(labels)}); allowed: at least 2")
+    for name, split in {"training": train, "test": test}.items():
+        if split is None:
+            continue
+        if len(split) and not 0 <= int(split.classes.min()) <= int(split.classes.max()) < len(labels):
+            wrong = next(int(c) for c in split.classes if not 0 <= c < len(labels))
+            last = len(labels) - 1
+            raise DataError(f"a {name} image of {settings.dataset!r} has class {wrong}; allowed: 0 to {last}")
+        counts = split.classes.bincount(minlength=len(labels))
+        empty = [labels[index] for index in torch.nonzero(counts == 0).flatten().tolist()]
+        if empty:
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise DataError(
+                f"{settings.dataset!r} has no {name} image of {', '.join(map(repr, empty[:5]))}{more}; "
+                "allowed: images of every label"
+            )
 
 
-def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
-    """PIL image -> uint8 (H, W, C): upright, converted, resized and cropped, as timm evaluates."""
-    resize_and_crop = create_transform(
-        (spec.channels, spec.height, spec.width),
-        is_training=False,
-        use_prefetcher=True,  # stop at uint8: scaling and normalisation are in the model
-        interpolation=spec.interpolation,
-        crop_pct=spec.height / spec.resize,
-    )
-    mode = "L" if spec.channels == 1 else "RGB"
+def _held(settings: DataSettings, split: Split, name: str) -> Split:
+    """The split in memory if it is to be there; else, its files looked at."""
+    one = settings.image_size**2 * settings.channels  # bytes
+    if settings.memory == "memory" or (settings.memory == "auto" and len(split) * one <= settings.memory_limit):
+        return in_memory(split, f"data: {name}")
+    if isinstance(split.images, LazyPixels):
+        split.images.check(f"data: check {name}")
+    return split
 
-    def transform(image: Image.Image) -> np.ndarray:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "P" and "transparency" in image.info:  # as Pillow advises
-            image = image.convert("RGBA")
-        pixels = np.asarray(resize_and_crop(image.convert(mode)))  # (C, H, W)
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
-    return transform
+def _mean_and_std(settings: DataSettings, train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, of pixels scaled to 0..1; from a count of every pixel value, so the same however they are held."""
+    rows = torch.arange(min(len(train), MEASURED))
+    if settings.dataset != "fashion-mnist":  # images may be sorted by class
+        rows = torch.linspace(0, len(train) - 1, len(rows), dtype=torch.float64).long()
+    counts = torch.zeros(settings.channels, 256, dtype=torch.float64)
+    for some in tqdm(rows.split(1024), desc="data: mean", unit="batch", mininterval=5, delay=2, dynamic_ncols=True):
+        for channel, values in enumerate(train.images[some].unbind(-1)):
+            counts[channel] += values.flatten().bincount(minlength=256)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    number = counts.sum(1)
+    mean = (counts * value).sum(1) / number
+    variance = (counts * (value - mean[:, None]).square()).sum(1) / (number - 1)
+    std = variance.sqrt().clamp_min(1e-3)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
 def batches(split: Split, size: int, epochs: float, seed: int, start: int = 0) -> Iterator[tuple[int, Split]]:
-    """(step, batch) from step `start` on: shuffled per epoch, the last partial batch of an epoch dropped.
+    """(step, batch) from step `start` on: shuffled per epoch, the last partial batch of an epoch dropped. A batch's
+    images are a tensor.
 
     The order depends on the seed and the epoch alone, so a resumed run sees what it would have seen.
     """
-    size = min(size, len(split))
-    per_epoch = len(split) // size
     for step in range(start, steps(split, size, epochs)):
-        epoch, offset = divmod(step, per_epoch)
-        if offset == 0 or step == start:
-            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        yield step, split.take(order[offset * size : (offset + 1) * size])
+        index = shuffled(len(split), size, seed, step)
+        yield step, Split(split.images[index], split.classes[index])
+
+
+def shuffled(images: int, size: int, seed: int, step: int) -> torch.Tensor:
+    """int64 (B,): the rows of the batch at `step`; at most as many as there are images."""
+    size = min(size, images)
+    epoch, offset = divmod(step, images // size)
+    return _order(images, seed, epoch)[offset * size : (offset + 1) * size]
+
+
+@functools.lru_cache(2)
+def _order(images: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
 def steps(split: Split, size: int, epochs: float) -> int:
     return round(epochs * (len(split) // min(size, len(split))))
 
 
-def augment(images: torch.Tensor, flip: bool, shift: int) -> torch.Tensor:
-    """uint8 (B, H, W, C): mirrored half of the time, shifted by up to `shift` pixels, edges repeated."""
+def augment(
+    images: torch.Tensor,
+    flip: bool,
+    shift: int,
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    processes: int = 1,
+) -> torch.Tensor:
+    """uint8 (B, H, W, C): mirrored half of the time, shifted by up to `shift` pixels, edges repeated.
+
+    With several processes, `images` are the rows rank::processes of a batch, and get what they would get in it.
+    """
     b, h, w, _ = images.shape
-    rows = (torch.arange(h) + torch.randint(-shift, shift + 1, (b, 1))).clamp(0, h - 1)  # (B, H)
-    columns = (torch.arange(w) + torch.randint(-shift, shift + 1, (b, 1))).clamp(0, w - 1)  # (B, W)
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (b * processes, 1), generator=generator)[rank::processes]
+
+    rows = (torch.arange(h) + draw(-shift, shift + 1)).clamp(0, h - 1)  # (B, H)
+    columns = (torch.arange(w) + draw(-shift, shift + 1)).clamp(0, w - 1)  # (B, W)
     if flip:
-        columns = torch.where(torch.rand(b, 1) < 0.5, columns.flip(1), columns)
+        mirrored = torch.rand(b * processes, 1, generator=generator)[rank::processes] < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
     return images[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -152,96 +180,3 @@ def balanced(classes: torch.Tensor, fraction: float, seed: int) -> tuple[torch.T
         count = max(1, round(fraction * len(members)))
         chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return torch.nonzero(chosen).flatten(), torch.nonzero(~chosen).flatten()
-
-
-def _fashion_mnist(root: Path | None, part: str) -> Split:
-    root = root or DEBIAN_FASHION_MNIST
-    if not root.is_dir():
-        root = _download_fashion_mnist()
-    images, classes = (_read_idx(root, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    return Split(torch.from_numpy(images[..., None].copy()), torch.from_numpy(classes.astype(np.int64)))
-
-
-def _download_fashion_mnist() -> Path:
-    from torchvision.datasets import FashionMNIST
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steervit"
-    try:
-        FashionMNIST(str(cache), download=True)
-    except Exception as error:
-        raise DataError(
-            f"Fashion-MNIST is not in {DEBIAN_FASHION_MNIST} (Debian: apt-get install dataset-fashion-mnist) "
-            f"and could not be downloaded to {cache}: {error}"
-        ) from error
-    return cache / "FashionMNIST" / "raw"
-
-
-def _read_idx(root: Path, name: str) -> np.ndarray:
-    """An array in the IDX format of MNIST (two zero bytes, type 8, rank, big-endian sizes, uint8 data)."""
-    path = next((p for p in (root / f"{name}.gz", root / name) if p.is_file()), None)
-    if path is None:
-        raise DataError(f"{root / name} (or .gz) is missing")
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path} is not an IDX file of uint8")
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
-
-def _timm(settings: DataSettings) -> tuple[tuple[str, ...], Split, Split]:
-    """A map-style data set that timm knows, read into memory: its train split, and its validation or test split."""
-    channels = (0.5,) * settings.channels
-    transform = eval_transform(image_spec(settings, channels, channels))
-    splits, labels = [], ()
-    for name in ("train", "validation"):
-        try:
-            found = create_dataset(
-                settings.dataset, str(settings.root or ""), split=name, is_training=False, download=settings.download
-            )
-        except Exception as error:  # timm and the libraries behind it raise many kinds
-            raise DataError(f"data.dataset {settings.dataset!r}, data.root {settings.root}, {name}: {error}") from error
-        found.transform = transform
-        labels = tuple(found.classes if hasattr(found, "classes") else found.reader.class_to_idx)
-        rows = [found[i] for i in tqdm(range(len(found)), desc=f"data: {name}", unit="image", mininterval=5)]
-        images, classes = zip(*rows, strict=True)
-        splits.append(Split(torch.from_numpy(np.stack(images)), torch.tensor(classes)))
-    return labels, splits[0], splits[1]
-
-
-def _folder(settings: DataSettings, seed: int) -> tuple[tuple[str, ...], Split, Split]:
-    if settings.root is None or not settings.root.is_dir():
-        raise DataError(f"data.root is {settings.root}; allowed: a folder of images, one sub-folder a label")
-    train_root, test_root = settings.root / "train", settings.root / "test"
-    own_test = train_root.is_dir() and test_root.is_dir()
-    root = train_root if own_test else settings.root
-    labels = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if len(labels) < 2:
-        raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
-    channels = (0.5,) * settings.channels
-    transform = eval_transform(image_spec(settings, channels, channels))
-    train = _read_folder(root, labels, transform)
-    if own_test:
-        return labels, train, _read_folder(test_root, labels, transform)
-    held_out, rest = balanced(train.classes, settings.test_fraction, seed)
-    return labels, train.take(rest), train.take(held_out)
-
-
-def _read_folder(root: Path, labels: tuple[str, ...], transform: Callable[[Image.Image], np.ndarray]) -> Split:
-    paths, classes = [], []
-    for index, label in enumerate(labels):
-        found = sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if len(found) < 3:
-            raise DataError(f"{root / label} has {len(found)} images; allowed: at least 3 a label")
-        paths += found
-        classes += [index] * len(found)
-
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return transform(image)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a readable image: {error}") from error
-
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(read, paths))
-    return Split(torch.from_numpy(np.stack(images)), torch.tensor(classes))

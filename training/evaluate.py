@@ -7,6 +7,7 @@ Letters: B images, C classes, G gated blocks, H heads.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from scipy.stats import rankdata
@@ -18,6 +19,9 @@ from training.macs import Macs
 from training.sae import Sae
 from training.steering import Terms, to_arrays
 
+NEAR = 0.1
+"""|gate logit| below which a gate counts as near its threshold, in reports."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -27,6 +31,8 @@ class Outcome:
     """float32 (B, C)"""
     head_gate: Tensor
     """bool (B, G, H)"""
+    gate_logit: Tensor
+    """float32 (B, G, H)"""
 
     @property
     def predicted(self) -> Tensor:
@@ -34,7 +40,7 @@ class Outcome:
         return self.logits.argmax(-1)
 
     def take(self, index: Tensor) -> "Outcome":
-        return Outcome(self.logits[index], self.head_gate[index])
+        return Outcome(self.logits[index], self.head_gate[index], self.gate_logit[index])
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,32 @@ class Effect:
 def answers(
     model: GatedVit, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
 ) -> Outcome:
-    """The model's answers on a split, in float32."""
-    logits, gates = [], []
+    """The model's answers on a split, in float32, on the CPU."""
+    logits, gates, gate_logits = [], [], []
     for start in range(0, len(split), size):
         of_batch, out = model(split.images[start : start + size], steer, decide)
-        logits.append(of_batch)
-        gates.append(out["head_gate"] > 0.5)
-    return Outcome(torch.cat(logits), torch.cat(gates))
+        logits.append(of_batch.cpu())
+        gates.append(out["head_gate"].cpu() > 0.5)
+        gate_logits.append(out["gate_logit"].cpu())
+    return Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits))
+
+
+def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
+    """How the gates decide. classes (B,): the true ones.
+
+    usage: class x gated block x head, share of the class's images that keep the head. near_threshold: gated block x
+    head, share of gates with a |logit| below NEAR.
+    """
+    usage = [outcome.head_gate[classes == index].double().mean(0) for index in range(int(classes.max()) + 1)]
+    near = (outcome.gate_logit.abs() < NEAR).double().mean(0)
+    return {"usage": rounded(torch.stack(usage)), "near_threshold": rounded(near)}
+
+
+def rounded(values: Tensor, digits: int = 4) -> list[Any]:
+    """A tensor as nested lists, for JSON."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [round(value, digits) for value in values.tolist()]
 
 
 def steered_by(sae: Sae, terms: Terms) -> Steer | None:
@@ -82,7 +107,8 @@ def steered_by(sae: Sae, terms: Terms) -> Steer | None:
     if not terms:
         return None
     arrays = to_arrays([terms], sae.sites)
-    latent, scale, shift = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))  # (1, S, T)
+    found = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))
+    latent, scale, shift = (a.to(sae.encoder.device) for a in found)  # (1, S, T)
     return lambda site, residual: sae.steer(site, residual, latent[:, site], scale[:, site], shift[:, site])
 
 

@@ -6,20 +6,24 @@ A target is a set of classes: every class alone, and the contexts of the setting
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from training import processes
 from training.checkpoint import Run, RunError
 from training.config import Settings
 from training.data import Data, Split, balanced
 from training.evaluate import Effect, Outcome, answers, effect, steered_by
 from training.fit_sae import residuals
 from training.gated_vit import GatedVit
+from training.last_block import shortcut
 from training.latent_statistics import measure
 from training.learned import gate_bias, learned
-from training.macs import count
+from training.macs import Macs, count
 from training.sae import Sae
 from training.steering import (
     SteeringProfile,
@@ -37,7 +41,8 @@ Trial = tuple[str, float, Terms]
 CONTROLS = ("random", "learned, random latents")
 """Found and measured like the others, never chosen."""
 SCREENING, FINAL = 150, 600
-"""Own images (and as many others) that all candidates, and the best two, are measured on."""
+"""Own images (and as many others) that all candidates, and the best of them, are measured on."""
+FINALISTS = 4
 
 
 @dataclass(frozen=True)
@@ -70,59 +75,88 @@ def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]])
 
 
 def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae) -> tuple[SteeringProfile, ...]:
-    """Find, or load, one profile a target."""
-    if run.finished("profiles", settings.fingerprint("profiles")):
+    """Find, or load, one profile a target. The targets are dealt out to the processes."""
+    fingerprint = settings.fingerprint("profiles")
+    if run.finished("profiles", fingerprint):
         return load_profiles(run)
-    options = settings.profiles
-    targets = targets_of(data.labels, options.contexts)
-    found = find(settings, data, run, model, sae, list(targets.values()))
-    neutral = answers(model, data.selection)
-    profiles, choices = [], []
-    progress = tqdm(targets.items(), desc="profiles: choose", unit="target", dynamic_ncols=True)
-    for index, (name, target) in enumerate(progress):
-
-        def ranked(images: int, tried: Iterable[Trial], target: Target = target) -> list[Candidate]:
-            rows = own_and_others(data.selection, target, images, settings.seed)
-            return rank(model, sae, data.selection.take(rows), neutral.take(rows), target, tried)
-
-        screened = ranked(SCREENING, _at_strengths({strategy: terms[index] for strategy, terms in found.items()}))
-        finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:2]
-        best = ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0]
-        profiles.append(SteeringProfile(name, tuple(data.labels[i] for i in target), best.strategy, best.terms))
-        choices.append({
-            "name": name,
-            "chosen": best.to_json(),
-            "screened": [candidate.to_json() for candidate in screened],
-            "best": {c.strategy: terms_to_json(c.terms) for c in reversed(screened)},  # the cheapest of each wins
-        })  # fmt: skip
-        progress.set_postfix_str(f"{name}: {best.strategy} x {best.strength}", refresh=False)
-    run.write_json("profiles.json", profiles_to_json(profiles))
-    run.finish("profiles", settings.fingerprint("profiles"), {"choices": choices})
-    return tuple(profiles)
+    targets = targets_of(data.labels, settings.profiles.contexts)
+    pool = data.train.take(
+        balanced(data.train.classes, min(1.0, settings.profiles.pool / len(data.train)), settings.seed)[0]
+    )
+    network, (pool, selection) = shortcut(model, [pool, data.selection])
+    rank_of, count_of = processes.state().process_index, processes.state().num_processes
+    mine = list(targets.values())[rank_of::count_of]
+    found, bias = find(settings, run, network, sae, pool, mine)
+    choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
+    progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
+    chosen = [
+        choose(target, {strategy: terms[index] for strategy, terms in found.items()})
+        for index, target in enumerate(progress)
+    ]
+    gathered = processes.gather([(t, c, b) for t, c, b in zip(mine, chosen, bias, strict=True)])
+    if processes.is_main():
+        by_target = {target: (choice, of_target) for target, choice, of_target in gathered}
+        profiles, choices = [], []
+        for name, target in targets.items():
+            best, screened = by_target[target][0]
+            profiles.append(SteeringProfile(name, tuple(data.labels[i] for i in target), best.strategy, best.terms))
+            choices.append({
+                "name": name,
+                "chosen": best.to_json(),
+                "screened": [candidate.to_json() for candidate in screened],
+                "best": {c.strategy: terms_to_json(c.terms) for c in reversed(screened)},  # the cheapest of each wins
+            })  # fmt: skip
+        run.write_tensors("gate_bias", {"bias": torch.stack([by_target[target][1] for target in targets.values()])})
+        run.write_json("profiles.json", profiles_to_json(profiles))
+        run.finish("profiles", fingerprint, {"choices": choices})
+    processes.wait()
+    return load_profiles(run)
 
 
 def find(
-    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, targets: list[Target]
-) -> dict[str, list[Terms]]:
-    """Terms of every strategy and control, for every target. Also writes the gate-logit bias, a baseline."""
+    settings: Settings, run: Run, model: GatedVit, sae: Sae, pool: Split, targets: list[Target]
+) -> tuple[dict[str, list[Terms]], Tensor]:
+    """Terms of every strategy and control, and the gate-logit bias (P, G, H), a baseline; found on training images."""
     options, seed = settings.profiles, settings.seed + 3
-    sample = data.train.take(balanced(data.train.classes, min(1.0, 10_000 / len(data.train)), settings.seed)[0])
+    sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
     for name, at_random in (("learned", False), ("learned, random latents", True)):
         found[name] = _learned_once(
             settings, run, name,
             lambda at_random=at_random: learned(
-                model, sae, stats, targets, data.train, options, seed, settings.bf16, at_random
+                model, sae, stats, targets, pool, options, seed, settings.bf16, at_random
             ),
         )  # fmt: skip
-    run.write_tensors("gate_bias", {"bias": gate_bias(model, targets, data.train, options, seed, settings.bf16)})
-    return found
+    return found, gate_bias(model, targets, pool, options, seed, settings.bf16)
+
+
+def _choose(
+    settings: Settings,
+    macs: Macs,
+    model: GatedVit,
+    sae: Sae,
+    selection: Split,
+    neutral: Outcome,
+    target: Target,
+    found: dict[str, Terms],
+) -> tuple[Candidate, list[Candidate]]:
+    """The best candidate for a target, and all that were screened, the least cost first."""
+
+    def ranked(images: int, tried: Iterable[Trial]) -> list[Candidate]:
+        rows = own_and_others(selection, target, images, settings.seed)
+        return rank(model, sae, macs, selection.take(rows), neutral.take(rows), target, tried)
+
+    screened = ranked(SCREENING, _at_strengths(found))
+    finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:FINALISTS]
+    return ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0], screened
 
 
 def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], list[Terms]]) -> list[Terms]:
     """The terms of a search that takes minutes: from the run folder when it was finished before an interruption."""
     file = f"profiles.{name.replace(', ', '-').replace(' ', '-')}"
+    if processes.state().num_processes > 1:  # every process searches for other targets
+        return search()
     stored = run.read_state(file, settings.fingerprint("profiles"))
     if stored:
         return [terms_from_json(terms) for terms in stored[1]["terms"]]
@@ -132,10 +166,15 @@ def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], 
 
 
 def rank(
-    model: GatedVit, sae: Sae, split: Split, neutral: Outcome, target: Target, tried: Iterable[Trial]
+    model: GatedVit,
+    sae: Sae,
+    macs: Macs,
+    split: Split,
+    neutral: Outcome,
+    target: Target,
+    tried: Iterable[Trial],
 ) -> list[Candidate]:
     """What each trial does on the split, the least `cost` first. neutral: the answers without steering."""
-    macs = count(model)
     before = effect(neutral, split.classes, target, macs)
     candidates = []
     for strategy, strength, terms in tried:
@@ -151,9 +190,8 @@ def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
 
 
 def cost(before: Effect, after: Effect) -> float:
-    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost beyond half a point."""
-    lost = max(0.0, before.recall - after.recall)
-    lost += max(0.0, before.others_accuracy - after.others_accuracy - 0.005)
+    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost."""
+    lost = max(0.0, before.recall - after.recall) + max(0.0, before.others_accuracy - after.others_accuracy)
     return after.head_usage + 10 * lost
 
 

@@ -3,6 +3,8 @@
 Letters: B images, S sites, L latents, D residual width.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,103 +12,178 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from training.activations import moments, residuals
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
-from training.data import Data, Split
+from training.data import Data
+from training.fidelity import fidelity, reconstruction, recovered, sentence, stability
 from training.gated_vit import GatedVit
 from training.sae import Sae, from_tensors
 
-NEAR = 0.1
-"""|gate logit| below which a gate counts as near its threshold, in reports."""
+SAVE_EVERY = 60.0  # seconds
+SAMPLE = 20_000
+"""Residuals that the starting point and the thresholds are taken from, at most."""
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""What an interrupted fit goes on from: tensors, and {"step": ..., "curve": ...}."""
 
 
 def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
-    """Fit, or load, the autoencoders of a run."""
-    if run.finished("sae", settings.fingerprint("sae")):
+    """Fit, go on fitting, or load the autoencoders of a run.
+
+    One half of the held-out residuals sets the thresholds, the other half measures the fidelity.
+    """
+    made_with = settings.fingerprint("sae")
+    if run.finished("sae", made_with):
         return load_sae(run)
-    torch.manual_seed(settings.seed + 1)
-    train, held_out = residuals(model, data.train, "sae: residuals"), residuals(model, data.selection, "sae: held out")
-    fitting = Fitting(train, settings.sae)
-    curve = fitting.fit(settings.seed)
-    sae = fitting.folded(held_out)
-    quality = fidelity(sae, model, held_out)
-    for site, measured in enumerate(quality):
-        print(
-            f"sae: site {site} (block {model.gated_blocks[site]}): "
-            + ", ".join(f"{k} {v:.4g}" for k, v in measured.items())
-        )
-    run.write_tensors("sae", sae.state_dict())
-    result = {"sites": list(model.gated_blocks), "latents": sae.latents, "fidelity": quality, "curve": curve}
-    run.finish("sae", settings.fingerprint("sae"), result)
-    return sae
+    state = run.read_state("sae", made_with)
+    memory = settings.sae.memory
+    train = residuals(model, data.train, "sae: residuals", folder=run.folder, memory=memory)
+    held_out = residuals(model, data.selection, "sae: held out", folder=run.folder, memory=memory)
+    first = state[1]["fit"] if state else 0
+    result: dict[str, Any] = state[1]["result"] if state else {}
+    for index in range(first, 1 + settings.sae.stability_seeds):
+        torch.manual_seed(settings.seed + 1 + 1000 * index)
+        fitting = Fitting(train, settings.sae, model.mean.device)
+
+        def save(
+            tensors: dict[str, Tensor], meta: dict[str, Any], index: int = index, result: dict[str, Any] = result
+        ) -> None:
+            run.write_state("sae", made_with, tensors, {"fit": index, "result": result, **meta})
+
+        curve = fitting.fit(settings.seed + index, settings.bf16, state if state and state[0] else None, save)
+        sae = fitting.folded(held_out[:, ::2])
+        if index == 0:
+            run.write_tensors("sae", sae.state_dict())
+            result = measure(fitting, sae, model, held_out[:, 1::2], data) | {"curve": curve, "stability": []}
+        else:
+            result["stability"].append(stability(_stored(run), sae))
+        run.write_state("sae", made_with, {}, {"fit": index + 1, "result": result})
+        state = None
+    run.finish("sae", made_with, result)
+    return load_sae(run)
 
 
 def load_sae(run: Run) -> Sae:
     """The finished autoencoders. Raises RunError when the stage is not finished."""
     run.info("sae")
+    return _stored(run)
+
+
+def _stored(run: Run) -> Sae:
     tensors = run.read_tensors("sae")
     assert tensors is not None
     return from_tensors(tensors[0])
 
 
-@torch.no_grad()
-def residuals(model: GatedVit, split: Split, what: str, size: int = 500) -> Tensor:
-    """float32 (S, B, D): what the gates read, without augmentation."""
-    found = []
-    for start in tqdm(range(0, len(split), size), desc=what, unit="batch", mininterval=5, dynamic_ncols=True):
-        found.append(model(split.images[start : start + size])[1]["residual"])
-    return torch.cat(found).transpose(0, 1).contiguous()
+def measure(fitting: "Fitting", sae: Sae, model: GatedVit, held_out: Tensor, data: Data) -> dict[str, Any]:
+    """Fidelity before and after the conversion to JumpReLU; held_out: residuals of every other selection image."""
+    after = reconstruction(sae.to(model.mean.device))
+    split = data.selection.take(torch.arange(1, len(data.selection), 2))
+    before_quality = fidelity(fitting.reconstruct, model, held_out, "sae: before", fitting.settings.batch_size)
+    quality = fidelity(after, model, held_out, "sae: after")
+    whole = recovered(after, model, held_out, split)
+    sae.cpu()
+    for site, measured in enumerate(quality):
+        print(f"sae: site {site} (block {model.gated_blocks[site]}): {sentence(measured)}")
+    print(f"sae: whole model: {sentence(whole)}", flush=True)
+    return {
+        "sites": list(model.gated_blocks),
+        "latents": sae.latents,
+        "fidelity": quality,
+        "fidelity_before": before_quality,
+        "recovered": whole,
+    }
 
 
 class Fitting(nn.Module):
     """Autoencoders in normalised coordinates (x - mean) / scale, one scale a site."""
 
-    def __init__(self, train: Tensor, settings: SaeSettings):
+    mean: Tensor
+    scale: Tensor
+    silent: Tensor
+
+    def __init__(self, train: Tensor, settings: SaeSettings, device: torch.device | str = "cpu"):
+        """train (S, B, D): raw residuals on the CPU, in memory or mapped; the parameters live on `device`."""
         super().__init__()
         self.settings = settings
-        self.mean = train.mean(1, keepdim=True)  # (S, 1, D)
-        self.scale = (train - self.mean).pow(2).mean((1, 2), keepdim=True).sqrt()  # (S, 1, 1)
-        self.train_residuals = (train - self.mean) / self.scale
-        sites, _, dim = train.shape
+        self.train_residuals = train
+        sites, count, dim = train.shape
+        mean, scale = moments(train)
+        self.register_buffer("mean", mean)  # (S, 1, D)
+        self.register_buffer("scale", scale)  # (S, 1, 1)
+        self.register_buffer("silent", torch.zeros(sites, settings.latents, dtype=torch.long))  # steps since last use
         rows = F.normalize(torch.randn(sites, settings.latents, dim), dim=-1)
         self.decoder = nn.Parameter(rows)
         self.encoder = nn.Parameter(rows.clone())
         self.encoder_bias = nn.Parameter(torch.zeros(sites, 1, settings.latents))
-        self.decoder_bias = nn.Parameter(self.train_residuals.median(1, keepdim=True).values)
+        sample = (train[:, :: -(-count // SAMPLE)].float() - mean) / scale
+        self.decoder_bias = nn.Parameter(sample.median(1, keepdim=True).values)
+        self.to(device)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """(S, B, D) -> ReLU pre-activations (S, B, L), before any top-k."""
-        return F.relu((x - self.decoder_bias) @ self.encoder.transpose(1, 2) + self.encoder_bias)
+    def raw(self, x: Tensor, sites: slice = slice(None)) -> Tensor:
+        """Normalised residuals (S, B, D) -> pre-activations (S, B, L): W_enc (x - b_dec) + b_enc."""
+        weight = self.encoder[sites].transpose(1, 2)  # (S, D, L)
+        return torch.baddbmm(self.encoder_bias[sites] - self.decoder_bias[sites] @ weight, x, weight)
 
-    def fit(self, seed: int) -> list[dict[str, float]]:
-        """Train in place; returns the curve."""
+    def sparse(self, raw: Tensor) -> Tensor:
+        """Pre-activations (S, B, L) -> latents, by the kind of autoencoder."""
+        k = self.settings.k
+        return batch_top_k(raw, k * raw.shape[1]) if self.settings.kind == "batch-topk" else top_k(raw, k)
+
+    @torch.no_grad()
+    def reconstruct(self, site: int, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As fitted, before the conversion: residual (B, D) -> latents (B, L), reconstruction (B, D), both raw."""
+        only = slice(site, site + 1)
+        z = self.sparse(self.raw((residual - self.mean[only]) / self.scale[only], only))
+        rebuilt = (z @ self.decoder[only] + self.decoder_bias[only]) * self.scale[only] + self.mean[only]
+        return (z * self.scale[only])[0], rebuilt[0]
+
+    def fit(
+        self,
+        seed: int,
+        bf16: bool = False,
+        state: State | None = None,
+        save: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, float]]:
+        """Train in place, from `state` if given; returns the curve. save: called once a minute with a state.
+
+        bf16: matrix products in bfloat16. A fit that goes on from a state ends as an uninterrupted one, to the bit.
+        """
         s = self.settings
         count = self.train_residuals.shape[1]
         size = min(s.batch_size, count)
         per_epoch = count // size
         total = max(1, round(s.epochs * per_epoch))
-        optimizer = torch.optim.Adam(self.parameters(), lr=s.learning_rate, betas=(0.9, 0.999))
-        silent = torch.zeros(self.encoder_bias.shape[0], s.latents, dtype=torch.long)  # steps since last active
-        generator = torch.Generator().manual_seed(seed)
-        curve = []
-        progress = tqdm(range(total), desc="sae: fit", unit="step", mininterval=5, dynamic_ncols=True)
+        optimizer = torch.optim.Adam(self.parameters(), lr=s.learning_rate, fused=True)
+        start, curve = 0, []
+        if state:
+            self._restore(state[0], optimizer)
+            start, curve = state[1]["step"], list(state[1]["curve"])
+        saved = time.monotonic()
+        progress = tqdm(
+            range(start, total), "sae: fit", total, initial=start, unit="step", mininterval=5, dynamic_ncols=True
+        )
         for step in progress:
-            if step % per_epoch == 0:
-                order = torch.randperm(count, generator=generator)
-            offset = step % per_epoch * size
-            x = self.train_residuals[:, order[offset : offset + size]]
+            if save and time.monotonic() - saved > SAVE_EVERY:
+                save(self._state(optimizer), {"step": step, "curve": curve})
+                saved = time.monotonic()
+            epoch, offset = divmod(step, per_epoch)
+            if offset == 0 or step == start:
+                order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+            rows = order[offset * size : (offset + 1) * size]
+            x = (self.train_residuals[:, rows].to(self.mean.device).float() - self.mean) / self.scale
             warm, decay = min(1.0, (step + 1) / (0.05 * total + 1)), min(1.0, (total - step) / (0.2 * total))
             optimizer.param_groups[0]["lr"] = s.learning_rate * warm * decay
-            raw = self.activations(x)
-            z = batch_top_k(raw, s.k * size) if s.kind == "batch-topk" else top_k(raw, s.k)
-            error = x - (z @ self.decoder + self.decoder_bias)
-            loss = error.pow(2).mean((1, 2)) / x.var((1, 2))  # (S,)
-            active = (z > 0).any(1)
-            silent = torch.where(active, 0, silent + 1)
-            dead = silent > s.dead_epochs * per_epoch  # (S, L)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                z = self.sparse(self.raw(x))
+                rebuilt = torch.baddbmm(self.decoder_bias, z, self.decoder)
+            error = x - rebuilt
+            loss = error.pow(2).mean((1, 2))  # (S,): the variance is 1
+            self.silent = torch.where(z.detach().amax(1) > 0, 0, self.silent + 1)
+            dead = self.silent > s.dead_epochs * per_epoch  # (S, L)
             if s.aux_weight and dead.any():
-                spare = batch_top_k(raw * dead[:, None], s.k * size)
-                loss = loss + s.aux_weight * (error.detach() - spare @ self.decoder).pow(2).mean((1, 2)) / x.var((1, 2))
+                loss = loss + s.aux_weight * self._auxiliary(x, error.detach(), dead)
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
             self._remove_parallel_gradient()
@@ -120,11 +197,36 @@ class Fitting(nn.Module):
                 progress.set_postfix({k: f"{v:.4f}" for k, v in point.items()}, refresh=False)
         return curve
 
+    def _auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """(S,): AuxK (arXiv:2406.04093), what the dead latents (S, L) leave of the error; computes those rows only."""
+        width = int(dead.sum(1).max())
+        index = dead.to(torch.uint8).topk(width, dim=1).indices  # (S, A); a site with fewer is padded with live ones
+        sites = torch.arange(len(dead), device=dead.device)[:, None]
+        raw = (x - self.decoder_bias) @ self.encoder[sites, index].transpose(1, 2)  # (S, B, A)
+        raw = F.relu(raw + self.encoder_bias[sites, 0, index][:, None]) * dead[sites, index][:, None]
+        spare = batch_top_k(raw, self.settings.k * x.shape[1])
+        return (error - spare @ self.decoder[sites, index]).pow(2).mean((1, 2))
+
     def _remove_parallel_gradient(self) -> None:
         """Decoder rows have unit norm: drop the part of the gradient that would only change it."""
         gradient = self.decoder.grad
         assert gradient is not None
         gradient -= (gradient * self.decoder.data).sum(-1, keepdim=True) * self.decoder.data
+
+    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        tensors = {f"fit.{k}": v for k, v in self.state_dict().items()}
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+        return tensors
+
+    def _restore(self, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.load_state_dict({k.removeprefix("fit."): v for k, v in tensors.items() if k.startswith("fit.")})
+        values: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                values.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
     @torch.no_grad()
     def folded(self, held_out: Tensor) -> Sae:
@@ -134,12 +236,15 @@ class Fitting(nn.Module):
         thresholds are multiplied by the scale, b_dec = mean + scale * b_dec_n.
         """
         sites, latents, dim = self.encoder.shape
-        raw = self.activations((held_out - self.mean) / self.scale)  # (S, B, L)
-        keep = self.settings.k * raw.shape[1]
         sae = Sae(sites, latents, dim)
+        sample = held_out[:, :: -(-held_out.shape[1] // SAMPLE)]
         for site in range(sites):
-            threshold = raw[site].flatten().kthvalue(max(1, raw[site].numel() - keep)).values
-            sae.threshold[site] = threshold * self.scale[site, 0]
+            only = slice(site, site + 1)
+            x = (sample[only].float().to(self.mean.device) - self.mean[only]) / self.scale[only]
+            raw = self.raw(x, only)
+            keep = min(self.settings.k * raw.shape[1], raw.numel() - 1)
+            threshold = raw.flatten().topk(keep + 1, sorted=False).values.amin().clamp_min(0)
+            sae.threshold[site] = (threshold * self.scale[site, 0]).cpu()
         sae.encoder.copy_(self.encoder)
         sae.decoder.copy_(self.decoder)
         sae.encoder_bias.copy_(self.encoder_bias[:, 0] * self.scale[:, 0])
@@ -148,41 +253,16 @@ class Fitting(nn.Module):
 
 
 def batch_top_k(values: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of each site's (B, L) values (>= 0), zero the rest."""
-    flat = values.flatten(1)
-    count = min(count, flat.shape[1])
-    threshold = flat.detach().kthvalue(flat.shape[1] - count + 1, dim=1).values  # (S,)
+    """Keep the `count` largest of each site's (B, L) values, none below 0; zero the rest.
+
+    The threshold is exact. (`topk` without sorting finds it in a third of the time of `kthvalue`.)
+    """
+    flat = values.detach().flatten(1)
+    threshold = flat.topk(min(count, flat.shape[1]), dim=1, sorted=False).values.amin(1).clamp_min(0)  # (S,)
     return values * (values >= threshold[:, None, None])
 
 
 def top_k(values: Tensor, k: int) -> Tensor:
-    """Keep the k largest of each image's latents (S, B, L) (>= 0), zero the rest."""
+    """Keep the k largest of each image's latents (S, B, L), none below 0; zero the rest."""
     best = values.topk(min(k, values.shape[-1]), dim=-1)
-    return torch.zeros_like(values).scatter(-1, best.indices, best.values)
-
-
-@torch.no_grad()
-def fidelity(sae: Sae, model: GatedVit, held_out: Tensor) -> list[dict[str, float]]:
-    """Per site, on residuals (S, B, D).
-
-    l0: active latents an image. fvu: fraction of variance unexplained (sums over all images and dimensions about the
-    per-dimension mean). dead: share of latents never active. gate_agreement: share of gates that decide alike when they
-    read the reconstruction; gate_agreement_clear: of those with |logit| above NEAR.
-    """
-    quality: list[dict[str, Any]] = []
-    for site in range(sae.sites):
-        x = held_out[site]
-        z = sae.encode(site, x)
-        rebuilt = sae.decode(site, z)
-        logit, logit_rebuilt = model.gates[site](x), model.gates[site](rebuilt)
-        agree = (logit > 0) == (logit_rebuilt > 0)
-        clear = logit.abs() > NEAR
-        quality.append({
-            "l0": (z > 0).float().sum(1).mean().item(),
-            "fvu": ((x - rebuilt).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item(),
-            "cosine": F.cosine_similarity(x, rebuilt).mean().item(),
-            "dead": (z > 0).any(0).logical_not().float().mean().item(),
-            "gate_agreement": agree.float().mean().item(),
-            "gate_agreement_clear": agree[clear].float().mean().item() if clear.any() else 1.0,
-        })  # fmt: skip
-    return quality
+    return torch.zeros_like(values).scatter(-1, best.indices, F.relu(best.values))

@@ -3,24 +3,27 @@
     logits = tail(residual + bias + sum of the kept heads' contributions)
 
 where tail is the block's MLP, the final norm and the classifier, of the class token alone. For models in which only
-the last block is gated (the paper's setting) every question about gates is then a question about small vectors.
+the last block is gated (the paper's setting) every question about gates is then a question about small vectors: a
+LastBlock takes the place of the model, and row numbers that of the images.
 
 Letters: B images, H heads, D width, C classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.data import Split
-from training.gated_vit import GatedVit, keep_all
+from training.gated_vit import Decide, GatedVit, Intermediates, Steer, keep_all, keep_positive
 
 
 @dataclass(frozen=True)
 class LastBlock:
-    """Of the images of a split, with the gates of earlier blocks as they decide without steering."""
+    """Of the images of some splits, with the gates of earlier blocks as they decide without steering."""
 
     model: GatedVit
     residual: Tensor
@@ -28,18 +31,64 @@ class LastBlock:
     contribution: Tensor
     """float32 (B, H, D): what each head adds to it when it is kept."""
 
+    def __call__(
+        self, rows: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
+    ) -> tuple[Tensor, Intermediates]:
+        """As GatedVit, for the images of these row numbers (B,), when the last block alone is gated."""
+        residual = self.residual[rows]
+        with torch.autocast(residual.device.type, enabled=False):
+            logit = self.gates[0](residual if steer is None else steer(0, residual))
+            gate = decide(0, logit)
+            logits = self.tail(residual, self.contribution[rows], gate)
+        return logits, {"residual": residual[:, None], "gate_logit": logit[:, None], "head_gate": gate[:, None]}
+
+    @property
+    def gates(self) -> nn.ModuleList:
+        return self.model.gates
+
+    @property
+    def gated_blocks(self) -> tuple[int, ...]:
+        return self.model.gated_blocks
+
+    @property
+    def heads(self) -> int:
+        return self.model.heads
+
+    @property
+    def dim(self) -> int:
+        return self.model.dim
+
+    @property
+    def mean(self) -> Tensor:
+        return self.model.mean
+
     def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
         """Gates (B, H) -> logits (B, C)."""
+        parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
+        return torch.cat([self.tail(self.residual[p], self.contribution[p], head_gate[p]) for p in parts])
+
+    def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
+        """(B, D), (B, H, D), (B, H) -> logits (B, C)."""
         block, vit = self.model.vit.blocks[-1], self.model.vit
         constant = block.ls1(block.attn.proj.bias) if block.attn.proj.bias is not None else 0.0
-        found = []
-        for start in range(0, len(self.residual), size):
-            rows = slice(start, start + size)
-            kept = torch.einsum("bh,bhd->bd", head_gate[rows].float(), self.contribution[rows])
-            x = (self.residual[rows] + constant + kept)[:, None]  # (B, 1, D)
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-            found.append(vit.forward_head(vit.norm(x)))
-        return torch.cat(found)
+        kept = torch.einsum("bh,bhd->bd", head_gate.float(), contribution)
+        x = (residual + constant + kept)[:, None]  # (B, 1, D)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        logits: Tensor = vit.forward_head(vit.norm(x))
+        return logits
+
+
+def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[Any, list[Split]]:
+    """The model and the splits, or what is faster and gives the same: a LastBlock and row numbers.
+
+    For models in which the last block alone is gated and only the class token leaves it.
+    """
+    if model.gated_blocks != (len(model.vit.blocks) - 1,) or model.leaving != 1:
+        return model, list(splits)
+    caches = [store(model, split) for split in splits]
+    cache = LastBlock(model, torch.cat([c.residual for c in caches]), torch.cat([c.contribution for c in caches]))
+    rows = torch.arange(len(cache.residual)).split([len(split) for split in splits])
+    return cache, [Split(part, split.classes) for part, split in zip(rows, splits, strict=True)]
 
 
 @torch.no_grad()

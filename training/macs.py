@@ -41,7 +41,7 @@ def count(model: GatedVit) -> Macs:
         stem += layer.weight.numel() * output.shape[2] * output.shape[3]
 
     hooks = [m.register_forward_hook(add) for m in vit.patch_embed.modules() if isinstance(m, nn.Conv2d)]
-    image = torch.zeros(1, len(model.mean), *vit.patch_embed.img_size)
+    image = torch.zeros(1, len(model.mean), *vit.patch_embed.img_size, device=model.mean.device)
     try:
         with torch.no_grad():
             tokens = vit._pos_embed(vit.patch_embed(image)).shape[1]

@@ -3,7 +3,7 @@
 Every function takes booleans per image: whether it was right before, and after, on the same images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,3 +53,7 @@ def wilson(right: Right, level: float = 0.95) -> tuple[float, float]:
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Adjusted p: what is below q is a set with an expected share of false discoveries of at most q."""
     return [float(p) for p in false_discovery_control(np.asarray(p_values), method="bh")] if p_values else []
+
+
+def mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

@@ -105,7 +105,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "clamp": (0.5, 1.0, 2.0),
     "suppress": (0.5, 1.0),
     "random": (-0.5, 1.0, 3.0),
-    "learned": (0.75, 1.0, 1.25),
+    "learned": (0.5, 0.75, 0.9, 1.0, 1.15),
     "learned, random latents": (0.75, 1.0, 1.25),
 }
 """What is tried. A negative strength turns an amplification into a suppression."""

@@ -1,0 +1,215 @@
+"""Images as a model reads them, uint8 (B, H, W, C): a tensor in memory, files decoded when asked for, or a mapped file.
+
+Letters: B images, H height, W width, C channels.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from tqdm import tqdm
+
+from training.config import DataSettings
+from training.image_spec import ImageSpec
+
+T = TypeVar("T")
+R = TypeVar("R")
+AHEAD = 64  # images that may wait, decoded, for their turn
+
+
+class DataError(Exception):
+    """The data are not where, or not what, the settings say."""
+
+
+class Source(Protocol):
+    """Where images come from, by row."""
+
+    def open(self, row: int) -> Image.Image: ...
+
+    def name(self, row: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pixels(ABC):
+    """Rows of a set of images that is not in memory. Indexed as a tensor is (by slice, int, int64 or bool tensor), it
+    reads the images asked for: uint8 (B, H, W, C)."""
+
+    rows: torch.Tensor
+    """int64 (B,): which images of the set, in order."""
+    spec: ImageSpec
+    """Of the pixels that indexing returns."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self), *self.spec.shape)
+
+    def __getitem__(self, key: slice | int | torch.Tensor) -> torch.Tensor:
+        rows = self.rows[key]
+        return self.read(rows[None])[0] if rows.ndim == 0 else self.read(rows)
+
+    @abstractmethod
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the whole set -> uint8 (B, H, W, C)."""
+
+    @abstractmethod
+    def picture(self, index: int) -> Image.Image:
+        """The image at `index`, upright, grey or RGB, as large as it is stored: what augmentation starts from."""
+
+
+@dataclass(frozen=True)
+class LazyPixels(Pixels):
+    """Decoded and transformed at every access, by a pool of threads."""
+
+    source: Source
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        found = list(in_threads(self._decoder(eval_transform(self.spec)), rows.tolist()))
+        return torch.from_numpy(np.stack(found)) if found else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
+
+    def picture(self, index: int) -> Image.Image:
+        return self._decoder(lambda image: upright(image, self.spec.channels))(int(self.rows[index]))
+
+    def decoded(self, title: str) -> Iterator[np.ndarray]:
+        """Every image, uint8 (H, W, C), in order; with a progress bar."""
+        transformed = self._decoder(eval_transform(self.spec))
+        bar = tqdm(self.rows.tolist(), desc=title, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
+        return in_threads(transformed, bar)
+
+    def check(self, title: str) -> None:
+        """Open every image without decoding it. Raises DataError with the name of the first that is none."""
+        bar = tqdm(self.rows.tolist(), desc=title, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
+        deque(in_threads(self._decoder(lambda image: None), bar), maxlen=0)
+
+    def _decoder(self, transform: Callable[[Image.Image], R]) -> Callable[[int], R]:
+        def decode(row: int) -> R:
+            try:
+                with self.source.open(row) as image:
+                    return transform(image)
+            except Exception as error:  # Pillow and the libraries behind a source raise many kinds
+                raise DataError(f"{self.source.name(row)} is not a readable image: {error}") from error
+
+        return decode
+
+
+@dataclass(frozen=True)
+class MappedPixels(Pixels):
+    """A file of uint8 (images, H, W, C), read through the page cache."""
+
+    path: Path
+    total: int
+    """Images in the file."""
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        # opened at every access: a memmap cannot go to another process, and opening takes microseconds
+        mapped = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.spec.shape))
+        return torch.from_numpy(np.asarray(mapped[rows.numpy()]))
+
+    def picture(self, index: int) -> Image.Image:
+        return as_picture(self[index])
+
+
+Images = torch.Tensor | Pixels
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Images
+    """uint8 (B, H, W, C): pixels as they enter the model. Pixels that are not in memory are read when indexed."""
+    classes: torch.Tensor
+    """int64 (B,): index into the labels."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def take(self, index: torch.Tensor) -> "Split":
+        """These rows. Images that are not in memory stay there."""
+        images = self.images
+        if isinstance(images, Pixels):
+            return Split(replace(images, rows=images.rows[index]), self.classes[index])
+        return Split(images[index], self.classes[index])
+
+    def picture(self, index: int) -> Image.Image:
+        """One image, upright, grey or RGB, as large as it is stored."""
+        return self.images.picture(index) if isinstance(self.images, Pixels) else as_picture(self.images[index])
+
+
+def in_memory(split: Split, title: str) -> Split:
+    """The same split, its images read into one uint8 tensor."""
+    images = split.images
+    if isinstance(images, torch.Tensor):
+        return split
+    found = torch.empty(images.shape, dtype=torch.uint8)
+    if isinstance(images, LazyPixels):
+        for row, pixels in enumerate(images.decoded(title)):
+            found[row] = torch.from_numpy(pixels)
+    else:
+        for start in range(0, len(images), 4096):
+            found[start : start + 4096] = images[start : start + 4096]
+    return Split(found, split.classes)
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """function(item) of each item, in order, computed by a pool of threads a bounded number of items ahead."""
+    with ThreadPoolExecutor() as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def image_spec(settings: DataSettings, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> ImageSpec:
+    """Without mean and std: 0.5, for where the geometry alone matters."""
+    return ImageSpec(
+        height=settings.image_size,
+        width=settings.image_size,
+        channels=settings.channels,
+        resize=math.floor(settings.image_size / settings.crop_fraction),
+        interpolation=settings.interpolation,
+        mean=mean or (0.5,) * settings.channels,
+        std=std or (0.5,) * settings.channels,
+    )
+
+
+def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
+    """PIL image -> uint8 (H, W, C): upright, converted, resized and cropped, as timm evaluates."""
+    resize_and_crop = create_transform(
+        (spec.channels, spec.height, spec.width),
+        is_training=False,
+        use_prefetcher=True,  # stop at uint8: scaling and normalisation are in the model
+        interpolation=spec.interpolation,
+        crop_pct=spec.height / spec.resize,
+    )
+
+    def transform(image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(resize_and_crop(upright(image, spec.channels)))  # (C, H, W)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+    return transform
+
+
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """Turned as its EXIF says; grey (1 channel) or RGB (3), whatever it was."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P" and "transparency" in image.info:  # as Pillow advises
+        image = image.convert("RGBA")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def as_picture(pixels: torch.Tensor) -> Image.Image:
+    """uint8 (H, W, C) -> PIL image, grey or RGB."""
+    return Image.fromarray(pixels.numpy().squeeze(2) if pixels.shape[2] == 1 else pixels.numpy())

@@ -1,0 +1,51 @@
+"""The processes of one run: one, or as many as `accelerate launch` started, each with its device.
+
+Every process runs the same code. Process 0 alone writes; the others wait at `wait` and read what it wrote.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import nn
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for another, which may be writing, fitting or evaluating alone."""
+
+
+def state() -> PartialState:
+    """Rank, count and device of this process. Without a launcher: rank 0 of 1, on a GPU if there is one."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def device() -> torch.device:
+    found: torch.device = state().device
+    return found
+
+
+def is_main() -> bool:
+    return bool(state().is_main_process)
+
+
+def wait() -> None:
+    """Until every process is here."""
+    state().wait_for_everyone()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model on this process's device, its gradients averaged over all processes (DistributedDataParallel)."""
+    on_cpu = state().device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    wrapped: nn.Module = accelerator.prepare_model(model)
+    return wrapped
+
+
+def gather(mine: Sequence[T]) -> list[T]:
+    """What all processes bring, joined, in every process."""
+    found: list[T] = list(mine) if state().num_processes == 1 else gather_object(list(mine))
+    return found

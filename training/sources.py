@@ -1,0 +1,189 @@
+"""Finding a data set by its name: labels, training images, and test images where it has some of its own.
+
+Nothing is decoded here that can wait: sets with random access come as LazyPixels, or as MappedPixels when
+`data.memory` is `map`; sets that stream (`wds/`, `hfids/`) always come through the mapped file.
+"""
+
+import hashlib
+import importlib.util
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset
+
+from training.config import DataSettings
+from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
+from training.pixel_map import default_cache, mapped
+from training.pixels import DataError, LazyPixels, Source, Split, image_spec
+from training.shards import streamed
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
+
+Found = tuple[tuple[str, ...], Split, Split | None]
+"""Labels, training images, and test images if the set has its own."""
+
+
+def find(settings: DataSettings) -> Found:
+    """The data set of the settings, whole. Raises DataError with what is missing and where it was looked for."""
+    if settings.dataset == "fashion-mnist":
+        if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
+            raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
+        train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
+        return FASHION_MNIST_LABELS, train, test
+    if settings.dataset == "folder":
+        return _folder(settings)
+    return _timm(settings)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, one a row."""
+
+    paths: tuple[str, ...]
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(self.paths[row])
+
+    def name(self, row: int) -> str:
+        return self.paths[row]
+
+    def identity(self) -> str:
+        """A digest that changes with the files' names, sizes or times."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = os.stat(path)
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set of timm with random access. Read below timm's ImageDataset, which puts the next image in the place
+    of one that it cannot decode."""
+
+    dataset: Any
+    title: str
+
+    def open(self, row: int) -> Image.Image:
+        if not hasattr(self.dataset, "reader"):
+            return self.dataset[row][0]
+        with self.dataset.reader[row][0] as file:
+            return Image.open(io.BytesIO(file.read()))
+
+    def name(self, row: int) -> str:
+        return f"{self.title}: image {row}"
+
+    def identity(self) -> str:
+        reader = getattr(self.dataset, "reader", None)
+        return str(reader.dataset._fingerprint if reader else len(self.dataset))
+
+
+def _split(settings: DataSettings, split: str, source: Files | Rows, classes: torch.Tensor) -> Split:
+    spec = image_spec(settings)
+    pixels = LazyPixels(torch.arange(len(classes)), spec, source)
+    if settings.memory != "map":
+        return Split(pixels, classes)
+    labelled = hashlib.sha256(classes.numpy().tobytes()).hexdigest()
+    made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
+    rows = zip(pixels.decoded(f"data: {split}"), classes.tolist(), strict=True)
+    return mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
+
+
+def _folder(settings: DataSettings) -> Found:
+    """Read by ourselves: timm's reader takes the innermost folder for the label and passes over empty ones."""
+    if settings.root is None or not settings.root.is_dir():
+        raise DataError(f"data.root is {settings.root}; allowed: a folder of images, one sub-folder a label")
+    names = ("test", "val", "validation")
+    tests = [settings.root / name for name in names if (settings.root / name).is_dir()]
+    train_root = settings.root / "train"
+    own_test = train_root.is_dir() and bool(tests)
+    root = train_root if own_test else settings.root
+    labels = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if len(labels) < 2:
+        raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
+    train = _split(settings, "train", *_files(root, labels, least=2 if own_test else 3))
+    return labels, train, _split(settings, "test", *_files(tests[0], labels, least=1)) if own_test else None
+
+
+def _files(root: Path, labels: tuple[str, ...], least: int) -> tuple[Files, torch.Tensor]:
+    paths, classes = [], []
+    for index, label in enumerate(labels):
+        found = sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if len(found) < least:
+            raise DataError(f"{root / label} has {len(found)} images; allowed: at least {least} a label")
+        paths += [str(path) for path in found]
+        classes += [index] * len(found)
+    return Files(tuple(paths)), torch.tensor(classes)
+
+
+def _timm(settings: DataSettings) -> Found:
+    prefix = settings.dataset.partition("/")[0]
+    package = PACKAGES.get(prefix)
+    if package and importlib.util.find_spec(package) is None:
+        raise DataError(
+            f"data.dataset {settings.dataset!r} needs the package {package!r}: pip install 'steervit[train]'"
+        )
+    splits: list[Split] = []
+    labels: tuple[str, ...] = ()
+    for split in (settings.train_split, settings.test_split):
+        where = f"data.dataset {settings.dataset!r}, data.root {settings.root}, {split}"
+        try:
+            dataset = _create(settings, split)
+            if prefix in ("wds", "hfids"):
+                found = streamed(settings, split, dataset)
+            else:
+                found = _split(settings, split, *_rows(dataset, where))
+        except DataError:
+            raise
+        except Exception as error:  # timm and the libraries behind it raise many kinds
+            raise DataError(f"{where}: {error}") from error
+        splits.append(found)
+        labels = labels or _labels(settings, dataset, found.classes)
+    return labels, splits[0], splits[1]
+
+
+def _create(settings: DataSettings, split: str) -> Any:
+    prefix = settings.dataset.partition("/")[0]
+    options: dict[str, Any] = {}
+    if prefix in ("wds", "hfds", "hfids"):
+        options = {"input_key": settings.image_key, "target_key": settings.label_key}
+    if prefix != "wds":
+        options["download"] = settings.download
+    root = str(settings.root) if settings.root else None if prefix in ("hfds", "hfids") else ""
+    return create_dataset(settings.dataset, root, split=split, is_training=False, **options)
+
+
+def _rows(dataset: Any, where: str) -> tuple[Files | Rows, torch.Tensor]:
+    """The images of a data set and their classes, without decoding one."""
+    reader = getattr(dataset, "reader", None)
+    if reader is not None:
+        classes = list(reader.dataset[reader.label_key])
+    elif hasattr(dataset, "targets"):
+        classes = dataset.targets
+    else:
+        raise DataError(f"{where}: gives its labels with its images alone; allowed: a set with `targets`, or a folder")
+    source: Source = Rows(dataset, where)
+    if hasattr(dataset, "samples"):  # torchvision's ImageFolder and ImageNet
+        source = Files(tuple(path for path, _ in dataset.samples))
+    return source, torch.as_tensor(classes).long()
+
+
+def _labels(settings: DataSettings, dataset: Any, classes: torch.Tensor) -> tuple[str, ...]:
+    if settings.labels is not None:
+        try:
+            return tuple(line.strip() for line in settings.labels.read_text().splitlines() if line.strip())
+        except OSError as error:
+            raise DataError(f"data.labels is {settings.labels}: {error}") from error
+    if getattr(dataset, "classes", None):
+        named = [name if isinstance(name, str) else name[0] for name in dataset.classes]  # ImageNet has synonyms
+        return tuple(named)
+    numbered = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if numbered:
+        return tuple(str(name) for name, _ in sorted(numbered.items(), key=lambda item: item[1]))
+    return tuple(str(number) for number in range(int(classes.max()) + 1))
