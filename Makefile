@@ -5,9 +5,10 @@ TORCH := torch==2.14.1 torchvision==0.29.1
 RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
+SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
 
-.PHONY: help demo serve test test-fast lint format proto train export clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto train reproduce export clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -36,11 +37,15 @@ format: .venv/.dev  ## Rewrite the code in the project's format
 proto: .venv/.dev  ## Generate service/pb from proto/
 	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto
 
-train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm (about two hours)
-	$(RUN) -m training all --preset fashion-mnist --out runs/fm
+train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
+	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0
 
-export: .venv/.dev  ## Write runs/fm as the next version of deploy/models/fashion_mnist
-	$(RUN) -m export runs/fm deploy/models --name fashion_mnist
+reproduce: .venv/.dev system-test  ## Data to report and bundle, with all controls, for SEEDS (1) seeds, into runs/fm; resumable
+	$(RUN) -m training.reproduce --preset fashion-mnist --out runs/fm --seeds $(SEEDS)
+	test -d runs/fm/models/fashion_mnist/1 || $(RUN) -m export runs/fm/seed-0 runs/fm/models --name fashion_mnist
+
+export: .venv/.dev  ## Write runs/fm/seed-0 as the next version of deploy/models/fashion_mnist
+	$(RUN) -m export runs/fm/seed-0 deploy/models --name fashion_mnist
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save
 
 from export.bundle import (
@@ -59,11 +60,11 @@ def export(run: Run, repository: Path, name: str, version: int | None, verify_im
     info = run.info("vit")
     made = info["result"]
     spec, labels = ImageSpec.from_json(made["image"]), tuple(made["labels"])
-    model, sae = load_vit(run), load_sae(run)
+    model, sae = load_vit(run).cpu(), load_sae(run).cpu()
     profiles = _with_evaluation(run, load_profiles(run))
     images = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"]).selection
-    picked = np.linspace(0, len(images) - 1, min(verify_images, len(images))).astype(int)
-    real = images.images.numpy()[picked]
+    picked = torch.linspace(0, len(images) - 1, min(verify_images, len(images))).long()
+    real = images.images[picked].numpy()
 
     version = version or max(versions(repository / name), default=0) + 1
     steered = SteeredVit(model, sae).eval()

@@ -22,10 +22,11 @@ from torchvision.datasets import CIFAR100
 
 from training import data as of_training
 from training import sources
-from training.config import PRESETS, DataSettings
+from training.config import DataSettings
 from training.data import DEBIAN_FASHION_MNIST, Data, DataError, augment, batches, load
 from training.image_spec import ImageSpec
 from training.pixels import LazyPixels, MappedPixels, Pixels, Split
+from training.presets import PRESETS
 from training.streams import Batch, seeded, training_batches
 
 Settings = Callable[..., DataSettings]

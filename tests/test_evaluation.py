@@ -18,7 +18,7 @@ from training.baselines import (
 from training.checkpoint import RunError
 from training.config import VitSettings
 from training.data import Split
-from training.evaluate import Effect, Outcome, answers, auroc, gate_diagnostics
+from training.evaluate import Effect, Outcome, auroc, gate_diagnostics
 from training.fit_profiles import own_and_others, targets_of
 from training.gated_vit import GatedVit, create_vit
 from training.image_spec import ImageSpec

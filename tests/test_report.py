@@ -60,9 +60,11 @@ def profile(draw: random.Random, name: str, classes: list[str]) -> dict[str, Any
     return entry
 
 
-def rival(draw: random.Random) -> dict[str, float]:
+def rival(draw: random.Random) -> dict[str, Any]:
     names = ("recall", "precision", "others_accuracy", "auroc", "worst_recall")
-    return {"head_usage": round(draw.random(), 5), **{name: round(draw.uniform(-0.3, 0.1), 5) for name in names}}
+    against = {"recall": draw.uniform(-0.1, 0.1), "interval": [-0.0125, 0.031], "p": draw.random()}
+    changes = {name: round(draw.uniform(-0.3, 0.1), 5) for name in names}
+    return {"head_usage": round(draw.random(), 5), **changes, "against_profile": against}
 
 
 def results_of(seed: int) -> dict[str, Any]:
@@ -201,10 +203,11 @@ def recall_cell(p: dict[str, Any]) -> str:
     return f"{change(p, 'recall')} [{point(low)}, {point(high)}]"
 
 
-def rival_cells(rivals: dict[str, dict[str, float]]) -> list[list[str]]:
+def rival_cells(rivals: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [
         [name, f"{v['head_usage']:.3f}", point(v["recall"]), point(v["worst_recall"]), point(v["precision"]),
-         point(v["others_accuracy"]), signed(v["auroc"], 4)]
+         point(v["others_accuracy"]), signed(v["auroc"], 4),
+         f"{point(v['against_profile']['recall'])} [-1.2, +3.1]", chance(v["against_profile"]["p"])]
         for name, v in sorted(rivals.items(), key=lambda item: item[1]["head_usage"])
     ]  # fmt: skip
 
@@ -377,8 +380,9 @@ def test_models_trained_apart_are_compared_by_hand() -> None:
 
 
 def test_kinds_oracle_and_shades() -> None:
-    names = ("causal", "learned", "learned, random latents", "random", "random heads", "gate-logit bias")
-    kinds = ["strategy", "strategy", "control", "control", "baseline", "baseline"]
+    names = ("causal", "learned", "learned, random latents", "random", "random heads", "profile")
+    kinds = ["strategy", "strategy", "control", "control", "baseline", "profile"]
+    assert (kind_of("another class's profile"), kind_of("gate-logit bias")) == ("control", "baseline")
     assert [kind_of(name) for name in names] == kinds
     best = [{"head_usage": k / 4, "heads": list(range(k))} for k in range(5)]
     assert oracle_at(best, 0.25)["heads"] == [0]

@@ -22,7 +22,7 @@ TINY = VitSettings(
 
 def tiny(out: Path) -> Settings:
     data = DataSettings(max_train=400, max_test=50)
-    return Settings(step="vit", out=out, data=data, vit=TINY)  # type: ignore[call-arg]
+    return Settings(step="vit", out=out, save_every=0, data=data, vit=TINY)  # type: ignore[call-arg]
 
 
 class Interrupted(Exception):
@@ -31,10 +31,9 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("after", [3, 9, 14])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, tmp_path: Path
 ) -> None:
     """Interrupted in each of the three phases, right after a state was saved."""
-    monkeypatch.setattr(phases, "SAVE_EVERY", 0.0)
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
     whole = fit_vit.fit_vit(settings, data, Run(tmp_path / "whole"))
@@ -132,6 +131,7 @@ def test_effect_by_hand() -> None:
     ("flags", "message"),
     [
         (["vit", "--vit.dim", "-3"], "--vit.dim is '-3': Input should be greater than or equal to 8"),
+        (["vit", "--vit.nonsense", "1"], "python -m training: error: unrecognized arguments: --vit.nonsense 1"),
         (["vit", "--vit.gated-blocks", "0"], "vit.gated_blocks is '0'; allowed: 'all', 'last', or numbers"),
         (["vit", "--vit.model", "no_such_model"], "vit.model is 'no_such_model'"),
         (["vit", "--data.dataset", "folder", "--data.root", "nowhere"], "data.root is nowhere; allowed: a folder of"),

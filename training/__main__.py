@@ -1,10 +1,11 @@
 """python -m training {vit,sae,profiles,controls,evaluate,report,all} --preset fashion-mnist --out runs/fm"""
 
+import argparse
 import sys
 
 import torch
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_settings import CliApp, CliSettingsSource
 
 from training import data, processes
 from training.checkpoint import Run, RunError
@@ -20,11 +21,12 @@ from training.report import write_report
 
 def main(arguments: list[str]) -> int:
     try:
-        settings = CliApp.run(Settings, cli_args=arguments)
+        settings = parse(arguments)
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"])).replace("_", "-")
-            print(f"--{name} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
+            print(f"--{name} is {found}: {problem['msg']}", file=sys.stderr)
         return 2
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -36,6 +38,18 @@ def main(arguments: list[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Raises pydantic's ValidationError; exits on --help and on an unknown flag, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        usage="python -m training STEP --out FOLDER [--preset NAME] [--GROUP.SETTING VALUE ...]",
+        description=f"{Settings.__doc__} A preset changes the defaults that stand below: see training/presets.py.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
+    return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source)
 
 
 def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
+from training.presets import PRESETS
+
 AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
 """The command line gives text."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
@@ -183,7 +185,7 @@ class SaeSettings(Group):
     """Weight of the AuxK loss that revives dead latents."""
     dead_epochs: float = Field(2, gt=0)
     """A latent is dead that was silent for this long."""
-    memory: int = Field(4 * 2**30, ge=0)
+    memory_limit: int = Field(4 * 2**30, ge=0)
     """Bytes. Residuals that take more (4 an entry) are kept in a file in the run folder, in half precision."""
     stability_seeds: int = Field(0, ge=0)
     """Further fits from other seeds, to report how many latents are found again; each takes as long as the first."""
@@ -216,106 +218,6 @@ class ProfileSettings(Group):
     """Terms that move no gate logit of their class by more than this are dropped."""
 
 
-DEIT_S: dict[str, Any] = {
-    "model": "deit_small_patch16_224",
-    "pretrained": True,
-    "batch_size": 256,
-    "learning_rate": 1e-4,
-    "joint_learning_rate": 5e-5,
-    "label_smoothing": 0.1,
-    "ema_decay": 0.9998,
-}
-DEIT_PIXELS: dict[str, Any] = {
-    "image_size": 224,
-    "channels": 3,
-    "crop_fraction": 0.9,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-}
-DEIT_AUGMENTATION: dict[str, Any] = {  # after https://arxiv.org/abs/2012.12877
-    "augmentation": "timm",
-    "auto_augment": "rand-m9-mstd0.5-inc1",
-    "re_prob": 0.25,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "workers": 8,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # python -m training all --preset fashion-mnist --out runs/fm
-    # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 49 tokens. Result and run time: README.md, "What was measured".
-    "fashion-mnist": {
-        "vit": {"unpadded": 1, "mlp_ratio": 2, "backbone_epochs": 7, "gate_epochs": 0.5, "joint_epochs": 6.5},
-        "profiles": {
-            "contexts": {
-                "tops": ("T-shirt", "Pullover", "Coat", "Shirt", "Dress"),
-                "footwear": ("Sandal", "Sneaker", "Ankle boot"),
-                "rest": ("Trouser", "Bag"),
-            }
-        },
-    },
-    # python -m training all --preset smoke --out runs/smoke
-    # Every stage on a real subset, in minutes on 2 cores. For tests: the accuracy is beside the point.
-    "smoke": {
-        "data": {"max_train": 4000, "max_test": 1000},
-        "vit": {"dim": 48, "depth": 3, "heads": 3, "backbone_epochs": 5, "gate_epochs": 0.5, "joint_epochs": 4},
-        "sae": {"latents": 96, "k": 12, "epochs": 30, "batch_size": 256},
-        "profiles": {"terms": 8, "steps": 80, "usage_target": 0.35},
-    },
-    # accelerate launch -m training all --preset cifar100-deit-s --data.root data --data.download --out runs/cifar100
-    # The paper's likely setting: CIFAR-100 at 224 px, pretrained DeiT-S, gates on its last block alone. For a GPU; the
-    # 32-pixel images are resized at each use, by 8 processes. Not run here: no result, no run time.
-    "cifar100-deit-s": {
-        "data": {
-            "dataset": "torch/cifar100",
-            **DEIT_PIXELS,
-            **DEIT_AUGMENTATION,
-            "crop_fraction": 1.0,
-            "scale": (0.5, 1.0),
-        },
-        "vit": {
-            **DEIT_S,
-            "gated_blocks": "last",
-            "usage_target": 0.7,
-            "backbone_epochs": 30,
-            "gate_epochs": 1,
-            "joint_epochs": 10,
-        },
-        "sae": {"latents": 1024},
-        "profiles": {"usage_target": 0.33},
-    },
-    # accelerate launch -m training all --preset imagenet-deit-s --data.root imagenet --out runs/imagenet
-    # imagenet/train/<synset>/ and imagenet/val/<synset>/; from shards: --data.dataset wds/imagenet (their pixels are
-    # cut to 224 px once, a file of 200 GB). Pretrained DeiT-S, gates on all blocks but the first. For 8 GPUs with 12
-    # processor cores each. Not run here: no result, no run time.
-    "imagenet-deit-s": {
-        "data": {"dataset": "folder", **DEIT_PIXELS, **DEIT_AUGMENTATION, "selection_fraction": 0.02},
-        "vit": {
-            **DEIT_S,
-            "batch_size": 1024,
-            "backbone_epochs": 0,
-            "gate_epochs": 0.5,
-            "joint_epochs": 10,
-        },
-        "sae": {"latents": 2048, "epochs": 10},
-    },
-    # python -m training all --preset folder --data.root path/to/images --out runs/mine
-    # A person's own images, one folder a label (or train/<label>/ and test/<label>/): pretrained DeiT-S at 224 px, the
-    # whole image kept in view, mild augmentation. A GPU is advised. Not run here: no result, no run time.
-    "folder": {
-        "data": {
-            "dataset": "folder",
-            **DEIT_PIXELS,
-            "augmentation": "timm",
-            "scale": (0.5, 1.0),
-            "auto_augment": "rand-m6-mstd0.5-inc1",
-            "workers": 2,
-        },
-        "vit": {**DEIT_S, "batch_size": 32, "learning_rate": 5e-5, "joint_learning_rate": 3e-5, "backbone_epochs": 10},
-        "sae": {"batch_size": 256},
-    },
-}
-
-
 class Settings(BaseSettings):
     """Train a gated Vision Transformer, its sparse autoencoders and its class steering profiles."""
 
@@ -342,6 +244,8 @@ class Settings(BaseSettings):
     """Of everything that is drawn at random."""
     bf16: bool = True
     """bfloat16 autocast in training where the machine computes it natively. Evaluation is always float32."""
+    save_every: float = Field(60, ge=0)
+    """Seconds between two saved states of a stage: what an interruption costs at most."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: all cores."""
     only: tuple[Literal["dense", "direct", "last-block", "small"], ...] = ()

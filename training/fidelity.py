@@ -3,7 +3,7 @@
 Letters: B images, S sites, L latents, D residual width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,27 @@ def reconstruction(sae: Sae) -> Reconstruct:
         return latents, sae.decode(site, latents)
 
     return reconstruct
+
+
+def measure(
+    before: Reconstruct, sae: Sae, model: GatedVit, held_out: Tensor, split: Split, size: int
+) -> dict[str, Any]:
+    """Fidelity of autoencoders before (`size` images at a time) and after the conversion to JumpReLU, as JSON.
+
+    held_out (S, B, D): the residuals of the images of the split.
+    """
+    after = reconstruction(sae.to(model.mean.device))
+    quality_before = fidelity(before, model, held_out, "sae: before", size)
+    quality = fidelity(after, model, held_out, "sae: after")
+    whole = recovered(after, model, held_out, split)
+    for site, measured in enumerate(quality):
+        print(f"sae: site {site} (block {model.gated_blocks[site]}): {_listed(measured)}")
+    print(f"sae: whole model: {_listed(whole)}", flush=True)
+    return {"fidelity": quality, "fidelity_before": quality_before, "recovered": whole}
+
+
+def _listed(measured: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)
 
 
 @torch.no_grad()
@@ -115,7 +136,3 @@ def stability(a: Sae, b: Sae) -> list[float]:
         (F.normalize(rows, dim=-1) @ F.normalize(others, dim=-1).T).amax(1).mean().item()
         for rows, others in zip(a.decoder.detach(), b.decoder.detach(), strict=True)
     ]
-
-
-def sentence(measured: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)

@@ -17,7 +17,7 @@ BLUE, VERMILION, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#e69f00", "#7d838c",
 KINDS: dict[str, tuple[str, str, str]] = {
     "profile": ("*", VERMILION, "the chosen profiles"),
     "strategy": ("o", BLUE, "steering strategy"),
-    "control": ("D", ORANGE, "control: random latents, sham profiles"),
+    "control": ("D", ORANGE, "control: random latents, another's profile"),
     "baseline": ("s", GREY, "baseline without latents"),
     "model": ("^", INK, "separately trained model, not told the class"),
 }
@@ -28,7 +28,9 @@ FLOOR = -0.08
 
 def kind_of(name: str) -> str:
     """The kind of a rival by its name in results.json."""
-    if name == "random" or "random latents" in name or "sham" in name:
+    if name == "profile":
+        return "profile"
+    if name in ("random", "another class's profile") or "random latents" in name:
         return "control"
     return "strategy" if name in STRATEGIES or name.startswith("learned") else "baseline"
 
@@ -146,9 +148,10 @@ def trained_models(results: dict[str, Any]) -> list[dict[str, Any]]:
 def frontier(results: dict[str, Any]) -> Figure:
     """Mean change of recall, and of the others' accuracy, over mean head usage: every strategy, baseline and model."""
     singles = single_classes(results["profiles"])
-    usage = float(np.mean([p["after"]["head_usage"] for p in singles]))
-    points = [{"name": "chosen profiles", "kind": "profile", **results["mean_change"], "head_usage": usage}]
-    points += [{"name": name, "kind": kind_of(name), **value} for name, value in results["rivals"].items()]
+    points = [{"name": name, "kind": kind_of(name), **value} for name, value in results["rivals"].items()]
+    if "profile" not in results["rivals"]:
+        usage = float(np.mean([p["after"]["head_usage"] for p in singles]))
+        points.append({"name": "profile", "kind": "profile", **results["mean_change"], "head_usage": usage})
     points += [point for point in trained_models(results) if point["head_usage"] is not None]
     height = max(3.4, 0.17 * len(points) + 0.5)
     width, total = 11.5, 2 * height + 1.9

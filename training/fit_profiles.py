@@ -86,7 +86,7 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
     network, (pool, selection) = shortcut(model, [pool, data.selection])
     rank_of, count_of = processes.state().process_index, processes.state().num_processes
     mine = list(targets.values())[rank_of::count_of]
-    found, bias = find(settings, run, network, sae, pool, mine)
+    found, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
     choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
     progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
     chosen = [
@@ -115,8 +115,9 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
 
 def find(
     settings: Settings, run: Run, model: GatedVit, sae: Sae, pool: Split, targets: list[Target]
-) -> tuple[dict[str, list[Terms]], Tensor]:
-    """Terms of every strategy and control, and the gate-logit bias (P, G, H), a baseline; found on training images."""
+) -> tuple[dict[str, list[Terms]], list[Tensor]]:
+    """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
+    training images."""
     options, seed = settings.profiles, settings.seed + 3
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
@@ -128,7 +129,7 @@ def find(
                 model, sae, stats, targets, pool, options, seed, settings.bf16, at_random
             ),
         )  # fmt: skip
-    return found, gate_bias(model, targets, pool, options, seed, settings.bf16)
+    return found, list(gate_bias(model, targets, pool, options, seed, settings.bf16))
 
 
 def _choose(

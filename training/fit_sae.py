@@ -5,6 +5,7 @@ Letters: B images, S sites, L latents, D residual width.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from training import processes
 from training.activations import moments, residuals
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
 from training.data import Data
-from training.fidelity import fidelity, reconstruction, recovered, sentence, stability
+from training.fidelity import measure, stability
 from training.gated_vit import GatedVit
-from training.sae import Sae, from_tensors
+from training.sae import Sae, batch_top_k, from_tensors, thresholds, top_k
 
 SAVE_EVERY = 60.0  # seconds
 SAMPLE = 20_000
@@ -29,71 +31,60 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
-    """Fit, go on fitting, or load the autoencoders of a run.
-
-    One half of the held-out residuals sets the thresholds, the other half measures the fidelity.
-    """
-    made_with = settings.fingerprint("sae")
-    if run.finished("sae", made_with):
-        return load_sae(run)
-    state = run.read_state("sae", made_with)
-    memory = settings.sae.memory
-    train = residuals(model, data.train, "sae: residuals", folder=run.folder, memory=memory)
-    held_out = residuals(model, data.selection, "sae: held out", folder=run.folder, memory=memory)
-    first = state[1]["fit"] if state else 0
-    result: dict[str, Any] = state[1]["result"] if state else {}
-    for index in range(first, 1 + settings.sae.stability_seeds):
-        torch.manual_seed(settings.seed + 1 + 1000 * index)
-        fitting = Fitting(train, settings.sae, model.mean.device)
-
-        def save(
-            tensors: dict[str, Tensor], meta: dict[str, Any], index: int = index, result: dict[str, Any] = result
-        ) -> None:
-            run.write_state("sae", made_with, tensors, {"fit": index, "result": result, **meta})
-
-        curve = fitting.fit(settings.seed + index, settings.bf16, state if state and state[0] else None, save)
-        sae = fitting.folded(held_out[:, ::2])
-        if index == 0:
-            run.write_tensors("sae", sae.state_dict())
-            result = measure(fitting, sae, model, held_out[:, 1::2], data) | {"curve": curve, "stability": []}
-        else:
-            result["stability"].append(stability(_stored(run), sae))
-        run.write_state("sae", made_with, {}, {"fit": index + 1, "result": result})
-        state = None
-    run.finish("sae", made_with, result)
+    """Fit, go on fitting, or load the autoencoders of a run. Process 0 fits, the others wait."""
+    finished = run.finished("sae", settings.fingerprint("sae"))
+    if processes.is_main() and not finished:
+        _fit_all(settings, data, run, model)
+    processes.wait()
     return load_sae(run)
 
 
+def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
+    """The autoencoders, and those of further seeds for their stability.
+
+    One half of the held-out residuals sets the thresholds, the other half measures the fidelity.
+    """
+    made_with, memory = settings.fingerprint("sae"), settings.sae.memory_limit
+    state = run.read_state("sae", made_with)
+    first: int = state[1]["fit"] if state else 0
+    result: dict[str, Any] = state[1]["result"] if state else {}
+    train = residuals(model, data.train, "sae: residuals", folder=run.folder, memory=memory)
+    held_out = residuals(model, data.selection, "sae: held out", folder=run.folder, memory=memory)
+    measured_on = data.selection.take(torch.arange(1, len(data.selection), 2))
+    for index in range(first, 1 + settings.sae.stability_seeds):
+        torch.manual_seed(settings.seed + 1 + 1000 * index)
+        fitting = Fitting(train, settings.sae, model.mean.device)
+        save = partial(_save, run, made_with, index, result)
+        curve = fitting.fit(settings.seed + index, settings.bf16, state if state and state[0] else None, save)
+        state = None
+        sae = fitting.folded(held_out[:, ::2])
+        if index == 0:
+            run.write_tensors("sae", sae.state_dict())
+            measured = measure(fitting.reconstruct, sae, model, held_out[:, 1::2], measured_on, settings.sae.batch_size)
+            result = {"sites": list(model.gated_blocks), "latents": sae.latents, **measured, "curve": curve}
+            result["stability"] = []
+        else:
+            result["stability"].append(stability(_stored(run), sae))
+        _save(run, made_with, index + 1, result, {}, {})
+    run.finish("sae", made_with, result)
+
+
+def _save(
+    run: Run, made_with: dict[str, Any], index: int, result: dict[str, Any], tensors: dict[str, Tensor], meta: Any
+) -> None:
+    run.write_state("sae", made_with, tensors, {"fit": index, "result": result, **meta})
+
+
 def load_sae(run: Run) -> Sae:
-    """The finished autoencoders. Raises RunError when the stage is not finished."""
+    """The finished autoencoders, on this process's device. Raises RunError when the stage is not finished."""
     run.info("sae")
-    return _stored(run)
+    return _stored(run).to(processes.device())
 
 
 def _stored(run: Run) -> Sae:
     tensors = run.read_tensors("sae")
     assert tensors is not None
     return from_tensors(tensors[0])
-
-
-def measure(fitting: "Fitting", sae: Sae, model: GatedVit, held_out: Tensor, data: Data) -> dict[str, Any]:
-    """Fidelity before and after the conversion to JumpReLU; held_out: residuals of every other selection image."""
-    after = reconstruction(sae.to(model.mean.device))
-    split = data.selection.take(torch.arange(1, len(data.selection), 2))
-    before_quality = fidelity(fitting.reconstruct, model, held_out, "sae: before", fitting.settings.batch_size)
-    quality = fidelity(after, model, held_out, "sae: after")
-    whole = recovered(after, model, held_out, split)
-    sae.cpu()
-    for site, measured in enumerate(quality):
-        print(f"sae: site {site} (block {model.gated_blocks[site]}): {sentence(measured)}")
-    print(f"sae: whole model: {sentence(whole)}", flush=True)
-    return {
-        "sites": list(model.gated_blocks),
-        "latents": sae.latents,
-        "fidelity": quality,
-        "fidelity_before": before_quality,
-        "recovered": whole,
-    }
 
 
 class Fitting(nn.Module):
@@ -104,7 +95,11 @@ class Fitting(nn.Module):
     silent: Tensor
 
     def __init__(self, train: Tensor, settings: SaeSettings, device: torch.device | str = "cpu"):
-        """train (S, B, D): raw residuals on the CPU, in memory or mapped; the parameters live on `device`."""
+        """train (S, B, D): raw residuals on the CPU, in memory or mapped; the parameters live on `device`.
+
+        The rows start as residuals about the median: random directions miss the few that the residuals vary along, and
+        a fifth of the latents or more would end dead.
+        """
         super().__init__()
         self.settings = settings
         self.train_residuals = train
@@ -113,12 +108,15 @@ class Fitting(nn.Module):
         self.register_buffer("mean", mean)  # (S, 1, D)
         self.register_buffer("scale", scale)  # (S, 1, 1)
         self.register_buffer("silent", torch.zeros(sites, settings.latents, dtype=torch.long))  # steps since last use
-        rows = F.normalize(torch.randn(sites, settings.latents, dim), dim=-1)
-        self.decoder = nn.Parameter(rows)
-        self.encoder = nn.Parameter(rows.clone())
-        self.encoder_bias = nn.Parameter(torch.zeros(sites, 1, settings.latents))
         sample = (train[:, :: -(-count // SAMPLE)].float() - mean) / scale
-        self.decoder_bias = nn.Parameter(sample.median(1, keepdim=True).values)
+        centre = sample.median(1, keepdim=True).values
+        rows = torch.randn(sites, settings.latents, dim)
+        chosen = torch.randperm(sample.shape[1])[: settings.latents]
+        rows[:, : len(chosen)] = sample[:, chosen] - centre
+        self.decoder = nn.Parameter(F.normalize(rows, dim=-1))
+        self.encoder = nn.Parameter(self.decoder.detach().clone())
+        self.encoder_bias = nn.Parameter(torch.zeros(sites, 1, settings.latents))
+        self.decoder_bias = nn.Parameter(centre)
         self.to(device)
 
     def raw(self, x: Tensor, sites: slice = slice(None)) -> Tensor:
@@ -230,7 +228,7 @@ class Fitting(nn.Module):
 
     @torch.no_grad()
     def folded(self, held_out: Tensor) -> Sae:
-        """As JumpReLU on raw residuals. One threshold a site, so that k latents are active on average on `held_out`.
+        """As JumpReLU on raw residuals, with thresholds that keep k latents active on average on `held_out`.
 
         With x_n = (x - mean) / scale, z = scale * z_n: the encoder and the unit decoder rows stay, biases and
         thresholds are multiplied by the scale, b_dec = mean + scale * b_dec_n.
@@ -241,28 +239,10 @@ class Fitting(nn.Module):
         for site in range(sites):
             only = slice(site, site + 1)
             x = (sample[only].float().to(self.mean.device) - self.mean[only]) / self.scale[only]
-            raw = self.raw(x, only)
-            keep = min(self.settings.k * raw.shape[1], raw.numel() - 1)
-            threshold = raw.flatten().topk(keep + 1, sorted=False).values.amin().clamp_min(0)
+            threshold = thresholds(self.raw(x, only)[0], self.settings.k, self.settings.kind)
             sae.threshold[site] = (threshold * self.scale[site, 0]).cpu()
         sae.encoder.copy_(self.encoder)
         sae.decoder.copy_(self.decoder)
         sae.encoder_bias.copy_(self.encoder_bias[:, 0] * self.scale[:, 0])
         sae.decoder_bias.copy_((self.mean + self.scale * self.decoder_bias)[:, 0])
         return sae.eval().requires_grad_(False)
-
-
-def batch_top_k(values: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of each site's (B, L) values, none below 0; zero the rest.
-
-    The threshold is exact. (`topk` without sorting finds it in a third of the time of `kthvalue`.)
-    """
-    flat = values.detach().flatten(1)
-    threshold = flat.topk(min(count, flat.shape[1]), dim=1, sorted=False).values.amin(1).clamp_min(0)  # (S,)
-    return values * (values >= threshold[:, None, None])
-
-
-def top_k(values: Tensor, k: int) -> Tensor:
-    """Keep the k largest of each image's latents (S, B, L), none below 0; zero the rest."""
-    best = values.topk(min(k, values.shape[-1]), dim=-1)
-    return torch.zeros_like(values).scatter(-1, best.indices, F.relu(best.values))

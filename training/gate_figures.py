@@ -102,7 +102,8 @@ def latents(described: Sequence[dict[str, Any]]) -> Figure:
     for row, (_, term) in enumerate(terms):
         for column, shown in enumerate(term["images"]):
             pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["png"]))).convert("RGB"))
-            right.imshow(pixels, extent=(column - 0.46, column + 0.46, row + 0.46, row - 0.46), aspect="auto")
+            extent = (column - 0.46, column + 0.46, row + 0.46, row - 0.46)
+            right.imshow(pixels, extent=extent, aspect="equal")
     right.set(xlim=(-0.5, most - 0.5), ylim=(len(terms) - 0.5, -0.5), xticks=[], yticks=[])
     figure.colorbar(image, ax=left, location="bottom", shrink=0.8, pad=0.01).ax.tick_params(labelsize=7.5)
     for axis in (left, right):

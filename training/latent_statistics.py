@@ -44,14 +44,14 @@ def measure(
     model: GatedVit, sae: Sae, residuals: Tensor, split: Split, sample: int = 64, usage_weight: float = 10.0
 ) -> SiteStatistics:
     """residuals: (S, B, D) of the split's images. Effect and attribution are taken from `sample` images a class."""
-    classes = int(split.classes.max()) + 1
+    classes, device = int(split.classes.max()) + 1, model.mean.device
     members = [torch.nonzero(split.classes == index).flatten() for index in range(classes)]
     columns: dict[str, list[Tensor]] = {
         name: [] for name in ("mean", "deviation", "frequency", "rest", "auroc", "effect")
     }
     with torch.no_grad():
         for site in range(sae.sites):
-            z = sae.encode(site, residuals[site])  # (B, L)
+            z = sae.encode(site, residuals[site].to(device)).cpu()  # (B, L)
             of_class = [z[rows] for rows in members]
             mean = torch.stack([v.mean(0) for v in of_class])  # (C, L)
             counts = torch.tensor([len(rows) for rows in members])[:, None]
@@ -61,11 +61,13 @@ def measure(
             columns["rest"].append(((mean * counts).sum(0) - mean * counts) / (len(z) - counts))
             columns["auroc"].append(auroc(z, members))
             jacobian = vmap(jacrev(model.gates[site].forward))
-            towards = torch.stack([jacobian(residuals[site][rows[:sample]]).mean(0) for rows in members])  # (C, H, D)
-            columns["effect"].append(torch.einsum("chd,ld->clh", towards, sae.decoder[site]))
+            picked = [residuals[site][rows[:sample]].to(device) for rows in members]
+            towards = torch.stack([jacobian(of_class).mean(0) for of_class in picked])  # (C, H, D)
+            columns["effect"].append(torch.einsum("chd,ld->clh", towards, sae.decoder[site]).cpu())
     stacked = {name: torch.stack(values) for name, values in columns.items()}
-    picked = [rows[:sample] for rows in members]
-    per_class = [attribution(model, sae, split.take(rows), index, usage_weight) for index, rows in enumerate(picked)]
+    per_class = [
+        attribution(model, sae, split.take(rows[:sample]), index, usage_weight) for index, rows in enumerate(members)
+    ]
     return SiteStatistics(**stacked, attribution=torch.stack(per_class, 1))
 
 
@@ -95,6 +97,6 @@ def attribution(model: GatedVit, sae: Sae, split: Split, label: int, usage_weigh
         objective = logits[:, label].sum() - usage_weight * out["head_gate"].mean((1, 2)).sum()
         gradients = torch.autograd.grad(objective, changes)
     return torch.stack([
-        (z * (gradient @ sae.decoder[site].T)).mean(0)
+        (z * (gradient @ sae.decoder[site].T)).mean(0).cpu()
         for site, (z, gradient) in enumerate(zip(latents, gradients, strict=True))
     ])  # fmt: skip

@@ -20,7 +20,6 @@ from training.data import Data, steps
 from training.gated_vit import GatedVit, keep_all, lowered, straight_through
 from training.streams import training_batches
 
-SAVE_EVERY = 60.0  # seconds
 UNDECAYED = ("cls_token", "pos_embed")
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """What Run.read_state gives."""
@@ -66,7 +65,7 @@ def run_phase(
         rank, processes.state().num_processes,
     )  # fmt: skip
     for step, batch in stream:
-        if time.monotonic() - saved > SAVE_EVERY:
+        if time.monotonic() - saved > settings.save_every:
             meta = {"phase": phase.index, "step": step, "curves": curves}
             run.write_state("vit", settings.fingerprint("vit"), _state(model, average.module, optimizer), meta)
             saved = time.monotonic()

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from training import figures, gate_figures
 from training.checkpoint import Run, RunError
 from training.phases import annealed
+from training.rivals import SLICE
 
 TEMPLATES = Path(__file__).parent
 MOST_DESCRIBED = 16
@@ -88,6 +89,7 @@ def page(
         mean=mean,
         spread=standard_deviation,
         oracle_at=oracle_at,
+        slice=SLICE,
         shade=lambda value: shade(value, top),
     )
 

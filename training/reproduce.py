@@ -15,6 +15,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.checkpoint import Run
+from training.seeds import table
+
 ORDER: dict[str, tuple[str, ...]] = {
     "vit": (),
     "dense": (),
@@ -85,6 +88,11 @@ def main(arguments: list[str]) -> int:
             if job.process and job.process.poll() is None:
                 job.process.terminate()
                 job.process.wait()
+    found = table([Run(options.out / f"seed-{seed}") for seed in range(options.seeds)])
+    Run(options.out).write_json("table.json", found)
+    shown = ("usage", "recall_change", "precision_change", "overall_change")
+    for row in [*found["seeds"], {"seed": "mean", **found["mean"]}]:
+        print(f"seed {row['seed']}: " + ", ".join(f"{key.replace('_', ' ')} {row[key]:+.4f}" for key in shown))
     return 0
 
 
