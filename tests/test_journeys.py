@@ -27,7 +27,7 @@ def test_smoke_run_is_trained_exported_served_and_counted(
     assert results["neutral"]["accuracy"] > 0.5, "ten classes: a model that learned nothing has 0.1"
     assert results["neutral"]["head_usage"] < 0.9
     assert results["mean_change"]["head_usage"] < -0.05
-    assert (smoke_run / "report.html").read_text().count("<img") == 5
+    assert (smoke_run / "report.html").read_text().count("<img") >= 6
 
     done = run_module("export", str(smoke_run), str(tmp_path), "--name", "smoke")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -30,9 +30,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("after", [3, 9, 14])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    after: int, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: Path) -> None:
     """Interrupted in each of the three phases, right after a state was saved."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)

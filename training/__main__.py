@@ -66,7 +66,7 @@ def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> None
         case "evaluate" if processes.is_main():
             evaluate(settings, images, run, load_vit(run), load_sae(run), load_profiles(run))
         case "report" if processes.is_main():
-            write_report(run)
+            write_report(run, [Run(folder) for folder in settings.others])
     processes.wait()
 
 

@@ -35,8 +35,8 @@ def residuals(
         batch = model(images)[1]["residual"].transpose(0, 1)  # (S, b, D)
         if mapped and batch.abs().max() > torch.finfo(torch.float16).max:
             raise RunError(
-                f"sae.memory_limit is {memory} bytes, and residuals of {batch.abs().max():.3g} do not fit the float16 file "
-                f"for what exceeds it; allowed: {4 * found.numel()} or more for this model and data"
+                f"sae.memory_limit is {memory} bytes, and residuals of {batch.abs().max():.3g} do not fit the float16 "
+                f"file for what exceeds it; allowed: {4 * found.numel()} or more for this model and data"
             )
         found[:, start : start + size] = batch.cpu()
     return found

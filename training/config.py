@@ -173,9 +173,9 @@ class SaeSettings(Group):
     """k active latents an image on average over a batch, or exactly. Both are saved as JumpReLU."""
     latents: int = Field(512, ge=4)
     """Latents a site."""
-    k: int = Field(32, ge=1)
-    """Active latents an image on average (BatchTopK)."""
-    epochs: float = Field(60, gt=0)
+    k: int = Field(48, ge=1)
+    """Active latents an image: on average (batch-topk), or exactly (topk)."""
+    epochs: float = Field(30, gt=0)
     """Over the residuals of the training images."""
     batch_size: int = Field(1024, ge=8)
     """Residuals a step."""
@@ -183,7 +183,7 @@ class SaeSettings(Group):
     """Adam, with warm-up and a linear decay over the last fifth."""
     aux_weight: float = Field(1 / 32, ge=0)
     """Weight of the AuxK loss that revives dead latents."""
-    dead_epochs: float = Field(2, gt=0)
+    dead_epochs: float = Field(0.3, gt=0)
     """A latent is dead that was silent for this long."""
     memory_limit: int = Field(4 * 2**30, ge=0)
     """Bytes. Residuals that take more (4 an entry) are kept in a file in the run folder, in half precision."""

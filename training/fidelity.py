@@ -35,20 +35,22 @@ def reconstruction(sae: Sae) -> Reconstruct:
 
 
 def measure(
-    before: Reconstruct, sae: Sae, model: GatedVit, held_out: Tensor, split: Split, size: int
+    before: Reconstruct, sae: Sae, model: GatedVit, train: Tensor, held_out: Tensor, split: Split, size: int
 ) -> dict[str, Any]:
     """Fidelity of autoencoders before (`size` images at a time) and after the conversion to JumpReLU, as JSON.
 
-    held_out (S, B, D): the residuals of the images of the split.
+    train (S, N, D): the residuals that they were fitted to. held_out (S, B, D): those of the images of the split.
+    dead_training: share of latents that are active on no training image, after the conversion.
     """
     after = reconstruction(sae.to(model.mean.device))
     quality_before = fidelity(before, model, held_out, "sae: before", size)
     quality = fidelity(after, model, held_out, "sae: after")
     whole = recovered(after, model, held_out, split)
     for site, measured in enumerate(quality):
+        measured["dead_training"] = silent(after, train[site : site + 1], site, model.mean.device)
         print(f"sae: site {site} (block {model.gated_blocks[site]}): {_listed(measured)}")
     print(f"sae: whole model: {_listed(whole)}", flush=True)
-    return {"fidelity": quality, "fidelity_before": quality_before, "recovered": whole}
+    return {"fidelity": quality, "fidelity_before": quality_before, "recovered": whole, "images": len(split)}
 
 
 def _listed(measured: Mapping[str, float | None]) -> str:
@@ -95,6 +97,13 @@ def fidelity(
             "gate_agreement_clear": sums["agree_clear"] / sums["clear"] if sums["clear"] else 1.0,
         })  # fmt: skip
     return quality
+
+
+@torch.no_grad()
+def silent(reconstruct: Reconstruct, residual: Tensor, site: int, device: torch.device) -> float:
+    """Share of a site's latents that are active on none of the residuals (1, B, D)."""
+    uses = [(reconstruct(site, piece[0].to(device))[0] > 0).any(0) for piece in chunks(residual)]
+    return 1 - torch.stack(uses).any(0).double().mean().item()
 
 
 @torch.no_grad()

@@ -40,9 +40,9 @@ Trial = tuple[str, float, Terms]
 """(strategy, strength, the terms at that strength)"""
 CONTROLS = ("random", "learned, random latents")
 """Found and measured like the others, never chosen."""
-SCREENING, FINAL = 150, 600
+SCREENING, FINAL = 100, 500
 """Own images (and as many others) that all candidates, and the best of them, are measured on."""
-FINALISTS = 4
+FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,16 @@ def find(
     options, seed = settings.profiles, settings.seed + 3
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
+    unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
     found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
     for name, at_random in (("learned", False), ("learned, random latents", True)):
         found[name] = _learned_once(
             settings, run, name,
             lambda at_random=at_random: learned(
-                model, sae, stats, targets, pool, options, seed, settings.bf16, at_random
+                model, sae, stats, targets, pool, unsteered, options, seed, settings.bf16, at_random
             ),
         )  # fmt: skip
-    return found, list(gate_bias(model, targets, pool, options, seed, settings.bf16))
+    return found, list(gate_bias(model, targets, pool, unsteered, options, seed, settings.bf16))
 
 
 def _choose(

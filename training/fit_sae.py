@@ -60,7 +60,9 @@ def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
         sae = fitting.folded(held_out[:, ::2])
         if index == 0:
             run.write_tensors("sae", sae.state_dict())
-            measured = measure(fitting.reconstruct, sae, model, held_out[:, 1::2], measured_on, settings.sae.batch_size)
+            measured = measure(
+                fitting.reconstruct, sae, model, train, held_out[:, 1::2], measured_on, settings.sae.batch_size
+            )
             result = {"sites": list(model.gated_blocks), "latents": sae.latents, **measured, "curve": curve}
             result["stability"] = []
         else:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from training import processes
 from training.config import ProfileSettings
 from training.data import Split
-from training.evaluate import answers
 from training.gated_vit import GatedVit, straight_through
 from training.latent_statistics import SiteStatistics
 from training.sae import Sae
@@ -36,6 +35,7 @@ def learned(
     stats: SiteStatistics,
     targets: Sequence[Target],
     train: Split,
+    unsteered: Tensor,
     settings: ProfileSettings,
     seed: int,
     bf16: bool,
@@ -43,7 +43,8 @@ def learned(
 ) -> list[Terms]:
     """Scale and shift of the `settings.terms` candidates a site, for every target.
 
-    random_candidates: draw the latents among all that are active on the target, the control of choosing them.
+    unsteered (B, C): log-probabilities of the training images without steering. random_candidates: draw the latents
+    among all that are active on the target, the control of choosing them.
     """
     if random_candidates:
         scores = [
@@ -69,7 +70,9 @@ def learned(
         return settings.sparsity * (scale_change.abs() + shift_change.abs()).sum() / len(targets)
 
     what = "learned, random latents" if random_candidates else "learned"
-    search(model, targets, train, settings, seed, bf16, [scale_change, shift_change], what, steer, None, penalty)
+    search(
+        model, targets, train, unsteered, settings, seed, bf16, [scale_change, shift_change], what, steer, None, penalty
+    )
     latent, scale, shift = latent.cpu(), (1 + scale_change).detach().cpu(), (shift_change * unit).detach().cpu()
     return [
         _pruned(stats, target, latent[i], scale[i], shift[i], settings.min_effect) for i, target in enumerate(targets)
@@ -77,7 +80,13 @@ def learned(
 
 
 def gate_bias(
-    model: GatedVit, targets: Sequence[Target], train: Split, settings: ProfileSettings, seed: int, bf16: bool
+    model: GatedVit,
+    targets: Sequence[Target],
+    train: Split,
+    unsteered: Tensor,
+    settings: ProfileSettings,
+    seed: int,
+    bf16: bool,
 ) -> Tensor:
     """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
     shape = len(targets), len(model.gated_blocks), model.heads
@@ -89,7 +98,7 @@ def gate_bias(
     def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
         return logit + bounded()[profile, site]
 
-    search(model, targets, train, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
+    search(model, targets, train, unsteered, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
     return bounded().detach().cpu()
 
 
@@ -97,6 +106,7 @@ def search(
     model: GatedVit,
     targets: Sequence[Target],
     train: Split,
+    unsteered: Tensor,
     settings: ProfileSettings,
     seed: int,
     bf16: bool,
@@ -117,7 +127,6 @@ def search(
     weight = torch.where(is_own, settings.own_weight, 1.0)
     usage_weight = torch.full((len(targets),), 2.0, device=device)
     soft = straight_through(2.0)
-    unsteered = answers(model, train).logits.log_softmax(-1) if settings.keep_weight else None  # (B, C)
     progress = tqdm(
         range(settings.steps), desc=f"profiles: {what}", unit="step", mininterval=5, dynamic_ncols=True,
         disable=not processes.is_main(),
@@ -139,7 +148,7 @@ def search(
             )
         answer = logits.float().log_softmax(-1)
         lost = F.nll_loss(answer, train.classes[index].to(device), reduction="none")
-        if unsteered is not None:
+        if settings.keep_weight:
             moved = F.kl_div(answer, unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
             lost = lost + settings.keep_weight * moved * ~is_own
         loss = (weight * lost).sum() / weight.sum()

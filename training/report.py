@@ -21,21 +21,24 @@ from training import figures, gate_figures
 from training.checkpoint import Run, RunError
 from training.phases import annealed
 from training.rivals import SLICE
+from training.seeds import table
 
 TEMPLATES = Path(__file__).parent
 MOST_DESCRIBED = 16
 """Profiles whose latents are shown; those of the others stand in results.json."""
 
 
-def write_report(run: Run) -> None:
+def write_report(run: Run, others: Sequence[Run] = ()) -> None:
     """Reads results.json, vit.json and sae.json of the run; writes report.html and a PNG file a picture beside them.
 
-    Raises RunError when the run was not evaluated.
+    others: runs of other seeds, for the table of seeds. Raises RunError when a run was not evaluated.
     """
     path = run.folder / "results.json"
     if not path.is_file():
         raise RunError(f"{path} is missing: run the step 'evaluate' first")
     results = json.loads(path.read_text())
+    if others:
+        results["seeds"] = table([run, *others])["seeds"]
     vit, sae = run.info("vit"), run.info("sae")["result"]
     points = with_targets(vit["result"]["curves"], vit["settings"]["vit"]["usage_target"])
     encoded = {}

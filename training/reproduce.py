@@ -97,7 +97,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _ready(job: Job, jobs: list[Job]) -> bool:
-    return all(o.seconds is not None for o in jobs if o.seed == job.seed and o.name in ORDER[job.name])
+    """A report shows all seeds, so it waits for the evaluation of each."""
+    return all(
+        other.seconds is not None
+        for other in jobs
+        if other.name in ORDER[job.name] and (other.seed == job.seed or job.name == "report")
+    )
 
 
 def _start(job: Job, options: argparse.Namespace, flags: list[str], threads: int) -> None:
