@@ -121,7 +121,7 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
 
 
 def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> None:
-    """Gate logits 4 tanh(bias / 4) of 1.85, 2.54 and 3.39, by head: which bias leaves no more than half of them open?"""
+    """Gate logits 4 tanh(bias / 4) of 1.85, 2.54 and 3.39, by head: which bias leaves half of them open?"""
     torch.manual_seed(0)
     spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
     model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 4), (1,), spec).eval()

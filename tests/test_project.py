@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-FORBIDDEN = {"torch", "timm", "torchvision", "onnx", "onnxscript", "matplotlib", "jinja2", "tqdm"}
+from export.bundle import Bundle
+
+FORBIDDEN = {
+    "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
+    "matplotlib", "jinja2", "tqdm",
+}  # fmt: skip
 SERVING = ["service.__main__", "service.client", "service.demo", "service.server", "export.bundle"]
 
 
@@ -53,3 +58,19 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
     assert {"demo", "test"} <= targets
     for target in targets:
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_readmes_table_is_what_the_committed_bundle_records(bundle: Bundle) -> None:
+    """Every class and context: recall, precision, accuracy of all images, head usage and compute, as rounded there."""
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] in bundle.profiles and "→" in line:
+            rows[cells[0]] = cells[1:6]
+    assert set(rows) == set(bundle.profiles)
+    for name, cells in rows.items():
+        before, after = (bundle.profiles[name].evaluation[key] for key in ("before", "after"))
+        assert cells == [
+            *(f"{before[key]:.3f} → {after[key]:.3f}" for key in ("recall", "precision", "overall_accuracy")),
+            *(f"{before[key]:.2f} → {after[key]:.2f}" for key in ("head_usage", "compute_fraction")),
+        ]

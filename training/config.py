@@ -198,13 +198,13 @@ class ProfileSettings(Group):
     """Steering terms a site at most."""
     usage_target: float = Field(0.27, gt=0, le=1)
     """Head usage on the class that the learned profiles are drawn to."""
-    steps: int = Field(600, ge=0)
+    steps: int = Field(500, ge=0)
     """Steps of the joint search for all classes."""
     rows: int = Field(12, ge=2)
     """Images a class and step: half of the class, half of any."""
-    own_weight: float = Field(0.2, gt=0)
+    own_weight: float = Field(0.5, gt=0)
     """Weight of the own images in the cross-entropy, beside 1 for any image: more buys recall with precision."""
-    keep_weight: float = Field(1.0, ge=0)
+    keep_weight: float = Field(2.0, ge=0)
     """Weight of the KL divergence to the unsteered answers, on the other half of the rows."""
     pool: int = Field(20_000, ge=10)
     """Training images that the search draws from, at most."""

@@ -25,7 +25,7 @@ from training.significance import Right, mean
 from training.steering import SteeringProfile, at_strength, terms_from_json
 from training.strategies import Target
 
-SLICE = 500
+SLICE = 250
 """Images of the target at most, and as many others."""
 MATCHING = 200
 """Selection images of the target on which a rival's usage is matched to the profile's."""
