@@ -47,18 +47,19 @@ def main() -> int:
     with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:
         print(f"A server is up on {address} after {time.monotonic() - start:.1f} s, with the bundle of {MODELS}.\n")
         effects = {profile.name: profile for profile in client.profiles()}
-        rows, shown = [], None
+        rows, shown, counts = [], None, set()
         for folder in sorted(path for path in SAMPLES.iterdir() if path.is_dir()):
             images = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
             plain, steered = client.predict(images), client.predict(images, profile=folder.name)
             if folder.name == "Shirt":
                 shown = plain, steered
             rows.append(_row(folder.name, plain, steered, effects[folder.name]))
-        counts = " to ".join(f"{n:,}" for n in sorted({effect.images for effect in effects.values()}))
+            counts.add(effects[folder.name].images)
         columns = ["class", "right", "head usage", "compute", "recall", "precision", "head usage", "compute"]
         print("No steering -> the profile of the image's class")
+        measured = " to ".join(f"{n:,}" for n in sorted(counts))
         print(
-            f"Left: the samples, through this server. Right: the profile's record, on {counts} test images a class.\n"
+            f"Left: the samples, through this server. Right: the profile's record, on {measured} test images a class.\n"
         )
         print(table(columns, rows))
         print("\nA class profile presumes that the class is known: precision shows what other images pay for it.\n")

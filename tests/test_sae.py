@@ -17,7 +17,7 @@ from training.fidelity import fidelity, reconstruction, recovered, stability
 from training.fit_sae import Fitting, load_sae
 from training.fit_vit import build
 from training.gated_vit import GatedVit
-from training.sae import Sae, batch_top_k, thresholds, top_k
+from training.sae import Sae, batch_top_k, kth_largest, thresholds, top_k
 
 
 def identity_sae(threshold: float = 0.0) -> Sae:
@@ -73,6 +73,18 @@ def test_steering_computes_what_encode_computes() -> None:
 def test_batch_top_k_keeps_the_largest_of_the_whole_batch() -> None:
     values = torch.tensor([[[5.0, 1.0, 0.0], [4.0, 3.0, 2.0]]])  # one site, two images: the first may keep fewer
     assert batch_top_k(values, 3).tolist() == [[[5.0, 0.0, 0.0], [4.0, 3.0, 0.0]]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 30_000), st.booleans(), st.booleans())
+def test_the_threshold_is_exact_however_the_values_lie(seed: int, count: int, ties: bool, ordered: bool) -> None:
+    """Values in order, and those of which the sample sees the largest only, make the guess of no use."""
+    values = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(seed))
+    values = values.bfloat16() if ties else values
+    values[0, ::17] += 5
+    values = values.sort(dim=1).values if ordered else values
+    expected = values.sort(dim=1, descending=True).values[:, min(count, 20_000) - 1]
+    assert torch.equal(kth_largest(values, count), expected)
 
 
 def test_top_k_keeps_the_largest_of_each_image() -> None:

@@ -55,8 +55,12 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     found = {}
     for name, (what, changed) in changes.items():
         own = Run(run.folder / "controls" / name)
-        of_control = VitSettings(**{**vit.model_dump(), **changed})
-        found[name] = Control(what, own, settings.model_copy(update={"out": own.folder, "vit": of_control}))
+        update: dict[str, Any] = {"out": own.folder, "vit": VitSettings(**{**vit.model_dump(), **changed})}
+        if name == LAST_BLOCK:  # a step costs a hundredth there (last_block.py), and of one block more heads can go
+            search = settings.profiles
+            scaled = {"steps": 4 * search.steps, "usage_target": 0.75 * search.usage_target}
+            update["profiles"] = search.model_copy(update=scaled)
+        found[name] = Control(what, own, settings.model_copy(update=update))
     return found
 
 

@@ -80,13 +80,27 @@ def thresholds(raw: Tensor, k: int, kind: str) -> Tensor:
 
 
 def batch_top_k(values: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of each site's (B, L) values, none below 0; zero the rest.
-
-    The threshold is exact. (`topk` without sorting finds it in a third of the time of `kthvalue`.)
-    """
-    flat = values.detach().flatten(1)
-    threshold = flat.topk(min(count, flat.shape[1]), dim=1, sorted=False).values.amin(1).clamp_min(0)  # (S,)
+    """Keep the `count` largest of each site's (B, L) values, none below 0; zero the rest."""
+    threshold = kth_largest(values.detach().flatten(1), count).clamp_min(0)  # (S,)
     return values * (values >= threshold[:, None, None])
+
+
+def kth_largest(values: Tensor, count: int) -> Tensor:
+    """Of each row of (S, N) the `count`-th largest, exactly; (S,).
+
+    On a CPU most values are left out first, by a guess from a sample: a third of the time of `topk` or `kthvalue` over
+    all of them. A guess that is too high is seen, and costs time only.
+    """
+    count = min(count, values.shape[1])
+    if values.is_cuda or count < 4096:
+        return values.topk(count, dim=1, sorted=False).values.amin(1)
+    sample = values[:, ::17]  # odd, so that all latents are in it
+    guesses = sample.topk(min(round(1.2 * count / 17), sample.shape[1]), dim=1, sorted=False).values.amin(1)
+    found = []
+    for row, guess in zip(values, guesses, strict=True):
+        likely = row[row >= guess]
+        found.append((likely if len(likely) >= count else row).topk(count, sorted=False).values.amin())
+    return torch.stack(found)
 
 
 def top_k(values: Tensor, k: int) -> Tensor:
