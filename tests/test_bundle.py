@@ -13,8 +13,9 @@ from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_b
 from export.graph import SteeredVit, masked_graph
 from export.verify import GateMismatch, LogitMismatch, ShapeError, certify, steerings
 from service.engine import Engine
+from training.backbone import create_vit
 from training.config import VitSettings
-from training.gated_vit import GatedVit, create_vit
+from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
 from training.sae import Sae
 from training.steering import SteeringTerm

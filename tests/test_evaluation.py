@@ -6,6 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from training import significance
+from training.backbone import create_vit
 from training.baselines import (
     bisect,
     by_predicted_class,
@@ -20,7 +21,7 @@ from training.config import VitSettings
 from training.data import Split
 from training.evaluate import Effect, Outcome, auroc, gate_diagnostics
 from training.fit_profiles import own_and_others, targets_of
-from training.gated_vit import GatedVit, create_vit
+from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
 from training.rivals import Measured, compare
 

@@ -11,13 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.backbone import create_vit
 from training.config import VitSettings
 from training.evaluate import steered_by
 from training.gated_vit import (
     GatedVit,
     UnsupportedModel,
     check_supported,
-    create_vit,
     keep_all,
     parse_gated_blocks,
     straight_through,

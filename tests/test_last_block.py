@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from training.backbone import create_vit
 from training.config import VitSettings
 from training.data import Split
-from training.gated_vit import GatedVit, create_vit, straight_through
+from training.gated_vit import GatedVit, straight_through
 from training.image_spec import ImageSpec
 from training.last_block import LastBlock, best_subsets, shortcut, store, subsets
 

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from training.backbone import create_vit
 from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data import Split
 from training.evaluate import steered_by
 from training.figures import kind_of, spread, trained_models
-from training.gated_vit import GatedVit, create_vit
+from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
 from training.latent_images import describe_latents
 from training.report import oracle_at, page, shade, with_targets, write_report

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from training import processes
+from training.backbone import create_vit
 from training.checkpoint import Run, RunError
 from training.config import Settings, VitSettings
 from training.data import Data
 from training.evaluate import Outcome, answers, gate_diagnostics
 from training.gated_vit import (
     GatedVit,
-    create_vit,
     keep_all,
     parse_gated_blocks,
 )

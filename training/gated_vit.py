@@ -8,20 +8,15 @@ Letters: B images, N tokens, D residual width, H heads, E head width, G gated bl
 """
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.layers import Attention, build_sincos2d_pos_embed
-from timm.models import create_model
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.config import VitSettings
 from training.image_spec import ImageSpec
 
 Decide = Callable[[int, Tensor], Tensor]
@@ -165,94 +160,6 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
     if gate is not None:
         mixed = mixed * gate[:, :, None, None].to(mixed.dtype)
     return attn.proj_drop(attn.proj(mixed.transpose(1, 2).reshape(b, queries, h * e)))
-
-
-class ConvStem(nn.Module):
-    """3x3 convolutions down to one vector a token (arXiv:2106.14881); timm's `embed_layer` interface.
-
-    One of stride 1, then of stride 2 down to the patch size, then `unpadded` without padding.
-    """
-
-    def __init__(
-        self,
-        img_size: int,
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        bias: bool = True,
-        unpadded: int = 0,
-        **_: object,
-    ):
-        super().__init__()
-        halvings = patch_size.bit_length() - 1
-        widths = [
-            max(embed_dim * 2**i // (3 * 2 ** (halvings - 1)), 8) for i in range(halvings + 1)
-        ]  # 32, 64, 128 of 192
-        side, before, layers = img_size, in_chans, []
-        steps = [(1, 1), *[(2, 1)] * halvings, *[(1, 0)] * unpadded]
-        for (stride, padding), after in zip(steps, [*widths, *[embed_dim] * unpadded], strict=True):
-            layers += [nn.Conv2d(before, after, 3, stride, padding, bias=False), nn.BatchNorm2d(after), nn.GELU()]
-            side, before = (side + 2 * padding - 3) // stride + 1, after
-        self.convolutions = nn.Sequential(*layers, nn.Conv2d(before, embed_dim, 1, bias=bias))
-        self.img_size = (img_size, img_size)
-        self.grid_size = (side, side)
-        self.num_patches = side * side
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.convolutions(image).flatten(2).transpose(1, 2)  # (B, N, D)
-
-
-def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTransformer:
-    """The ungated backbone. Raises UnsupportedModel when timm does not know it or it cannot be gated."""
-    if settings.model == "conv_stem":
-        vit = VisionTransformer(
-            img_size=spec.height,
-            patch_size=settings.patch,
-            in_chans=spec.channels,
-            num_classes=classes,
-            embed_dim=settings.dim,
-            depth=settings.depth,
-            num_heads=settings.heads,
-            mlp_ratio=settings.mlp_ratio,
-            embed_layer=partial(ConvStem, unpadded=settings.unpadded),
-        )
-        positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), settings.dim)  # (N - 1, D)
-        vit.pos_embed.data = torch.cat([torch.zeros(1, settings.dim), positions])[None]
-        vit.pos_embed.requires_grad_(False)
-        return vit
-    local = {} if settings.weights is None else {"pretrained_cfg_overlay": {"file": str(settings.weights)}}
-    if settings.weights is not None:
-        _check_weights(settings.weights, settings.model)
-    try:
-        vit = create_model(
-            settings.model,
-            pretrained=settings.pretrained or bool(local),
-            num_classes=classes,
-            in_chans=spec.channels,
-            img_size=spec.height,
-            **local,
-        )
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise UnsupportedModel(f"vit.model is {settings.model!r}: {error}") from error
-    check_supported(vit)
-    return vit
-
-
-def _check_weights(path: Path, model: str) -> None:
-    """timm loads what fits and passes over the rest: a file of another model would leave this one untrained."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UnsupportedModel(f"vit.weights is {path}: {error}; allowed: a safetensors file") from error
-    with torch.device("meta"):
-        wanted = {name for name in create_model(model).state_dict() if name.startswith("blocks.")}
-    if wanted - found:
-        missing = sorted(wanted - found)
-        raise UnsupportedModel(
-            f"vit.weights is {path}, which lacks {missing[0]} and {len(missing) - 1} others; "
-            f"allowed: timm's weights of {model}"
-        )
 
 
 def check_supported(vit: nn.Module) -> None:

@@ -27,8 +27,10 @@ DEIT_AUGMENTATION: dict[str, Any] = {  # after https://arxiv.org/abs/2012.12877
     "workers": 8,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    # python -m training all --preset fashion-mnist --out runs/fm
-    # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 49 tokens. Result and run time: README.md, "What was measured".
+    # python -m training all --preset fashion-mnist --out runs/fm/seed-0      (with its controls: make reproduce)
+    # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 25 tokens. One core of an AMD EPYC, beside another job: vit 38 min,
+    # sae 4 min, profiles 12 min; on two: evaluate 10 min. Test accuracy 0.919 at head usage 0.50; under the class
+    # profiles head usage 0.26, recall +0.2 points. Not mirrored: all shoes look to the left (NOTES.md).
     "fashion-mnist": {
         "data": {"flip": False, "shift": 1},
         "vit": {"unpadded": 1, "mlp_ratio": 2, "backbone_epochs": 6, "gate_epochs": 0.5, "joint_epochs": 5.5},
@@ -41,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # python -m training all --preset smoke --out runs/smoke
-    # Every stage on a real subset, in minutes on 2 cores. For tests: the accuracy is beside the point.
+    # Every stage on a real subset, in a minute on one core of an AMD EPYC. For tests: the accuracy is beside the point.
     "smoke": {
         "data": {"max_train": 4000, "max_test": 1000},
         "vit": {"dim": 48, "depth": 3, "heads": 3, "backbone_epochs": 5, "gate_epochs": 0.5, "joint_epochs": 4},
