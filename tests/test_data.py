@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR100
 from training import data as of_training
 from training import sources
 from training.config import DataSettings
-from training.data import DEBIAN_FASHION_MNIST, Data, DataError, augment, batches, load
+from training.data import DEBIAN_FASHION_MNIST, Data, DataError, augment, load
 from training.image_spec import ImageSpec
 from training.pixels import LazyPixels, MappedPixels, Pixels, Split
 from training.presets import PRESETS
@@ -291,10 +291,11 @@ def test_splits_are_disjoint_balanced_and_the_same_each_time() -> None:
 
 
 def test_a_resumed_epoch_sees_the_batches_that_it_would_have_seen() -> None:
-    split = load(DataSettings(max_train=300), 0).train
-    whole = {step: batch.classes.tolist() for step, batch in batches(split, 50, 3, seed=5)}
+    settings = DataSettings(max_train=300)
+    data = load(settings, 0)
+    whole = {step: batch.target.tolist() for step, batch in training_batches(data, settings, 50, 3, seed=5)}
     assert len(whole) == 15
-    rest = {step: batch.classes.tolist() for step, batch in batches(split, 50, 3, seed=5, start=8)}
+    rest = {step: batch.target.tolist() for step, batch in training_batches(data, settings, 50, 3, seed=5, start=8)}
     assert rest == {step: whole[step] for step in range(8, 15)}
 
 

@@ -186,7 +186,7 @@ def small(out: Path, **sae: Any) -> tuple[Settings, Data, GatedVit]:
     chosen = SaeSettings(**{"latents": 24, "k": 4, "epochs": 8, "batch_size": 50, **sae})
     data = DataSettings(max_train=400, max_test=50)
     vit = VitSettings(dim=16, depth=3, heads=2)
-    settings = Settings(step="sae", out=out, data=data, vit=vit, sae=chosen)  # type: ignore[call-arg]
+    settings = Settings(step="sae", out=out, save_every=0, data=data, vit=vit, sae=chosen)  # type: ignore[call-arg]
     images = load(data, 0)
     torch.manual_seed(0)
     model = build(vit, images.spec, len(images.labels)).eval()
@@ -218,7 +218,6 @@ class Breaking(Run):
 
 def test_an_interrupted_fit_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted within the first fit, after it, and within that of the second seed."""
-    monkeypatch.setattr(fit_sae, "SAVE_EVERY", 0.0)
     settings, data, model = small(tmp_path, stability_seeds=1)
     whole = fit_sae.fit_sae(settings, data, Run(tmp_path / "whole"), model).state_dict()
     result = Run(tmp_path / "whole").info("sae")["result"]

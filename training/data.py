@@ -4,7 +4,6 @@ Letters: B images, H height, W width, C channels.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from training.pixels import DataError, LazyPixels, Split, eval_transform, image_
 from training.sources import find
 
 __all__ = (
-    "DEBIAN_FASHION_MNIST", "FASHION_MNIST_LABELS", "Data", "DataError", "Split", "augment", "balanced", "batches",
+    "DEBIAN_FASHION_MNIST", "FASHION_MNIST_LABELS", "Data", "DataError", "Split", "augment", "balanced",
     "eval_transform", "load", "shuffled", "steps",
 )  # fmt: skip
 MEASURED = 20_000
@@ -117,17 +116,6 @@ def _mean_and_std(settings: DataSettings, train: Split) -> tuple[tuple[float, ..
     variance = (counts * (value - mean[:, None]).square()).sum(1) / (number - 1)
     std = variance.sqrt().clamp_min(1e-3)
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
-
-
-def batches(split: Split, size: int, epochs: float, seed: int, start: int = 0) -> Iterator[tuple[int, Split]]:
-    """(step, batch) from step `start` on: shuffled per epoch, the last partial batch of an epoch dropped. A batch's
-    images are a tensor.
-
-    The order depends on the seed and the epoch alone, so a resumed run sees what it would have seen.
-    """
-    for step in range(start, steps(split, size, epochs)):
-        index = shuffled(len(split), size, seed, step)
-        yield step, Split(split.images[index], split.classes[index])
 
 
 def shuffled(images: int, size: int, seed: int, step: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ from training.fidelity import measure, stability
 from training.gated_vit import GatedVit
 from training.sae import Sae, batch_top_k, from_tensors, thresholds, top_k
 
-SAVE_EVERY = 60.0  # seconds
 SAMPLE = 20_000
 """Residuals that the starting point and the thresholds are taken from, at most."""
 
@@ -55,7 +54,8 @@ def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
         torch.manual_seed(settings.seed + 1 + 1000 * index)
         fitting = Fitting(train, settings.sae, model.mean.device)
         save = partial(_save, run, made_with, index, result)
-        curve = fitting.fit(settings.seed + index, settings.bf16, state if state and state[0] else None, save)
+        going_on = state if state and state[0] else None
+        curve = fitting.fit(settings.seed + index, settings.bf16, going_on, save, settings.save_every)
         state = None
         sae = fitting.folded(held_out[:, ::2])
         if index == 0:
@@ -145,9 +145,11 @@ class Fitting(nn.Module):
         bf16: bool = False,
         state: State | None = None,
         save: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
+        save_every: float = 60,
     ) -> list[dict[str, float]]:
-        """Train in place, from `state` if given; returns the curve. save: called once a minute with a state.
+        """Train in place, from `state` if given; returns the curve.
 
+        save: called with a state every `save_every` seconds.
         bf16: matrix products in bfloat16. A fit that goes on from a state ends as an uninterrupted one, to the bit.
         """
         s = self.settings
@@ -165,7 +167,7 @@ class Fitting(nn.Module):
             range(start, total), "sae: fit", total, initial=start, unit="step", mininterval=5, dynamic_ncols=True
         )
         for step in progress:
-            if save and time.monotonic() - saved > SAVE_EVERY:
+            if save and time.monotonic() - saved > save_every:
                 save(self._state(optimizer), {"step": step, "curve": curve})
                 saved = time.monotonic()
             epoch, offset = divmod(step, per_epoch)
