@@ -109,9 +109,7 @@ class GatedVit(nn.Module):
         self, image: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
     ) -> tuple[Tensor, Intermediates]:
         """image: uint8 (B, height, width, channels). Returns logits (B, classes) and the intermediates."""
-        vit, image = self.vit, image.to(self.mean.device, non_blocking=True)
-        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))  # (B, N, D)
+        vit, x = self.vit, self.embed(image)
         residuals, logits, gates = [], [], []
         last = len(vit.blocks) - 1
         for index, block in enumerate(vit.blocks):
@@ -135,6 +133,13 @@ class GatedVit(nn.Module):
             "head_gate": torch.stack(gates, 1),
         }
         return vit.forward_head(vit.norm(x)), out
+
+    def embed(self, image: Tensor) -> Tensor:
+        """uint8 (B, height, width, channels) -> the tokens that enter the first block, (B, N, D)."""
+        vit, image = self.vit, image.to(self.mean.device, non_blocking=True)
+        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
+        return tokens
 
 
 def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> Tensor:

@@ -52,9 +52,14 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step 'evaluate' there first")
         rows.append(row(json.loads(path.read_text())))
+    found: dict[str, Any] = {"seeds": rows, **_over(rows)}
+    if all("last_block" in r for r in rows):
+        found["last_block"] = _over([r["last_block"] for r in rows])
+    return found
+
+
+def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean, lowest and highest of every number of the rows."""
     numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
-    over = {
-        name: {key: round(function([r[key] for r in rows]), 5) for key in numbers}
-        for name, function in (("mean", mean), ("lowest", min), ("highest", max))
-    }
-    return {"seeds": rows, **over}
+    functions = (("mean", mean), ("lowest", min), ("highest", max))
+    return {name: {key: round(function([r[key] for r in rows]), 5) for key in numbers} for name, function in functions}
