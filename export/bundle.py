@@ -2,11 +2,11 @@
 
 ```
 <repository>/<model>/<version>/
-  masked.fp32.onnx   graphs of one model, <attention>.<precision>.onnx
-  manifest.json      what it is (Manifest)
-  profiles.json      steering profiles (training/steering.py)
-  sae.safetensors    autoencoder weights, for explanations
-  golden.npz         a few inputs and the outputs expected of them
+  dispatch.fp32.onnx   graphs of one model, <attention>.<precision>.onnx; the first one in the manifest is the default
+  manifest.json        what it is (Manifest)
+  profiles.json        steering profiles (training/steering.py)
+  sae.safetensors      autoencoders and gates, for explanations
+  golden.npz           a few inputs and the outputs expected of them
 ```
 Standard library and numpy only: the server imports this module.
 """
@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from training.image_spec import ImageSpec
 from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ATTENTIONS = ("dispatch", "masked", "compact")
+PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
@@ -48,9 +50,9 @@ class Site:
 class Graph:
     file: str
     attention: str
-    """masked, dispatch or compact."""
+    """One of ATTENTIONS."""
     precision: str
-    """fp32, fp16 or int8."""
+    """One of PRECISIONS."""
     opset: int
     certificate: Mapping[str, Any]
     """How far its answers were from PyTorch's when it was exported."""
@@ -94,7 +96,10 @@ class Manifest:
     graphs: tuple[Graph, ...]
     """The first is the default."""
     evaluation: Mapping[str, Any]
-    """Of the unsteered model on the test split."""
+    """Of the unsteered model on the test split; empty when it was not measured there (compact)."""
+    compact: Mapping[str, Any] | None
+    """Of a compact bundle: its profile, the heads that are left, and what leaving out the others did on held-out
+    images."""
     gates_sae_digest: str
     """Of the weights that give a steering term its meaning; profiles are bound to it."""
     files: Mapping[str, FileEntry]
@@ -130,6 +135,7 @@ class Manifest:
                 macs=Macs(int(value["macs"]["dense"]), tuple(map(int, value["macs"]["per_head"]))),
                 graphs=tuple(Graph(**g) for g in value["graphs"]),
                 evaluation=dict(value["evaluation"]),
+                compact=None if value["compact"] is None else dict(value["compact"]),
                 gates_sae_digest=str(value["gates_sae_digest"]),
                 files={str(k): FileEntry(str(v["sha256"]), int(v["size"])) for k, v in value["files"].items()},
             )
@@ -158,6 +164,9 @@ class Manifest:
         require(set(site_blocks) <= set(blocks) and bool(site_blocks), "sites", site_blocks, "some of the gated blocks")
         require(len(self.macs.per_head) == len(blocks), "macs.per_head", self.macs.per_head, "one number a gated block")
         require(bool(self.graphs), "graphs", self.graphs, "one or more")
+        for graph in self.graphs:
+            require(graph.attention in ATTENTIONS, "graphs.attention", graph.attention, ", ".join(ATTENTIONS))
+            require(graph.precision in PRECISIONS, "graphs.precision", graph.precision, ", ".join(PRECISIONS))
         for required in ("profiles.json", "sae.safetensors", "golden.npz", *(graph.file for graph in self.graphs)):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
         for name in self.files:
@@ -176,7 +185,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs of a few rows and the outputs that PyTorch gave for them."""
+    """Inputs of a few rows and the outputs expected of them: for fp32 PyTorch's, else the graph's own at export."""
 
     inputs: Mapping[str, NDArray[Any]]
     """By INPUTS."""
@@ -211,15 +220,15 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16])
 
 
-def load_golden(folder: Path) -> Golden:
-    """Raises BundleError when golden.npz cannot be read."""
+def load_golden(folder: Path, precision: str) -> Golden:
+    """Of the graphs of one precision. Raises BundleError when golden.npz cannot be read."""
     try:
         with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
             return Golden(
                 {name: arrays[name] for name in INPUTS},
-                {name: arrays[name] for name in ("logits", "gate_logit")},
-                float(arrays["tolerance"]),
-                float(arrays["margin"]),
+                {name: arrays[f"{precision}.{name}"] for name in ("logits", "gate_logit")},
+                float(arrays[f"{precision}.tolerance"]),
+                float(arrays[f"{precision}.margin"]),
             )
     except (OSError, KeyError, ValueError) as error:
         raise BundleError(f"{folder / 'golden.npz'}: {error}") from error

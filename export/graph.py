@@ -1,26 +1,36 @@
 """The ONNX graphs of a gated ViT and its autoencoders: pixels and steering terms in, logits and gates out.
 
-`masked`: every head is computed and multiplied by its gate. The reference; any execution provider.
+What decides whether a head costs anything is in attention.py, what a number is in precision.py. Everything else of a
+graph is here, the same for all of them; parts that timm varies (patches, positions, classifier, unusual norms and MLPs)
+go through PyTorch's exporter.
+
+Letters: B batch, S sites, T terms, G gated blocks, H heads, N tokens, D residual width.
 """
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import TensorProto
+from timm.layers import Mlp
 from torch import Tensor, nn
 
+from export.attention import ATTENTION, Closing, head_weights
+from export.builder import Builder
 from export.bundle import INPUTS, OUTPUTS
-from training.gated_vit import GatedVit
+from export.precision import Arithmetic, Float
+from training.gated_vit import Gate, GatedVit
 from training.image_spec import ImageSpec
 from training.sae import Sae
 
-OPSET = 20
-IR_VERSION = 10
+BOUND = 4.0
+"""Of a gate logit: Gate is BOUND * tanh(linear / BOUND)."""
 
 
 class SteeredVit(nn.Module):
-    """The contract of the graph, in PyTorch. Letters: B batch, S sites, T terms, G gated blocks, H heads."""
+    """The contract of the graphs, in PyTorch."""
 
     def __init__(self, model: GatedVit, sae: Sae):
         super().__init__()
@@ -44,52 +54,188 @@ class SteeredVit(nn.Module):
         return logits, out["gate_logit"] > 0, out["gate_logit"], out["residual"]
 
 
-def masked_graph(steered: SteeredVit, spec: ImageSpec, metadata: dict[str, str]) -> onnx.ModelProto:
-    """The `masked` graph, checked by onnx, without stack traces or local paths."""
-    sites = steered.sae.sites
-    example = (
-        torch.zeros(2, *spec.shape, dtype=torch.uint8),
-        torch.zeros(2, sites, 3, dtype=torch.int64),
-        torch.ones(2, sites, 3),
-        torch.zeros(2, sites, 3),
-    )
-    batch, terms = torch.export.Dim("batch", min=1), torch.export.Dim("terms", min=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes to itself; what matters is compared in verify.py
-        program = torch.onnx.export(
-            steered.eval(),
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_shapes=({0: batch}, *({0: batch, 2: terms},) * 3),
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    return cleaned(program.model_proto, metadata)
+def build(
+    steered: SteeredVit,
+    spec: ImageSpec,
+    attention: str,
+    metadata: dict[str, str],
+    arithmetic: Arithmetic | None = None,
+    kept: Sequence[Sequence[int]] | None = None,
+) -> onnx.ModelProto:
+    """A graph of the model, checked by onnx.
+
+    attention: a name of ATTENTION. kept: the heads of each gated block that are in the graph at all; the gates of the
+    others must be closed for every image (compact.py). None: all of them.
+
+    A model without gated blocks gives the plain graph, pixels in and logits out: what others are compared with.
+    """
+    model, sae, vit = steered.model.eval(), steered.sae, steered.model.vit
+    arithmetic = arithmetic or Float()
+    g = Builder(arithmetic.real)
+    pixels = torch.zeros(2, *spec.shape, dtype=torch.uint8)
+    x = g.call(_Stem(model), "image", pixels, "stem")  # (B, N, D)
+    tokens = _Stem(model)(pixels)
+    steering = _Steering(g, sae) if model.gated_blocks else None
+    gates, residuals = [], []
+    last = len(vit.blocks) - 1
+    for index, block in enumerate(vit.blocks):
+        name = f"block{index}"
+        closing = None
+        if steering and index in model.gated_blocks:
+            site = model.gated_blocks.index(index)
+            residual = g.op("Gather", x, g.matrix(0), name=f"{name}/residual", axis=1)  # (B, 1, 1, D)
+            residual = g.float32(residual, f"{name}/residual/float32")
+            steered_residual = steering.apply(site, residual, f"{name}/steering")
+            gate = _gate(g, model.gates[site], steered_residual, f"{name}/gate")  # (B, 1, 1, H)
+            gates.append(gate)
+            residuals.append(residual)
+            closing = _closing(g, gate, range(model.heads) if kept is None else kept[site], model.heads, name)
+        y = _norm(g, block.norm1, x, tokens, f"{name}/norm1")
+        leaving = model.leaving if index == last else None
+        if leaving is not None:
+            x = _first(g, x, leaving, f"{name}/leaving")
+            tokens = tokens[:, :leaving]
+        x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, closing, leaving, name)
+        y = _norm(g, block.norm2, x, tokens, f"{name}/norm2")
+        x = g.op("Add", x, _mlp(g, arithmetic, block, y, tokens, f"{name}/mlp"), name=name)
+    logits = g.call(_Classifier(vit), x, tokens, "classifier")
+    g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
+    inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
+    if steering:
+        scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, H), as tanh gives them
+        scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
+        logit = g.op("Mul", scaled, g.number(BOUND), name="gates/logit")
+        residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
+        residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
+        heads = ["batch", len(gates), model.heads]
+        g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], heads, TensorProto.BOOL)
+        g.output(logit, OUTPUTS[2], heads)
+        g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
+        terms = ["batch", sae.sites, "terms"]
+        kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
+        inputs |= {name: (kind, terms) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
+    for name, value in arithmetic.observed:
+        g.output(value, f"observed/{name}", ["batch", "tokens", "width"])
+    return g.finish(inputs, metadata)
 
 
-def cleaned(graph: onnx.ModelProto, metadata: dict[str, str]) -> onnx.ModelProto:
-    """Without the exporter's notes (stack traces, local paths), with our metadata; checked."""
-    graph.ir_version = min(graph.ir_version, IR_VERSION)
-    graph.producer_name, graph.producer_version, graph.doc_string = "steervit", "", ""
+class _Stem(nn.Module):
+    """uint8 (B, height, width, channels) -> the tokens that enter the first block, (B, N, D)."""
 
-    def clear(part: Any) -> None:
-        part.doc_string = ""
-        del part.metadata_props[:]
+    def __init__(self, model: GatedVit):
+        super().__init__()
+        self.model = model
 
-    clear(graph.graph)
-    for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
-        clear(part)
-    for tensor in graph.graph.initializer:
-        clear(tensor)
-    for function in graph.functions:
-        clear(function)
-        for node in function.node:
-            clear(node)
-    del graph.metadata_props[:]
-    onnx.helper.set_model_props(graph, metadata)
-    onnx.checker.check_model(graph, full_check=True)
-    return graph
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model.embed(image)
+
+
+class _Classifier(nn.Module):
+    """The tokens that leave the last block -> logits (B, classes)."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.vit.forward_head(self.vit.norm(x))
+        return logits
+
+
+class _Steering:
+    """Sae.steer of every site, of the named latents only. There are few terms, so what counts is the number of nodes:
+    what does not depend on the residual is worked out for all sites at once, and biases are multiplied out:
+    z = W_enc x + (b_enc - W_enc b_dec)."""
+
+    def __init__(self, g: Builder, sae: Sae):
+        self._g, self._sae = g, sae
+        bias = sae.encoder_bias - torch.einsum("sld,sd->sl", sae.encoder, sae.decoder_bias)  # (S, L)
+        latent, scale, shift = (
+            g.op("Unsqueeze", value, g.integers(3), name=f"steering/{value.removeprefix('steering_')}")
+            for value in INPUTS[1:]
+        )  # (B, S, T, 1)
+        first = g.weight("steering/first", (torch.arange(sae.sites) * sae.latents)[:, None, None], np.int64)
+        index = g.op("Add", latent, first, name="steering/index")  # among the latents of all sites
+        index = g.op("Squeeze", index, g.integers(3), name="steering/index/row")
+
+        def table(values: Tensor, name: str) -> str:
+            stored = g.weight(f"steering/{name}.weight", values.reshape(-1, 1), np.float32)
+            return g.op("Gather", stored, index, name=f"steering/{name}", axis=0)  # (B, S, T, 1)
+
+        parts = {
+            "latent": INPUTS[1],
+            "bias": table(bias, "bias"),
+            "threshold": table(sae.threshold, "threshold"),
+            "scale": g.op("Sub", scale, g.number(1), name="steering/scale-1"),
+            "shift": shift,
+        }
+        self._parts = {
+            what: g.ops("Split", value, names=[f"steering/{what}/{site}" for site in range(sae.sites)], axis=1,
+                        num_outputs=sae.sites)
+            for what, value in parts.items()
+        }  # fmt: skip
+
+    def apply(self, site: int, residual: str, name: str) -> str:
+        """residual (B, 1, 1, D) -> what the gate reads instead."""
+        g, part = self._g, {what: values[site] for what, values in self._parts.items()}
+
+        def rows(weight: Tensor, what: str) -> str:
+            stored = g.weight(f"{name}/{what}.weight", weight[site], np.float32)
+            return g.op("Gather", stored, part["latent"], name=f"{name}/{what}", axis=0)  # (B, 1, T, D)
+
+        column = g.op("Reshape", residual, g.integers(0, 1, -1, 1), name=f"{name}/residual")  # (B, 1, D, 1)
+        raw = g.op("MatMul", rows(self._sae.encoder, "encoder"), column, name=f"{name}/product")  # (B, 1, T, 1)
+        raw = g.op("Add", raw, part["bias"], name=f"{name}/raw")
+        active = g.op("Greater", raw, part["threshold"], name=f"{name}/active")
+        z = g.op("Where", active, raw, g.number(0), name=f"{name}/z")
+        change = g.op("Mul", part["scale"], z, name=f"{name}/scaled")
+        change = g.op("Add", change, part["shift"], name=f"{name}/change")
+        change = g.op("Reshape", change, g.integers(0, 1, 1, -1), name=f"{name}/change/row")  # (B, 1, 1, T)
+        moved = g.op("MatMul", change, rows(self._sae.decoder, "decoder"), name=f"{name}/moved")  # (B, 1, 1, D)
+        return g.op("Add", residual, moved, name=name)
+
+
+def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
+    """tanh(logit / BOUND), above 0 for an open head. Dividing by BOUND is exact, so it is done to the weights."""
+    y = _layer_norm(g, gate.norm, residual, f"{name}/norm", np.float32)
+    weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / BOUND, np.float32)
+    bias = g.weight(f"{name}/linear.bias", gate.linear.bias / BOUND, np.float32)
+    y = g.op("Add", g.op("MatMul", y, weight, name=f"{name}/product"), bias, name=f"{name}/linear")
+    return g.op("Tanh", y, name=name)
+
+
+def _closing(g: Builder, gate: str, heads: Sequence[int], of: int, name: str) -> Closing:
+    if len(heads) < of:
+        gate = g.op("Gather", gate, g.integers(*heads), name=f"{name}/gate/kept", axis=3)
+    open_ = g.op("Greater", gate, g.number(0), name=f"{name}/gate/open")
+    return Closing(tuple(heads), open_, g.real(open_, f"{name}/gate/number"))
+
+
+def _norm(g: Builder, norm: nn.Module, x: str, tokens: Tensor, name: str) -> str:
+    if isinstance(norm, nn.LayerNorm):
+        return _layer_norm(g, norm, x, name)
+    return g.call(norm, x, tokens, name)
+
+
+def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = None) -> str:
+    weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
+    bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
+    parameters = (g.weight(f"{name}.weight", weight, dtype), g.weight(f"{name}.bias", bias, dtype))
+    return g.op("LayerNormalization", x, *parameters, name=name, axis=-1, epsilon=norm.eps)
+
+
+def _mlp(g: Builder, arithmetic: Arithmetic, block: nn.Module, y: str, tokens: Tensor, name: str) -> str:
+    """Two linear layers with a GELU between; timm's other kinds through the exporter, in float32."""
+    mlp, scale = block.mlp, getattr(block.ls2, "gamma", torch.ones(()))
+    usual = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU
+    if not usual:
+        return g.call(nn.Sequential(mlp, block.ls2), y, tokens, name)
+    hidden = arithmetic.linear(g, arithmetic.enter(g, y, f"{name}/in"), mlp.fc1.weight.T, mlp.fc1.bias, f"{name}/fc1")
+    hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=mlp.act.approximate)
+    hidden = arithmetic.enter(g, hidden, f"{name}/hidden")
+    bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
+    return arithmetic.linear(g, hidden, mlp.fc2.weight.T * scale, bias, f"{name}/fc2")
+
+
+def _first(g: Builder, x: str, count: int, name: str) -> str:
+    return g.op("Slice", x, g.integers(0), g.integers(count), g.integers(1), name=name)

@@ -1,138 +1,52 @@
-"""A graph is compared with PyTorch on real images and steerings before it becomes part of a bundle."""
+"""python -m export verify <bundle>: is the bundle whole, and do its graphs give the answers that it promises?
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+Checksums, then the golden rows through every graph on the CPU. No torch: the server does the same before it is ready.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
-import torch
-from numpy.typing import NDArray
 
-from export.bundle import INPUTS, OUTPUTS, Golden
-from export.graph import SteeredVit
-from training.steering import SteeringTerm, Terms, at_strength, to_arrays
+from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
+from export.session import Arrays, open_session
 
-LOGIT_TOLERANCE = 2e-3
-"""Largest allowed |difference| of a logit, of rows whose gates decide alike."""
-GATE_MARGIN = 1e-3
-"""Gates with |gate logit| above it must decide alike."""
+Run = Callable[[Arrays], Arrays]
+"""Inputs of a graph -> at least its logits and gate_logit."""
 
 
-class ExportError(Exception):
-    """The exported graph is not what it should be."""
+def verify(folder: Path) -> Bundle:
+    """Raises BundleError, naming the file and what is wrong with it."""
+    bundle = load_bundle(folder)
+    for graph in bundle.manifest.graphs:
+        path = folder / graph.file
+        try:
+            session = open_session(path, graph.attention)
+        except Exception as error:  # onnxruntime raises its own kinds, none of them documented
+            raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
+
+        def run(inputs: Arrays, session: object = session) -> Arrays:
+            names = ["logits", "gate_logit"]
+            return dict(zip(names, session.run(names, inputs), strict=True))  # type: ignore[attr-defined]
+
+        worst = check_golden(run, load_golden(folder, graph.precision), path)
+        print(f"{graph.file}: golden rows within {worst:.2g} (allowed: {graph.certificate['logit_tolerance']:g})")
+    return bundle
 
 
-class ShapeError(ExportError):
-    """An output has another shape or type than the contract says."""
+def check_golden(run: Run, golden: Golden, path: Path) -> float:
+    """Run the golden rows, one alone and all together. Returns the largest difference of a logit.
 
-
-class LogitMismatch(ExportError):
-    """A logit differs by more than LOGIT_TOLERANCE."""
-
-
-class GateMismatch(ExportError):
-    """A gate further than GATE_MARGIN from its threshold decides differently."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What the comparison saw."""
-
-    rows: int
-    """Image x steering."""
-    steerings: int
-    batch_sizes: tuple[int, ...]
-    max_logit_difference: float
-    """Over rows whose gates decide alike."""
-    max_gate_logit_difference: float
-    flipped_gates: int
-    """Decided differently; all within the margin."""
-    logit_tolerance: float
-    gate_margin: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-Arrays = dict[str, NDArray[Any]]
-
-
-def inputs_of(images: NDArray[np.uint8], rows: Sequence[Terms], sites: int) -> Arrays:
-    arrays = to_arrays(rows, sites)
-    return dict(zip(INPUTS, (images, arrays.latent, arrays.scale, arrays.shift), strict=True))
-
-
-@torch.no_grad()
-def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
-    outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
-    return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
-
-
-def cpu_session(graph: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def steerings(profiles: Sequence[Terms], latents: Sequence[int], cap: int = 32) -> list[Terms]:
-    """Neutral, the profiles up to a cap, and extremes of each kind."""
-    strongest = [at_strength(terms, 4.0) for terms in profiles[:3]] + [
-        at_strength(terms, -2.0) for terms in profiles[:3]
-    ]
-    ends = {
-        site: (SteeringTerm(0, 0.0, 50.0), SteeringTerm(count - 1, -3.0, -50.0)) for site, count in enumerate(latents)
-    }
-    return [{}, *profiles[:cap], *strongest, ends]
-
-
-def certify(graph: bytes, steered: SteeredVit, images: NDArray[np.uint8], tried: Sequence[Terms]) -> Certificate:
-    """Compare onnxruntime with PyTorch on every image under every steering, in batches of 1, 7 and 64 mixed rows.
-
-    images: uint8 (N, height, width, channels). Raises ShapeError, LogitMismatch or GateMismatch.
+    Raises BundleError when a gate decides differently or a logit differs by more than the tolerance.
     """
-    session = cpu_session(graph)
-    pairs = [(index, terms) for index in range(len(images)) for terms in tried]
-    sizes = (1, 7, 64)
-    start, turn, flipped, worst_logit, worst_gate = 0, 0, 0, 0.0, 0.0
-    while start < len(pairs):
-        chunk = pairs[start : start + sizes[turn % 3]]
-        start, turn = start + len(chunk), turn + 1
-        inputs = inputs_of(images[[index for index, _ in chunk]], [terms for _, terms in chunk], steered.sae.sites)
-        expected = run_torch(steered, inputs)
-        found = dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
-        for name in OUTPUTS:
-            if found[name].shape != expected[name].shape or found[name].dtype != expected[name].dtype:
-                raise ShapeError(
-                    f"{name} is {found[name].dtype} {found[name].shape}; "
-                    f"allowed: {expected[name].dtype} {expected[name].shape}"
-                )
-        flips = found["head_gate"] != expected["head_gate"]
-        far = flips & (np.abs(expected["gate_logit"]) > GATE_MARGIN)
-        if far.any():
-            distance = np.abs(expected["gate_logit"][far]).max()
-            raise GateMismatch(f"a gate with logit {distance:.4g} decides differently; allowed: within {GATE_MARGIN}")
-        flipped += int(flips.sum())
-        alike = ~flips.any((1, 2))
-        worst_logit = max(worst_logit, float(np.abs(found["logits"] - expected["logits"])[alike].max(initial=0)))
-        worst_gate = max(worst_gate, float(np.abs(found["gate_logit"] - expected["gate_logit"])[alike].max(initial=0)))
-        if not worst_logit <= LOGIT_TOLERANCE:
-            raise LogitMismatch(f"a logit differs by {worst_logit:.4g}; allowed: {LOGIT_TOLERANCE}")
-    return Certificate(
-        len(pairs), len(tried), sizes, worst_logit, worst_gate, flipped, LOGIT_TOLERANCE, GATE_MARGIN
-    )  # fmt: skip
-
-
-def golden(steered: SteeredVit, images: NDArray[np.uint8], tried: Sequence[Terms], rows: int = 12) -> Golden:
-    """Rows of PyTorch's answers, away from every gate's threshold, going round the steerings."""
-    chosen = [tried[index % len(tried)] for index in range(len(images))]
-    inputs = inputs_of(images, chosen, steered.sae.sites)
-    outputs = run_torch(steered, inputs)
-    distance = np.abs(outputs["gate_logit"]).min((1, 2))
-    clear = np.sort(np.argsort(-distance, kind="stable")[:rows])
-    return Golden(
-        {name: inputs[name][clear] for name in INPUTS},
-        {name: outputs[name][clear] for name in ("logits", "gate_logit")},
-        LOGIT_TOLERANCE,
-        GATE_MARGIN,
-    )
+    worst = 0.0
+    for rows in (slice(0, 1), slice(None)):
+        found = run({name: golden.inputs[name][rows] for name in INPUTS})
+        expected = golden.outputs["gate_logit"][rows]
+        far = np.abs(expected) > golden.margin
+        if not np.array_equal((found["gate_logit"] > 0)[far], (expected > 0)[far]):
+            raise BundleError(f"{path}: gates of golden.npz are not reproduced")
+        worst = max(worst, float(np.abs(found["logits"] - golden.outputs["logits"][rows]).max()))
+        if not worst <= golden.tolerance:
+            raise BundleError(f"{path}: logits differ from golden.npz by {worst:.3g}; allowed: {golden.tolerance:.3g}")
+    return worst

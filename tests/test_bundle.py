@@ -1,7 +1,10 @@
 """A bundle is whole and right, or it is refused with the reason; a graph that does not match PyTorch is not written."""
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_bundle
-from export.graph import SteeredVit, masked_graph
-from export.verify import GateMismatch, LogitMismatch, ShapeError, certify, steerings
+from export.certify import AccuracyLoss, GateMismatch, LogitMismatch, Reference, ShapeError, steerings
+from export.graph import SteeredVit, build
 from service.engine import Engine
 from training.backbone import create_vit
 from training.config import VitSettings
@@ -19,6 +22,8 @@ from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
 from training.sae import Sae
 from training.steering import SteeringTerm
+
+GRAPH = {"file": "dispatch.fp32.onnx", "attention": "dispatch", "precision": "fp32", "opset": 20, "certificate": {}}
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["masked.fp32.onnx", "profiles.json", "golden.npz", "sae.safetensors"])
+@pytest.mark.parametrize("name", ["dispatch.fp32.onnx", "profiles.json", "golden.npz", "sae.safetensors"])
 def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -49,12 +54,14 @@ def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema_version is 2; allowed: 1"),
+        ({"schema_version": 1}, "schema_version is 1; allowed: 2"),
         ({"version": 0}, "version is 0; allowed: a positive integer"),
         ({"name": "../x"}, "name is '../x'"),
         ({"gated_blocks": [0, 1, 2, 3, 4]}, "gated_blocks is"),
         ({"labels": ["one"]}, "labels is"),
         ({"graphs": []}, "graphs is"),
+        ({"graphs": [{**GRAPH, "attention": "sparse"}]}, "graphs.attention is 'sparse'; allowed: dispatch, masked"),
+        ({"graphs": [{**GRAPH, "precision": "fp8"}]}, "graphs.precision is 'fp8'; allowed: fp32, int8, fp16"),
         ({"files": {"../../etc/passwd": {"sha256": "", "size": 1}}}, "files is"),
         ({"image": {"height": 28}}, "missing"),
     ],
@@ -90,12 +97,12 @@ def test_a_written_bundle_is_read_back_and_nothing_else_is_left(bundle: Bundle, 
 
 def test_the_engine_refuses_a_graph_that_does_not_reproduce_the_golden_rows(copy: Path) -> None:
     golden = dict(np.load(copy / "golden.npz"))
-    golden["logits"] = golden["logits"] + 0.01
+    golden["fp32.logits"] = golden["fp32.logits"] + 0.01
     np.savez(copy / "golden.npz", **golden)
     changed = Bundle(copy, load_bundle_unchecked(copy), {}, "")
     with pytest.raises(BundleError, match=r"logits differ from golden.npz by 0\.01"):
         Engine(changed, "cpu", 1)
-    golden["gate_logit"] = -golden["gate_logit"]
+    golden["fp32.gate_logit"] = -golden["fp32.gate_logit"]
     np.savez(copy / "golden.npz", **golden)
     with pytest.raises(BundleError, match=r"gates of golden.npz are not reproduced"):
         Engine(changed, "cpu", 1)
@@ -108,7 +115,7 @@ def load_bundle_unchecked(folder: Path) -> object:
 
 
 def test_golden_rows_lie_away_from_the_threshold_and_at_several_steerings(bundle: Bundle) -> None:
-    golden = load_golden(bundle.folder)
+    golden = load_golden(bundle.folder, "fp32")
     assert np.abs(golden.outputs["gate_logit"]).min() > golden.margin
     changed = (golden.inputs["steering_scale"] != 1) | (golden.inputs["steering_shift"] != 0)
     steered = changed.any((1, 2))
@@ -117,7 +124,7 @@ def test_golden_rows_lie_away_from_the_threshold_and_at_several_steerings(bundle
 
 
 def test_the_committed_graph_carries_no_local_paths_or_stack_traces(bundle: Bundle) -> None:
-    content = (bundle.folder / "masked.fp32.onnx").read_bytes()
+    content = (bundle.folder / "dispatch.fp32.onnx").read_bytes()
     for trace in (b"/root", b"/home", b"site-packages", b".py", b"stack_trace", b"torch"):
         assert trace not in content, trace
 
@@ -136,7 +143,7 @@ def steered() -> SteeredVit:
 
 @pytest.fixture(scope="module")
 def graph(steered: SteeredVit) -> bytes:
-    return masked_graph(steered, ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), {}).SerializeToString()
+    return build(steered, ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), "dispatch", {}).SerializeToString()
 
 
 def test_a_graph_that_does_not_match_pytorch_is_refused(
@@ -144,21 +151,65 @@ def test_a_graph_that_does_not_match_pytorch_is_refused(
 ) -> None:
     images = sample_pixels[::10]
     tried = steerings([{0: (SteeringTerm(3, 2.0, 1.0),)}], [16])
-    certificate = certify(graph, steered, images, tried)
+    classes = steered.model(torch.from_numpy(sample_pixels))[0].argmax(1).numpy()
+
+    def certify() -> object:
+        return Reference(steered, images, tried, sample_pixels, classes).certify(graph, "dispatch", "fp32")
+
+    certificate = certify()
     assert certificate.rows == len(images) * len(tried)
     assert certificate.max_logit_difference < certificate.logit_tolerance
+    assert certificate.accuracy == certificate.accuracy_of_model == 1.0
     head, gate = steered.model.vit.head, steered.model.gates[0].linear
     head.bias += 0.01
     with pytest.raises(LogitMismatch, match=r"a logit differs by 0\.01"):
-        certify(graph, steered, images, tried)
+        certify()
     head.bias -= 0.01
     gate.bias *= -1
     with pytest.raises(GateMismatch, match="decides differently"):
-        certify(graph, steered, images, tried)
+        certify()
     gate.bias *= -1
     steered.model.vit.head = torch.nn.Linear(24, 11)
     try:
         with pytest.raises(ShapeError, match="logits is float32"):
-            certify(graph, steered, images, tried)
+            certify()
     finally:
         steered.model.vit.head = head
+
+
+def test_a_graph_that_is_right_less_often_is_refused(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8]
+) -> None:
+    """Within every other limit: the images that count are those whose two best logits are nearly equal."""
+    logits = steered.model(torch.from_numpy(sample_pixels))[0]
+    best = logits.topk(2).indices[:, 1].numpy()
+    reference = Reference(steered, sample_pixels[:2], [{}], sample_pixels, best)
+    reference.accuracy = 0.01  # as if PyTorch had been right once
+    with pytest.raises(AccuracyLoss, match=r"accuracy is 0\.0000 on 100 images, 0\.0100 in PyTorch"):
+        reference.certify(graph, "dispatch", "fp32")
+
+
+def test_verify_needs_no_torch_and_names_what_is_wrong(copy: Path) -> None:
+    blocked = (
+        "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None\n"
+        "from export.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def verify() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", blocked, "verify", str(copy)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = verify()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dispatch.fp32.onnx: golden rows within" in done.stdout
+    golden = dict(np.load(copy / "golden.npz"))
+    golden["fp32.logits"] = golden["fp32.logits"] + 0.5
+    np.savez(copy / "golden.npz", **golden)
+    assert "golden.npz has" in verify().stderr
+    manifest = json.loads((copy / "manifest.json").read_text())
+    content = (copy / "golden.npz").read_bytes()
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    rewrite(copy, files={**manifest["files"], "golden.npz": entry})
+    done = verify()
+    assert done.returncode == 1
+    assert "dispatch.fp32.onnx: logits differ from golden.npz by 0.5" in done.stderr

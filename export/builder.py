@@ -1,0 +1,168 @@
+"""Writes an ONNX graph node by node, with names that a person can read in Netron.
+
+A value is its name. A node bears the name of its first output, a path such as `block3/head2/query`.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import ArrayLike, NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+OPSET = 20
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+EXTERNAL_FROM = 1_900_000_000
+"""Bytes of weights from which they go into a file beside the graph: a protobuf message ends at 2 GiB."""
+
+
+class Builder:
+    def __init__(self, real: type[np.floating[Any]] = np.float32) -> None:
+        """real: what the tokens, and the weights that meet them, are made of; float32 or float16."""
+        self._real = real
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: dict[str, TensorProto] = {}
+        self._names: set[str] = set()
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def op(self, kind: str, *inputs: str, name: str, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output; returns its name."""
+        return self.ops(kind, *inputs, names=(name,), domain=domain, **attributes)[0]
+
+    def ops(self, kind: str, *inputs: str, names: Sequence[str], domain: str = "", **attributes: Any) -> Sequence[str]:
+        """Add a node with several outputs; returns their names."""
+        for name in names:
+            if name in self._names:
+                raise ValueError(f"the name {name} is taken")
+            self._names.add(name)
+        self._nodes.append(helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes))
+        return names
+
+    def weight(self, name: str, array: ArrayLike | Tensor, dtype: Any = None) -> str:
+        """A constant with a name of its own; dtype: as the tokens when it is not given."""
+        value = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+        if name in self._weights or name in self._names:
+            raise ValueError(f"the name {name} is taken")
+        self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype or self._real)), name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """An int64 vector; equal ones are one constant."""
+        return self._shared("integers", np.array(values, np.int64))
+
+    def integer(self, value: int) -> str:
+        return self._shared("integer", np.array(value, np.int64))
+
+    def matrix(self, value: int) -> str:
+        """int64 (1, 1)."""
+        return self._shared("matrix", np.array([[value]], np.int64))
+
+    def number(self, value: float) -> str:
+        return self._shared("number", np.array(value, np.float32))
+
+    def _shared(self, kind: str, array: NDArray[Any]) -> str:
+        name = f"{kind}/{'x'.join(map(str, array.flatten().tolist()))}"
+        if name not in self._weights:
+            self._weights[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def real(self, value: str, name: str) -> str:
+        """A float32 or bool value as the tokens are."""
+        return self.op("Cast", value, name=name, to=helper.np_dtype_to_tensor_dtype(np.dtype(self._real)))
+
+    def float32(self, value: str, name: str) -> str:
+        """A value of the tokens as float32."""
+        return value if self._real is np.float32 else self.op("Cast", value, name=name, to=TensorProto.FLOAT)
+
+    def call(self, module: nn.Module, value: str, example: Tensor, name: str) -> str:
+        """What PyTorch's exporter makes of a module of one input, whose axis 0 is the batch, and one output.
+
+        It is computed in float32; the output is as the tokens.
+        """
+        part = exported(module, example)
+        out = name if self._real is np.float32 else f"{name}/float32"
+        value = self.float32(value, f"{name}/input") if example.dtype == torch.float32 else value
+        renamed = {part.input[0].name: value, part.output[0].name: out}
+
+        def rename(old: str) -> str:
+            return old and renamed.setdefault(old, f"{name}/{old}")
+
+        for tensor in part.initializer:
+            tensor.name = rename(tensor.name)
+            self._weights[tensor.name] = tensor
+        for node in part.node:
+            node.name = f"{name}/{node.name}"
+            node.input[:] = [rename(old) for old in node.input]
+            node.output[:] = [rename(old) for old in node.output]
+            self._names.update(node.output)
+            self._nodes.append(node)
+        return name if out == name else self.real(out, name)
+
+    def output(self, value: str, name: str, shape: Sequence[str | int], kind: int = TensorProto.FLOAT) -> None:
+        self.op("Identity", value, name=name)
+        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def finish(
+        self, inputs: Mapping[str, tuple[int, Sequence[str | int]]], metadata: Mapping[str, str]
+    ) -> onnx.ModelProto:
+        """The model, checked. inputs: element type and shape by name."""
+        described = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+        graph = helper.make_graph(self._nodes, "steervit", described, self._outputs, list(self._weights.values()))
+        return checked(graph, metadata)
+
+
+def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """A model of the graph without the exporter's notes (stack traces, local paths); valid by onnx's checker."""
+    for part in (graph, *graph.node, *graph.value_info, *graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    domains = {node.domain for node in graph.node}
+    opsets = [helper.make_opsetid("", OPSET)] + [helper.make_opsetid(MICROSOFT, 1)] * (MICROSOFT in domains)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="steervit")
+    helper.set_model_props(model, dict(metadata))
+    if weight_bytes(model) < EXTERNAL_FROM:
+        onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    return sum(len(weight.raw_data) for weight in model.graph.initializer)
+
+
+def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM) -> list[Path]:
+    """Write the model; returns its files: a large one's weights are in <path>.data. They are moved out of `model`."""
+    if weight_bytes(model) < external_from:
+        path.write_bytes(model.SerializeToString())
+        return [path]
+    beside = path.with_name(f"{path.name}.data")
+    onnx.save_model(model, path, save_as_external_data=True, location=beside.name, size_threshold=1024)
+    onnx.checker.check_model(path, full_check=True)
+    return [path, beside]
+
+
+def exported(module: nn.Module, example: Tensor) -> onnx.GraphProto:
+    """The graph of one module in evaluation mode. example (batch, ...), any batch."""
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every node that it leaves as it is
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes to itself; what matters is compared in certify.py
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto.graph

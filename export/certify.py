@@ -1,0 +1,245 @@
+"""A graph is compared with PyTorch on real images and steerings before it becomes part of a bundle."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from export.bundle import INPUTS, OUTPUTS, Golden
+from export.graph import SteeredVit
+from export.session import Arrays, inputs_of, open_session
+from training.steering import SteeringTerm, Terms, at_strength
+
+
+class ExportError(Exception):
+    """The exported graph is not what it should be."""
+
+
+class ShapeError(ExportError):
+    """An output has another shape or type than the contract says."""
+
+
+class LogitMismatch(ExportError):
+    """A logit differs by more than is allowed."""
+
+
+class GateMismatch(ExportError):
+    """A gate decides differently that should not, or too many do."""
+
+
+class NeighbourMismatch(ExportError):
+    """An answer depends on what else is in the batch."""
+
+
+class AccuracyLoss(ExportError):
+    """The graph is right less often than the model."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a graph of some precision may differ by from the model in PyTorch."""
+
+    logit: float
+    """Of rows whose gates decide alike."""
+    gate_margin: float
+    """|gate logit| above which a gate must decide alike, unless a gate of an earlier block did not."""
+    flipped: float
+    """Share of gates that may decide differently."""
+    neighbour: float
+    """Of a logit, by what else is in the batch; rows whose gates decide alike."""
+    accuracy: float
+    """Share of images that may be lost."""
+
+
+LIMITS = {
+    "fp32": Limits(logit=2e-3, gate_margin=1e-3, flipped=1e-3, neighbour=2e-3, accuracy=1e-3),
+    "fp16": Limits(logit=0.1, gate_margin=0.05, flipped=5e-3, neighbour=2e-3, accuracy=3e-3),
+    "int8": Limits(logit=1.0, gate_margin=0.5, flipped=2e-2, neighbour=2e-3, accuracy=5e-3),
+}
+BATCH_SIZES = (1, 7, 64)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the comparison saw."""
+
+    rows: int
+    """Image x steering."""
+    steerings: int
+    batch_sizes: tuple[int, ...]
+    max_logit_difference: float
+    """Over rows whose gates decide alike."""
+    max_gate_logit_difference: float
+    """Over rows whose gates decide alike."""
+    gates: int
+    flipped_gates: int
+    """Decided differently."""
+    max_flip_distance: float
+    """Largest |gate logit| in PyTorch of a gate that decided differently, in the first such block of its row."""
+    max_neighbour_difference: float
+    """Of a logit: a row alone and the same row in a mixed batch."""
+    images: int
+    """Labelled images that the accuracies are of, without steering."""
+    accuracy: float
+    accuracy_of_model: float
+    """In PyTorch."""
+    logit_tolerance: float
+    gate_margin: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows ({self.steerings} steerings), largest logit difference {self.max_logit_difference:.2g}; "
+            f"{self.flipped_gates} of {self.gates} gates flipped, at most {self.max_flip_distance:.2g} from the "
+            f"threshold; accuracy {self.accuracy:.4f} on {self.images} images, {self.accuracy_of_model:.4f} in PyTorch"
+        )
+
+
+@torch.no_grad()
+def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
+    outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
+    return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
+
+
+def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
+
+
+def steerings(profiles: Sequence[Terms], latents: Sequence[int], cap: int = 32) -> list[Terms]:
+    """Neutral, the profiles up to a cap, and extremes of each kind."""
+    strongest = [at_strength(terms, 4.0) for terms in profiles[:3]] + [
+        at_strength(terms, -2.0) for terms in profiles[:3]
+    ]
+    ends = {
+        site: (SteeringTerm(0, 0.0, 50.0), SteeringTerm(count - 1, -3.0, -50.0)) for site, count in enumerate(latents)
+    }
+    return [{}, *profiles[:cap], *strongest, ends]
+
+
+class Reference:
+    """PyTorch's answers, computed once for all graphs of a bundle."""
+
+    def __init__(
+        self,
+        steered: SteeredVit,
+        images: NDArray[np.uint8],
+        tried: Sequence[Terms],
+        labelled: NDArray[np.uint8],
+        classes: NDArray[np.int64],
+    ):
+        """images: uint8 (N, height, width, channels), each seen under every steering of `tried`; labelled (M, ...) and
+        classes (M,): those that accuracy is measured on."""
+        self.steerings = len(tried)
+        self.batches = []
+        pairs = [(index, terms) for index in range(len(images)) for terms in tried]
+        while pairs:
+            size = BATCH_SIZES[len(self.batches) % len(BATCH_SIZES)]
+            chunk, pairs = pairs[:size], pairs[size:]
+            rows = [terms for _, terms in chunk]
+            inputs = inputs_of(images[[index for index, _ in chunk]], rows, steered.sae.sites)
+            self.batches.append((inputs, run_torch(steered, inputs)))
+        self.classes = classes
+        self.labelled = [
+            inputs_of(part, [{}] * len(part), steered.sae.sites)
+            for part in np.array_split(labelled, max(1, len(labelled) // 64))
+        ]
+        self.accuracy = self._share(np.concatenate([run_torch(steered, part)["logits"] for part in self.labelled]))
+
+    def _share(self, logits: NDArray[np.float32]) -> float:
+        return float((logits.argmax(1) == self.classes).mean())
+
+    def certify(self, graph: bytes | Path, attention: str, precision: str) -> Certificate:
+        """Raises ShapeError, LogitMismatch, GateMismatch, NeighbourMismatch or AccuracyLoss: past LIMITS[precision]."""
+        limits, session = LIMITS[precision], open_session(graph, attention)
+        rows = gates = flipped = 0
+        worst_logit = worst_gate = worst_flip = worst_neighbour = 0.0
+        for inputs, expected in self.batches:
+            found = run_onnx(session, inputs)
+            _check_shapes(found, expected)
+            flips = found["head_gate"] != expected["head_gate"]
+            rows, gates, flipped = rows + len(flips), gates + flips.size, flipped + int(flips.sum())
+            first = flips & (np.cumsum(flips.any(2), 1) == 1)[:, :, None]  # in the first block that differs at all
+            worst_flip = max(worst_flip, float(np.abs(expected["gate_logit"])[first].max(initial=0)))
+            alike = ~flips.any((1, 2))
+            worst_logit = max(worst_logit, _worst(found, expected, "logits", alike))
+            worst_gate = max(worst_gate, _worst(found, expected, "gate_logit", alike))
+            alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
+            same = (alone["head_gate"] == found["head_gate"][-1:]).all((1, 2))
+            last = {name: value[-1:] for name, value in found.items()}
+            worst_neighbour = max(worst_neighbour, _worst(alone, last, "logits", same))
+        if not worst_flip <= limits.gate_margin:
+            raise GateMismatch(f"a gate with logit {worst_flip:.4g} decides differently; allowed: {limits.gate_margin}")
+        if not flipped <= limits.flipped * gates:
+            raise GateMismatch(f"{flipped} of {gates} gates decide differently; allowed: {limits.flipped:.2%}")
+        if not worst_logit <= limits.logit:
+            raise LogitMismatch(f"a logit differs by {worst_logit:.4g}; allowed: {limits.logit}")
+        if not worst_neighbour <= limits.neighbour:
+            raise NeighbourMismatch(
+                f"a logit differs by {worst_neighbour:.4g} alone and in a batch; allowed: {limits.neighbour}"
+            )
+        accuracy = self._share(np.concatenate([run_onnx(session, part)["logits"] for part in self.labelled]))
+        if not accuracy >= self.accuracy - limits.accuracy:
+            raise AccuracyLoss(
+                f"accuracy is {accuracy:.4f} on {len(self.classes)} images, {self.accuracy:.4f} in PyTorch; "
+                f"allowed: {limits.accuracy} less"
+            )
+        return Certificate(
+            rows, self.steerings, BATCH_SIZES, worst_logit, worst_gate, gates, flipped, worst_flip, worst_neighbour,
+            len(self.classes), accuracy, self.accuracy, limits.logit, limits.gate_margin,
+        )  # fmt: skip
+
+    def golden(self, graphs: Mapping[str, bytes | Path], count: int = 12) -> dict[str, Golden]:
+        """By precision: `count` rows of several steerings, those whose gates are furthest from their thresholds.
+
+        The answers are PyTorch's for fp32, and the graph's own for others: only another machine can change them.
+        """
+        names = list(INPUTS)
+        inputs = {name: _joined([batch[name] for batch, _ in self.batches], name) for name in names}
+        expected = {name: np.concatenate([out[name] for _, out in self.batches]) for name in OUTPUTS}
+        distance = np.abs(expected["gate_logit"]).min((1, 2))
+        clear: list[int] = []
+        for steering in range(self.steerings):  # in turn, the clearest row of each
+            own = np.arange(steering, len(distance), self.steerings)
+            clear += own[np.argsort(-distance[own], kind="stable")][: -(-count // self.steerings)].tolist()
+        clear = sorted(sorted(clear, key=lambda row: -distance[row])[:count])
+        rows = {name: value[clear] for name, value in inputs.items()}
+        found = {}
+        for precision, graph in graphs.items():
+            outputs = {name: value[clear] for name, value in expected.items()}
+            if precision != "fp32":
+                outputs = run_onnx(open_session(graph), rows)
+            limits = LIMITS[precision]
+            answers = {name: outputs[name] for name in ("logits", "gate_logit")}
+            found[precision] = Golden(rows, answers, limits.logit, limits.gate_margin)
+        return found
+
+
+def _worst(found: Arrays, expected: Arrays, name: str, rows: NDArray[np.bool_]) -> float:
+    return float(np.abs(found[name] - expected[name])[rows].max(initial=0))
+
+
+def _joined(parts: list[NDArray[Any]], name: str) -> NDArray[Any]:
+    """Batches of steering arrays have as many terms as they need: fill up with neutral ones."""
+    if name == "image":
+        return np.concatenate(parts)
+    terms = max(part.shape[2] for part in parts)
+    neutral = 1 if name == "steering_scale" else 0
+    widths = [((0, 0), (0, 0), (0, terms - part.shape[2])) for part in parts]
+    padded = [np.pad(part, width, constant_values=neutral) for part, width in zip(parts, widths, strict=True)]
+    return np.concatenate(padded)
+
+
+def _check_shapes(found: Arrays, expected: Arrays) -> None:
+    for name in OUTPUTS:
+        if found[name].shape != expected[name].shape or found[name].dtype != expected[name].dtype:
+            raise ShapeError(
+                f"{name} is {found[name].dtype} {found[name].shape}; "
+                f"allowed: {expected[name].dtype} {expected[name].shape}"
+            )

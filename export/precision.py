@@ -1,0 +1,103 @@
+"""What numbers a graph computes with: float32, float16, or 8-bit integers in its linear layers.
+
+int8: activations are unsigned 8-bit with one constant scale and zero point a tensor, found on real images
+(calibration.py); weights are signed 8-bit with one scale a column. All scales are constants, so a row's answer does
+not depend on its neighbours. What enters a block's attention is quantised once for all its heads. Gates, steering,
+norms and the attention itself stay in float32.
+
+float16 is meant for GPUs: the tokens and all weights that meet them; patches, classifier, gates and steering stay in
+float32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from export.builder import MICROSOFT, Builder
+
+Range = tuple[float, float]
+"""The lowest and the highest value of an activation."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a linear layer reads."""
+
+    value: str
+    key: str
+    """Names its scale: every value with this key is quantised alike."""
+
+    def through(self, value: str) -> "Operand":
+        """The same numbers, some of them."""
+        return replace(self, value=value)
+
+
+class Arithmetic(Protocol):
+    real: type[np.floating[Any]]
+    """What the tokens are made of."""
+    observed: list[tuple[str, str]]
+    """(key, value) of what is to be an output of the graph too."""
+
+    def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
+        """Prepare a float32 value for linear layers. at: the path of the nodes, where several values share a key."""
+        ...
+
+    def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
+        """float32 (..., out) = x (..., in) @ weight (in, out) + bias (out,)."""
+        ...
+
+
+@dataclass
+class Float:
+    real: type[np.floating[Any]] = np.float32
+    observe: bool = False
+    """Whether what enters linear layers becomes an output, for calibration."""
+    observed: list[tuple[str, str]] = field(default_factory=list)
+
+    def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
+        if self.observe:
+            self.observed.append((key, value))
+        return Operand(value, key)
+
+    def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
+        stored = g.weight(f"{name}.weight", weight)
+        if bias is None:
+            return g.op("MatMul", x.value, stored, name=name)
+        product = g.op("MatMul", x.value, stored, name=f"{name}/product")
+        return g.op("Add", product, g.weight(f"{name}.bias", bias), name=name)
+
+
+@dataclass
+class Int8:
+    ranges: Mapping[str, Range]
+    """By key."""
+    real: type[np.floating[Any]] = np.float32
+    observed: list[tuple[str, str]] = field(default_factory=list)
+    _scales: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
+        if key not in self._scales:
+            low, high = min(self.ranges[key][0], 0.0), max(self.ranges[key][1], 0.0)
+            scale = max(high - low, 1e-8) / 255
+            zero = int(np.clip(round(-low / scale), 0, 255))
+            self._scales[key] = g.weight(f"{key}.scale", scale), g.weight(f"{key}.zero", zero, np.uint8)
+        return Operand(g.op("QuantizeLinear", value, *self._scales[key], name=f"{at or key}/quantized"), key)
+
+    def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
+        stored = weight.detach().double().numpy()
+        scale = np.maximum(np.abs(stored).max(0), 1e-12) / 127  # (out,)
+        scale_name, zero_name = self._scales[x.key]
+        inputs = [
+            x.value,
+            g.weight(f"{name}.weight", np.round(stored / scale), np.int8),
+            scale_name,
+            g.weight(f"{name}.scale", scale),
+            zero_name,
+            g.weight(f"{name}.zero", np.zeros(len(scale)), np.int8),
+        ]
+        if bias is not None:
+            inputs.append(g.weight(f"{name}.bias", bias))
+        return g.op("MatMulIntegerToFloat", *inputs, name=name, domain=MICROSOFT)

@@ -1,0 +1,36 @@
+"""How onnxruntime is set up for our graphs, for export, verification and the server alike. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from export.bundle import INPUTS
+from training.steering import Terms, to_arrays
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def session_options(attention: str, threads: int = 0, spinning: bool = False) -> onnxruntime.SessionOptions:
+    """threads: 0 for all cores. spinning: whether threads spin while they wait: faster, but not beside other work."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_mem_pattern = attention != "dispatch"  # its shapes depend on the data
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    return options
+
+
+def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 0) -> onnxruntime.InferenceSession:
+    """On the CPU."""
+    source = str(graph) if isinstance(graph, Path) else graph
+    return onnxruntime.InferenceSession(source, session_options(attention, threads), ["CPUExecutionProvider"])
+
+
+def inputs_of(images: NDArray[np.uint8], rows: list[Terms], sites: int) -> Arrays:
+    """Inputs of a graph: images uint8 (B, height, width, channels), each with its own terms."""
+    arrays = to_arrays(rows, sites)
+    return dict(zip(INPUTS, (images, arrays.latent, arrays.scale, arrays.shift), strict=True))

@@ -1,0 +1,221 @@
+"""A run folder in, a bundle out."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save as safetensors
+
+from export.builder import OPSET, save
+from export.bundle import (
+    Bundle,
+    BundleError,
+    Golden,
+    Graph,
+    Macs,
+    Manifest,
+    Site,
+    gates_sae_digest,
+    load_bundle,
+    versions,
+    write_bundle,
+)
+from export.calibration import calibrate
+from export.certify import Reference, steerings
+from export.compact import Compact, compact
+from export.graph import SteeredVit, build
+from export.precision import Arithmetic, Float, Int8, Range
+from export.session import inputs_of
+from training import data
+from training.checkpoint import Run, RunError
+from training.config import DataSettings
+from training.data import Split
+from training.fit_profiles import load_profiles
+from training.fit_sae import load_sae
+from training.fit_vit import load_vit
+from training.image_spec import ImageSpec
+from training.steering import SteeringProfile, Terms, profiles_to_json
+
+CALIBRATION_IMAGES = 256
+FLOATS = {"fp32": np.float32, "fp16": np.float16}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to write; the flags of python -m export."""
+
+    name: str
+    version: int | None = None
+    """None: the next one."""
+    attentions: tuple[str, ...] = ("dispatch", "masked")
+    precisions: tuple[str, ...] = ("fp32",)
+    compact_for: str | None = None
+    compact_threshold: float = 0.01
+    verify_images: int = 40
+    accuracy_images: int = 2000
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a bundle is made of."""
+
+    spec: ImageSpec
+    labels: tuple[str, ...]
+    macs: Macs
+    steered: SteeredVit
+    profiles: Sequence[SteeringProfile]
+    evaluation: Mapping[str, Any]
+    selection: Split
+    compacted: Compact | None
+
+    @property
+    def terms(self) -> list[Terms]:
+        return [profile.terms for profile in self.profiles]
+
+
+def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
+    """Write the bundle of a run and read it back. Raises ExportError when a graph does not match PyTorch."""
+    source = _read(run, wanted)
+    model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
+    version = wanted.version or max(versions(repository / wanted.name), default=0) + 1
+    metadata = {"model": wanted.name, "version": str(version), "labels": json.dumps(source.labels)}
+    with TemporaryDirectory() as folder:
+        graphs, golden = _graphs(source, wanted, metadata, Path(folder))
+        contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    weights = {key: value.numpy() for key, value in sae.state_dict().items()}
+    weights |= {f"gates.{key}": value.numpy() for key, value in model.gates.state_dict().items()}
+    manifest = Manifest(
+        name=wanted.name,
+        version=version,
+        labels=source.labels,
+        image=source.spec,
+        gated_blocks=model.gated_blocks,
+        heads=model.heads,
+        dim=model.dim,
+        sites=tuple(Site(block, sae.latents) for block in model.gated_blocks),
+        macs=source.macs,
+        graphs=tuple(graphs),
+        evaluation=source.evaluation,
+        compact=compacted.to_json() | {"profile": wanted.compact_for} if compacted else None,
+        gates_sae_digest=gates_sae_digest(weights, model.gated_blocks),
+        files={},
+    )
+    contents["profiles.json"] = (json.dumps(profiles_to_json(source.profiles), indent=1) + "\n").encode()
+    contents["sae.safetensors"] = safetensors(weights)
+    contents["golden.npz"] = _npz(golden)
+    return load_bundle(write_bundle(repository, manifest, contents))
+
+
+def _read(run: Run, wanted: Wanted) -> _Source:
+    info, results = run.info("vit"), _results(run)
+    made = info["result"]
+    labels, macs = tuple(made["labels"]), Macs(made["macs"]["dense"], tuple(made["macs"]["per_head"]))
+    model, sae = load_vit(run).cpu(), load_sae(run).cpu()
+    profiles = _with_evaluation(results, load_profiles(run))
+    evaluation = {"split": results["split"], "images": results["images"], **results["neutral"]}
+    selection = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"]).selection
+    compacted = None
+    if wanted.compact_for is not None:
+        profile = _named(profiles, wanted.compact_for)
+        compacted = compact(model, sae, profile, labels, selection, wanted.compact_threshold)
+        profiles = [replace(profile, evaluation={"split": "selection", "after": compacted.after.to_json()})]
+        model, evaluation = compacted.model, {}
+        _show(compacted, profile, model.heads)
+    spec, steered = ImageSpec.from_json(made["image"]), SteeredVit(model, sae).eval()
+    return _Source(spec, labels, macs, steered, profiles, evaluation, selection, compacted)
+
+
+def _graphs(
+    source: _Source, wanted: Wanted, metadata: dict[str, str], folder: Path
+) -> tuple[list[Graph], dict[str, Golden]]:
+    """Write every graph into the folder and compare it with PyTorch; golden rows by precision."""
+    selection, sae = source.selection, source.steered.sae
+    real, labelled = (_spread(len(selection), count) for count in (wanted.verify_images, wanted.accuracy_images))
+    reference = Reference(
+        source.steered,
+        selection.images[real].numpy(),
+        steerings(source.terms, [sae.latents] * sae.sites),
+        selection.images[labelled].numpy(),
+        selection.classes[labelled].numpy(),
+    )
+    graphs, first = [], {}
+    for precision in wanted.precisions:
+        ranges = _ranges(source) if precision == "int8" else {}
+        for attention in ("masked",) if precision == "fp16" else wanted.attentions:
+            kind = "compact" if source.compacted and attention == "masked" else attention
+            arithmetic: Arithmetic = Int8(ranges) if ranges else Float(FLOATS[precision])
+            kept = source.compacted.kept if source.compacted else None
+            path = folder / f"{kind}.{precision}.onnx"
+            save(build(source.steered, source.spec, kind, metadata, arithmetic, kept), path)
+            certificate = reference.certify(path, kind, precision)
+            print(f"{path.name}: {certificate}", flush=True)
+            graphs.append(Graph(path.name, kind, precision, OPSET, certificate.to_json()))
+            first.setdefault(precision, path)
+    return graphs, reference.golden(first)
+
+
+def _ranges(source: _Source) -> dict[str, Range]:
+    """For int8: held-out images, without steering and under every profile in turn."""
+    images = source.selection.images[_spread(len(source.selection), CALIBRATION_IMAGES)].numpy()
+    tried = [{}, *source.terms]
+    rows = [tried[index % len(tried)] for index in range(len(images))]
+    parts = np.array_split(np.arange(len(images)), max(1, len(images) // 32))
+    batches = (inputs_of(images[part], [rows[i] for i in part], source.steered.sae.sites) for part in parts)
+    return calibrate(source.steered, source.spec, batches)
+
+
+def _spread(of: int, count: int) -> torch.Tensor:
+    """`count` indices, evenly over all `of`."""
+    return torch.linspace(0, of - 1, min(count, of)).long()
+
+
+def _named(profiles: Sequence[SteeringProfile], name: str) -> SteeringProfile:
+    for profile in profiles:
+        if profile.name == name:
+            return profile
+    raise BundleError(f"--compact-for is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
+
+
+def _show(compacted: Compact, profile: SteeringProfile, heads: int) -> None:
+    total, left = heads * len(compacted.kept), sum(map(len, compacted.kept))
+    before, after = compacted.before, compacted.after
+    print(f"compact for {profile.name}: {total - left} of {total} heads removed (kept by < {compacted.threshold:.1%})")
+    for what in ("recall", "precision", "overall_accuracy", "head_usage", "compute_fraction"):
+        was, now = getattr(before, what), getattr(after, what)
+        print(f"  {what.replace('_', ' '):17}{was:.4f} -> {now:.4f}   (selection images, profile at strength 1)")
+
+
+def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProfile]) -> list[SteeringProfile]:
+    """The profiles with what `evaluate` measured of them on the test split."""
+    measured = {entry["name"]: entry for entry in results["profiles"]}
+    kept = ("images", "before", "after", "head_usage_before", "head_usage_after")
+    return [
+        replace(p, evaluation={"split": results["split"], **{key: measured[p.name][key] for key in kept}})
+        for p in profiles
+    ]
+
+
+def _results(run: Run) -> dict[str, Any]:
+    path = run.folder / "results.json"
+    if not path.is_file():
+        raise RunError(f"{path} is missing: run the step 'evaluate' first")
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def _npz(golden: Mapping[str, Golden]) -> bytes:
+    arrays: dict[str, NDArray[Any]] = dict(next(iter(golden.values())).inputs)
+    for precision, rows in golden.items():
+        arrays |= {f"{precision}.{name}": value for name, value in rows.outputs.items()}
+        arrays[f"{precision}.tolerance"] = np.array(rows.tolerance)
+        arrays[f"{precision}.margin"] = np.array(rows.margin)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,140 @@
+"""python -m export on a run that was trained here: every kind of graph, compact bundles, the server's choice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from processes import run_module
+
+from export.builder import save, weight_bytes
+from export.bundle import Bundle, load_bundle
+from service.engine import Engine, EngineError, choose_graph
+from training.steering import to_arrays
+
+
+@pytest.fixture(scope="module")
+def models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    every = ("--precision", "fp32,int8,fp16", "--verify-images", "12")
+    done = run_module("export", str(smoke_run), str(folder), "--name", "smoke", *every)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_every_graph_of_a_bundle_serves_the_same_answers(models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+    bundle = load_bundle(models / "smoke" / "1")
+    names = [f"{graph.attention}.{graph.precision}" for graph in bundle.manifest.graphs]
+    assert names == ["dispatch.fp32", "masked.fp32", "dispatch.int8", "masked.int8", "masked.fp16"]
+    profile = bundle.profiles["Shirt"]
+    rows = to_arrays([profile.terms if i % 2 else {} for i in range(100)], len(bundle.manifest.sites))
+    found = {name: Engine(bundle, "cpu", 1, name).run(sample_pixels, rows) for name in names}
+    expected = found["masked.fp32"]
+    assert 0.1 < expected.head_gate.mean() < 0.9
+    np.testing.assert_allclose(found["dispatch.fp32"].logits, expected.logits, atol=1e-4)
+    np.testing.assert_array_equal(found["dispatch.fp32"].head_gate, expected.head_gate)
+    for name, share in (("dispatch.int8", 0.98), ("masked.int8", 0.98), ("masked.fp16", 0.995)):
+        assert (found[name].head_gate == expected.head_gate).mean() >= share, name
+        assert (found[name].logits.argmax(1) == expected.logits.argmax(1)).mean() >= 0.97, name
+    for graph in bundle.manifest.graphs:
+        seen = graph.certificate
+        assert seen["accuracy"] >= seen["accuracy_of_model"] - 5e-3
+        assert seen["flipped_gates"] <= 0.02 * seen["gates"]
+        assert seen["batch_sizes"] == [1, 7, 64]
+    done = run_module("export", "verify", str(bundle.folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("golden rows within") == len(names)
+
+
+@pytest.mark.slow
+def test_a_compact_bundle_is_a_bundle_of_its_own(
+    smoke_run: Path, models: Path, sample_pixels: NDArray[np.uint8]
+) -> None:
+    whole = load_bundle(models / "smoke" / "1")
+    flags = ("--compact-for", "Sandal", "--compact-threshold", "0.2", "--verify-images", "12")
+    done = run_module("export", str(smoke_run), str(models), "--name", "sandal", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "heads removed (kept by < 20.0%)" in done.stdout
+    bundle = load_bundle(models / "sandal" / "1")
+    made = bundle.manifest.compact
+    assert made is not None
+    assert list(bundle.profiles) == [made["profile"]] == ["Sandal"]
+    assert bundle.manifest.gates_sae_digest != whole.manifest.gates_sae_digest
+    assert [graph.attention for graph in bundle.manifest.graphs] == ["dispatch", "compact"]
+    removed = np.array([[h not in kept for h in range(bundle.manifest.heads)] for kept in made["kept"]])
+    assert removed.any()
+    outputs = Engine(bundle, "cpu", 1).run(sample_pixels, to_arrays([bundle.profiles["Sandal"].terms] * 100, 2))
+    assert not outputs.head_gate[:, removed].any()
+    assert outputs.head_gate[:, ~removed].any()
+    assert made["after"]["head_usage"] <= made["before"]["head_usage"]
+    assert whole.manifest.macs == bundle.manifest.macs  # closed heads are counted as closed, of the same whole
+    done = run_module("export", str(smoke_run), str(models), "--name", "x", "--compact-for", "Hat")
+    assert done.returncode == 1
+    assert "--compact-for is 'Hat'; allowed: 'T-shirt', 'Trouser'" in done.stderr
+    assert not (models / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--precision", "fp8"), "'fp8'; allowed: some of fp32,int8,fp16, each once"),
+        (("--attention", "masked,masked"), "'masked,masked'; allowed: some of dispatch,masked, each once"),
+    ],
+)
+def test_unknown_graphs_are_refused_before_anything_is_done(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = run_module("export", str(tmp_path), str(tmp_path / "models"), "--name", "x", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) -> None:
+    """As past 2 GB, where the limit is set lower."""
+    model = onnx.load(bundle.folder / bundle.manifest.graphs[0].file)
+    size, path = weight_bytes(model), tmp_path / "dispatch.fp32.onnx"
+    assert save(model, path, external_from=1_000_000) == [path, tmp_path / "dispatch.fp32.onnx.data"]
+    assert path.stat().st_size < 0.1 * size
+    assert (tmp_path / "dispatch.fp32.onnx.data").stat().st_size > 0.9 * size
+    manifest = json.loads((bundle.folder / "manifest.json").read_text())
+    rest = {name: (bundle.folder / name).read_bytes() for name in manifest["files"] if not name.endswith(".onnx")}
+    for name, content in rest.items():
+        (tmp_path / name).write_bytes(content)
+    moved = Bundle(tmp_path, bundle.manifest, bundle.profiles, bundle.digest)
+    assert Engine(moved, "cpu", 1).graph_name == "dispatch.fp32"  # its golden rows are right
+
+
+def test_the_server_takes_the_default_graph_and_another_one_on_a_gpu(bundle: Bundle) -> None:
+
+    def choice(provider: str, name: str, *graphs: str) -> str:
+        made = [
+            replace(bundle.manifest.graphs[0], attention=g.split(".")[0], precision=g.split(".")[1]) for g in graphs
+        ]
+        chosen = choose_graph(replace(bundle, manifest=replace(bundle.manifest, graphs=tuple(made))), provider, name)
+        return f"{chosen.attention}.{chosen.precision}"
+
+    assert choice("cpu", "auto", "dispatch.fp32", "masked.fp32") == "dispatch.fp32"
+    assert choice("cuda", "auto", "dispatch.fp32", "masked.int8", "masked.fp16", "masked.fp32") == "masked.fp16"
+    assert choice("cuda", "auto", "dispatch.fp32", "compact.fp32") == "compact.fp32"
+    assert choice("cuda", "auto", "dispatch.fp32") == "dispatch.fp32"
+    assert choice("cuda", "dispatch.fp32", "masked.fp32", "dispatch.fp32") == "dispatch.fp32"
+    with pytest.raises(EngineError, match=r"graph is 'masked.int8'; .* has: dispatch.fp32, masked.fp32"):
+        choice("cpu", "masked.int8", "dispatch.fp32", "masked.fp32")
+
+
+def test_batches_of_bounded_shapes_give_the_same_answers(bundle: Bundle, sample_pixels: NDArray[np.uint8]) -> None:
+    """As on a GPU, where each new shape costs time."""
+    plain, bounded = Engine(bundle, "cpu", 1), Engine(bundle, "cpu", 1, max_batch=8, bounded=True)
+    profile = bundle.profiles["Shirt"]
+    for count in (1, 3, 8, 11):
+        rows = to_arrays([profile.terms if i % 2 else {} for i in range(count)], len(bundle.manifest.sites))
+        expected, found = (engine.run(sample_pixels[:count], rows, residual=True) for engine in (plain, bounded))
+        np.testing.assert_array_equal(found.head_gate, expected.head_gate)
+        np.testing.assert_allclose(found.logits, expected.logits, atol=2e-4)
+        assert found.residual is not None
+        assert found.residual.shape == (count, 5, 192)
