@@ -8,7 +8,7 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ demo: .venv/.base  ## A real server, the sample images through it with and witho
 	@$(RUN) -m service.demo
 
 serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002)
-	$(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
 	$(RUN) -m pytest
@@ -35,7 +35,7 @@ format: .venv/.dev  ## Rewrite the code in the project's format
 	$(RUN) -m ruff format .
 
 proto: .venv/.dev  ## Generate service/pb from proto/
-	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto
+	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto service/pb/open_inference.proto
 
 train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0
@@ -46,6 +46,13 @@ reproduce: .venv/.dev system-test  ## Data to report and bundle, with all contro
 
 export: .venv/.dev  ## Write runs/fm/seed-0 as the next version of deploy/models/fashion_mnist
 	$(RUN) -m export runs/fm/seed-0 deploy/models --name fashion_mnist
+
+bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (QUICK=1: a minute)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.heads $(if $(QUICK),--quick)
+	$(if $(QUICK),,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.serving)
+
+soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
+	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -59,6 +66,10 @@ clean:  ## Remove .venv and caches (not runs/)
 	@test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[train,export,dev]'
 	@touch $@ .venv/.base
+
+.venv/.bench: .venv/.dev
+	$(if $(QUICK),,$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[bench]')
+	@$(if $(QUICK),,touch $@)
 
 # Debian and Ubuntu split venv off from python3.
 system-python:

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(map(str, problem["loc"])).replace("_", "-")
-            print(f"--{name} is {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+            shown = f"--{name} is {problem['input']!r}: {problem['msg']}" if name else problem["msg"]
+            print(shown.removeprefix("Value error, "), file=sys.stderr)
         return 2
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

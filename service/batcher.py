@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from training.steering import SteeringArrays
 class Runs(Protocol):
     """What the batcher needs of an engine."""
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays) -> Outputs: ...
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs: ...
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,19 @@ class Answer:
     """(B, gated blocks, heads)"""
     gate_logit: NDArray[np.float32]
     """(B, gated blocks, heads)"""
+    residual: NDArray[np.float32] | None
+    """(B, sites, width), when it was asked for."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
     inference_seconds: float
     """Of its batches together."""
+
+    def take(self, rows: Sequence[int]) -> "Answer":
+        """Of some images; the times stay those of the call."""
+        index = np.asarray(rows, np.int64)
+        residual = None if self.residual is None else self.residual[index]
+        arrays = (self.logits[index], self.head_gate[index], self.gate_logit[index], residual)
+        return Answer(*arrays, self.queue_seconds, self.inference_seconds)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class _Piece:
 
     images: NDArray[np.uint8]
     steering: Steering
+    residual: bool
     deadline: float
     """On the clock of time.monotonic; infinite: none."""
     arrived: float
@@ -97,7 +107,9 @@ class Batcher:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    async def submit(self, images: NDArray[np.uint8], steering: Steering, deadline: float) -> Answer:
+    async def submit(
+        self, images: NDArray[np.uint8], steering: Steering, deadline: float, residual: bool = False
+    ) -> Answer:
         """images (B, height, width, channels), any B >= 1. Cancelling drops what has not been run yet.
 
         Raises Overloaded when the queue has no room for all, Expired when the deadline passes first, and Stopping
@@ -107,8 +119,8 @@ class Batcher:
         now = time.monotonic()
         step = self._max_batch
         pieces = [
-            _Piece(images[start : start + step], steering, deadline, now, loop.create_future())
-            for start in range(0, len(images), step)
+            _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future())
+            for part in (slice(start, start + step) for start in range(0, len(images), step))
         ]
         with self._changed:
             if self._closed:
@@ -132,6 +144,7 @@ class Batcher:
             np.concatenate([o.logits for o in outputs]),
             np.concatenate([o.head_gate for o in outputs]),
             np.concatenate([o.gate_logit for o in outputs]),
+            np.concatenate([o.residual for o in outputs if o.residual is not None]) if residual else None,
             max(part[1] for part in parts),
             sum(o.seconds for o in outputs),
         )
@@ -150,6 +163,7 @@ class Batcher:
                 outputs = self._engine.run(
                     np.concatenate([piece.images for piece in batch]),
                     stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
+                    any(piece.residual for piece in batch),
                 )
             except (
                 Exception
@@ -157,15 +171,13 @@ class Batcher:
                 for piece in batch:
                     _resolve(piece, error)
                 continue
+            waited = tuple(start - piece.arrived for piece in batch)
+            self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
             first = 0
-            for piece in batch:
+            for piece, seconds in zip(batch, waited, strict=True):
                 rows = slice(first, first + len(piece.images))
                 first = rows.stop
-                of_piece = Outputs(
-                    outputs.logits[rows], outputs.head_gate[rows], outputs.gate_logit[rows], outputs.seconds
-                )
-                _resolve(piece, (of_piece, start - piece.arrived))
-            self._on_batch(BatchStats(first, outputs.seconds, tuple(start - piece.arrived for piece in batch)))
+                _resolve(piece, (outputs.rows(rows), seconds))
 
     def _next_batch(self) -> list[_Piece]:
         """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""

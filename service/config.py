@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -23,6 +23,14 @@ class Settings(BaseSettings):
 
     repository: Path
     """A repository (<model>/<version>/ folders) or a single bundle folder."""
+    model_control: Literal["none", "poll", "explicit"] = "none"
+    """What changes the models after the start: nothing, the repository folder, or RepositoryModelLoad and -Unload."""
+    poll_seconds: float = Field(10.0, gt=0)
+    """How often the repository folder and the profile folder are looked at."""
+    profiles_dir: Path | None = None
+    """A folder of further profiles, JSON files bound to a gates_sae_digest; followed while the server runs."""
+    versions: str = Field("latest", pattern=r"^(latest|latest:[1-9][0-9]?|all|[1-9][0-9]*(,[1-9][0-9]*)*)$")
+    """Versions of each model to serve: `latest`, `latest:2`, `all` or `1,3`; and those that labels.json names."""
     host: str = "127.0.0.1"
     """Address to listen on, of both ports."""
     port: int = Field(8001, ge=0, le=65535)
@@ -31,6 +39,12 @@ class Settings(BaseSettings):
     """HTTP: /metrics, /livez, /readyz; 0: any free port."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the graphs run. `auto`: CUDA where there is a device. One that is asked for and missing is an error."""
+    device: int = Field(0, ge=0)
+    """Index of the GPU, with CUDA."""
+    gpu_memory_mb: int = Field(0, ge=0)
+    """GPU memory for each model at most, MiB; 0: no limit."""
+    graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact)\.(fp32|int8|fp16))$")
+    """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default, on a GPU one without dispatch."""
     threads: int = Field(0, ge=0)
     """Threads of an inference; 0: as many as the CPUs this process may use."""
     max_batch: int = Field(32, ge=1, le=4096)
@@ -49,9 +63,29 @@ class Settings(BaseSettings):
     """Width x height of an encoded image at most."""
     max_terms: int = Field(512, ge=1)
     """Inline steering terms in a call at most."""
+    shadow_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the steered images that are also run unsteered, to watch whether the answers still agree."""
+    max_profile_series: int = Field(200, ge=0)
+    """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images."""
     drain_seconds: float = Field(20, ge=0)
     """After SIGTERM, how long accepted requests may still take."""
+    tls_certificate: Path | None = None
+    """PEM file with the server's certificate and its chain: gRPC over TLS. Read again when it changes."""
+    tls_key: Path | None = None
+    """PEM file with the key of that certificate."""
+    tls_client_ca: Path | None = None
+    """PEM file with the authorities of clients' certificates: only clients that have one are let in."""
+    max_connection_age_seconds: float = Field(0, ge=0)
+    """After how long a client is asked to connect anew, so that connections spread over new pods; 0: never."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of the log on standard error."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key belong together; allowed: both or none")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("--tls-client-ca is given without --tls-certificate and --tls-key; allowed: with them")
+        return self

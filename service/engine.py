@@ -13,6 +13,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.bundle import INPUTS, Bundle, BundleError, Graph, load_golden
+from export.session import Arrays, session_options
+from export.verify import check_golden
 from training.steering import SteeringArrays
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,53 +32,117 @@ class Outputs:
     """(B, gated blocks, heads)"""
     gate_logit: NDArray[np.float32]
     """(B, gated blocks, heads)"""
+    residual: NDArray[np.float32] | None
+    """(B, sites, width), when it was asked for."""
     seconds: float
     """Wall time of the inference."""
+
+    def rows(self, part: slice) -> "Outputs":
+        """Of some images of the batch; the time stays that of all."""
+        residual = None if self.residual is None else self.residual[part]
+        return Outputs(self.logits[part], self.head_gate[part], self.gate_logit[part], residual, self.seconds)
 
 
 class Engine:
     """A graph of a bundle, loaded, checked against its golden rows and warm. `run` is for one thread at a time."""
 
-    def __init__(self, bundle: Bundle, provider: str, threads: int):
-        """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process. Raises EngineError or BundleError."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str,
+        threads: int,
+        graph: str = "auto",
+        device: int = 0,
+        gpu_memory_mb: int = 0,
+        max_batch: int = 1,
+        bounded: bool | None = None,
+    ):
+        """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process; graph: auto, or a name such as
+        masked.fp32; device, gpu_memory_mb (0: no limit): of a GPU; max_batch: the largest batch to be warm for;
+        bounded: whether batches are filled up so that only a few shapes occur, by default on a GPU.
+
+        Raises EngineError or BundleError.
+        """
         check_installation()
         self.bundle = bundle
-        self.graph = choose_graph(bundle)
-        self.session, self.provider = _open(bundle.folder / self.graph.file, provider, threads or usable_cpus())
-        self._check_golden()
+        self.provider = _resolve(provider)
+        self.graph = choose_graph(bundle, self.provider, graph)
+        self._bounded = self.provider == "cuda" if bounded is None else bounded
+        path = bundle.folder / self.graph.file
+        options = session_options(self.graph.attention, threads or usable_cpus())
+        self.session = _open(path, self.provider, options, device, gpu_memory_mb)
+        golden = load_golden(bundle.folder, self.graph.precision)
+        check_golden(self._answers, golden, path)  # right, and warm for small batches
+        for size in _sizes(max_batch) if self._bounded else []:
+            rows = np.arange(size) % len(golden.inputs["image"])
+            self._answers({name: value[rows] for name, value in golden.inputs.items()})
 
     @property
     def graph_name(self) -> str:
         return f"{self.graph.attention}.{self.graph.precision}"
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays) -> Outputs:
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
         """images (B, height, width, channels), steering arrays (B, S, T)."""
-        inputs = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
+        count = len(images)
+        inputs: Arrays = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
+        if self._bounded:
+            inputs = filled_up(inputs)
+        names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
         start = time.perf_counter()
-        logits, head_gate, gate_logit = self.session.run(["logits", "head_gate", "gate_logit"], inputs)
-        return Outputs(logits, head_gate, gate_logit, time.perf_counter() - start)
+        logits, head_gate, gate_logit, *others = (value[:count] for value in self._run(names, inputs))
+        return Outputs(logits, head_gate, gate_logit, others[0] if others else None, time.perf_counter() - start)
 
-    def _check_golden(self) -> None:
-        """Run the golden rows, alone and together: the answers are right, and the session is warm."""
-        golden = load_golden(self.bundle.folder)
-        image, latent, scale, shift = (golden.inputs[name] for name in INPUTS)
-        count = len(image)
-        for rows in (slice(0, 1), slice(0, count)):
-            found = self.run(image[rows], SteeringArrays(latent[rows], scale[rows], shift[rows]))
-            expected = golden.outputs["gate_logit"][rows]
-            far = np.abs(expected) > golden.margin
-            if not np.array_equal(found.head_gate[far], (expected > 0)[far]):
-                raise BundleError(f"{self.bundle.folder / self.graph.file}: gates of golden.npz are not reproduced")
-            worst = float(np.abs(found.logits - golden.outputs["logits"][rows]).max())
-            if not worst <= golden.tolerance:
-                raise BundleError(
-                    f"{self.bundle.folder / self.graph.file}: logits differ from golden.npz by {worst:.3g}; "
-                    f"allowed: {golden.tolerance:.3g}"
-                )
+    def _run(self, names: list[str], inputs: Arrays) -> list[NDArray[Any]]:
+        if self.provider == "cpu":
+            found: list[NDArray[Any]] = self.session.run(names, inputs)
+            return found
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name in names:
+            binding.bind_output(name)  # to the host's memory
+        self.session.run_with_iobinding(binding)
+        copied: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return copied
+
+    def _answers(self, inputs: Arrays) -> Arrays:
+        found = self.run(inputs["image"], SteeringArrays(*(inputs[name] for name in INPUTS[1:])))
+        return {"logits": found.logits, "gate_logit": found.gate_logit}
 
 
-def choose_graph(bundle: Bundle) -> Graph:
-    return bundle.manifest.graphs[0]
+def _sizes(largest: int) -> list[int]:
+    """1, 2, 4, ... up to the first that is not smaller."""
+    return [2**power for power in range((largest - 1).bit_length() + 1)]
+
+
+def filled_up(inputs: Arrays) -> Arrays:
+    """As many rows as the next power of two, the new ones black images without steering, and likewise terms."""
+    count, _, terms = inputs[INPUTS[1]].shape
+    rows, width = _sizes(count)[-1] - count, _sizes(terms)[-1] - terms
+    found = {"image": np.pad(inputs["image"], ((0, rows), (0, 0), (0, 0), (0, 0)))}
+    for name in INPUTS[1:]:
+        neutral = 1 if name == "steering_scale" else 0
+        found[name] = np.pad(inputs[name], ((0, rows), (0, 0), (0, width)), constant_values=neutral)
+    return found
+
+
+def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
+    """The graph of that name. auto: the bundle's default; on a GPU the first that is fit for it, if there is one:
+    `dispatch` would wait for the host at every block, and int8 has no kernels there.
+
+    Raises EngineError when the bundle has no such graph.
+    """
+    graphs = bundle.manifest.graphs
+    if name != "auto":
+        for graph in graphs:
+            if name == f"{graph.attention}.{graph.precision}":
+                return graph
+        has = ", ".join(f"{graph.attention}.{graph.precision}" for graph in graphs)
+        raise EngineError(f"graph is {name!r}; {bundle.folder} has: {has}")
+    if provider == "cuda":
+        fit = [graph for graph in graphs if graph.attention != "dispatch" and graph.precision != "int8"]
+        return [*fit, *graphs][0]
+    return graphs[0]
 
 
 def check_installation() -> None:
@@ -114,29 +180,33 @@ def _read_quota(*paths: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _open(graph: Path, provider: str, threads: int) -> tuple[onnxruntime.InferenceSession, str]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted = provider
+def _resolve(provider: str) -> str:
     if provider == "auto":
-        wanted = (
-            "cuda" if PROVIDERS["cuda"] in onnxruntime.get_available_providers() and _has_nvidia_device() else "cpu"
-        )
-    names: list[Any] = [PROVIDERS[wanted]] if wanted == "cpu" else [PROVIDERS[wanted], PROVIDERS["cpu"]]
+        found = PROVIDERS["cuda"] in onnxruntime.get_available_providers() and _has_nvidia_device()
+        return "cuda" if found else "cpu"
+    return provider
+
+
+def _open(
+    graph: Path, provider: str, options: onnxruntime.SessionOptions, device: int, gpu_memory_mb: int
+) -> onnxruntime.InferenceSession:
+    of_gpu = {"device_id": str(device), "arena_extend_strategy": "kSameAsRequested"}
+    if gpu_memory_mb:
+        of_gpu["gpu_mem_limit"] = str(gpu_memory_mb * 2**20)
+    names: list[Any] = [PROVIDERS["cpu"]]
+    if provider == "cuda":
+        names.insert(0, (PROVIDERS["cuda"], of_gpu))
     try:
         session = onnxruntime.InferenceSession(str(graph), options, providers=names)
     except Exception as error:  # onnxruntime raises its own kinds, none of them documented
         raise BundleError(f"{graph}: onnxruntime cannot load it: {error}") from error
     got = session.get_providers()[0]
-    if got != PROVIDERS[wanted]:
+    if got != PROVIDERS[provider]:
         raise EngineError(
-            f"provider {wanted!r} was asked for but the session has {got}. "
+            f"provider {provider!r} was asked for but the session has {got}. "
             "Cure: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
         )
-    return session, wanted
+    return session
 
 
 def _has_nvidia_device() -> bool:

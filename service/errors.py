@@ -33,6 +33,14 @@ class Stopping(RequestError):
     """The server is shutting down."""
 
 
+class Unavailable(RequestError):
+    """What was asked for is there but does not work."""
+
+
+class NotAllowed(RequestError):
+    """The server was not started so that clients may do this."""
+
+
 STATUS: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
@@ -40,4 +48,6 @@ STATUS: dict[type[RequestError], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
     Stopping: grpc.StatusCode.UNAVAILABLE,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
 }

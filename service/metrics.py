@@ -1,6 +1,6 @@
 """Stats -> Prometheus. The only file that knows Prometheus; the registry is passed in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version as package_version
 
 import numpy as np
@@ -8,16 +8,17 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from export.bundle import Bundle
-from service.batcher import BatchStats
+from service.batcher import Answer, BatchStats
+from training.steering import SteeringProfile
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-NONE, CUSTOM = "none", "custom"
-"""Values of the label `profile` for images without steering, and with inline terms."""
+NONE, CUSTOM, OTHER = "none", "custom", "other"
+"""Values of the label `profile` for images without steering, with inline terms, and under profiles past the cap."""
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
-    "FAILED_PRECONDITION", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+    "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
 """Status codes that this server answers with."""
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -26,7 +27,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 class Metrics:
     """Counters and histograms of the process."""
 
-    def __init__(self, registry: CollectorRegistry):
+    def __init__(self, registry: CollectorRegistry, max_profile_series: int):
+        self.max_profile_series = max_profile_series
         model = ("model", "version")
         profile = (*model, "profile")
         self.requests = Counter("steervit_requests", "RPCs answered.", ("method", "code"), registry=registry)
@@ -52,6 +54,22 @@ class Metrics:
         self.near_threshold = Counter(
             "steervit_gates_near_threshold", "Gates that rounding could decide.", profile, registry=registry
         )
+        self.expected_usage = Gauge(
+            "steervit_profile_expected_head_usage",
+            "Head usage that the evaluation measured, on the images of the profile's classes; `none`: on all images.",
+            profile, registry=registry,
+        )  # fmt: skip
+        self.gated_heads = Gauge("steervit_gated_heads", "Heads with a gate, in all blocks.", model, registry=registry)
+        self.shadow_images = Counter(
+            "steervit_shadow_images", "Steered images that were also run unsteered.", profile, registry=registry
+        )
+        self.shadow_agreed = Counter(
+            "steervit_shadow_agreed", "Those of them that got the same label.", profile, registry=registry
+        )
+        self.shadow_heads = Counter(
+            "steervit_shadow_heads_kept", "Heads that ran for them, in all blocks, steered and unsteered.",
+            (*profile, "steering"), registry=registry,
+        )  # fmt: skip
         self.dropped = Counter(
             "steervit_images_dropped", "Images that were not run.", (*model, "reason"), registry=registry
         )
@@ -77,6 +95,15 @@ class Metrics:
             "steervit_model_info", "1 for each model that is served.",
             (*model, "digest", "gates_sae_digest", "graph", "provider"), registry=registry,
         )  # fmt: skip
+        self.profiles = Gauge("steervit_profiles", "Profiles that a model is served with.", model, registry=registry)
+        self.profile_reads = Counter(
+            "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",), registry=registry
+        )
+        for result in ("ok", "failed"):
+            self.profile_reads.labels(result)
+        self.load_failures = Counter(
+            "steervit_model_load_failures", "Versions that could not be loaded.", model, registry=registry
+        )
         self.build_info = Gauge("steervit_build_info", "1; the program's version.", ("version",), registry=registry)
         self.build_info.labels(package_version("steervit")).set(1)
 
@@ -91,19 +118,30 @@ class Metrics:
             for code in CODES:
                 self.requests.labels(method, code)
 
+    def profiles_read(self, ok: bool) -> None:
+        self.profile_reads.labels("ok" if ok else "failed").inc()
+
+    def load_failed(self, name: str, version: int) -> None:
+        self.load_failures.labels(name, str(version)).inc()
+
     def for_model(self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int]) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
-        self.model_info.labels(*names, bundle.digest, manifest.gates_sae_digest, graph, provider).set(1)
+        info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
+        self.model_info.labels(*info).set(1)
+        self.load_failures.labels(*names)
         self.queue_images.labels(*names).set_function(queued)
-        return ModelMetrics(self, bundle)
+        self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
+        return ModelMetrics(self, bundle, info)
 
 
 class ModelMetrics:
     """The series of one model, their children bound once."""
 
-    def __init__(self, metrics: Metrics, bundle: Bundle):
-        self._metrics, self._manifest = metrics, bundle.manifest
+    def __init__(self, metrics: Metrics, bundle: Bundle, info: tuple[str, ...]):
+        self._metrics, self._manifest, self._info = metrics, bundle.manifest, info
+        self._expected: set[str] = set()
+        """Profiles with an expected head usage."""
         self._names = (bundle.manifest.name, str(bundle.manifest.version))
         self._batch_size = metrics.batch_size.labels(*self._names)
         self._inference = metrics.inference_seconds.labels(*self._names)
@@ -111,8 +149,30 @@ class ModelMetrics:
         self._decode = metrics.decode_seconds.labels(*self._names)
         self._dropped = {reason: metrics.dropped.labels(*self._names, reason) for reason in DROP_REASONS}
         self._profiles: dict[str, _ProfileChildren] = {}
-        for profile in (NONE, CUSTOM, *bundle.profiles):
-            self._children(profile)
+        self.use(bundle.profiles)
+
+    def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
+        """The profiles that the model is served with: those that have series of their own start at 0."""
+        own = sorted(profiles)[: self._metrics.max_profile_series]
+        labels = (NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles)))
+        manifest = self._manifest
+        self._profiles = {
+            label: self._profiles.get(label)
+            or _ProfileChildren(self._metrics, (*self._names, label), manifest.gated_blocks, manifest.heads)
+            for label in labels
+        }
+        for label in self._expected - set(own):
+            self._metrics.expected_usage.remove(*self._names, label)
+        expected = {NONE: manifest.evaluation, **{name: profiles[name].evaluation.get("after") for name in own}}
+        told = {label: value["head_usage"] for label, value in expected.items() if value and "head_usage" in value}
+        for label, usage in told.items():
+            self._metrics.expected_usage.labels(*self._names, label).set(usage)
+        self._expected = set(told) - {NONE}
+        self._metrics.profiles.labels(*self._names).set(len(profiles))
+
+    def retire(self) -> None:
+        """Take away what describes the model; what it counted stays."""
+        self._metrics.model_info.remove(*self._info)
 
     def batch(self, stats: BatchStats) -> None:
         self._batch_size.observe(stats.images)
@@ -129,7 +189,7 @@ class ModelMetrics:
 
     def answered(self, profile: str, head_gate: NDArray[np.bool_], near_threshold: int) -> None:
         """Images (B, gated blocks, heads) answered under a profile, or NONE, or CUSTOM."""
-        children = self._children(profile)
+        children = self._of(profile)
         children.images.inc(len(head_gate))
         for child, kept in zip(children.heads, head_gate.sum(0).ravel().tolist(), strict=True):
             if kept:
@@ -139,12 +199,17 @@ class ModelMetrics:
         if near_threshold:
             children.near_threshold.inc(near_threshold)
 
-    def _children(self, profile: str) -> "_ProfileChildren":
-        if profile not in self._profiles:
-            self._profiles[profile] = _ProfileChildren(
-                self._metrics, (*self._names, profile), self._manifest.gated_blocks, self._manifest.heads
-            )
-        return self._profiles[profile]
+    def shadowed(self, profile: str, steered: Answer, unsteered: Answer) -> None:
+        """The same images with and without steering."""
+        children = self._of(profile)
+        agreed = int((steered.logits.argmax(1) == unsteered.logits.argmax(1)).sum())
+        children.shadow_images.inc(len(steered.logits))
+        children.shadow_agreed.inc(agreed)
+        children.shadow_steered.inc(int(steered.head_gate.sum()))
+        children.shadow_unsteered.inc(int(unsteered.head_gate.sum()))
+
+    def _of(self, profile: str) -> "_ProfileChildren":
+        return self._profiles[profile if profile in self._profiles else OTHER]
 
 
 class _ProfileChildren:
@@ -153,4 +218,8 @@ class _ProfileChildren:
         self.macs_spent = metrics.macs_spent.labels(*names)
         self.macs_dense = metrics.macs_dense.labels(*names)
         self.near_threshold = metrics.near_threshold.labels(*names)
+        self.shadow_images = metrics.shadow_images.labels(*names)
+        self.shadow_agreed = metrics.shadow_agreed.labels(*names)
+        self.shadow_steered = metrics.shadow_heads.labels(*names, "steered")
+        self.shadow_unsteered = metrics.shadow_heads.labels(*names, "unsteered")
         self.heads = [metrics.heads_kept.labels(*names, str(b), str(h)) for b in blocks for h in range(heads)]

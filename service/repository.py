@@ -1,133 +1,243 @@
-"""Finds the bundles of a repository, loads them, and answers which model serves a request."""
+"""The models that are loaded, and which of them serves a request.
+
+Loading happens beside serving: a version replaces another one when it is loaded, checked and warm, and the other one
+answers what it had accepted before it goes. One that cannot be loaded is told of and changes nothing.
+"""
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from export.bundle import Bundle, BundleError, is_bundle, load_bundle, versions
-from service.batcher import Answer, Batcher
+from export.bundle import BundleError, load_bundle
+from service.catalogue import DEFAULT_LABEL, Fingerprint, Found, Shelf, scan, wanted
 from service.config import Settings
-from service.engine import Engine
-from service.errors import InvalidRequest, NotFound, Overloaded
-from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
-from service.steering import Steering
+from service.engine import EngineError
+from service.errors import InvalidRequest, NotFound, Unavailable
+from service.metrics import Metrics
+from service.model import Model
+from service.profiles import ProfileFolder
+from training.steering import SteeringError
 
 log = logging.getLogger("steervit.repository")
-NEAR_THRESHOLD = 1e-3
-"""|gate logit| below which rounding could decide a gate."""
 
 
-class Model:
-    """A bundle that is being served."""
+@dataclass
+class Loaded:
+    """The versions of one model."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, pool: ThreadPoolExecutor):
-        """Loads the graph and checks it. Raises BundleError or EngineError."""
-        self.bundle = bundle
-        self.engine = Engine(bundle, settings.provider, settings.threads)
-        self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued
-        )
-        self.batcher = Batcher(
-            self.engine,
-            settings.max_batch,
-            settings.max_delay_ms / 1000,
-            settings.max_queue,
-            self._metrics.batch,
-            self._metrics.dropped,
-            bundle.manifest.name,
-        )
+    models: dict[int, Model] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    """Why a version is not loaded."""
+    fingerprints: dict[int, Fingerprint] = field(default_factory=dict)
+    """Of the last attempt at each version."""
 
-    async def predict(
-        self, decoders: list[Callable[[], NDArray[np.uint8]]], steering: Steering, seconds_left: float | None
-    ) -> Answer:
-        """Decode the images in the pool, run them, count them. seconds_left: until the deadline, if there is one.
+    @property
+    def default(self) -> int:
+        """The version that a request gets which names none."""
+        label = self.labels.get(DEFAULT_LABEL)
+        return label if label in self.models else max(self.models)
 
-        Raises what a decoder raises (InvalidRequest), and Overloaded, Expired or Stopping.
-        """
-        deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
-        start = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        images = await loop.run_in_executor(self._pool, lambda: np.stack([decode() for decode in decoders]))
-        self._metrics.decoded(time.perf_counter() - start)
-        try:
-            answer = await self.batcher.submit(images, steering, deadline)
-        except Overloaded:
-            self._metrics.dropped("queue_full", len(images))
-            raise
-        near = int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum())
-        self._metrics.answered(steering.profile or (CUSTOM if steering.custom else NONE), answer.head_gate, near)
-        return answer
+
+@dataclass(frozen=True)
+class Entry:
+    """A version in the index."""
+
+    name: str
+    version: int
+    ready: bool
+    reason: str
 
 
 class Repository:
-    """The models of a repository folder, or of a single bundle folder: of each model the newest version."""
-
-    def __init__(self, settings: Settings, metrics: Metrics):
-        """Loads everything. Raises BundleError or EngineError: a server starts with all that it was given or not."""
+    def __init__(self, settings: Settings, metrics: Metrics, profiles: ProfileFolder):
+        """Loads what is to be served. Raises BundleError or EngineError when a model has no version that works; with
+        --model-control none already when one of its versions does not."""
+        self._settings, self._metrics, self._profiles = settings, metrics, profiles
         self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._models: dict[str, Model] = {}
-        for folder in find_bundles(settings.repository):
-            bundle = load_bundle(folder)
-            name = bundle.manifest.name
-            if name in self._models:
-                raise BundleError(f"{folder}: the model {name!r} is there twice in {settings.repository}")
-            self._models[name] = Model(bundle, settings, metrics, self._pool)
-            log.info(
-                "model %s version %d: %s on %s, %d profiles, digest %s",
-                name, bundle.manifest.version, self._models[name].engine.graph_name, self._models[name].engine.provider,
-                len(bundle.profiles), bundle.digest,
-            )  # fmt: skip
+        self._changing = asyncio.Lock()
+        self._loaded: dict[str, Loaded] = {}
+        for name, shelf in scan(settings.repository).items():
+            self._loaded[name] = loaded = Loaded()
+            strict = settings.model_control == "none"
+            self._try_all(name, shelf, wanted(settings.versions, shelf), loaded, strict)
+            if not loaded.models:
+                raise BundleError("; ".join(loaded.failures.values()))
+            self._label(name, shelf, loaded)
 
     @property
     def alive(self) -> bool:
-        return all(model.batcher.alive for model in self._models.values())
+        return all(model.batcher.alive for model in self.models)
+
+    @property
+    def models(self) -> list[Model]:
+        """By name and version."""
+        return [
+            loaded.models[version] for _, loaded in sorted(self._loaded.items()) for version in sorted(loaded.models)
+        ]
 
     def get(self, name: str, version: str) -> Model:
-        """The model that a request names; "" where it names none. Raises NotFound or InvalidRequest."""
+        """The model that a request names; "" where it names none. version: a number or a label.
+
+        Raises NotFound or InvalidRequest.
+        """
         if not name:
-            if len(self._models) != 1:
+            if len(self._loaded) != 1:
                 raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
-            name = next(iter(self._models))
-        if name not in self._models:
+            name = next(iter(self._loaded))
+        if name not in self._loaded:
             raise NotFound(f"model is {name!r}; allowed: {self._names()}")
-        model = self._models[name]
-        served = str(model.bundle.manifest.version)
-        if version not in ("", served):
-            raise NotFound(f"version of model {name!r} is {version!r}; allowed: {served!r}, or none")
-        return model
+        loaded = self._loaded[name]
+        number = loaded.labels.get(version) or (int(version) if version.isascii() and version.isdigit() else None)
+        if not version:
+            number = loaded.default
+        if number not in loaded.models:
+            allowed = ", ".join(repr(str(v)) for v in (*sorted(loaded.models), *sorted(loaded.labels)))
+            raise NotFound(f"version of model {name!r} is {version!r}; allowed: {allowed}, or none")
+        return loaded.models[number]
+
+    def index(self) -> Iterator[Entry]:
+        for name, loaded in sorted(self._loaded.items()):
+            for version in sorted({*loaded.models, *loaded.failures}):
+                yield Entry(name, version, version in loaded.models, loaded.failures.get(version, ""))
+
+    def use_profiles(self) -> None:
+        """Give every model what the profile folder has for it now."""
+        for model in self.models:
+            self._give_profiles(model)
+
+    async def watch(self) -> None:
+        """Follow the folder until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.poll_seconds)
+            try:
+                await self.refresh()
+            except (BundleError, OSError) as error:
+                log.error("the repository cannot be read, so all stays as it is: %s", error)
+
+    async def refresh(self, only: str | None = None) -> dict[str, Loaded]:
+        """Make what is loaded what the folder says. only: this model. Returns what became of each.
+
+        Raises BundleError when the folder cannot be read, NotFound when it has no such model.
+        """
+        async with self._changing:
+            loop = asyncio.get_running_loop()
+            shelves = await loop.run_in_executor(None, scan, self._settings.repository)
+            if only is not None and only not in shelves:
+                raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
+            followed = {
+                name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)
+            }
+            if only is None:
+                for name in set(self._loaded) - set(shelves):
+                    await self._unload(name)
+            return followed
+
+    async def load(self, name: str) -> None:
+        """As refresh of one model. Raises Unavailable, with the reasons, when a version does not work."""
+        if before := self._loaded.get(name):
+            for version in before.failures:  # try again what failed
+                before.fingerprints.pop(version, None)
+        failures = (await self.refresh(name))[name].failures
+        if failures:
+            raise Unavailable("; ".join(failures.values()))
+
+    async def unload(self, name: str) -> None:
+        """Raises NotFound."""
+        async with self._changing:
+            if name not in self._loaded:
+                raise NotFound(f"model is {name!r}; allowed: {self._names()}")
+            await self._unload(name)
 
     def close(self) -> None:
-        for model in self._models.values():
+        """Answer what was accepted, and release everything."""
+        for model in self.models:
             model.batcher.close()
         self._pool.shutdown()
 
+    async def _follow(self, name: str, shelf: Shelf) -> Loaded:
+        """Make one model what is on its shelf."""
+        loaded = self._loaded.get(name) or Loaded()
+        loop = asyncio.get_running_loop()
+        labelled = set(loaded.labels.values()) & set(shelf.versions) if shelf.problem else set()
+        numbers = sorted({*wanted(self._settings.versions, shelf), *labelled})
+        before = dict(loaded.models)
+        await loop.run_in_executor(None, self._try_all, name, shelf, numbers, loaded, False)
+        gone = [model for version, model in before.items() if loaded.models[version] is not model]
+        if loaded.models:
+            self._loaded[name] = loaded
+        self._label(name, shelf, loaded)
+        if any(version in loaded.models for version in numbers):
+            for version in set(loaded.models) - set(numbers):
+                gone.append(loaded.models.pop(version))
+                loaded.fingerprints.pop(version, None)
+        for version in set(loaded.failures) - set(shelf.versions):
+            del loaded.failures[version], loaded.fingerprints[version]
+        for model in gone:
+            await model.retire()
+        return loaded
+
+    async def _unload(self, name: str) -> None:
+        for model in self._loaded.pop(name).models.values():
+            await model.retire()
+
+    def _try_all(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded, strict: bool) -> None:
+        """Load these versions as far as they are new or changed; an older one, rather than none."""
+        for version in (*reversed(numbers), *sorted(shelf.versions, reverse=True)):
+            found = shelf.versions[version]
+            if loaded.fingerprints.get(version) != found.fingerprint and (version in numbers or not loaded.models):
+                self._try(name, version, found, loaded, strict)
+
+    def _try(self, name: str, version: int, found: Found, loaded: Loaded, strict: bool) -> None:
+        """Load a version and put it in place; or note why not. strict: raise instead."""
+        loaded.fingerprints[version] = found.fingerprint
+        try:
+            model = self._load(name, version, found.folder, loaded.models.get(version))
+        except (BundleError, EngineError) as error:
+            if strict:
+                raise
+            loaded.failures[version] = str(error)
+            self._metrics.load_failed(name, version)
+            log.error("model %s version %d is not loaded: %s", name, version, error)
+            return
+        loaded.failures.pop(version, None)
+        loaded.models[version] = model
+        log.info(
+            "model %s version %d: %s on %s, %d profiles, digest %s", name, version, model.engine.graph_name,
+            model.engine.provider, len(model.bundle.profiles), model.bundle.digest,
+        )  # fmt: skip
+
+    def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
+        """there: this version as it is loaded already; it stays when it is still the same."""
+        bundle = load_bundle(folder)
+        if there and there.bundle.digest == bundle.digest:
+            return there
+        manifest = bundle.manifest
+        if (manifest.name, manifest.version) != (name, version):
+            raise BundleError(
+                f"{folder}: the manifest says {manifest.name!r} version {manifest.version}; "
+                f"allowed: {name!r} version {version}, as the folders are named"
+            )
+        model = Model(bundle, self._settings, self._metrics, self._pool)
+        self._give_profiles(model)
+        return model
+
+    def _give_profiles(self, model: Model) -> None:
+        try:
+            model.use(self._profiles.of(model.bundle))
+        except SteeringError as error:  # the folder was read before this model was there
+            log.error("model %s keeps its profiles: %s", model.bundle.manifest.name, error)
+
+    def _label(self, name: str, shelf: Shelf, loaded: Loaded) -> None:
+        """Follow labels.json; a label whose version is not loaded stays where it was."""
+        if shelf.problem:
+            log.error("labels of %s stay as they are: %s", name, shelf.problem)
+            return
+        kept = {label: loaded.labels[label] for label in shelf.labels if label in loaded.labels}
+        loaded.labels = kept | {label: version for label, version in shelf.labels.items() if version in loaded.models}
+
     def _names(self) -> str:
-        return ", ".join(repr(name) for name in sorted(self._models))
-
-
-def find_bundles(repository: Path) -> list[Path]:
-    """The bundle folders to serve. Raises BundleError when there is none, or one resolves outside the repository."""
-    if is_bundle(repository):
-        return [repository]
-    if not repository.is_dir():
-        raise BundleError(f"repository is {repository}, which is not a folder")
-    found = []
-    for model in sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        numbers = versions(model)
-        if not numbers:
-            continue
-        folder = model / str(numbers[-1])
-        if not folder.resolve().is_relative_to(repository.resolve()):
-            raise BundleError(f"{folder} resolves to {folder.resolve()}, outside {repository.resolve()}")
-        found.append(folder)
-    if not found:
-        raise BundleError(f"repository is {repository}; allowed: a bundle, or folders <model>/<version>/ with bundles")
-    return found
+        return ", ".join(repr(name) for name in sorted(self._loaded))

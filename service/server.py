@@ -16,21 +16,42 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from export.bundle import Bundle
 from service.config import Settings
 from service.errors import STATUS, Overloaded, RequestError
 from service.metrics import Metrics
-from service.pb import steering_pb2
+from service.open_inference import OpenInferenceService
+from service.pb import open_inference_pb2, steering_pb2
+from service.pb.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from service.pb.steering_pb2_grpc import add_SteeringServiceServicer_to_server
+from service.profiles import ProfileFolder
 from service.repository import Repository
 from service.steering_api import SteeringService
+from service.tls import Certificates
 
 log = logging.getLogger("steervit.server")
-SERVICES = tuple(service.full_name for service in steering_pb2.DESCRIPTOR.services_by_name.values())
-METHODS = tuple(
-    f"/{service.full_name}/{method.name}"
-    for service in steering_pb2.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-)
+DESCRIPTORS = [
+    service for file in (steering_pb2, open_inference_pb2) for service in file.DESCRIPTOR.services_by_name.values()
+]
+SERVICES = tuple(service.full_name for service in DESCRIPTORS)
+METHODS = tuple(f"/{service.full_name}/{method.name}" for service in DESCRIPTORS for method in service.methods)
+
+
+class NotServed(grpc.GenericRpcHandler):
+    """Says so of the protocol's other calls: streams, shared memory, tracing."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        name = details.method
+        if not name.startswith("/inference.GRPCInferenceService/"):
+            return None
+
+        async def refuse(_: Any, context: Any) -> None:
+            served = ", ".join(method.rpartition("/")[2] for method in METHODS if method.startswith("/inference."))
+            await context.abort(
+                grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2]} is not served; allowed: {served}"
+            )
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -84,38 +105,55 @@ class Server:
         """Loads the repository. Raises BundleError or EngineError."""
         self._settings = settings
         self._registry = CollectorRegistry()
-        self._metrics = Metrics(self._registry)
+        self._metrics = Metrics(self._registry, settings.max_profile_series)
         self.ready = False
-        self._repository = Repository(settings, self._metrics)
+        self._profiles = ProfileFolder(settings.profiles_dir, self._metrics)
+        self._repository = Repository(settings, self._metrics, self._profiles)
+        self._read_profiles()
         self._health = health.aio.HealthServicer()
+        self._watching: list[asyncio.Task[None]] = []
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
         """Raises OSError when a port is taken."""
         settings = self._settings
+        age = round(1000 * settings.max_connection_age_seconds)
         self._server = grpc.aio.server(
             interceptors=[Guard(self._metrics)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb * 2**20),
                 ("grpc.max_send_message_length", settings.max_message_mb * 2**20),
                 ("grpc.so_reuseport", 0),
+                *[("grpc.max_connection_age_ms", age)] * (age > 0),
             ],
         )
         add_SteeringServiceServicer_to_server(  # type: ignore[no-untyped-call]
             SteeringService(self._repository, settings), self._server
         )
+        add_GRPCInferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
+            OpenInferenceService(self._repository, settings, lambda: self.ready), self._server
+        )
+        self._server.add_generic_rpc_handlers((NotServed(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
         )
         try:
-            self.port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
+            address = f"{settings.host}:{settings.port}"
+            if settings.tls_certificate:
+                self.port = self._server.add_secure_port(address, Certificates(settings).credentials())
+            else:
+                self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"port {settings.port} of {settings.host} cannot be listened on: {error}") from error
         self._pages = Pages(settings.host, settings.metrics_port, self._registry, self)
         self.metrics_port = self._pages.port
         await self._server.start()
+        if settings.model_control == "poll":
+            self._watching.append(asyncio.create_task(self._repository.watch()))
+        watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
+        self._watching.append(asyncio.create_task(watch))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self.ready = True
 
@@ -123,10 +161,19 @@ class Server:
     def alive(self) -> bool:
         return self._repository.alive
 
+    def _bundles(self) -> list[Bundle]:
+        return [model.bundle for model in self._repository.models]
+
+    def _read_profiles(self) -> None:
+        if self._profiles.refresh(self._bundles()):
+            self._repository.use_profiles()
+
     async def stop(self) -> None:
         """Say so, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything."""
         self.ready = False
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        for task in self._watching:
+            task.cancel()
         await self._server.stop(self._settings.drain_seconds)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()

@@ -1,13 +1,25 @@
 """From a request's steering to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
 from export.bundle import Bundle
 from service.errors import DigestMismatch, InvalidRequest, NotFound
-from training.steering import NEUTRAL, SteeringArrays, SteeringError, Terms, at_strength, check, digest, to_arrays
+from training.steering import (
+    NEUTRAL,
+    SteeringArrays,
+    SteeringError,
+    SteeringProfile,
+    SteeringTerm,
+    Terms,
+    at_strength,
+    check,
+    digest,
+    to_arrays,
+)
 
 MAX_STRENGTH = 100.0
 
@@ -17,13 +29,19 @@ class Steering:
     """Checked against the bundle that serves it."""
 
     arrays: SteeringArrays
-    """(1, S, T)"""
+    """(1, S, T) for all images of the call, or (B, S, T)."""
     profile: str
     """"" for inline terms or none."""
     custom: bool
     """Inline terms."""
     digest: str
     """Of the terms, strength included."""
+
+    def rows(self, part: slice) -> "Steering":
+        """Of some images of the call."""
+        if len(self.arrays.latent) == 1:
+            return self
+        return replace(self, arrays=SteeringArrays(*(array[part] for array in astuple(self.arrays))))
 
 
 def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
@@ -41,9 +59,7 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     if profile:
-        if profile not in bundle.profiles:
-            raise NotFound(f"steering.profile is {profile!r}; allowed: {_some(sorted(bundle.profiles))}")
-        terms = bundle.profiles[profile].terms
+        terms = named(bundle, profile, "steering.profile").terms
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
@@ -53,6 +69,49 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     return Steering(
         to_arrays([applied], len(bundle.manifest.sites)), profile, bool(terms) and not profile, digest(applied)
     )
+
+
+def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
+    """Raises NotFound, naming the field, when the bundle has no such profile."""
+    if name not in bundle.profiles:
+        raise NotFound(f"{field} is {name!r}; allowed: {_some(sorted(bundle.profiles))}")
+    return bundle.profiles[name]
+
+
+def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:
+    """Terms of each image (B, S, T), filled up with neutral ones (any latent, scale 1, shift 0).
+
+    Raises InvalidRequest naming the image, the site and what is wrong with a term.
+    """
+    sites = len(bundle.manifest.sites)
+    if arrays.latent.shape[1] != sites or arrays.latent.shape[2] < 1:
+        raise InvalidRequest(
+            f"steering_latent has the shape {list(arrays.latent.shape)}; allowed: [images, {sites}, 1 or more]"
+        )
+    digests, rows = [], []
+    for index, (latent, scale, shift) in enumerate(zip(arrays.latent, arrays.scale, arrays.shift, strict=True)):
+        changes = (scale != 1) | (shift != 0)  # NaN too
+        try:
+            terms = {
+                site: tuple(
+                    SteeringTerm(int(latent[site, i]), float(scale[site, i]), float(shift[site, i]))
+                    for i in np.flatnonzero(of_site)
+                )
+                for site, of_site in enumerate(changes)
+            }
+            check(terms, bundle.manifest.latents, "terms")
+            rows.append(at_strength(terms, strength))
+        except SteeringError as error:
+            raise InvalidRequest(f"steering of image {index}: {str(error).removeprefix('terms: ')}") from error
+        digests.append(digest(rows[-1]))
+    same = len(set(digests)) == 1
+    name = digests[0] if same else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return Steering(to_arrays(rows[:1] if same else rows, sites), "", any(map(any, (r.values() for r in rows))), name)
+
+
+def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
+    """Steerings for so many images each, one after the other, as one; for the batch alone: it goes by no name."""
+    return Steering(stack([part for part, _ in parts], [count for _, count in parts]), "", True, "")
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:

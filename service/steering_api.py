@@ -1,6 +1,6 @@
 """The servicer of steering.v1: protobuf in, protobuf out. Everything between knows no protobuf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,18 @@ from export.bundle import Manifest
 from service.batcher import Answer
 from service.config import Settings
 from service.errors import InvalidRequest
+from service.explain import Explanation
 from service.images import Limits, decode, from_raw
+from service.model import NEAR_THRESHOLD, Images, Model
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceServicer
-from service.repository import NEAR_THRESHOLD, Model, Repository
-from service.steering import Steering, resolve
+from service.repository import Repository
+from service.steering import Steering, named
 from training.steering import SteeringError, SteeringProfile, SteeringTerm, digest
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Request = pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest
+MAX_LATENTS = 100
 
 
 class SteeringService(SteeringServiceServicer):
@@ -28,15 +32,47 @@ class SteeringService(SteeringServiceServicer):
         self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
-        model = self._repository.get(request.model, request.version)
-        labels = model.bundle.manifest.labels
-        if not 0 <= request.top_k <= len(labels):
-            raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
-        steering = self._steering(model, request)
-        answer = await model.predict(self._decoders(model, request), steering, context.time_remaining())
-        top_k = request.top_k or min(5, len(labels))
+        model, images, steering, top_k = self._read(request)
+        answer = await model.predict(images, steering, context.time_remaining())
         return pb.PredictResponse(
             predictions=predictions(model.bundle.manifest, answer, top_k), receipt=receipt(model, steering, answer)
+        )
+
+    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
+        model, images, steering, top_k = self._read(request)
+        pair = await model.compare(images, steering, context.time_remaining())
+        return pb.CompareResponse(
+            comparisons=comparisons(model.bundle.manifest, *pair, top_k), receipt=receipt(model, steering, pair[1])
+        )
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        model, images, steering, top_k = self._read(request)
+        if not 0 <= request.latents <= MAX_LATENTS:
+            raise InvalidRequest(f"latents is {request.latents}; allowed: 0 (10) to {MAX_LATENTS}")
+        answer, explained = await model.explain(images, steering, context.time_remaining(), request.latents or 10)
+        manifest = model.bundle.manifest
+        made = predictions(manifest, answer, top_k)
+        return pb.ExplainResponse(
+            explanations=[
+                pb.ImageExplanation(prediction=prediction, sites=sites(manifest, of_image))
+                for prediction, of_image in zip(made, explained, strict=True)
+            ],
+            receipt=receipt(model, steering, answer),
+        )
+
+    async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:
+        bundle = self._repository.get(request.model, request.version).bundle
+        profile = named(bundle, request.name, "name")
+        return pb.GetProfileResponse(
+            profile=profile_message(profile),
+            terms=[
+                pb.SteeringTerm(site=site, latent=term.latent, scale=term.scale, shift=term.shift)
+                for site, terms in sorted(profile.terms.items())
+                for term in terms
+            ],
+            model=bundle.manifest.name,
+            version=str(bundle.manifest.version),
+            gates_sae_digest=bundle.manifest.gates_sae_digest,
         )
 
     async def ListProfiles(self, request: pb.ListProfilesRequest, context: Context) -> pb.ListProfilesResponse:
@@ -53,24 +89,34 @@ class SteeringService(SteeringServiceServicer):
             gates_sae_digest=bundle.manifest.gates_sae_digest,
         )
 
-    def _decoders(self, model: Model, request: pb.PredictRequest) -> list[Callable[[], NDArray[np.uint8]]]:
+    def _read(self, request: Request) -> tuple[Model, Images, Steering, int]:
+        """What all calls with images have: the model, the images, their steering, and top_k."""
+        model = self._repository.get(request.model, request.version)
+        labels = model.bundle.manifest.labels
+        if not 0 <= request.top_k <= len(labels):
+            raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
+        steering = self._steering(model, request.steering)
+        return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
+
+    def _images(self, model: Model, request: Request) -> Images:
         count = len(request.images)
         if not 1 <= count <= self._settings.max_images:
             raise InvalidRequest(f"images has {count} entries; allowed: 1 to {self._settings.max_images}")
         spec = model.bundle.manifest.image
         decoders: list[Callable[[], NDArray[np.uint8]]] = []
+        encoded = False
         for index, image in enumerate(request.images):
             match image.WhichOneof("source"):
                 case "encoded":
+                    encoded = True
                     decoders.append(partial(decode, image.encoded, spec, self._limits, f"images[{index}].encoded"))
                 case "pixels":
                     decoders.append(partial(from_raw, image.pixels, spec, f"images[{index}].pixels"))
                 case _:
                     raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")
-        return decoders
+        return decoders if encoded else np.stack([decode_() for decode_ in decoders])
 
-    def _steering(self, model: Model, request: pb.PredictRequest) -> Steering:
-        asked = request.steering
+    def _steering(self, model: Model, asked: pb.Steering) -> Steering:
         if len(asked.terms) > self._settings.max_terms:
             raise InvalidRequest(f"steering.terms has {len(asked.terms)} entries; allowed: {self._settings.max_terms}")
         terms: dict[int, tuple[SteeringTerm, ...]] = {}
@@ -81,7 +127,7 @@ class SteeringService(SteeringServiceServicer):
             except SteeringError as error:
                 raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
         strength = asked.strength if asked.HasField("strength") else 1.0
-        return resolve(model.bundle, asked.profile, terms, strength, asked.gates_sae_digest)
+        return model.steering(asked.profile, terms, strength, asked.gates_sae_digest)
 
 
 def predictions(manifest: Manifest, answer: Answer, top_k: int) -> list[pb.Prediction]:
@@ -109,6 +155,51 @@ def predictions(manifest: Manifest, answer: Answer, top_k: int) -> list[pb.Predi
     ]
 
 
+def comparisons(manifest: Manifest, unsteered: Answer, steered: Answer, top_k: int) -> list[pb.Comparison]:
+    pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
+    found = []
+    for row, (before, after) in enumerate(pairs):
+        changed = np.argwhere(unsteered.head_gate[row] != steered.head_gate[row]).tolist()
+        found.append(
+            pb.Comparison(
+                unsteered=before,
+                steered=after,
+                unsteered_logits=unsteered.logits[row].tolist(),
+                steered_logits=steered.logits[row].tolist(),
+                same_label=before.classes[0].index == after.classes[0].index,
+                head_changes=[
+                    pb.HeadChange(block=manifest.gated_blocks[b], head=h, opened=bool(steered.head_gate[row, b, h]))
+                    for b, h in changed
+                ],
+                compute_fraction_change=after.compute_fraction - before.compute_fraction,
+            )
+        )
+    return found
+
+
+def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteExplanation]:
+    return [
+        pb.SiteExplanation(
+            site=index,
+            block=manifest.sites[index].block,
+            active_latents=found.active,
+            latents=[
+                pb.Latent(latent=latent, value=value, steered_value=steered, gate_effects=effect)
+                for latent, value, steered, effect in zip(
+                    found.latent.tolist(),
+                    found.value.tolist(),
+                    found.steered_value.tolist(),
+                    found.effect.tolist(),
+                    strict=True,
+                )
+            ],
+            gate_logits=found.gate_logit.tolist(),
+            unsteered_gate_logits=found.unsteered_gate_logit.tolist(),
+        )
+        for index, found in enumerate(of_image)
+    ]
+
+
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
     manifest = model.bundle.manifest
     return pb.Receipt(
@@ -121,6 +212,9 @@ def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
         steering_digest=steering.digest,
         queue_seconds=answer.queue_seconds,
         inference_seconds=answer.inference_seconds,
+        head_usage=float(answer.head_gate.mean()),
+        compute_fraction=float(manifest.macs.spent(answer.head_gate).mean() / manifest.macs.dense),
+        gates_near_threshold=int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum()),
     )
 
 

@@ -31,12 +31,12 @@ class HeldEngine:
         self.entered = threading.Event()
         self.fail = False
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays) -> Outputs:
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
         self.entered.set()
         assert self.open.wait(30)
         if self.fail:
             raise RuntimeError("out of memory")
-        return self.engine.run(images, steering)
+        return self.engine.run(images, steering, residual)
 
 
 class Parts:

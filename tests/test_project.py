@@ -43,10 +43,13 @@ def test_knowledge_flows_one_way(folder: str, may_not: set[str]) -> None:
 def test_generated_code_matches_the_proto_files(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "grpc_tools.protoc", "-Iservice/pb=proto", f"--python_out={tmp_path}",
-         f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}", "service/pb/steering.proto"],
+         f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}",
+         "service/pb/steering.proto", "service/pb/open_inference.proto"],
         cwd=ROOT, check=True,
     )  # fmt: skip
-    for name in ("steering_pb2.py", "steering_pb2.pyi", "steering_pb2_grpc.py"):
+    for name in (
+        f"{api}_{part}" for api in ("steering", "open_inference") for part in ("pb2.py", "pb2.pyi", "pb2_grpc.py")
+    ):
         fresh, committed = tmp_path / "service" / "pb" / name, ROOT / "service" / "pb" / name
         assert fresh.read_text() == committed.read_text(), f"{name} is stale: make proto"
 

@@ -93,7 +93,7 @@ class BlockHeads(_message.Message):
     def __init__(self, block: _Optional[int] = ..., kept: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds", "head_usage", "compute_fraction", "gates_near_threshold")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,9 @@ class Receipt(_message.Message):
     STEERING_DIGEST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     INFERENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    GATES_NEAR_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -112,7 +115,144 @@ class Receipt(_message.Message):
     steering_digest: str
     queue_seconds: float
     inference_seconds: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ...) -> None: ...
+    head_usage: float
+    compute_fraction: float
+    gates_near_threshold: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ...) -> None: ...
+
+class CompareRequest(_message.Message):
+    __slots__ = ("model", "version", "images", "steering", "top_k")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    STEERING_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    steering: Steering
+    top_k: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class CompareResponse(_message.Message):
+    __slots__ = ("comparisons", "receipt")
+    COMPARISONS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    comparisons: _containers.RepeatedCompositeFieldContainer[Comparison]
+    receipt: Receipt
+    def __init__(self, comparisons: _Optional[_Iterable[_Union[Comparison, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class Comparison(_message.Message):
+    __slots__ = ("unsteered", "steered", "unsteered_logits", "steered_logits", "same_label", "head_changes", "compute_fraction_change")
+    UNSTEERED_FIELD_NUMBER: _ClassVar[int]
+    STEERED_FIELD_NUMBER: _ClassVar[int]
+    UNSTEERED_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    STEERED_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    SAME_LABEL_FIELD_NUMBER: _ClassVar[int]
+    HEAD_CHANGES_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FRACTION_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    unsteered: Prediction
+    steered: Prediction
+    unsteered_logits: _containers.RepeatedScalarFieldContainer[float]
+    steered_logits: _containers.RepeatedScalarFieldContainer[float]
+    same_label: bool
+    head_changes: _containers.RepeatedCompositeFieldContainer[HeadChange]
+    compute_fraction_change: float
+    def __init__(self, unsteered: _Optional[_Union[Prediction, _Mapping]] = ..., steered: _Optional[_Union[Prediction, _Mapping]] = ..., unsteered_logits: _Optional[_Iterable[float]] = ..., steered_logits: _Optional[_Iterable[float]] = ..., same_label: _Optional[bool] = ..., head_changes: _Optional[_Iterable[_Union[HeadChange, _Mapping]]] = ..., compute_fraction_change: _Optional[float] = ...) -> None: ...
+
+class HeadChange(_message.Message):
+    __slots__ = ("block", "head", "opened")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    head: int
+    opened: bool
+    def __init__(self, block: _Optional[int] = ..., head: _Optional[int] = ..., opened: _Optional[bool] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("model", "version", "images", "steering", "top_k", "latents")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    STEERING_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    steering: Steering
+    top_k: int
+    latents: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., latents: _Optional[int] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("explanations", "receipt")
+    EXPLANATIONS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    explanations: _containers.RepeatedCompositeFieldContainer[ImageExplanation]
+    receipt: Receipt
+    def __init__(self, explanations: _Optional[_Iterable[_Union[ImageExplanation, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class ImageExplanation(_message.Message):
+    __slots__ = ("prediction", "sites")
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    prediction: Prediction
+    sites: _containers.RepeatedCompositeFieldContainer[SiteExplanation]
+    def __init__(self, prediction: _Optional[_Union[Prediction, _Mapping]] = ..., sites: _Optional[_Iterable[_Union[SiteExplanation, _Mapping]]] = ...) -> None: ...
+
+class SiteExplanation(_message.Message):
+    __slots__ = ("site", "block", "active_latents", "latents", "gate_logits", "unsteered_gate_logits")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_LATENTS_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    GATE_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    UNSTEERED_GATE_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    block: int
+    active_latents: int
+    latents: _containers.RepeatedCompositeFieldContainer[Latent]
+    gate_logits: _containers.RepeatedScalarFieldContainer[float]
+    unsteered_gate_logits: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, site: _Optional[int] = ..., block: _Optional[int] = ..., active_latents: _Optional[int] = ..., latents: _Optional[_Iterable[_Union[Latent, _Mapping]]] = ..., gate_logits: _Optional[_Iterable[float]] = ..., unsteered_gate_logits: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Latent(_message.Message):
+    __slots__ = ("latent", "value", "steered_value", "gate_effects")
+    LATENT_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    STEERED_VALUE_FIELD_NUMBER: _ClassVar[int]
+    GATE_EFFECTS_FIELD_NUMBER: _ClassVar[int]
+    latent: int
+    value: float
+    steered_value: float
+    gate_effects: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, latent: _Optional[int] = ..., value: _Optional[float] = ..., steered_value: _Optional[float] = ..., gate_effects: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class GetProfileRequest(_message.Message):
+    __slots__ = ("model", "version", "name")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    name: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class GetProfileResponse(_message.Message):
+    __slots__ = ("profile", "terms", "model", "version", "gates_sae_digest")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    profile: Profile
+    terms: _containers.RepeatedCompositeFieldContainer[SteeringTerm]
+    model: str
+    version: str
+    gates_sae_digest: str
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
 
 class ListProfilesRequest(_message.Message):
     __slots__ = ("model", "version", "page_size", "page_token")

@@ -39,10 +39,25 @@ class SteeringServiceStub:
                 request_serializer=service_dot_pb_dot_steering__pb2.PredictRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_steering__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/steering.v1.SteeringService/Compare',
+                request_serializer=service_dot_pb_dot_steering__pb2.CompareRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_steering__pb2.CompareResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/steering.v1.SteeringService/Explain',
+                request_serializer=service_dot_pb_dot_steering__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_steering__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.ListProfiles = channel.unary_unary(
                 '/steering.v1.SteeringService/ListProfiles',
                 request_serializer=service_dot_pb_dot_steering__pb2.ListProfilesRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_steering__pb2.ListProfilesResponse.FromString,
+                _registered_method=True)
+        self.GetProfile = channel.unary_unary(
+                '/steering.v1.SteeringService/GetProfile',
+                request_serializer=service_dot_pb_dot_steering__pb2.GetProfileRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_steering__pb2.GetProfileResponse.FromString,
                 _registered_method=True)
 
 
@@ -56,8 +71,29 @@ class SteeringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compare(self, request, context):
+        """The same images without steering and with it, side by side in one batch: what steering changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Predict, and which latents of the images are active, and what each does to the gates.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListProfiles(self, request, context):
         """The profiles that a model is served with, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProfile(self, request, context):
+        """One of them, with its terms.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,10 +107,25 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     request_deserializer=service_dot_pb_dot_steering__pb2.PredictRequest.FromString,
                     response_serializer=service_dot_pb_dot_steering__pb2.PredictResponse.SerializeToString,
             ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=service_dot_pb_dot_steering__pb2.CompareRequest.FromString,
+                    response_serializer=service_dot_pb_dot_steering__pb2.CompareResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=service_dot_pb_dot_steering__pb2.ExplainRequest.FromString,
+                    response_serializer=service_dot_pb_dot_steering__pb2.ExplainResponse.SerializeToString,
+            ),
             'ListProfiles': grpc.unary_unary_rpc_method_handler(
                     servicer.ListProfiles,
                     request_deserializer=service_dot_pb_dot_steering__pb2.ListProfilesRequest.FromString,
                     response_serializer=service_dot_pb_dot_steering__pb2.ListProfilesResponse.SerializeToString,
+            ),
+            'GetProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProfile,
+                    request_deserializer=service_dot_pb_dot_steering__pb2.GetProfileRequest.FromString,
+                    response_serializer=service_dot_pb_dot_steering__pb2.GetProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -115,6 +166,60 @@ class SteeringService:
             _registered_method=True)
 
     @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.SteeringService/Compare',
+            service_dot_pb_dot_steering__pb2.CompareRequest.SerializeToString,
+            service_dot_pb_dot_steering__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.SteeringService/Explain',
+            service_dot_pb_dot_steering__pb2.ExplainRequest.SerializeToString,
+            service_dot_pb_dot_steering__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListProfiles(request,
             target,
             options=(),
@@ -131,6 +236,33 @@ class SteeringService:
             '/steering.v1.SteeringService/ListProfiles',
             service_dot_pb_dot_steering__pb2.ListProfilesRequest.SerializeToString,
             service_dot_pb_dot_steering__pb2.ListProfilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.SteeringService/GetProfile',
+            service_dot_pb_dot_steering__pb2.GetProfileRequest.SerializeToString,
+            service_dot_pb_dot_steering__pb2.GetProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,72 @@
+"""What the latents of an image do to its gates, from the weights that the bundle keeps for this. On the host.
+
+A gate reads x' = x + sum_k (z'_k - z_k) W_dec[k]; its logits are 4 tanh(linear(norm(x')) / 4). The effect of a latent
+is what its share z'_k W_dec[k] of x' adds to the logits: the logits with it, minus the logits without it.
+
+Letters: L latents, D residual width, H heads, T terms, K latents that are told of.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from training.steering import SteeringArrays
+
+Floats = NDArray[np.float32]
+EPSILON = 1e-5
+"""Of the gates' layer norm."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Of one image at one site."""
+
+    latent: NDArray[np.int64]
+    """(K,): the steered ones first, then by value."""
+    value: Floats
+    """(K,) z."""
+    steered_value: Floats
+    """(K,) z': the same where nothing steers it."""
+    effect: Floats
+    """(K, H) on the gate logits."""
+    gate_logit: Floats
+    """(H,) of the steered gate."""
+    unsteered_gate_logit: Floats
+    """(H,) on the same residual."""
+    active: int
+    """Latents that are not zero."""
+
+
+class Explainer:
+    def __init__(self, folder: Path):
+        self._weights = load_file(folder / "sae.safetensors")
+
+    def explain(self, site: int, residual: Floats, steering: SteeringArrays, count: int) -> Explanation:
+        """residual (D,); steering (1, S, T). count: latents to tell of beside those that are steered."""
+        w = {name: value[site] for name, value in self._weights.items() if not name.startswith("gates.")}
+        raw = w["encoder"] @ (residual - w["decoder_bias"]) + w["encoder_bias"]  # (L,)
+        z = np.where(raw > w["threshold"], raw, np.float32(0))
+        latent, scale, shift = (a[0, site] for a in (steering.latent, steering.scale, steering.shift))
+        steers = (scale != 1) | (shift != 0)
+        steered = z.copy()
+        steered[latent[steers]] = scale[steers] * z[latent[steers]] + shift[steers]
+        reads = residual + (steered - z) @ w["decoder"]  # (D,)
+        others = np.argsort(-np.abs(z), kind="stable")[:count]
+        shown = np.array(list(dict.fromkeys([*latent[steers].tolist(), *others[z[others] != 0].tolist()])), np.int64)
+        logit = self._gate(site, reads)
+        without = self._gate(site, reads - steered[shown, None] * w["decoder"][shown])  # (K, H)
+        return Explanation(
+            shown, z[shown], steered[shown], logit - without, logit, self._gate(site, residual), int((z != 0).sum())
+        )
+
+    def _gate(self, site: int, x: Floats) -> Floats:
+        """(..., D) -> gate logits (..., H)."""
+        w = {part: self._weights[f"gates.{site}.{part}"] for part in ("norm.weight", "norm.bias")}
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * w["norm.weight"] + w["norm.bias"]
+        linear, bias = (self._weights[f"gates.{site}.linear.{part}"] for part in ("weight", "bias"))
+        logit: Floats = 4 * np.tanh((y @ linear.T + bias) / 4)
+        return logit

@@ -1,0 +1,110 @@
+"""A load on a running server: so many calls at a time, for so many seconds. python -m service.client load"""
+
+import asyncio
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import grpc
+import numpy as np
+
+from service.pb import steering_pb2 as pb
+from service.pb.steering_pb2_grpc import SteeringServiceStub
+
+
+@dataclass(frozen=True)
+class Load:
+    concurrency: int = 16
+    """Calls at a time."""
+    seconds: float = 10.0
+    images_per_call: int = 1
+    profiles: tuple[str, ...] = ("",)
+    """Calls take them in turn; "": no steering."""
+    model: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    calls: int
+    """That were answered."""
+    images: int
+    seconds: float
+    images_per_second: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    errors: dict[str, int]
+    """Calls that were not, by status."""
+
+    def __str__(self) -> str:
+        failed = ", ".join(f"{count} {code}" for code, count in sorted(self.errors.items())) or "none"
+        return (
+            f"{self.calls} calls with {self.images} images in {self.seconds:.1f} s: "
+            f"{self.images_per_second:.1f} images/s\n"
+            f"latency p50 {self.p50_ms:.1f} ms, p95 {self.p95_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; errors: {failed}"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+async def run(
+    address: str,
+    images: Sequence[bytes],
+    load: Load,
+    raw: bool = False,
+    credentials: grpc.ChannelCredentials | None = None,
+) -> Report:
+    """images: encoded files, or, when raw, uint8 pixels of the model's own size; calls take them in turn."""
+    requests = []
+    turn = itertools.cycle(images)
+    for _, profile in zip(range(max(len(images), len(load.profiles))), itertools.cycle(load.profiles), strict=False):
+        request = pb.PredictRequest(model=load.model, version=load.version, top_k=1)
+        for _ in range(load.images_per_call):
+            image = next(turn)
+            request.images.add(pixels=image) if raw else request.images.add(encoded=image)
+        request.steering.profile = profile
+        requests.append(request)
+    following = itertools.cycle(requests)
+    latencies: list[float] = []
+    errors: Counter[str] = Counter()
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    opened = (
+        grpc.aio.secure_channel(address, credentials, options)
+        if credentials
+        else grpc.aio.insecure_channel(address, options)
+    )
+    async with opened as channel:
+        stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
+        await stub.Predict(next(following), timeout=60)  # connected, and the right kind of image
+        begun = time.perf_counter()
+
+        async def caller() -> None:
+            while time.perf_counter() - begun < load.seconds:
+                start = time.perf_counter()
+                try:
+                    await stub.Predict(next(following), timeout=60)
+                    latencies.append(time.perf_counter() - start)
+                except grpc.aio.AioRpcError as error:
+                    errors[error.code().name] += 1
+
+        shown = asyncio.create_task(_progress(begun, load.seconds, latencies)) if sys.stderr.isatty() else None
+        await asyncio.gather(*(caller() for _ in range(load.concurrency)))
+        taken = time.perf_counter() - begun
+        if shown:
+            shown.cancel()
+    p50, p95, p99 = (1000 * float(np.percentile(latencies or [0.0], p)) for p in (50, 95, 99))
+    count = len(latencies) * load.images_per_call
+    return Report(len(latencies), count, taken, count / taken, p50, p95, p99, dict(errors))
+
+
+async def _progress(begun: float, seconds: float, latencies: list[float]) -> None:
+    while True:
+        await asyncio.sleep(1)
+        gone = time.perf_counter() - begun
+        print(f"\r{gone:.0f} of {seconds:.0f} s, {len(latencies) / gone:.0f} calls/s ", end="", file=sys.stderr)

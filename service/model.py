@@ -1,0 +1,188 @@
+"""A bundle that is being served: images and steering in, answers out, everything counted."""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import Bundle
+from service.batcher import Answer, Batcher, BatchStats
+from service.config import Settings
+from service.engine import Engine
+from service.errors import Overloaded
+from service.explain import Explainer, Explanation
+from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
+from service.profiles import Profiles
+from service.statistics import Statistics
+from service.steering import Steering, joined, resolve
+from training.steering import NEUTRAL, Terms
+
+NEAR_THRESHOLD = 1e-3
+"""|gate logit| below which rounding could decide a gate."""
+MAX_RESOLVED = 4096
+"""Steerings kept: profile x strength."""
+Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
+"""uint8 (B, height, width, channels), or a decoder an image, each of which gives one."""
+
+
+class Model:
+    """All of its calls raise what a decoder raises (InvalidRequest), and Overloaded, Expired or Stopping."""
+
+    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, pool: ThreadPoolExecutor):
+        """Loads the graph and checks it. Raises BundleError or EngineError."""
+        self.bundle = bundle
+        """With the profiles that it is served with: use()."""
+        self._own = bundle.profiles
+        self.engine = Engine(
+            bundle,
+            settings.provider,
+            settings.threads,
+            settings.graph,
+            settings.device,
+            settings.gpu_memory_mb,
+            settings.max_batch,
+        )
+        self.statistics = Statistics()
+        self._in_flight = 0
+        self._resolved: dict[tuple[str, float], Steering] = {}
+        self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
+        self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
+        self._pool = pool
+        self._metrics: ModelMetrics = metrics.for_model(
+            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued
+        )
+        self.batcher = Batcher(
+            self.engine,
+            settings.max_batch,
+            settings.max_delay_ms / 1000,
+            settings.max_queue,
+            self._count_batch,
+            self._metrics.dropped,
+            bundle.manifest.name,
+        )
+
+    async def predict(
+        self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
+    ) -> Answer:
+        """seconds_left: until the deadline, if there is one. residual: whether the answer has residuals too."""
+        count = len(images)
+        shadowed = self._shadowed(count, steering)
+        order = [*range(count), *shadowed]
+        both = joined([(steering, count), (self._unsteered, len(shadowed))]) if shadowed else steering
+        answer = await self._run(images, order, both, seconds_left, residual)
+        steered = answer.take(range(count))
+        self._count(steering, steered)
+        if shadowed:
+            self._metrics.shadowed(_label(steering), steered.take(shadowed), answer.take(range(count, len(order))))
+        return steered
+
+    async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
+        """The images unsteered and steered, side by side in the same batch."""
+        count = len(images)
+        order = [index for index in range(count) for _ in range(2)]
+        rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
+        pairs = joined([(part, 1) for row in rows for part in (self._unsteered, row)])
+        answer = await self._run(images, order, pairs, seconds_left, False)
+        unsteered, steered = answer.take(range(0, 2 * count, 2)), answer.take(range(1, 2 * count, 2))
+        self._count(self._unsteered, unsteered)
+        self._count(steering, steered)
+        return unsteered, steered
+
+    async def explain(
+        self, images: Images, steering: Steering, seconds_left: float | None, latents: int
+    ) -> tuple[Answer, list[list[Explanation]]]:
+        """The answers, and per image and site the latents that say most about the gates, at most so many."""
+        answer = await self.predict(images, steering, seconds_left, residual=True)
+        residual = answer.residual
+        assert residual is not None
+
+        def explain() -> list[list[Explanation]]:
+            rows = [steering.rows(slice(i, i + 1)).arrays for i in range(len(images))]
+            return [
+                [self._explainer.explain(site, at_site, row, latents) for site, at_site in enumerate(of_image)]
+                for of_image, row in zip(residual, rows, strict=True)
+            ]
+
+        return answer, await asyncio.get_running_loop().run_in_executor(self._pool, explain)
+
+    def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
+        """What a request asks for, checked (service/steering.py). A profile at a strength is worked out once."""
+        key = (profile, strength)
+        if terms or made_for or key not in self._resolved:
+            found = resolve(self.bundle, profile, terms, strength, made_for)
+            if terms or made_for or len(self._resolved) >= MAX_RESOLVED:
+                return found
+            self._resolved[key] = found
+        return self._resolved[key]
+
+    def use(self, profiles: Profiles) -> None:
+        """Serve these beside the bundle's own from now on; calls that are in here already are not disturbed."""
+        self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
+        self._resolved = {}
+        self._metrics.use(self.bundle.profiles)
+
+    async def retire(self) -> None:
+        """Answer the calls that are in here already, and release everything. No new ones may come."""
+        while self._in_flight:
+            await asyncio.sleep(0.01)
+        await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
+        self._metrics.retire()
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.bundle.folder)
+
+    async def _run(
+        self, images: Images, order: Sequence[int], steering: Steering, seconds_left: float | None, residual: bool
+    ) -> Answer:
+        """Run the images in this order, each as often as it is in there."""
+        self._in_flight += 1
+        deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
+        start, decoded, answer = time.perf_counter(), None, None
+        try:
+            pixels = images if isinstance(images, np.ndarray) else await self._decode(images)
+            decoded = time.perf_counter() - start
+            self._metrics.decoded(decoded)
+            if len(order) > len(pixels):
+                pixels = pixels[list(order)]
+            answer = await self.batcher.submit(pixels, steering, deadline, residual)
+        except Overloaded:
+            self._metrics.dropped("queue_full", len(images))
+            raise
+        finally:
+            self._in_flight -= 1
+            self.statistics.call(time.perf_counter() - start, decoded, answer.queue_seconds if answer else None)
+        return answer
+
+    async def _decode(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+        """In the pool: nothing that takes long may run on the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, lambda: np.stack([decode() for decode in decoders]))
+
+    def _shadowed(self, count: int, steering: Steering) -> list[int]:
+        """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
+        if not self._shadow_fraction or not (steering.profile or steering.custom):
+            return []
+        if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
+            return []
+        return [index for index in range(count) if random.random() < self._shadow_fraction]
+
+    def _count(self, steering: Steering, answer: Answer) -> None:
+        near = int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum())
+        self._metrics.answered(_label(steering), answer.head_gate, near)
+
+    def _count_batch(self, stats: BatchStats) -> None:
+        self._metrics.batch(stats)
+        self.statistics.batch(stats.images, stats.seconds)
+
+
+def _label(steering: Steering) -> str:
+    """What metrics call the steering."""
+    return steering.profile or (CUSTOM if steering.custom else NONE)

@@ -1,0 +1,368 @@
+"""The servicer of the Open Inference Protocol: tensors in, tensors out. What it means here:
+
+- Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] with JPEG,
+  PNG, WebP, BMP or GIF files; and, accepted though not listed in the metadata (clients that make up data for every
+  listed input would steer at random), `steering_latent` INT64, `steering_scale` FP32 and `steering_shift` FP32, all
+  three [images, sites, terms]. Raw or typed contents, not both.
+- Parameters: `profile` (string), `strength` (double, int, or a string with a number).
+- Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, when it is asked for, `residual` FP32; raw contents.
+- Parameters of the answer: the fields of steering.v1.Receipt, those that are empty or 0 left out.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version as package_version
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from export.bundle import INPUTS, OUTPUTS
+from service.batcher import Answer
+from service.config import Settings
+from service.errors import InvalidRequest, NotAllowed, RequestError
+from service.images import Limits, decode
+from service.model import Images, Model
+from service.pb import open_inference_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
+from service.repository import Repository
+from service.statistics import Duration
+from service.steering import Steering, from_tensors
+from service.steering_api import receipt
+from training.steering import NEUTRAL, SteeringArrays
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Tensor = NDArray[Any]
+EXTENSIONS = ("model_configuration", "statistics", "model_repository", "binary_tensor_data")
+RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data_output")
+"""Parameters of the protocol and of its clients that mean nothing here."""
+DTYPES: dict[str, tuple[np.dtype[Any], str]] = {
+    "BOOL": (np.dtype(bool), "bool_contents"),
+    "UINT8": (np.dtype(np.uint8), "uint_contents"),
+    "INT64": (np.dtype("<i8"), "int64_contents"),
+    "FP32": (np.dtype("<f4"), "fp32_contents"),
+}
+"""The numpy type, and the field of InferTensorContents, of a datatype."""
+STEERING = INPUTS[1:]
+INPUT_TYPES = {
+    "image": "UINT8",
+    "encoded_image": "BYTES",
+    **dict(zip(STEERING, ("INT64", "FP32", "FP32"), strict=True)),
+}
+OUTPUT_TYPES = dict(zip(OUTPUTS, ("FP32", "BOOL", "FP32", "FP32"), strict=True))
+BY_DEFAULT = OUTPUTS[:3]
+
+
+class OpenInferenceService(GRPCInferenceServiceServicer):
+    def __init__(self, repository: Repository, settings: Settings, ready: Callable[[], bool]):
+        """ready: whether the server takes requests."""
+        self._repository, self._settings, self._ready = repository, settings, ready
+        self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=self._repository.alive)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._ready())
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
+        try:
+            self._repository.get(request.name, request.version)
+        except RequestError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._ready())
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name="steervit", version=package_version("steervit"), extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
+        manifest = self._repository.get(request.name, request.version).bundle.manifest
+        tensor = pb.ModelMetadataResponse.TensorMetadata
+        return pb.ModelMetadataResponse(
+            name=manifest.name,
+            versions=[
+                str(entry.version) for entry in self._repository.index() if entry.ready and entry.name == manifest.name
+            ],
+            platform="onnxruntime_onnx",
+            inputs=[tensor(name="image", datatype="UINT8", shape=[-1, *manifest.image.shape])],
+            outputs=[
+                tensor(name=name, datatype=OUTPUT_TYPES[name], shape=[-1, *shape])
+                for name, shape in _output_shapes(manifest).items()
+            ],
+        )
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
+        manifest = self._repository.get(request.name, request.version).bundle.manifest
+        kinds = {"UINT8": pb.TYPE_UINT8, "FP32": pb.TYPE_FP32, "BOOL": pb.TYPE_BOOL}
+        config = pb.ModelConfig(
+            name=manifest.name,
+            platform="onnxruntime_onnx",
+            backend="onnxruntime",
+            max_batch_size=self._settings.max_images,
+            input=[pb.ModelInput(name="image", data_type=pb.TYPE_UINT8, dims=manifest.image.shape)],
+            output=[
+                pb.ModelOutput(name=name, data_type=kinds[OUTPUT_TYPES[name]], dims=shape)
+                for name, shape in _output_shapes(manifest).items()
+            ],
+            dynamic_batching=pb.ModelDynamicBatching(
+                max_queue_delay_microseconds=round(1000 * self._settings.max_delay_ms)
+            ),
+        )
+        return pb.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
+        wanted = [self._repository.get(request.name, request.version)] if request.name else self._repository.models
+        return pb.ModelStatisticsResponse(model_stats=[_statistics(model) for model in wanted])
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=entry.name,
+                    version=str(entry.version),
+                    state="READY" if entry.ready else "UNAVAILABLE",
+                    reason=entry.reason,
+                )
+                for entry in self._repository.index()
+                if entry.ready or not request.ready
+            ]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        self._check_control()
+        await self._repository.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        self._check_control()
+        await self._repository.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _check_control(self) -> None:
+        control = self._settings.model_control
+        if control != "explicit":
+            raise NotAllowed(
+                f"models cannot be loaded or unloaded by clients: --model-control is {control!r}; allowed: 'explicit'"
+            )
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+        model = self._repository.get(request.model_name, request.model_version)
+        outputs = _wanted(request)
+        inputs = _inputs(request)
+        images = self._images(model, inputs)
+        steering = self._steering(model, request, inputs, len(images))
+        answer = await model.predict(images, steering, context.time_remaining(), "residual" in outputs)
+        return _response(request, model, steering, answer, outputs)
+
+    def _images(self, model: Model, inputs: Mapping[str, Tensor]) -> Images:
+        given = [name for name in ("image", "encoded_image") if name in inputs]
+        if len(given) != 1:
+            raise InvalidRequest(f"inputs are {sorted(inputs)}; allowed: one of image and encoded_image")
+        images, spec = inputs[given[0]], model.bundle.manifest.image
+        shape = (len(images), *spec.shape) if given == ["image"] else (len(images),)
+        if images.shape != shape:
+            allowed = list(spec.shape) if given == ["image"] else []
+            raise InvalidRequest(
+                f"input {given[0]!r} has the shape {list(images.shape)}; allowed: "
+                f"[{', '.join(['images', *map(str, allowed)])}]"
+            )
+        if not 1 <= len(images) <= self._settings.max_images:
+            raise InvalidRequest(
+                f"input {given[0]!r} has {len(images)} images; allowed: 1 to {self._settings.max_images}"
+            )
+        if given == ["image"]:
+            return images
+        return [
+            partial(decode, bytes(image), spec, self._limits, f"encoded_image[{index}]")
+            for index, image in enumerate(images.tolist())
+        ]
+
+    def _steering(
+        self, model: Model, request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], images: int
+    ) -> Steering:
+        profile, strength = _parameters(request.parameters)
+        tensors = [inputs[name] for name in STEERING if name in inputs]
+        if not tensors:
+            return model.steering(profile, NEUTRAL, strength)
+        if profile:
+            raise InvalidRequest(
+                f"parameter profile is {profile!r} and steering tensors are given too; allowed: one of them"
+            )
+        shapes = {tensor.shape for tensor in tensors}
+        if len(tensors) != 3 or len(shapes) != 1 or tensors[0].ndim != 3 or len(tensors[0]) != images:
+            given = {name: list(inputs[name].shape) for name in STEERING if name in inputs}
+            raise InvalidRequest(
+                f"steering tensors have the shapes {given}; allowed: {', '.join(STEERING)}, "
+                f"all [{images}, {len(model.bundle.manifest.sites)}, terms]"
+            )
+        if tensors[0][0].size > self._settings.max_terms:
+            raise InvalidRequest(
+                f"steering tensors have {tensors[0][0].size} terms an image; allowed: {self._settings.max_terms}"
+            )
+        return from_tensors(model.bundle, SteeringArrays(*tensors), strength)
+
+
+def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
+    """Profile and strength."""
+    profile, strength = "", 1.0
+    for name, parameter in given.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        value = getattr(parameter, kind) if kind else None
+        if name == "profile":
+            if not isinstance(value, str):
+                raise InvalidRequest(f"parameter profile is {value!r}; allowed: a string")
+            profile = value
+        elif name == "strength":
+            try:
+                strength = math.nan if isinstance(value, bool) or value is None else float(value)
+            except ValueError:
+                strength = math.nan
+            if math.isnan(strength):
+                raise InvalidRequest(f"parameter strength is {value!r}; allowed: a number")
+        elif not RESERVED.fullmatch(name):
+            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength")
+    return profile, strength
+
+
+def _wanted(request: pb.ModelInferRequest) -> Sequence[str]:
+    names = [output.name for output in request.outputs]
+    for index, name in enumerate(names):
+        if name not in OUTPUTS:
+            raise InvalidRequest(f"outputs[{index}] is {name!r}; allowed: {', '.join(OUTPUTS)}")
+        if name in names[:index]:
+            raise InvalidRequest(f"outputs[{index}] is {name!r} again; allowed: each once")
+    return names or BY_DEFAULT
+
+
+def _inputs(request: pb.ModelInferRequest) -> dict[str, Tensor]:
+    """The tensors of a request by name, their types and sizes checked."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidRequest(
+            f"raw_input_contents has {len(raw)} entries; allowed: {len(request.inputs)}, one for each input"
+        )
+    found: dict[str, Tensor] = {}
+    for index, tensor in enumerate(request.inputs):
+        where = f"inputs[{index}] {tensor.name!r}"
+        if tensor.name not in INPUT_TYPES:
+            raise InvalidRequest(f"{where} is unknown; allowed: {', '.join(INPUT_TYPES)}")
+        if tensor.name in found:
+            raise InvalidRequest(f"{where} is there twice; allowed: once")
+        if tensor.datatype != INPUT_TYPES[tensor.name]:
+            raise InvalidRequest(f"{where} has the datatype {tensor.datatype!r}; allowed: {INPUT_TYPES[tensor.name]}")
+        if any(size < 0 for size in tensor.shape):
+            raise InvalidRequest(f"{where} has the shape {list(tensor.shape)}; allowed: no negative sizes")
+        if not tensor.shape:
+            raise InvalidRequest(f"{where} has no shape; allowed: one with the images first")
+        typed = tensor.contents.ByteSize() > 0
+        if raw and typed:
+            raise InvalidRequest(f"{where} has contents, and there are raw_input_contents too; allowed: one of them")
+        found[tensor.name] = _from_raw(tensor, raw[index], where) if raw else _from_typed(tensor, where)
+    return found
+
+
+def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, where: str) -> Tensor:
+    count = math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        return np.array(_check_count(_split(raw, where), tensor, where), object).reshape(tensor.shape)
+    dtype, _ = DTYPES[tensor.datatype]
+    if len(raw) != count * dtype.itemsize:
+        needed = f"{count * dtype.itemsize} for {tensor.datatype} {list(tensor.shape)}"
+        raise InvalidRequest(f"{where} has {len(raw)} bytes; allowed: {needed}")
+    return np.frombuffer(raw, dtype).reshape(tensor.shape)
+
+
+def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str) -> Tensor:
+    field = "bytes_contents" if tensor.datatype == "BYTES" else DTYPES[tensor.datatype][1]
+    others = {descriptor.name for descriptor, _ in tensor.contents.ListFields()} - {field}
+    if others:
+        raise InvalidRequest(f"{where} has {', '.join(sorted(others))}; allowed: {field} for {tensor.datatype}")
+    values = _check_count(list(getattr(tensor.contents, field)), tensor, where)
+    if tensor.datatype == "BYTES":
+        return np.array(values, object).reshape(tensor.shape)
+    if tensor.datatype == "UINT8" and max(values, default=0) > 255:
+        raise InvalidRequest(f"{where} has the value {max(values)}; allowed: 0 to 255")
+    return np.array(values, DTYPES[tensor.datatype][0]).reshape(tensor.shape)
+
+
+def _check_count(values: list[Any], tensor: pb.ModelInferRequest.InferInputTensor, where: str) -> list[Any]:
+    count = math.prod(tensor.shape)
+    if len(values) != count:
+        raise InvalidRequest(f"{where} has {len(values)} elements; allowed: {count} for the shape {list(tensor.shape)}")
+    return values
+
+
+def _split(raw: bytes, where: str) -> list[bytes]:
+    """BYTES elements, each after its length in 4 little-endian bytes."""
+    parts: list[bytes] = []
+    start = 0
+    while start < len(raw):
+        size = struct.unpack_from("<I", raw, start)[0] if start + 4 <= len(raw) else len(raw)
+        if start + 4 + size > len(raw):
+            raise InvalidRequest(
+                f"{where} ends within element {len(parts)}; allowed: a 4-byte length before each element"
+            )
+        parts.append(raw[start + 4 : start + 4 + size])
+        start += 4 + size
+    return parts
+
+
+def _response(
+    request: pb.ModelInferRequest, model: Model, steering: Steering, answer: Answer, outputs: Sequence[str]
+) -> pb.ModelInferResponse:
+    manifest = model.bundle.manifest
+    response = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
+    for name in outputs:
+        value = getattr(answer, name)
+        response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
+        response.raw_output_contents.append(np.ascontiguousarray(value).astype(DTYPES[OUTPUT_TYPES[name]][0]).tobytes())
+    for field, said in receipt(model, steering, answer).ListFields():
+        parameter = response.parameters[field.name]
+        if isinstance(said, str):
+            parameter.string_param = said
+        elif isinstance(said, int):
+            parameter.int64_param = said
+        else:
+            parameter.double_param = said
+    return response
+
+
+def _output_shapes(manifest: Any) -> dict[str, list[int]]:
+    """Of those that an answer has by default, without the batch."""
+    heads = [len(manifest.gated_blocks), manifest.heads]
+    return dict(zip(BY_DEFAULT, ([len(manifest.labels)], heads, heads), strict=True))
+
+
+def _statistics(model: Model) -> pb.ModelStatistics:
+    seen, manifest = model.statistics, model.bundle.manifest
+
+    def duration(value: Duration) -> pb.StatisticDuration:
+        return pb.StatisticDuration(count=value.count, ns=round(1e9 * value.seconds))
+
+    return pb.ModelStatistics(
+        name=manifest.name,
+        version=str(manifest.version),
+        last_inference=round(1000 * seen.last),
+        inference_count=seen.images,
+        execution_count=seen.inference.count,
+        inference_stats=pb.InferStatistics(
+            success=duration(seen.success),
+            fail=duration(seen.fail),
+            queue=duration(seen.queue),
+            compute_input=duration(seen.decode),
+            compute_infer=duration(seen.inference),
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(batch_size=size, compute_infer=duration(value))
+            for size, value in sorted(seen.by_batch_size.items())
+        ],
+    )

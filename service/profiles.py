@@ -1,0 +1,100 @@
+"""Profiles as configuration: a folder of JSON files, such as a mounted ConfigMap, that is looked at again and again.
+
+A file is a profiles.json (training/steering.py) that says what it was made for, {"gates_sae_digest": "...", ...}: its
+profiles go to every served model with that digest, beside the bundle's own, and replace those of the same name. The
+folder counts as a whole: if anything in it is wrong, all stays as it is.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.bundle import Bundle
+from service.metrics import Metrics
+from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
+
+log = logging.getLogger("steervit.profiles")
+Profiles = Mapping[str, SteeringProfile]
+"""By name."""
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    made_for: str
+    profiles: tuple[SteeringProfile, ...]
+
+
+class ProfileFolder:
+    """What the folder held when it was last right."""
+
+    def __init__(self, folder: Path | None, metrics: Metrics):
+        self._folder, self._metrics = folder, metrics
+        self._files: tuple[_File, ...] = ()
+        self._seen: tuple[tuple[Path, bytes], ...] | None = None
+
+    def of(self, bundle: Bundle) -> Profiles:
+        """For a bundle. Raises SteeringError when one of them does not fit it."""
+        return _for(bundle, self._files)
+
+    def refresh(self, bundles: Sequence[Bundle]) -> bool:
+        """Read the folder if it has changed; whether there is something new for the models that serve these bundles."""
+        if self._folder is None:
+            return False
+        try:
+            paths = sorted(path for path in self._folder.glob("*.json") if not path.name.startswith("."))
+            contents = tuple((path, path.read_bytes()) for path in paths)
+            if contents == self._seen:
+                return False
+            self._seen = contents
+            files = tuple(_read(path, content) for path, content in contents)
+            for bundle in bundles:
+                _for(bundle, files)
+        except (OSError, SteeringError) as error:
+            log.error("profiles stay as they are: %s", error)
+            self._metrics.profiles_read(False)
+            return False
+        known = {bundle.manifest.gates_sae_digest for bundle in bundles}
+        for file in files:
+            if file.made_for not in known:
+                log.warning("%s is for gates_sae_digest %s, which no served model has", file.path, file.made_for)
+        self._files = files
+        self._metrics.profiles_read(True)
+        log.info("%d profiles in %d files of %s", sum(len(f.profiles) for f in files), len(files), self._folder)
+        return True
+
+    async def watch(self, seconds: float, bundles: Callable[[], list[Bundle]], changed: Callable[[], None]) -> None:
+        """Look at the folder every so many seconds until cancelled; `changed` is called when something is new."""
+        loop = asyncio.get_running_loop()
+        while self._folder is not None:
+            await asyncio.sleep(seconds)
+            if await loop.run_in_executor(None, self.refresh, bundles()):
+                changed()
+
+
+def _read(path: Path, content: bytes) -> _File:
+    try:
+        value = json.loads(content)
+        profiles = profiles_from_json(value)
+        made_for = value.get("gates_sae_digest")
+        if not isinstance(made_for, str) or not made_for:
+            raise SteeringError(f"gates_sae_digest is {made_for!r}; allowed: that of the model it was made for")
+    except (ValueError, SteeringError) as error:
+        raise SteeringError(f"{path}: {error}") from error
+    return _File(path, made_for, profiles)
+
+
+def _for(bundle: Bundle, files: Iterable[_File]) -> Profiles:
+    found: dict[str, SteeringProfile] = {}
+    for file in files:
+        if file.made_for != bundle.manifest.gates_sae_digest:
+            continue
+        for profile in file.profiles:
+            if profile.name in found:
+                raise SteeringError(f"{file.path}: profile {profile.name!r} is in another file too; allowed: once")
+            check(profile.terms, bundle.manifest.latents, f"{file.path}: profile {profile.name!r}")
+            found[profile.name] = profile
+    return found

@@ -1,0 +1,213 @@
+"""GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m tests.perf.serving: what the server adds to inference.
+
+Each figure of the server stands beside onnxruntime alone, in this process, at the same batch size, in turn, round after
+round: ratios of one run. Writes build/bench/serving.json.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from export.builder import OPSET
+from export.bundle import Graph, Macs, Manifest, Site, gates_sae_digest, load_bundle, versions, write_bundle
+from export.certify import Reference, steerings
+from export.write import _npz
+from service.engine import Engine
+from service.load import Load, Report, run
+from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, deit_s
+from training.steering import SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
+
+READY = "ready: grpc "
+
+
+def deit_bundle() -> Path:
+    """DeiT-S with random weights as a repository: profiles `third0` ... open two heads of six in every block."""
+    repository = OUT / "models"
+    folder = repository / "deit_s" / "1"
+    if folder.is_dir():
+        return repository
+    model = deit_s()
+    steered, spec = model.steered, model.spec
+    pixels = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
+
+    def forced(kept: int, offset: int) -> dict[int, tuple[SteeringTerm, ...]]:
+        """Other heads in every block."""
+        return {
+            site: tuple(
+                SteeringTerm(head, 1.0, FORCE if (head + site + offset) % model.heads < kept else -FORCE)
+                for head in range(model.heads)
+            )
+            for site in range(model.sites)
+        }
+
+    profiles = [SteeringProfile("all", ("c0",), "forced", forced(6, 0))]
+    profiles += [SteeringProfile(f"third{offset}", ("c0",), "forced", forced(2, offset)) for offset in range(6)]
+    reference = Reference(
+        steered, pixels, steerings([p.terms for p in profiles], [32] * model.sites)[:3], pixels, np.zeros(4, np.int64)
+    )
+    weights = {key: value.numpy() for key, value in steered.sae.state_dict().items()}
+    weights |= {f"gates.{key}": value.numpy() for key, value in steered.model.gates.state_dict().items()}
+    contents = {}
+    graphs = []
+    for attention in ("dispatch", "masked"):
+        content = model.graph(attention, "fp32").read_bytes()
+        certificate = reference.certify(content, attention, "fp32")
+        graphs.append(Graph(f"{attention}.fp32.onnx", attention, "fp32", OPSET, certificate.to_json()))
+        contents[f"{attention}.fp32.onnx"] = content
+    contents |= {
+        "profiles.json": json.dumps(profiles_to_json(profiles)).encode(),
+        "sae.safetensors": save(weights),
+        "golden.npz": _npz(reference.golden({"fp32": contents["masked.fp32.onnx"]}, 4)),
+    }
+    manifest = Manifest(
+        name="deit_s", version=1, labels=tuple(f"c{i}" for i in range(1000)), image=spec,
+        gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=384,
+        sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
+        macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
+        gates_sae_digest=gates_sae_digest(weights, steered.model.gated_blocks), files={},
+    )  # fmt: skip
+    write_bundle(repository, manifest, contents)
+    return repository
+
+
+@contextlib.contextmanager
+def server(repository: Path, *flags: str) -> Iterator[tuple[str, int, float]]:
+    """Address, process id, and seconds from start to ready."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
+    process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith(READY), line
+        yield line.removeprefix(READY).split(",")[0], process.pid, time.perf_counter() - begun
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def load(address: str, images: list[bytes], asked: Load) -> Report:
+    return asyncio.run(run(address, images, asked, raw=True))
+
+
+def alone(engine: Engine, images: list[bytes], batch: int, profiles: tuple[str, ...], seconds: float) -> float:
+    """Images a second of onnxruntime at a batch size."""
+    bundle = engine.bundle
+    pixels = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
+    terms = [bundle.profiles[profiles[i % len(profiles)]].terms if profiles[0] else {} for i in range(batch)]
+    rows = to_arrays(terms, len(bundle.manifest.sites))
+    shaped = pixels.reshape(batch, *bundle.manifest.image.shape)
+    engine.run(shaped, rows)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        engine.run(shaped, rows)
+        count += batch
+    return count / (time.perf_counter() - begun)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def deit(rounds: int, seconds: float) -> dict[str, object]:
+    """Images a second through gRPC / of onnxruntime alone, one image a call, 16 calls at a time."""
+    repository = deit_bundle()
+    spec = load_bundle(repository / "deit_s" / "1").manifest.image
+    images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(32)]
+    thirds = tuple(f"third{offset}" for offset in range(6))
+    kinds = {"dense": ("masked.fp32", ("",)), "third": ("dispatch.fp32", thirds)}
+    seen: dict[str, list[tuple[float, Report]]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, (graph, profiles) in kinds.items():
+            engine = Engine(load_bundle(repository / "deit_s" / "1"), "cpu", 0, graph)
+            rate = alone(engine, images, 8, profiles, seconds)
+            del engine
+            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, _, _):
+                seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
+    found: dict[str, object] = {}
+    for kind, pairs in seen.items():
+        ratios = [report.images_per_second / rate for rate, report in pairs]
+        found[kind] = {
+            "onnxruntime_images_per_second": float(np.median([rate for rate, _ in pairs])),
+            "grpc_images_per_second": float(np.median([report.images_per_second for _, report in pairs])),
+            "ratio": float(np.median(ratios)), "ratios": ratios,
+            "p99_over_p50": float(np.median([report.p99_ms / report.p50_ms for _, report in pairs])),
+            "p50_ms": float(np.median([report.p50_ms for _, report in pairs])),
+        }  # fmt: skip
+    gains = [b[1].images_per_second / a[1].images_per_second for a, b in zip(*seen.values(), strict=True)]
+    return {**found, "third_over_dense": float(np.median(gains)), "gains": gains}
+
+
+def committed(rounds: int, seconds: float) -> dict[str, object]:
+    """The committed bundle: CPU of a one-image call, 16 images a call, 10,000 profiles, start to ready."""
+    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    from PIL import Image
+
+    images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    folder = OUT / "profiles"
+    starts, ratios, beyond = [], [], []
+    p50: dict[int, list[float]] = {10: [], 10_000: []}
+    for _ in range(rounds):
+        engine = Engine(bundle, "cpu", 0)
+        alone_16 = alone(engine, images, 16, ("Shirt",), seconds)
+        cpu = time.process_time()
+        rate = alone(engine, images, 1, ("Shirt",), seconds)
+        inference = (time.process_time() - cpu) / (rate * seconds)
+        del engine
+        with server(ROOT / "deploy" / "models") as (address, pid, start):
+            starts.append(start)
+            report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
+            ratios.append(report.images_per_second / alone_16)
+            before = cpu_seconds(pid)
+            report = load(address, images, Load(1, seconds, 1, ("Shirt",)))
+            beyond.append(1000 * ((cpu_seconds(pid) - before) / (report.calls + 1) - inference))
+        for count in p50:
+            folder.mkdir(parents=True, exist_ok=True)
+            profiles = [replace(bundle.profiles["Shirt"], name=f"p{i:05d}") for i in range(count)]
+            made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
+            (folder / "many.json").write_text(json.dumps({**profiles_to_json(profiles), **made_for}))
+            names = tuple(profile.name for profile in profiles)
+            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, _, _):
+                p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
+    return {
+        "start_to_ready_seconds": float(np.median(starts)),
+        "cpu_ms_beyond_inference": float(np.median(beyond)),
+        "ratio_at_16_images_a_call": float(np.median(ratios)),
+        "p50_ms_by_profiles": {str(count): float(np.median(times)) for count, times in p50.items()},
+        "p50_of_10000_over_10": float(np.median(np.array(p50[10_000]) / np.array(p50[10]))),
+    }
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m tests.perf.serving", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--only", choices=("deit", "committed"), help="default: both")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    parts = {"deit": deit, "committed": committed}
+    found = {
+        name: part(options.rounds, options.seconds) for name, part in parts.items() if options.only in (None, name)
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Compare, Explain, GetProfile and shadow sampling, on the real server."""
+
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from processes import MODELS, ServerProcess, run_module, start_server, stop_server
+
+from export.bundle import Bundle
+from service.client import Client
+from service.engine import Engine
+from service.pb import steering_pb2 as pb
+from service.pb.steering_pb2_grpc import SteeringServiceStub
+from training.steering import SteeringTerm, at_strength, to_arrays
+
+
+def masks(predictions: list[pb.Prediction]) -> NDArray[np.bool_]:
+    return np.array([[list(block.kept) for block in p.head_mask] for p in predictions])
+
+
+def test_compare_gives_both_answers_and_their_differences(
+    client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
+) -> None:
+    files = [file for label in ("Shirt", "Coat", "Bag") for file in samples[label]]
+    found = client.compare(files, profile="Shirt", top_k=10)
+    unsteered, steered = client.predict(files, top_k=10), client.predict(files, profile="Shirt", top_k=10)
+    before, after = ([getattr(c, side) for c in found.comparisons] for side in ("unsteered", "steered"))
+    np.testing.assert_array_equal(masks(before), masks(list(unsteered.predictions)))
+    np.testing.assert_array_equal(masks(after), masks(list(steered.predictions)))
+    assert found.receipt.steering_digest == steered.receipt.steering_digest
+    assert found.receipt.head_usage == pytest.approx(masks(after).mean())
+    changed = 0
+    for row, comparison in enumerate(found.comparisons):
+        logits = np.array([comparison.unsteered_logits, comparison.steered_logits])
+        labels = [side.classes[0].index for side in (comparison.unsteered, comparison.steered)]
+        assert logits.argmax(1).tolist() == labels
+        assert comparison.same_label == (labels[0] == labels[1])
+        mask = masks([comparison.unsteered, comparison.steered])
+        blocks = bundle.manifest.gated_blocks
+        expected = [(blocks[b], h, bool(mask[1, b, h])) for b, h in np.argwhere(mask[0] != mask[1])]
+        assert [(c.block, c.head, c.opened) for c in comparison.head_changes] == expected
+        change = found.comparisons[row].steered.compute_fraction - found.comparisons[row].unsteered.compute_fraction
+        assert comparison.compute_fraction_change == pytest.approx(change, abs=1e-6)
+        changed += len(expected)
+    assert changed > len(files)
+
+
+def test_explain_says_what_the_graph_computes(
+    client: Client, bundle: Bundle, samples: dict[str, list[bytes]], sample_pixels: NDArray[np.uint8]
+) -> None:
+    """Gate logits on the host equal those of the graph; the terms of the profile are applied as the contract says."""
+    engine = Engine(bundle, "cpu", 1)
+    terms = at_strength(bundle.profiles["Shirt"].terms, 0.5)
+    files = samples["Shirt"][:4]
+    first = 10 * sorted(samples).index("Shirt")
+    shirts = sample_pixels[first : first + 4]
+    rows = to_arrays([terms] * 4, len(bundle.manifest.sites))
+    graph = engine.run(shirts, rows)
+    found = client.explain(files, profile="Shirt", strength=0.5, latents=5)
+    assert [e.prediction for e in found.explanations] == list(
+        client.predict(files, profile="Shirt", strength=0.5).predictions
+    )
+    for image, explanation in enumerate(found.explanations):
+        assert [site.block for site in explanation.sites] == [site.block for site in bundle.manifest.sites]
+        for site in explanation.sites:
+            np.testing.assert_allclose(site.gate_logits, graph.gate_logit[image, site.site], atol=1e-3)
+            assert site.active_latents >= sum(latent.value != 0 for latent in site.latents)
+            of_site = {term.latent: term for term in terms.get(site.site, ())}
+            assert len(site.latents) <= 5 + len(of_site)
+            assert {latent.latent for latent in site.latents} >= set(of_site)
+            for latent in site.latents:
+                term = of_site.get(latent.latent, SteeringTerm(latent.latent))
+                assert latent.steered_value == pytest.approx(term.scale * latent.value + term.shift, abs=1e-4)
+
+
+def test_an_effect_is_what_happens_without_the_latent(
+    client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
+) -> None:
+    """Turning a latent off by a term of its own (scale 0) moves the gates of its site by minus its effect."""
+    (plain,) = client.explain(samples["Bag"][:1], latents=3).explanations
+    for site in plain.sites:
+        for latent in site.latents:
+            off = {site.site: (SteeringTerm(latent.latent, 0.0, 0.0),)}
+            (without,) = client.explain(samples["Bag"][:1], terms=off, latents=1).explanations
+            change = np.array(site.gate_logits) - np.array(without.sites[site.site].gate_logits)
+            np.testing.assert_allclose(latent.gate_effects, change, atol=2e-3)
+
+
+def test_a_profile_is_given_with_its_terms(server: ServerProcess, bundle: Bundle) -> None:
+    stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    found = stub.GetProfile(pb.GetProfileRequest(name="Coat"), timeout=10)
+    expected = bundle.profiles["Coat"]
+    assert found.profile.name == "Coat"
+    assert found.gates_sae_digest == bundle.manifest.gates_sae_digest
+    given = {(t.site, t.latent): (t.scale, t.shift) for t in found.terms}
+    assert given == {(s, t.latent): (t.scale, t.shift) for s, terms in expected.terms.items() for t in terms}
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetProfile(pb.GetProfileRequest(name="Hat"), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert caught.value.details().startswith("name is 'Hat'; allowed: 'Ankle boot'")
+    request = pb.ExplainRequest(latents=101)
+    request.images.add(pixels=bytes(784))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Explain(request, timeout=10)
+    assert "latents is 101; allowed: 0 (10) to 100" in caught.value.details()
+
+
+def test_shadowed_images_are_counted_and_do_not_change_the_answers(
+    client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
+) -> None:
+    running = start_server(MODELS, "--shadow-fraction", "1", "--max-profile-series", "3")
+    try:
+        with Client(running.address) as shadowed:
+            answers = {label: shadowed.predict(files, profile=label) for label, files in samples.items()}
+            shadowed.predict(samples["Bag"])
+            pairs = {label: client.compare(files, profile=label) for label, files in samples.items()}
+        for label, answer in answers.items():
+            assert [p.head_mask for p in answer.predictions] == [c.steered.head_mask for c in pairs[label].comparisons]
+        own = sorted(bundle.profiles)[:3]
+        for label in samples:
+            series = label if label in own else "other"
+            assert running.count("steervit_shadow_images_total", profile=series) == (10 if label in own else 70)
+        every = [c for answer in pairs.values() for c in answer.comparisons]
+        assert running.count("steervit_shadow_agreed_total") == sum(c.same_label for c in every)
+        for side in ("steered", "unsteered"):
+            kept = masks([getattr(c, side) for c in every]).sum()
+            assert running.count("steervit_shadow_heads_kept_total", steering=side) == kept
+        assert running.count("steervit_images_total", profile="other") == 70
+        assert running.count("steervit_images_total", profile="none") == 10
+        assert running.count("steervit_gated_heads") == 30
+        stated = bundle.profiles[own[0]].evaluation["after"]["head_usage"]
+        assert running.count("steervit_profile_expected_head_usage", profile=own[0]) == pytest.approx(stated)
+        assert 'profile="Trouser"' not in running.page()
+    finally:
+        assert stop_server(running) == 0
+
+
+def test_the_command_line_shows_them(server: ServerProcess, samples: dict[str, list[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "bag.png").write_bytes(samples["Bag"][0])
+    ask = ("--profile", "Bag", "--address", server.address, str(tmp_path / "bag.png"))
+    done = run_module("service.client", "compare", *ask)
+    assert done.returncode == 0, done.stderr
+    assert "unsteered  " in done.stdout
+    assert " -> " in done.stdout
+    done = run_module("service.client", "explain", "--latents", "2", *ask)
+    assert done.returncode == 0, done.stderr
+    assert "block 5" in done.stdout
+    assert "unsteered gate" in done.stdout

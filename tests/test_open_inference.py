@@ -1,0 +1,234 @@
+"""The Open Inference Protocol: an unmodified tritonclient in a process of its own, and wrong requests."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from processes import ROOT, SAMPLES, ServerProcess
+
+from export.bundle import Bundle
+from service.client import Client
+from service.pb import open_inference_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from training.steering import SteeringTerm
+
+TRITON_CLIENT = "tritonclient[grpc]==2.73.0"
+"""In an environment of its own: it wants another protobuf, and its package `inference` is also the name of ours."""
+
+
+@pytest.fixture(scope="session")
+def triton_python() -> Path:
+    folder = ROOT / "build" / "tritonclient"
+    python = folder / "bin" / "python"
+    if not (folder / "installed").is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TRITON_CLIENT], check=True)
+        (folder / "installed").touch()
+    return python
+
+
+@pytest.fixture(scope="session")
+def triton(server: ServerProcess, triton_python: Path) -> dict[str, Any]:
+    """What the client saw."""
+    script = ROOT / "tests" / "clients" / "triton.py"
+    done = subprocess.run(
+        [str(triton_python), str(script), server.address, str(SAMPLES / "Shirt")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_tritonclient_finds_the_server_and_the_model(triton: dict[str, Any], bundle: Bundle) -> None:
+    assert triton["live"] is triton["ready"] is True
+    assert triton["model_ready"] == [True, False, False]
+    assert {"statistics", "model_configuration", "model_repository"} <= set(triton["server"]["extensions"])
+    metadata, version = triton["metadata"], str(bundle.manifest.version)
+    assert (metadata["name"], metadata["versions"]) == ("fashion_mnist", [version])
+    assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["-1", "28", "28", "1"]}]
+    assert [output["name"] for output in metadata["outputs"]] == ["logits", "head_gate", "gate_logit"]
+    config = triton["config"]["config"]
+    assert config["max_batch_size"] == 256
+    assert config["input"] == [{"name": "image", "data_type": "TYPE_UINT8", "dims": ["28", "28", "1"]}]
+    assert triton["index"]["models"] == [{"name": "fashion_mnist", "version": version, "state": "READY"}]
+
+
+def test_tritonclient_gets_the_answers_of_the_typed_api(
+    triton: dict[str, Any], client: Client, samples: dict[str, list[bytes]], bundle: Bundle
+) -> None:
+    logits = np.array(triton["plain"]["logits"])
+    assert triton["plain"]["id"] == "7"
+    assert triton["plain"]["names"] == ["logits", "head_gate", "gate_logit"]
+    typed = client.predict(samples["Shirt"], top_k=1)
+    labels = [bundle.manifest.labels[index] for index in logits.argmax(1)]
+    assert labels == [p.classes[0].label for p in typed.predictions]
+    np.testing.assert_allclose(triton["aio"], logits, atol=1e-4)
+    steered = client.predict(samples["Shirt"], profile="Shirt", strength=0.5)
+    assert triton["steered"]["names"] == ["head_gate"]
+    assert triton["steered"]["head_gate"] == [[list(b.kept) for b in p.head_mask] for p in steered.predictions]
+    receipt = triton["steered"]["receipt"]
+    for name in ("bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest"):
+        assert receipt[name] == getattr(steered.receipt, name), name
+
+
+def test_steering_tensors_steer_each_image_by_itself(triton: dict[str, Any], client: Client) -> None:
+    gate_logit = np.array(triton["by_tensors"])
+    black = np.zeros((28, 28, 1), np.uint8)
+    terms = {site: (SteeringTerm(7, 1.0, 5.0),) for site in range(5)}
+    expected = [client.predict([black]), client.predict([black], terms=terms), client.predict([black])]
+    for row, answer in zip(gate_logit, expected, strict=True):
+        mask = [list(block.kept) for block in answer.predictions[0].head_mask]
+        assert (row > 0).tolist() == mask
+    np.testing.assert_array_equal(gate_logit[0], gate_logit[2])
+    assert not np.array_equal(gate_logit[0], gate_logit[1])
+    assert triton["residual"] == [3, 5, 192]
+
+
+def test_statistics_are_true(triton: dict[str, Any]) -> None:
+    (model,) = triton["statistics"]["model_stats"]
+    stats = model["inference_stats"]
+    batches = [(int(b["batch_size"]), int(b["compute_infer"]["count"])) for b in model["batch_stats"]]
+    assert sum(size * count for size, count in batches) == int(model["inference_count"])
+    assert sum(count for _, count in batches) == int(model["execution_count"]) == int(stats["compute_infer"]["count"])
+    assert stats["success"]["count"] == stats["queue"]["count"] == stats["compute_input"]["count"]
+    assert int(stats["success"]["ns"]) > int(stats["compute_infer"]["ns"]) > 0
+
+
+SEEN = {
+    "model": ("NOT_FOUND", "model is 'resnet'; allowed: 'fashion_mnist'"),
+    "version": ("NOT_FOUND", "version of model 'fashion_mnist' is '99'"),
+    "profile": ("NOT_FOUND", "steering.profile is 'Hat'; allowed: 'Ankle boot'"),
+    "strength": ("INVALID_ARGUMENT", "parameter strength is 'much'; allowed: a number"),
+    "parameter": ("INVALID_ARGUMENT", "parameter 'temperature' is unknown; allowed: profile, strength"),
+    "output": ("INVALID_ARGUMENT", "outputs[0] is 'probabilities'; allowed: logits, head_gate, gate_logit, residual"),
+    "outputs": ("INVALID_ARGUMENT", "outputs[1] is 'logits' again; allowed: each once"),
+    "shape": ("INVALID_ARGUMENT", "input 'image' has the shape [3, 27, 28, 1]; allowed: [images, 28, 28, 1]"),
+    "datatype": ("INVALID_ARGUMENT", "inputs[0] 'image' has the datatype 'FP32'; allowed: UINT8"),
+    "input": ("INVALID_ARGUMENT", "inputs[0] 'pixels' is unknown; allowed: image, encoded_image, steering_latent"),
+    "both": ("INVALID_ARGUMENT", "parameter profile is 'Shirt' and steering tensors are given too"),
+    "terms": ("INVALID_ARGUMENT", "allowed: steering_latent, steering_scale, steering_shift, all [3, 5, terms]"),
+    "latent": ("INVALID_ARGUMENT", "steering of image 1: latent is 607 at site 0; allowed: 0 to 511"),
+    "not an image": ("INVALID_ARGUMENT", "encoded_image[0] is not a readable image (1 bytes"),
+    "shared memory": ("UNIMPLEMENTED", "SystemSharedMemoryStatus is not served; allowed: ServerLive, ServerReady"),
+    "tracing": ("UNIMPLEMENTED", "TraceSetting is not served"),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_tritonclient_is_told_what_is_wrong(triton: dict[str, Any], name: str) -> None:
+    status, sentence = triton["errors"][name]
+    assert status == f"StatusCode.{SEEN[name][0]}"
+    assert SEEN[name][1] in sentence
+
+
+@pytest.fixture
+def stub(server: ServerProcess) -> Iterator[GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(server.address) as channel:
+        yield GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+def request(shape: tuple[int, ...] = (1, 28, 28, 1), name: str = "image", kind: str = "UINT8") -> pb.ModelInferRequest:
+    made = pb.ModelInferRequest(model_name="fashion_mnist")
+    made.inputs.add(name=name, datatype=kind, shape=shape)
+    return made
+
+
+def raw(made: pb.ModelInferRequest, *contents: bytes) -> pb.ModelInferRequest:
+    made.raw_input_contents.extend(contents)
+    return made
+
+
+def typed(made: pb.ModelInferRequest, **contents: Any) -> pb.ModelInferRequest:
+    for name, values in contents.items():
+        getattr(made.inputs[0].contents, name).extend(values)
+    return made
+
+
+def flagged(made: pb.ModelInferRequest, name: str) -> pb.ModelInferRequest:
+    made.parameters[name].bool_param = True
+    return made
+
+
+def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceStub, bundle: Bundle) -> None:
+    pixels = bytes(range(256)) * 3 + bytes(16)
+    answers = [stub.ModelInfer(raw(request(), pixels)), stub.ModelInfer(typed(request(), uint_contents=pixels))]
+    assert answers[0].raw_output_contents == answers[1].raw_output_contents
+    file = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
+    element = struct.pack("<I", len(file)) + file
+    encoded = request((1,), "encoded_image", "BYTES")
+    answers = [
+        stub.ModelInfer(raw(request((1,), "encoded_image", "BYTES"), element)),
+        stub.ModelInfer(typed(encoded, bytes_contents=[file])),
+    ]
+    assert answers[0].raw_output_contents == answers[1].raw_output_contents
+    logits = np.frombuffer(answers[0].raw_output_contents[0], "<f4")
+    assert bundle.manifest.labels[int(logits.argmax())] == "Bag"
+
+
+WRONG: dict[str, tuple[Callable[[], pb.ModelInferRequest], str]] = {
+    "no input": (lambda: pb.ModelInferRequest(model_name="fashion_mnist"), "inputs are []; allowed: one of image and"),
+    "two of a name": (
+        lambda: (made := request(), made.inputs.add().CopyFrom(made.inputs[0]), raw(made, bytes(784), bytes(784)))[-1],
+        "inputs[1] 'image' is there twice; allowed: once",
+    ),
+    "too few bytes": (lambda: raw(request(), bytes(783)), "has 783 bytes; allowed: 784 for UINT8 [1, 28, 28, 1]"),
+    "a raw entry too many": (lambda: raw(request(), bytes(784), b""), "raw_input_contents has 2 entries; allowed: 1"),
+    "raw and typed": (
+        lambda: raw(typed(request(), uint_contents=[1]), bytes(784)),
+        "has contents, and there are raw_input_contents too; allowed: one of them",
+    ),
+    "the wrong field": (
+        lambda: typed(request(), fp32_contents=[0.0] * 784),
+        "inputs[0] 'image' has fp32_contents; allowed: uint_contents for UINT8",
+    ),
+    "too few elements": (lambda: typed(request(), uint_contents=[0]), "has 1 elements; allowed: 784 for the shape"),
+    "a value out of range": (
+        lambda: typed(request(), uint_contents=[256] * 784),
+        "has the value 256; allowed: 0 to 255",
+    ),
+    "a negative size": (
+        lambda: raw(request((-1, 28, 28, 1)), b""),
+        "has the shape [-1, 28, 28, 1]; allowed: no negative",
+    ),
+    "sizes that overflow": (
+        lambda: raw(request((2**62, 2**62, 2**62, 1)), bytes(784)),
+        f"has 784 bytes; allowed: {2**186} for UINT8",
+    ),
+    "no shape": (lambda: raw(request(()), b"\0"), "has no shape; allowed: one with the images first"),
+    "no images": (lambda: raw(request((0, 28, 28, 1)), b""), "has 0 images; allowed: 1 to 256"),
+    "too many images": (lambda: raw(request((257, 28, 28, 1)), bytes(257 * 784)), "has 257 images; allowed: 1 to 256"),
+    "a length that lies": (
+        lambda: raw(request((1,), "encoded_image", "BYTES"), struct.pack("<I", 1000) + b"x"),
+        "ends within element 0; allowed: a 4-byte length before each element",
+    ),
+    "a strength that is a flag": (
+        lambda: (made := raw(request(), bytes(784)), made.parameters["strength"].__setattr__("bool_param", True), made)[
+            0
+        ],
+        "parameter strength is True; allowed: a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_gets_a_sentence(stub: GRPCInferenceServiceStub, name: str) -> None:
+    make, sentence = WRONG[name]
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(make(), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert sentence in caught.value.details()
+
+
+def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> None:
+    made = raw(request(), bytes(784))
+    made.parameters["triton_enable_empty_final_response"].bool_param = False
+    made.parameters["priority"].int64_param = 1
+    assert len(stub.ModelInfer(made, timeout=10).outputs) == 3

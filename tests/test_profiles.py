@@ -1,0 +1,143 @@
+"""Profiles from a folder that changes while the server runs, as a ConfigMap or a checkout does."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from processes import MODELS, ServerProcess, start_server, stop_server, until
+
+from export.bundle import Bundle
+from service.client import Client
+from training.steering import SteeringProfile, SteeringTerm, digest, profiles_to_json
+
+DARK = {1: (SteeringTerm(7, 0.0, 40.0),), 3: (SteeringTerm(2, 2.0, -3.0),)}
+
+
+def content(bundle: Bundle, *profiles: SteeringProfile, **changes: Any) -> str:
+    made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
+    return json.dumps({**profiles_to_json(profiles), **made_for, **changes})
+
+
+def profile(name: str, terms: Any = DARK, head_usage: float | None = None) -> SteeringProfile:
+    evaluation = {} if head_usage is None else {"after": {"head_usage": head_usage}}
+    return SteeringProfile(name, ("Bag",), "by hand", terms, evaluation)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.1")
+    yield running
+    assert stop_server(running) == 0
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.address) as client:
+        yield client
+
+
+def names(client: Client) -> set[str]:
+    return {p.name for p in client.profiles()}
+
+
+def test_profiles_come_change_and_go_beside_the_bundles_own(
+    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+) -> None:
+    own = set(bundle.profiles)
+    assert names(client) == own
+    (tmp_path / "night.json").write_text(content(bundle, profile("night", head_usage=0.3)))
+    until(lambda: names(client) == own | {"night"})
+    steered, inline = client.predict(samples["Bag"], profile="night"), client.predict(samples["Bag"], terms=DARK)
+    assert steered.predictions == inline.predictions
+    assert steered.receipt.steering_digest == inline.receipt.steering_digest == digest(DARK)
+    assert server.count("steervit_images_total", profile="night") == 10
+    assert server.count("steervit_profile_expected_head_usage", profile="night") == 0.3
+    assert server.count("steervit_profiles") == len(own) + 1
+    (tmp_path / "night.json").write_text(content(bundle, profile("Shirt"), profile("dusk")))
+    until(lambda: names(client) == own | {"dusk"})
+    assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(DARK)
+    assert 'steervit_profile_expected_head_usage{model="fashion_mnist",profile="night"' not in server.page()
+    (tmp_path / "night.json").unlink()
+    until(lambda: names(client) == own)
+    assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(
+        bundle.profiles["Shirt"].terms
+    )
+    assert server.count("steervit_profile_reads_total", result="failed") == 0
+
+
+WRONG: dict[str, Callable[[Bundle], str]] = {
+    "not JSON": lambda _: "{",
+    "no digest": lambda bundle: content(bundle, profile("x"), gates_sae_digest=""),
+    "another schema": lambda bundle: content(bundle, profile("x"), schema_version=9),
+    "a latent that is not there": lambda bundle: content(bundle, profile("x", {0: (SteeringTerm(512, 0.0, 1.0),)})),
+    "a site that is not there": lambda bundle: content(bundle, profile("x", {5: (SteeringTerm(1, 0.0, 1.0),)})),
+    "a name twice": lambda bundle: content(bundle, profile("night")),
+    "a number that is none": lambda bundle: content(bundle, profile("x")).replace("40.0", "NaN"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_one_wrong_file_keeps_the_whole_old_set(wrong: str, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content(bundle, profile("night")))
+    running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.1")
+    try:
+        with Client(running.address) as client:
+            before = names(client)
+            assert "night" in before
+            (tmp_path / "b.json").write_text(WRONG[wrong](bundle))
+            (tmp_path / "c.json").write_text(content(bundle, profile("dusk")))
+            until(lambda: running.count("steervit_profile_reads_total", result="failed") >= 1)
+            time.sleep(0.3)
+            assert names(client) == before
+            (tmp_path / "b.json").unlink()
+            until(lambda: names(client) == before | {"dusk"})
+    finally:
+        assert stop_server(running) == 0
+
+
+def test_profiles_of_another_model_are_left_alone(
+    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path
+) -> None:
+    """As in a rollout, when the next version's profiles are there before it."""
+    (tmp_path / "next.json").write_text(content(bundle, profile("next"), gates_sae_digest="0123456789abcdef"))
+    (tmp_path / "now.json").write_text(content(bundle, profile("now")))
+    until(lambda: "now" in names(client))
+    assert "next" not in names(client)
+    with pytest.raises(grpc.RpcError) as caught:
+        client.predict([bytes(0)], profile="next")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_mounted_config_map_is_followed_through_its_links(
+    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path
+) -> None:
+    """Kubernetes writes a new folder and turns the link `..data` to it; the files are links through that."""
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / f"..{number}").mkdir()
+        (tmp_path / f"..{number}" / "profiles.json").write_text(content(bundle, profile(name)))
+    (tmp_path / "..data").symlink_to("..0")
+    (tmp_path / "profiles.json").symlink_to("..data/profiles.json")
+    until(lambda: "one" in names(client))
+    (tmp_path / "..data_tmp").symlink_to("..1")
+    (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+    until(lambda: "two" in names(client))
+    assert "one" not in names(client)
+
+
+def test_thousands_of_profiles_do_not_make_thousands_of_series(
+    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+) -> None:
+    before = len(server.page().splitlines())
+    many = [profile(f"p{number:05d}") for number in range(5000)]
+    (tmp_path / "many.json").write_text(content(bundle, *many))
+    until(lambda: server.count("steervit_profiles") == len(bundle.profiles) + 5000)
+    for name in ("p00000", "p04999"):
+        client.predict(samples["Bag"], profile=name)
+    own, each = 200, before / (len(bundle.profiles) + 2)
+    assert len(server.page().splitlines()) < before + (own + 1) * each
+    assert server.count("steervit_images_total", profile="p00000") == 10
+    assert server.count("steervit_images_total", profile="other") == 10

@@ -1,0 +1,239 @@
+"""Several models and versions in one server: policies, labels, swaps under load, versions that do not work."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from processes import SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+
+from export.bundle import Bundle, BundleError
+from service.catalogue import scan, wanted
+from service.client import Client
+from service.pb import open_inference_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+
+BAG = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
+POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
+
+
+def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
+    """The committed bundle under another name and version; it appears as a whole."""
+    folder, part = repository / name / str(version), repository / f".{name}.{version}"
+    shutil.copytree(bundle.folder, part)
+    manifest = json.loads((part / "manifest.json").read_text()) | {"name": name, "version": version}
+    (part / "manifest.json").write_text(json.dumps(manifest))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part.rename(folder)
+    return folder
+
+
+def breaks(folder: Path) -> None:
+    graph = folder / "dispatch.fp32.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+
+
+@pytest.fixture
+def repository(bundle: Bundle, tmp_path: Path) -> Path:
+    put(bundle, tmp_path, 1)
+    return tmp_path
+
+
+@pytest.fixture
+def polling(repository: Path) -> Iterator[ServerProcess]:
+    running = start_server(repository, *POLL)
+    yield running
+    assert stop_server(running) == 0
+
+
+def version_of(client: Client, version: str = "", model: str = "") -> str:
+    return str(client.predict([BAG], model=model, version=version).receipt.version)
+
+
+def index(server: ServerProcess) -> dict[tuple[str, str], tuple[str, str]]:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        found = stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=10).models
+    return {(entry.name, entry.version): (entry.state, entry.reason) for entry in found}
+
+
+def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
+    polling: ServerProcess, repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
+) -> None:
+    with Client(polling.address) as client:
+        expected = client.predict(samples["Shirt"], profile="Shirt", top_k=10).predictions
+    done, seen, problems = threading.Event(), set(), []
+
+    def ask() -> None:
+        with Client(polling.address) as client:
+            while not done.is_set():
+                try:
+                    answer = client.predict(samples["Shirt"], profile="Shirt", top_k=10)
+                except grpc.RpcError as error:
+                    problems.append(str(error))
+                    continue
+                seen.add(answer.receipt.version)
+                for found, wanted_ in zip(answer.predictions, expected, strict=True):
+                    if found.head_mask != wanted_.head_mask or found.classes[0].label != wanted_.classes[0].label:
+                        problems.append("another answer")
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in clients:
+        thread.start()
+    try:
+        for version in (2, 3):
+            put(bundle, repository, version)
+            until(lambda version=version: str(version) in seen)  # type: ignore[misc]
+            time.sleep(0.3)
+    finally:
+        done.set()
+        for thread in clients:
+            thread.join()
+    assert problems == []
+    assert seen == {"1", "2", "3"}
+    until(lambda: index(polling) == {("fashion_mnist", "3"): ("READY", "")})
+    assert polling.count("steervit_model_info") == 1
+
+
+def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
+    polling: ServerProcess, repository: Path, bundle: Bundle
+) -> None:
+    part = put(bundle, repository, 7, "elsewhere")
+    breaks(part)
+    shutil.move(part, repository / "fashion_mnist" / "2")
+    shutil.rmtree(repository / "elsewhere")
+    key = ("fashion_mnist", "2")
+    until(lambda: key in index(polling))
+    state, reason = index(polling)[key]
+    assert state == "UNAVAILABLE"
+    assert "dispatch.fp32.onnx has 1000 bytes; the manifest says" in reason
+    assert polling.count("steervit_model_load_failures_total", version="2") == 1
+    with Client(polling.address) as client:
+        assert version_of(client) == "1"
+        with pytest.raises(grpc.RpcError) as caught:
+            version_of(client, "2")
+        assert caught.value.details() == "version of model 'fashion_mnist' is '2'; allowed: '1', or none"
+        time.sleep(0.5)
+        assert polling.count("steervit_model_load_failures_total", version="2") == 1, "the same files are tried once"
+        shutil.rmtree(repository / "fashion_mnist" / "2")
+        put(bundle, repository, 2)
+        until(lambda: version_of(client) == "2")
+        assert index(polling) == {key: ("READY", "")}
+
+
+def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
+    put(bundle, repository, 2)
+    labels = repository / "fashion_mnist" / "labels.json"
+
+    def label(text: str) -> None:
+        labels.with_suffix(".part").write_text(text)
+        labels.with_suffix(".part").rename(labels)
+
+    with Client(polling.address) as client:
+        until(lambda: version_of(client) == "2")
+        label('{"stable": 1, "canary": 2}')
+        until(lambda: version_of(client) == "1")
+        assert version_of(client, "canary") == version_of(client, "2") == "2"
+        for wrong in ("{", '{"stable": 9}', '{"Stable!": 1}', "[1]"):
+            label(wrong)
+            time.sleep(0.3)
+            assert version_of(client) == version_of(client, "stable") == "1"
+        with pytest.raises(grpc.RpcError) as caught:
+            version_of(client, "beta")
+        assert "is 'beta'; allowed: '1', '2', 'canary', 'stable', or none" in caught.value.details()
+        label('{"stable": 2}')
+        until(lambda: version_of(client) == "2")
+
+
+def test_models_come_and_go(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
+    put(bundle, repository, 4, "other")
+    with Client(polling.address) as client:
+        until(lambda: ("other", "4") in index(polling))
+        assert version_of(client, model="other") == "4"
+        with pytest.raises(grpc.RpcError) as caught:
+            version_of(client)
+        assert caught.value.details() == "model is empty; allowed: one of 'fashion_mnist', 'other'"
+        shutil.rmtree(repository / "other")
+        until(lambda: set(index(polling)) == {("fashion_mnist", "1")})
+        assert version_of(client) == "1"
+
+
+def test_clients_load_and_unload_only_where_they_may(repository: Path, bundle: Bundle) -> None:
+    load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
+
+    def calls(server: ServerProcess, name: str) -> list[tuple[str, str]]:
+        found = []
+        with grpc.insecure_channel(server.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            for call, request in (
+                (stub.RepositoryModelUnload, unload(model_name=name)),
+                (stub.RepositoryModelLoad, load(model_name=name)),
+            ):
+                try:
+                    call(request, timeout=20)
+                    found.append(("OK", ""))
+                except grpc.RpcError as error:
+                    found.append((error.code().name, error.details()))
+        return found
+
+    closed = start_server(repository)
+    try:
+        sentence = "models cannot be loaded or unloaded by clients: --model-control is 'none'; allowed: 'explicit'"
+        assert calls(closed, "fashion_mnist") == [("PERMISSION_DENIED", sentence)] * 2
+    finally:
+        assert stop_server(closed) == 0
+    server = start_server(repository, "--model-control", "explicit")
+    try:
+        with Client(server.address) as client:
+            put(bundle, repository, 2)
+            assert version_of(client) == "1"
+            assert calls(server, "fashion_mnist") == [("OK", "")] * 2
+            assert version_of(client) == "2"
+            assert [code for code, _ in calls(server, "resnet")] == ["NOT_FOUND", "NOT_FOUND"]
+            breaks(put(bundle, repository, 3))
+            code, reason = calls(server, "fashion_mnist")[1]
+            assert code == "UNAVAILABLE"
+            assert "dispatch.fp32.onnx has 1000 bytes" in reason
+    finally:
+        assert stop_server(server) == 0
+
+
+def test_an_older_version_is_served_rather_than_none(repository: Path, bundle: Bundle) -> None:
+    breaks(put(bundle, repository, 2))
+    done = run_module("service", "--repository", str(repository), "--port", "0", "--metrics-port", "0")
+    assert done.returncode == 1, "started once and for all, everything must work"
+    assert "dispatch.fp32.onnx has 1000 bytes" in done.stderr
+    running = start_server(repository, *POLL)
+    try:
+        with Client(running.address) as client:
+            assert version_of(client) == "1"
+    finally:
+        assert stop_server(running) == 0
+
+
+def test_policies(repository: Path, bundle: Bundle) -> None:
+    for version in (2, 5, 10):
+        (repository / "fashion_mnist" / str(version)).mkdir()
+    (repository / "fashion_mnist" / "labels.json").write_text('{"stable": 2}')
+    shelf = scan(repository)["fashion_mnist"]
+    assert wanted("latest", shelf) == [2, 10]
+    assert wanted("latest:2", shelf) == [2, 5, 10]
+    assert wanted("all", shelf) == [1, 2, 5, 10]
+    assert wanted("1,7", shelf) == [1, 2]
+
+
+def test_a_folder_that_is_not_what_its_name_says_is_refused(repository: Path, bundle: Bundle, tmp_path: Path) -> None:
+    (repository / "fashion_mnist" / "1").rename(repository / "fashion_mnist" / "2")
+    done = run_module("service", "--repository", str(repository), "--port", "0", "--metrics-port", "0")
+    assert done.returncode == 1
+    assert "the manifest says 'fashion_mnist' version 1; allowed: 'fashion_mnist' version 2" in done.stderr
+    outside = put(bundle, tmp_path / "outside", 1)
+    inside = tmp_path / "inside" / "fashion_mnist"
+    inside.mkdir(parents=True)
+    (inside / "1").symlink_to(outside)
+    with pytest.raises(BundleError, match=r"resolves to .*/outside/.*, outside .*/inside"):
+        scan(tmp_path / "inside")

@@ -1,0 +1,115 @@
+"""Who is let in: the real server with certificates that are right, wrong, expired, missing and replaced."""
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+
+from service.client import Client
+
+BAG = next((SAMPLES / "Bag").glob("*.png"))
+
+
+def write(folder: Path, certificate: trustme.LeafCert) -> None:
+    """As one would replace it: each file at once."""
+    for name, blob in (
+        ("server.pem", certificate.cert_chain_pems[0]),
+        ("server.key", certificate.private_key_pem),
+    ):
+        (folder / f"{name}.part").write_bytes(blob.bytes())
+        (folder / f"{name}.part").rename(folder / name)
+
+
+def asks(server: ServerProcess, ca: trustme.CA, own: trustme.LeafCert | None = None) -> str:
+    """The status of one call by a client that trusts `ca` and shows its own certificate."""
+    shown = (own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()) if own else (None, None)
+    credentials = grpc.ssl_channel_credentials(ca.cert_pem.bytes(), *shown)
+    try:
+        with Client(server.address, 5, credentials) as client:
+            client.predict([BAG.read_bytes()], profile="Bag")
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, ca: trustme.CA) -> Path:
+    write(tmp_path, ca.issue_cert("127.0.0.1"))
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ServerProcess]:
+    running = start_server(
+        MODELS, "--tls-certificate", str(folder / "server.pem"), "--tls-key", str(folder / "server.key")
+    )
+    yield running
+    assert stop_server(running) == 0
+
+
+def test_clients_that_trust_the_authority_get_in_and_others_do_not(server: ServerProcess, ca: trustme.CA) -> None:
+    assert asks(server, ca) == "OK"
+    assert asks(server, trustme.CA()) == "UNAVAILABLE"
+    with Client(server.address, 5) as plain, pytest.raises(grpc.RpcError) as caught:
+        plain.predict([BAG.read_bytes()])
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert server.page("readyz") == "OK\n", "probes need no certificate"
+
+
+def test_a_replaced_certificate_is_used_and_a_torn_one_is_not(
+    server: ServerProcess, folder: Path, ca: trustme.CA
+) -> None:
+    other = trustme.CA()
+    write(folder, other.issue_cert("127.0.0.1"))
+    until(lambda: asks(server, other) == "OK")
+    assert asks(server, ca) == "UNAVAILABLE"
+    (folder / "server.pem").unlink()
+    assert asks(server, other) == "OK"
+
+
+def test_with_an_authority_of_clients_only_theirs_get_in(folder: Path, ca: trustme.CA) -> None:
+    clients = trustme.CA()
+    clients.cert_pem.write_to_path(str(folder / "clients.pem"))
+    flags = {"--tls-certificate": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "clients.pem"}
+    running = start_server(MODELS, *(part for flag, name in flags.items() for part in (flag, str(folder / name))))
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    try:
+        mine = clients.issue_cert("client")
+        assert asks(running, ca, mine) == "OK"
+        assert asks(running, ca) == "UNAVAILABLE", "no certificate"
+        assert asks(running, ca, ca.issue_cert("client")) == "UNAVAILABLE", "of another authority"
+        expired = clients.issue_cert("client", not_after=yesterday)
+        assert asks(running, ca, expired) == "UNAVAILABLE", "expired"
+        ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+        mine.private_key_pem.write_to_path(str(folder / "mine.key"))
+        mine.cert_chain_pems[0].write_to_path(str(folder / "mine.pem"))
+        tls = ("--tls-ca", "ca.pem", "--tls-certificate", "mine.pem", "--tls-key", "mine.key")
+        paths = [part if part.startswith("--") else str(folder / part) for part in tls]
+        done = run_module("service.client", "predict", str(BAG), "--address", running.address, *paths)
+        assert done.returncode == 0, done.stderr
+        assert "Bag" in done.stdout
+    finally:
+        assert stop_server(running) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tls-key", "x.key"), "--tls-certificate and --tls-key belong together; allowed: both or none"),
+        (("--tls-client-ca", "x.pem"), "--tls-client-ca is given without --tls-certificate and --tls-key"),
+        (("--tls-certificate", "none.pem", "--tls-key", "none.key"), "none.pem"),
+    ],
+)
+def test_half_a_setting_or_a_missing_file_is_refused(flags: tuple[str, ...], message: str) -> None:
+    done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0", *flags)
+    assert done.returncode != 0
+    assert message in done.stderr
