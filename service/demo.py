@@ -72,7 +72,9 @@ def main() -> int:
         print(f"\nFrom {metrics}:")
         print(
             "\n".join(
-                lines[:1] + [line for line in lines if "heads_kept" in line][-2:] + [x for x in lines if "macs" in x]
+                lines[:1]
+                + [line for line in lines if line.startswith("steervit_heads_kept")][-2:]
+                + [x for x in lines if "macs" in x]
             )
         )
     print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")

@@ -396,12 +396,12 @@ def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.heads", description=__doc__.split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="DeiT-S, batch 8, 2 threads, usage 1 and 1/3 alone")
-    parser.add_argument("--rounds", type=int, default=5, help="of every cell (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="of every cell (default: 5, with --quick 4)")
     parser.add_argument("--seconds", type=float, default=0.2, help="a cell and round at least (default: %(default)s)")
     options = parser.parse_args()
     rows: list[Row] = []
     for model, cells in plan(options.quick):
-        rows += measure(model, cells, options.rounds, options.seconds)
+        rows += measure(model, cells, options.rounds or (4 if options.quick else 5), options.seconds)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "heads.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     plot(rows, OUT / "heads.png")
