@@ -3,7 +3,7 @@ python -m export verify <bundle>                         is a bundle whole, and 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from export.bundle import PRECISIONS, Bundle, BundleError
@@ -97,14 +97,14 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         return None
 
 
-def _listed(allowed: Sequence[str]) -> "type":
+def _listed(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(text.split(","))
         if not set(names) <= set(allowed) or len(set(names)) < len(names):
             raise argparse.ArgumentTypeError(f"{text!r}; allowed: some of {','.join(allowed)}, each once")
         return names
 
-    return parse  # type: ignore[return-value]
+    return parse
 
 
 if __name__ == "__main__":

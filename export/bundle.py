@@ -12,6 +12,7 @@ Standard library and numpy only: the server imports this module.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -232,6 +233,18 @@ def load_golden(folder: Path, precision: str) -> Golden:
             )
     except (OSError, KeyError, ValueError) as error:
         raise BundleError(f"{folder / 'golden.npz'}: {error}") from error
+
+
+def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
+    """golden.npz, by precision; all of them have the same inputs."""
+    arrays: dict[str, NDArray[Any]] = dict(next(iter(golden.values())).inputs)
+    for precision, rows in golden.items():
+        arrays |= {f"{precision}.{name}": value for name, value in rows.outputs.items()}
+        arrays[f"{precision}.tolerance"] = np.array(rows.tolerance)
+        arrays[f"{precision}.margin"] = np.array(rows.margin)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def is_bundle(folder: Path) -> bool:

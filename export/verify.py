@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
 from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
 from export.session import Arrays, open_session
@@ -25,9 +26,9 @@ def verify(folder: Path) -> Bundle:
         except Exception as error:  # onnxruntime raises its own kinds, none of them documented
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
 
-        def run(inputs: Arrays, session: object = session) -> Arrays:
+        def run(inputs: Arrays, session: onnxruntime.InferenceSession = session) -> Arrays:
             names = ["logits", "gate_logit"]
-            return dict(zip(names, session.run(names, inputs), strict=True))  # type: ignore[attr-defined]
+            return dict(zip(names, session.run(names, inputs), strict=True))
 
         worst = check_golden(run, load_golden(folder, graph.precision), path)
         print(f"{graph.file}: golden rows within {worst:.2g} (allowed: {graph.certificate['logit_tolerance']:g})")

@@ -1,6 +1,5 @@
 """A run folder in, a bundle out."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import save as safetensors
 
 from export.builder import OPSET, save
@@ -23,6 +21,7 @@ from export.bundle import (
     Manifest,
     Site,
     gates_sae_digest,
+    golden_bytes,
     load_bundle,
     versions,
     write_bundle,
@@ -109,7 +108,7 @@ def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
     )
     contents["profiles.json"] = (json.dumps(profiles_to_json(source.profiles), indent=1) + "\n").encode()
     contents["sae.safetensors"] = safetensors(weights)
-    contents["golden.npz"] = _npz(golden)
+    contents["golden.npz"] = golden_bytes(golden)
     return load_bundle(write_bundle(repository, manifest, contents))
 
 
@@ -208,14 +207,3 @@ def _results(run: Run) -> dict[str, Any]:
         raise RunError(f"{path} is missing: run the step 'evaluate' first")
     value: dict[str, Any] = json.loads(path.read_text())
     return value
-
-
-def _npz(golden: Mapping[str, Golden]) -> bytes:
-    arrays: dict[str, NDArray[Any]] = dict(next(iter(golden.values())).inputs)
-    for precision, rows in golden.items():
-        arrays |= {f"{precision}.{name}": value for name, value in rows.outputs.items()}
-        arrays[f"{precision}.tolerance"] = np.array(rows.tolerance)
-        arrays[f"{precision}.margin"] = np.array(rows.margin)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()

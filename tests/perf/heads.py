@@ -381,13 +381,15 @@ def plot(rows: list[Row], path: Path) -> None:
             dense = min((r.ratio_to_dense for r in base if r.variant in PLAIN), default=None)
             axis.plot(usage, [r.ratio_to_dense for r in points], "o-", color=colour, label=f"dispatch {precision}")
             if dense is not None:
-                axis.plot(usage, [r.ideal * dense for r in points], ":", color=colour, label="  if time followed MACs")
+                axis.plot(
+                    usage, [r.ideal * dense for r in points], ":", color=colour, label=f"{precision}, ideal by MACs"
+                )
         axis.set(title=f"batch {batch}", xlabel="head usage", xlim=(0, 1.05), ylim=(0, 1.15))
         axis.axhline(1, color="#888", lw=0.8)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("time / fastest plain fp32 model")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle("DeiT-S, 224 px, 11 of 12 blocks gated, random gates, 2 threads", fontsize=10)
+    axes[0][0].legend(frameon=False, fontsize=7, loc="lower left", ncols=2, columnspacing=1.0)
+    figure.suptitle("DeiT-S, 224 px, 11 of 12 blocks gated,\nrandom gates, 2 threads", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -21,9 +21,18 @@ import torch
 from safetensors.numpy import save
 
 from export.builder import OPSET
-from export.bundle import Graph, Macs, Manifest, Site, gates_sae_digest, load_bundle, versions, write_bundle
+from export.bundle import (
+    Graph,
+    Macs,
+    Manifest,
+    Site,
+    gates_sae_digest,
+    golden_bytes,
+    load_bundle,
+    versions,
+    write_bundle,
+)
 from export.certify import Reference, steerings
-from export.write import _npz
 from service.engine import Engine
 from service.load import Load, Report, run
 from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, deit_s
@@ -69,7 +78,7 @@ def deit_bundle() -> Path:
     contents |= {
         "profiles.json": json.dumps(profiles_to_json(profiles)).encode(),
         "sae.safetensors": save(weights),
-        "golden.npz": _npz(reference.golden({"fp32": contents["masked.fp32.onnx"]}, 4)),
+        "golden.npz": golden_bytes(reference.golden({"fp32": contents["masked.fp32.onnx"]}, 4)),
     }
     manifest = Manifest(
         name="deit_s", version=1, labels=tuple(f"c{i}" for i in range(1000)), image=spec,
