@@ -28,22 +28,26 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path: Path) -> None:
-    """Killed five times, each at a random moment after it had saved a state of its own."""
+@pytest.mark.parametrize(
+    ("kills", "save_every", "delay"), [(5, 0.2, 0.6), (3, 600, 0)], ids=["at random", "after each phase"]
+)
+def test_a_killed_training_ends_as_one_left_alone(tmp_path: Path, kills: int, save_every: float, delay: float) -> None:
+    """Killed up to `delay` seconds after it had saved a state of its own, and started again."""
     flags = [*TINY, "--data.max-train=4000", "--vit.backbone-epochs=3"]
     alone = run_module("training", "vit", *flags, "--out", str(tmp_path / "alone"))
     assert alone.returncode == 0, alone.stderr[-2000:]
-    command = [sys.executable, "-m", "training", "vit", *flags, "--save-every=0.2", "--out", str(tmp_path / "killed")]
+    flags += [f"--save-every={save_every}", "--out", str(tmp_path / "killed")]
     draw, saved = random.Random(5), tmp_path / "killed" / "vit.state.safetensors"
-    for _ in range(5):
+    for _ in range(kills):
         before = saved.stat().st_mtime_ns if saved.exists() else 0
+        command = [sys.executable, "-m", "training", "vit", *flags]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.6))
+        time.sleep(draw.uniform(0, delay))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    finished = run_module("training", "vit", *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
     one, two = (load_file(tmp_path / name / "vit.safetensors") for name in ("alone", "killed"))
     assert one.keys() == two.keys()

@@ -27,7 +27,7 @@ from training.gated_vit import (
 )
 from training.image_spec import ImageSpec
 from training.macs import count
-from training.phases import Phase, run_phase
+from training.phases import Phase, State, run_phase
 
 OF_BACKBONE = (
     "model", "weights", "pretrained", "dim", "depth", "heads", "patch", "unpadded", "mlp_ratio",
@@ -53,6 +53,8 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
         model.load_state_dict(_shared_backbone(vit.backbone, settings), strict=False)
     first = state[1]["phase"] if state else int(vit.backbone is not None)
     curves: list[dict[str, Any]] = state[1]["curves"] if state else []
+    if state:  # it may have been saved after the last phase
+        _load(model, state)
     if first == 1 and state is None:
         run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
         processes.wait()
@@ -66,7 +68,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
         processes.wait()
         state = run.read_state("vit", fingerprint)  # every process goes on from what process 0 has written
         assert state is not None
-        model.load_state_dict({k.removeprefix("model."): v for k, v in state[0].items()})
+        _load(model, state)
     model.eval().requires_grad_(False)
     if processes.is_main():
         _finish(settings, data, run, model, curves)
@@ -77,6 +79,10 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
 def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     backbone = create_vit(settings, spec, classes)
     return GatedVit(backbone, parse_gated_blocks(settings.gated_blocks, len(backbone.blocks)), spec)
+
+
+def _load(model: GatedVit, state: State) -> None:
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state[0].items() if k.startswith("model.")})
 
 
 def load_vit(run: Run) -> GatedVit:

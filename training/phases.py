@@ -44,15 +44,20 @@ def run_phase(
     state: State | None,
     curves: list[dict[str, Any]],
 ) -> None:
-    """Train `model` through one phase, from `state` if given; it ends with the averaged weights."""
+    """Train `model` through one phase; it ends with the averaged weights.
+
+    state: what `model` was loaded from, if it goes on from one.
+    """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
     model.train(phase.backbone_rate > 0)
+    # the others may hold gradients of the phase before
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wrapped = processes.parallel(model)
     average = ModelEmaV3(model, decay=vit.ema_decay, use_warmup=True)
     start = state[1]["step"] if state else 0
     if state:
-        _restore(state[0], model, average.module, optimizer)
+        _restore(state[0], average.module, optimizer)
     total = steps(data.train, vit.batch_size, phase.epochs)
     schedule = _schedule(optimizer, vit.schedule, total)
     saved = time.monotonic()
@@ -93,7 +98,7 @@ def run_phase(
             loss = loss + vit.distillation_weight * divergence + vit.usage_weight * (used - goal).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         average.update(model, step)
         if step % 20 == 0 or step == total - 1:
@@ -168,13 +173,10 @@ def _state(model: GatedVit, average: torch.nn.Module, optimizer: torch.optim.Opt
     return tensors
 
 
-def _restore(
-    tensors: dict[str, Tensor], model: GatedVit, average: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def _restore(tensors: dict[str, Tensor], average: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
-    model.load_state_dict(part("model"))
     if "average" not in {key.partition(".")[0] for key in tensors}:  # saved between two phases
         average.load_state_dict(part("model"))
         return
