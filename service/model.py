@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,15 +56,25 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued
-        )
+        this = weakref.ref(self)  # metrics outlive a model, and must not keep its session in memory
+
+        def queued() -> int:
+            model = this()
+            return model.batcher.queued if model else 0
+
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, queued)
+        counted, statistics = self._metrics, self.statistics
+
+        def count_batch(stats: BatchStats) -> None:  # not a method, so that no cycle keeps the session until it is found
+            counted.batch(stats)
+            statistics.batch(stats.images, stats.seconds)
+
         self.batcher = Batcher(
             self.engine,
             settings.max_batch,
             settings.max_delay_ms / 1000,
             settings.max_queue,
-            self._count_batch,
+            count_batch,
             self._metrics.dropped,
             bundle.manifest.name,
         )
@@ -177,10 +188,6 @@ class Model:
     def _count(self, steering: Steering, answer: Answer) -> None:
         near = int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum())
         self._metrics.answered(_label(steering), answer.head_gate, near)
-
-    def _count_batch(self, stats: BatchStats) -> None:
-        self._metrics.batch(stats)
-        self.statistics.batch(stats.images, stats.seconds)
 
 
 def _label(steering: Steering) -> str:

@@ -84,9 +84,9 @@ class Repository:
 
         Raises NotFound or InvalidRequest.
         """
-        if not name:
-            if len(self._loaded) != 1:
-                raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
+        if not name and len(self._loaded) > 1:
+            raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
+        if not name and self._loaded:
             name = next(iter(self._loaded))
         if name not in self._loaded:
             raise NotFound(f"model is {name!r}; allowed: {self._names()}")
@@ -240,4 +240,4 @@ class Repository:
         loaded.labels = kept | {label: version for label, version in shelf.labels.items() if version in loaded.models}
 
     def _names(self) -> str:
-        return ", ".join(repr(name) for name in sorted(self._loaded))
+        return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"

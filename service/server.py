@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from export.bundle import Bundle
 from service.config import Settings
-from service.errors import STATUS, Overloaded, RequestError
+from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
 from service.pb import open_inference_pb2, steering_pb2
@@ -68,10 +69,10 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None or details.method not in METHODS:
             return handler
 
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(message: bytes, context: Any) -> Any:
             start, code = time.perf_counter(), "OK"
             try:
-                return await handler.unary_unary(request, context)
+                return await handler.unary_unary(_parsed(message, handler.request_deserializer), context)
             except RequestError as error:
                 code = STATUS[type(error)].name
                 await context.abort(STATUS[type(error)], str(error), _trailers(error))
@@ -85,7 +86,18 @@ class Guard(grpc.aio.ServerInterceptor):
             finally:
                 self._metrics.request(details.method, code, time.perf_counter() - start)
 
-        return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
+        # read in `guarded`, so that what cannot be read is answered and counted like any other bad request
+        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+
+def _parsed(message: bytes, deserializer: Callable[[bytes], Any]) -> Any:
+    try:
+        return deserializer(message)
+    except DecodeError as error:
+        kind = str(error).partition("'")[2].partition("'")[0] or "protobuf"
+        raise InvalidRequest(
+            f"the request is not a {kind} message ({len(message)} bytes that cannot be read); allowed: its binary form"
+        ) from error
 
 
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
