@@ -113,10 +113,14 @@ class Repository:
         """Follow the folder until cancelled."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            try:
-                await self.refresh()
-            except (BundleError, OSError) as error:
-                log.error("the repository cannot be read, so all stays as it is: %s", error)
+            await self.look()
+
+    async def look(self) -> None:
+        """As refresh, but a folder that cannot be read is only told of."""
+        try:
+            await self.refresh()
+        except (BundleError, OSError) as error:
+            log.error("the repository cannot be read, so all stays as it is: %s", error)
 
     async def refresh(self, only: str | None = None) -> dict[str, Loaded]:
         """Make what is loaded what the folder says. only: this model. Returns what became of each.

@@ -60,6 +60,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
+        self.accepted = self.answered = 0
+        """Calls whose handler was entered, and those of them that were not cancelled before they had an answer."""
         metrics.known_methods(METHODS)
 
     async def intercept_service(
@@ -71,6 +73,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async def guarded(message: bytes, context: Any) -> Any:
             start, code = time.perf_counter(), "OK"
+            self.accepted += 1
             try:
                 return await handler.unary_unary(_parsed(message, handler.request_deserializer), context)
             except RequestError as error:
@@ -84,6 +87,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 log.exception("%s failed", details.method)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says more")
             finally:
+                self.answered += code != "CANCELLED"
                 self._metrics.request(details.method, code, time.perf_counter() - start)
 
         # read in `guarded`, so that what cannot be read is answered and counted like any other bad request
@@ -124,6 +128,7 @@ class Server:
         self._read_profiles()
         self._health = health.aio.HealthServicer()
         self._watching: list[asyncio.Task[None]] = []
+        self._guard = Guard(self._metrics)
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
@@ -131,7 +136,7 @@ class Server:
         settings = self._settings
         age = round(1000 * settings.max_connection_age_seconds)
         self._server = grpc.aio.server(
-            interceptors=[Guard(self._metrics)],
+            interceptors=[self._guard],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb * 2**20),
                 ("grpc.max_send_message_length", settings.max_message_mb * 2**20),
@@ -180,6 +185,14 @@ class Server:
         if self._profiles.refresh(self._bundles()):
             self._repository.use_profiles()
 
+    async def reload(self) -> None:
+        """Look at what is followed anyway at once: the profile folder; with --model-control poll, the repository."""
+        log.info("looking at the folders")
+        if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
+            self._repository.use_profiles()
+        if self._settings.model_control == "poll":
+            await self._repository.look()
+
     async def stop(self) -> None:
         """Say so, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything."""
         self.ready = False
@@ -187,6 +200,8 @@ class Server:
         for task in self._watching:
             task.cancel()
         await self._server.stop(self._settings.drain_seconds)
+        accepted, answered = self._guard.accepted, self._guard.answered
+        log.info("stopped: %d calls accepted, %d answered, %d cancelled", accepted, answered, accepted - answered)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()
 
@@ -197,9 +212,14 @@ class Server:
 
 class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait to be accepted; of the 5 that are the default, probes would be turned away."""
 
 
 class _QuietHandler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds for a request to arrive: a connection that says nothing does not hold a thread for ever."""
+
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
 

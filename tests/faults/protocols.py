@@ -74,9 +74,7 @@ class Protocol:
     read: Callable[[Any, Bundle], Read]
 
     def call(self, channel: grpc.Channel) -> Any:
-        return channel.unary_unary(
-            self.path, lambda message: message.SerializeToString(), self.response.FromString
-        )
+        return channel.unary_unary(self.path, lambda message: message.SerializeToString(), self.response.FromString)
 
     def __str__(self) -> str:
         return self.name.replace(" ", "")

@@ -23,6 +23,7 @@ client ([faults/traffic.py](faults/traffic.py)) asks correctly all the time, and
 
 A status is followed by the sentence that comes with it, or a part of that. Numbers in it are those of the test.
 """
+COLUMNS = "| fault | protocol | what the client sees | test |\n|---|---|---|---|"
 
 
 @dataclass(frozen=True, order=True)
@@ -71,7 +72,11 @@ def table(shown: set[Shown]) -> str:
     for entry in sorted(shown, key=lambda entry: (list(FAULTS).index(entry.fault), entry.protocol == "", entry)):
         if entry.fault.split(": ")[0] != group:
             group = entry.fault.split(": ")[0]
-            lines += [f"## {group.capitalize()}\n", "| fault | protocol | what the client sees | test |", "|---|---|---|---|"]
+            lines += [
+                f"## {group.capitalize()}\n",
+                "| fault | protocol | what the client sees | test |",
+                "|---|---|---|---|",
+            ]
         file, function = entry.test.split("::")
         name, sees = entry.fault.partition(": ")[2], entry.sees.replace("|", "\\|")
         lines.append(f"| {name} | {entry.protocol} | {sees} | [{function}]({file}) |")

@@ -102,7 +102,9 @@ def control(controlled: ServerProcess) -> Iterator[GRPCInferenceServiceStub]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=fault(f"bundle: {of}", f"on load UNAVAILABLE: `... {says}...`; the older version answers"))
+        pytest.param(
+            name, marks=fault(f"bundle: {of}", f"on load UNAVAILABLE: `... {says}...`; the older version answers")
+        )
         for name, (of, _, says) in BROKEN.items()
     ],
 )

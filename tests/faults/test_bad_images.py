@@ -76,7 +76,9 @@ REFUSED: dict[str, tuple[str, Callable[[Picture], bytes], str]] = {
 @pytest.mark.parametrize(
     ("protocol", "name"),
     [
-        pytest.param(p, name, id=f"{p}-{name}", marks=fault(f"request: {of}", f"INVALID_ARGUMENT: `... {says}`", p.name))
+        pytest.param(
+            p, name, id=f"{p}-{name}", marks=fault(f"request: {of}", f"INVALID_ARGUMENT: `... {says}`", p.name)
+        )
         for p in PROTOCOLS
         for name, (of, _, says) in REFUSED.items()
     ],
@@ -136,7 +138,12 @@ TAKEN: dict[str, tuple[Callable[[Picture], tuple[bytes, Picture]], str]] = {
     ],
 )
 def test_an_unusual_file_is_answered_as_the_pixels_that_one_sees(
-    protocol: Protocol, name: str, channel: grpc.Channel, traffic: Traffic, sample_pixels: NDArray[np.uint8], bundle: Bundle
+    protocol: Protocol,
+    name: str,
+    channel: grpc.Channel,
+    traffic: Traffic,
+    sample_pixels: NDArray[np.uint8],
+    bundle: Bundle,
 ) -> None:
     make, _ = TAKEN[name]
     file, seen = make(sample_pixels[10, :, :, 0])

@@ -74,8 +74,7 @@ def terms(
     shape = (1, sites, len(latents))
     latent, scales, shifts = np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32)
     latent[0, 0], scales[0, 0], shifts[0, 0] = latents, scale, shift
-    made = tensors(OIP.request(IMAGE, profile), {"latent": latent, "scale": scales, "shift": shifts})
-    return made
+    return tensors(OIP.request(IMAGE, profile), {"latent": latent, "scale": scales, "shift": shifts})
 
 
 def twice() -> oip.ModelInferRequest:
@@ -229,7 +228,9 @@ def marked(name: str, sees: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     "protocol",
-    marked("request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`"),
+    marked(
+        "request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`"
+    ),
 )
 def test_bytes_that_are_no_message_are_refused(protocol: Protocol, channel: grpc.Channel, traffic: Traffic) -> None:
     call = channel.unary_unary(protocol.path)

@@ -67,12 +67,12 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_inference(
 ) -> None:
     before, call = dropped(slow, "deadline", "cancelled"), protocol.call(channel)
     with undisturbed(slow):
-        patient = [call.future(protocol.request(many), timeout=60) for _ in range(3)]
-        until(lambda: waiting(slow) > 2000)
-        hasty = call.future(protocol.request(many), timeout=0.3)
+        patient = [call.future(protocol.request(many), timeout=60) for _ in range(6)]
+        until(lambda: waiting(slow) > 600)
+        hasty = call.future(protocol.request(many), timeout=0.7)
         assert hasty.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        until(lambda: dropped(slow, "deadline", "cancelled") - before >= 500, 5)
-        assert [len(protocol.read(each.result(), bundle).mask) for each in patient] == [300] * 3
+        until(lambda: dropped(slow, "deadline", "cancelled") > before)
+        assert [len(protocol.read(each.result(), bundle).mask) for each in patient] == [300] * 6
 
 
 @both("time: cancel in queue", "CANCELLED; what still waited is not run")
@@ -87,12 +87,12 @@ def test_a_call_that_is_cancelled_in_the_queue_costs_no_inference(
     before, call = dropped(slow, "cancelled"), protocol.call(channel)
     with undisturbed(slow):
         patient = call.future(protocol.request(many), timeout=60)
-        gone = [call.future(protocol.request(many), timeout=60) for _ in range(4)]
-        until(lambda: waiting(slow) > 4000)
+        gone = [call.future(protocol.request(many), timeout=60) for _ in range(6)]
+        until(lambda: waiting(slow) > 1000)
         for each in gone:
             each.cancel()
-        until(lambda: dropped(slow, "cancelled") - before > 3000, 2)
-        assert waiting(slow) <= 300
+        until(lambda: waiting(slow) <= 300)
+        assert dropped(slow, "cancelled") - before > 300
         assert len(protocol.read(patient.result(), bundle).mask) == 300
         with pytest.raises(grpc.FutureCancelledError):
             gone[0].result()
@@ -153,9 +153,9 @@ def test_large_calls_do_not_hold_up_small_ones(
     with undisturbed(slow):
         start = time.monotonic()
         calls = [call.future(V1.request(many), timeout=60) for _ in range(large)]
-        until(lambda: waiting(slow) > 300 * (large - 1))
+        until(lambda: waiting(slow) > 600)
         waits = []
-        while waiting(slow) > 500:
+        while waiting(slow) > 300:
             waits.append(call(V1.request(many[:1]), timeout=30).receipt.queue_seconds)
         assert [len(each.result().predictions) for each in calls] == [300] * large
         batch = (time.monotonic() - start) / (large * 300 / BATCH)
@@ -179,12 +179,12 @@ def test_a_killed_client_leaves_no_work_behind(slow: ServerProcess, undisturbed:
     with undisturbed(slow):
         client = holding(slow, 6, 300)
         try:
-            until(lambda: waiting(slow) > 4000)
+            until(lambda: waiting(slow) > 1000)
         finally:
             client.kill()
             client.communicate()
-        until(lambda: waiting(slow) < 100, 2)
-        assert dropped(slow, "cancelled") - before > 3000
+        until(lambda: waiting(slow) < 100)
+        assert dropped(slow, "cancelled") - before > 300
 
 
 @fault("time: slow reader", "its answers, when it reads them")
@@ -192,14 +192,14 @@ def test_a_client_that_does_not_read_holds_up_nobody(slow: ServerProcess, undist
     begun = slow.count("steervit_batch_size_images_sum")
     client = holding(slow, 8, 300)
     try:
-        until(lambda: slow.count("steervit_batch_size_images_sum") - begun + waiting(slow) >= 8000)
+        until(lambda: slow.count("steervit_batch_size_images_sum") - begun + waiting(slow) >= 2400)
         client.send_signal(signal.SIGSTOP)
         with undisturbed(slow) as other:
             until(lambda: waiting(slow) == 0, 60)
             other.check()
         client.send_signal(signal.SIGCONT)
         answered, _ = client.communicate(timeout=60)
-        assert answered == "8000\n"
+        assert answered == "2400\n"
     finally:
         client.kill()
         client.communicate()
