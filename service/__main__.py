@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
 from service.config import Settings
@@ -26,9 +28,13 @@ def main(arguments: Sequence[str]) -> int:
             shown = f"--{name} is {problem['input']!r}: {problem['msg']}" if name else problem["msg"]
             print(shown.removeprefix("Value error, "), file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+        if settings.log_format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     try:
         uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
@@ -38,12 +44,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    """Serve until SIGTERM or SIGINT, then answer what was accepted, unless a second one comes. SIGHUP: reload."""
+    _raise_file_limit()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps no hold of them
+
+    def reload() -> None:
+        task = loop.create_task(server.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
@@ -51,11 +66,25 @@ async def serve(settings: Settings) -> None:
         f"ready: grpc {settings.host}:{server.port}, metrics http://{settings.host}:{server.metrics_port}/metrics",
         flush=True,
     )
+    logging.getLogger("steervit").info(
+        "grpc on port %d%s, pages on port %d, batches of %d, a queue of %d images, model control %s", server.port,
+        " with TLS" if settings.tls_certificate else "", server.metrics_port, settings.max_batch, settings.max_queue,
+        settings.model_control,
+    )  # fmt: skip
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+    loop.remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system lets this process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch."""
+"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch.
+
+Calls take turns: of a call that is larger than a batch, one batch of images stands in the queue, and the next one joins
+its end when that is taken. So a small call waits for one batch of each call before it at most, however large they are.
+"""
 
 import asyncio
 import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +57,15 @@ class _Piece:
     """On the clock of time.monotonic; infinite: none."""
     arrived: float
     future: "asyncio.Future[tuple[Outputs, float]]"
+    following: "_Piece | None" = None
+    """What comes after it of the same call; not in the queue yet."""
+
+    def chain(self) -> "Iterator[_Piece]":
+        """This one and what comes after it."""
+        piece: _Piece | None = self
+        while piece:
+            yield piece
+            piece = piece.following
 
 
 Result = tuple[Outputs, float] | Exception
@@ -106,10 +119,12 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         step = self._max_batch
-        pieces = [
-            _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future())
-            for part in (slice(start, start + step) for start in range(0, len(images), step))
-        ]
+        first: _Piece | None = None
+        for start in reversed(range(0, len(images), step)):
+            part = slice(start, start + step)
+            first = _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future(), first)
+        assert first, "a call has images"
+        pieces = list(first.chain())
         with self._changed:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
@@ -118,7 +133,7 @@ class Batcher:
                     f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
                     "together. Try again later"
                 )
-            self._queue.extend(pieces)
+            self._queue.append(first)
             self._queued += len(images)
             self._changed.notify()
         futures = [piece.future for piece in pieces]
@@ -139,28 +154,34 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            start = time.monotonic()
-            try:
-                images = [piece.images for piece in batch]
-                outputs = self._engine.run(
-                    np.concatenate(images) if len(images) > 1 else images[0],
-                    stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
-                    any(piece.residual for piece in batch),
-                )
-            except (
-                Exception
-            ) as error:  # whatever the provider raises is the answer to these calls, not the end of the thread
-                _settle([(piece, error) for piece in batch])
-                continue
-            waited = tuple(start - piece.arrived for piece in batch)
-            self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
-            results: list[tuple[_Piece, Result]] = []
-            first = 0
-            for piece, seconds in zip(batch, waited, strict=True):
-                rows = slice(first, first + len(piece.images))
-                first = rows.stop
-                results.append((piece, (outputs.rows(rows), seconds)))
-            _settle(results)
+            self._run(batch)
+
+    def _run(self, batch: list[_Piece]) -> None:
+        """Run and answer them. When the provider fails, each alone: it may have been too much of one of them only."""
+        start = time.monotonic()
+        images = [piece.images for piece in batch]
+        try:
+            outputs = self._engine.run(
+                np.concatenate(images) if len(images) > 1 else images[0],
+                stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
+                any(piece.residual for piece in batch),
+            )
+        except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
+            if len(batch) == 1:
+                _settle([(batch[0], error)])
+                return
+            for piece in batch:
+                self._run([piece])
+            return
+        waited = tuple(start - piece.arrived for piece in batch)
+        self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
+        results: list[tuple[_Piece, Result]] = []
+        first = 0
+        for piece, seconds in zip(batch, waited, strict=True):
+            rows = slice(first, first + len(piece.images))
+            first = rows.stop
+            results.append((piece, (outputs.rows(rows), seconds)))
+        _settle(results)
 
     def _next_batch(self) -> list[_Piece]:
         """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""
@@ -181,8 +202,11 @@ class Batcher:
         batch: list[_Piece] = []
         count = 0
         while self._queue and count + len(self._queue[0].images) <= self._max_batch:
-            batch.append(self._queue.popleft())
-            count += len(batch[-1].images)
+            piece = self._queue.popleft()
+            batch.append(piece)
+            count += len(piece.images)
+            if piece.following:
+                self._queue.append(piece.following)
         self._queued -= count
         return batch
 
@@ -195,8 +219,9 @@ class Batcher:
             if not expired and not piece.future.cancelled():
                 kept.append(piece)
                 continue
-            self._queued -= len(piece.images)
-            self._on_drop("deadline" if expired else "cancelled", len(piece.images))
+            count = sum(len(part.images) for part in piece.chain())
+            self._queued -= count
+            self._on_drop("deadline" if expired else "cancelled", count)
             if expired:
                 late = Expired("the deadline passed while the images waited; allow more time or send fewer")
                 _settle([(piece, late)])

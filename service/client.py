@@ -84,19 +84,19 @@ class Client:
         self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout = timeout
 
-    def predict(self, images: Images, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
+    def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """top_k: classes to return; 0: five."""
         request = filled(pb.PredictRequest(top_k=top_k), images, asked)
         answer: pb.PredictResponse = self._stub.Predict(request, timeout=self._timeout)
         return answer
 
-    def compare(self, images: Images, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
+    def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         """The images unsteered and steered, side by side."""
         request = filled(pb.CompareRequest(top_k=top_k), images, asked)
         answer: pb.CompareResponse = self._stub.Compare(request, timeout=self._timeout)
         return answer
 
-    def explain(self, images: Images, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
+    def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
         """Which latents are active, and what each does to the gates. latents: of each site; 0: ten."""
         request = filled(pb.ExplainRequest(latents=latents), images, asked)
         answer: pb.ExplainResponse = self._stub.Explain(request, timeout=self._timeout)
@@ -141,17 +141,17 @@ class AsyncClient:
         self.stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout = timeout
 
-    async def predict(self, images: Images, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
+    async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         request = filled(pb.PredictRequest(top_k=top_k), images, asked)
         answer: pb.PredictResponse = await self.stub.Predict(request, timeout=self._timeout)
         return answer
 
-    async def compare(self, images: Images, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
+    async def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         request = filled(pb.CompareRequest(top_k=top_k), images, asked)
         answer: pb.CompareResponse = await self.stub.Compare(request, timeout=self._timeout)
         return answer
 
-    async def explain(self, images: Images, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
+    async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
         request = filled(pb.ExplainRequest(latents=latents), images, asked)
         answer: pb.ExplainResponse = await self.stub.Explain(request, timeout=self._timeout)
         return answer

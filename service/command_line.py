@@ -41,9 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
     load_options = of_images["load"].add_argument
     load_options("--concurrency", type=int, default=16, help="calls at a time (default %(default)s)")
-    load_options(
-        "--rate", type=float, default=0.0, help="calls a second, instead of --concurrency"
-    )
+    load_options("--rate", type=float, default=0.0, help="calls a second, instead of --concurrency")
     load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
     load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
     load_options("--json", action="store_true", help="the report as JSON")
@@ -79,9 +77,9 @@ def main(arguments: Sequence[str]) -> int:
             if options.command == "compare":
                 print(compare_table(names, client.compare(images, **asked)))
             elif options.command == "explain":
-                print(explain_table(names, client.explain(images, options.latents, **asked)))
+                print(explain_table(names, client.explain(images, latents=options.latents, **asked)))
             else:
-                print(predict_table(names, client.predict(images, options.top_k, **asked)))
+                print(predict_table(names, client.predict(images, top_k=options.top_k, **asked)))
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 1

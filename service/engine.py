@@ -101,7 +101,8 @@ class Engine:
         self.graph = choose_graph(bundle, self.provider, graph)
         self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
-        options = session_options(self.graph.attention, threads or usable_cpus())
+        self.threads = threads or usable_cpus()
+        options = session_options(self.graph.attention, self.threads)
         self.session = _open(path, self.provider, options, device, gpu_memory_mb)
         golden = load_golden(bundle.folder, self.graph.precision)
         check_golden(self._answers, golden, path)  # right, and warm for small batches

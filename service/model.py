@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,11 +22,13 @@ from service.explain import Explainer, Explanation
 from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
-from service.steering import Steering, joined, resolve
-from training.steering import NEUTRAL, Terms
+from service.steering import Steering, from_tensors, joined, resolve
+from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
 """Steerings kept: profile x strength."""
+DECODE_SECONDS = 0.01
+"""How long a call decodes before it is another's turn."""
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 """uint8 (B, height, width, channels), or a decoder an image, each of which gives one."""
 
@@ -53,15 +56,25 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued
-        )
+        this = weakref.ref(self)  # metrics outlive a model, and must not keep its session in memory
+
+        def queued() -> int:
+            model = this()
+            return model.batcher.queued if model else 0
+
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, queued)
+        counted, statistics = self._metrics, self.statistics
+
+        def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
+            counted.batch(stats)
+            statistics.batch(stats.images, stats.seconds)
+
         self.batcher = Batcher(
             self.engine,
             settings.max_batch,
             settings.max_delay_ms / 1000,
             settings.max_queue,
-            self._count_batch,
+            count_batch,
             self._metrics.dropped,
             bundle.manifest.name,
         )
@@ -122,6 +135,15 @@ class Model:
             self._resolved[key] = found
         return self._resolved[key]
 
+    async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
+        """Each image's own terms, checked; in the pool, as they may be very many."""
+        self._in_flight += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, from_tensors, self.bundle, arrays, strength)
+        finally:
+            self._in_flight -= 1
+
     def use(self, profiles: Profiles) -> None:
         """Serve these beside the bundle's own from now on; calls that are in here already are not disturbed."""
         self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
@@ -162,9 +184,12 @@ class Model:
         return answer
 
     async def _decode(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-        """In the pool: nothing that takes long may run on the event loop."""
+        """In the pool, a slice of time after the other: calls take turns, and one whose client has gone is left."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: np.stack([decode() for decode in decoders]))
+        decoded: list[NDArray[np.uint8]] = []
+        while len(decoded) < len(decoders):
+            decoded += await loop.run_in_executor(self._pool, _decode_some, decoders[len(decoded) :])
+        return np.stack(decoded)
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
@@ -174,9 +199,15 @@ class Model:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
-    def _count_batch(self, stats: BatchStats) -> None:
-        self._metrics.batch(stats)
-        self.statistics.batch(stats.images, stats.seconds)
+
+def _decode_some(decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> list[NDArray[np.uint8]]:
+    """The first of them, one or more: as many as DECODE_SECONDS allow."""
+    end, decoded = time.perf_counter() + DECODE_SECONDS, []
+    for decode in decoders:
+        decoded.append(decode())
+        if time.perf_counter() > end:
+            break
+    return decoded
 
 
 def _label(steering: Steering) -> str:

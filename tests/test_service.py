@@ -66,7 +66,7 @@ def test_neutral_steering_of_every_kind_equals_none_exactly(client: Client, samp
     terms = {0: (SteeringTerm(4), SteeringTerm(1)), 2: (SteeringTerm(7),)}
     for neutral in (
         client.predict(files, profile="Shirt", strength=0.0, top_k=10),
-        client.predict(files, "", terms, top_k=10),
+        client.predict(files, terms=terms, top_k=10),
     ):
         assert neutral.predictions == plain.predictions
         assert neutral.receipt.steering_digest == plain.receipt.steering_digest
