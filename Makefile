@@ -6,9 +6,9 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist prometheus
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ format: .venv/.dev  ## Rewrite the code in the project's format
 
 proto: .venv/.dev  ## Generate service/pb from proto/
 	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto service/pb/open_inference.proto
+
+dashboards: .venv/.dev  ## Write deploy/dashboards/*.json from the Python beside them
+	$(RUN) -m deploy.dashboards
 
 train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0

@@ -4,7 +4,6 @@ import asyncio
 import math
 import random
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,13 +55,9 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        this = weakref.ref(self)  # metrics outlive a model, and must not keep its session in memory
-
-        def queued() -> int:
-            model = this()
-            return model.batcher.queued if model else 0
-
-        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, queued)
+        self._metrics: ModelMetrics = metrics.for_model(
+            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued, settings.max_queue
+        )
         counted, statistics = self._metrics, self.statistics
 
         def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
