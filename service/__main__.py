@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from export.bundle import BundleError
 from service.config import Settings
 from service.engine import EngineError
 from service.server import Server
+
+STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,10 +40,11 @@ def main(arguments: Sequence[str]) -> int:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    _end_at_once_on_signals()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP:
         loop.add_signal_handler(number, stop.set)
     await server.start()
     print(
@@ -48,10 +52,18 @@ async def serve(settings: Settings) -> None:
         flush=True,
     )
     await stop.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP:
         loop.remove_signal_handler(number)
+    _end_at_once_on_signals()
     logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
+
+
+def _end_at_once_on_signals() -> None:
+    """What the kernel does by default, except for a container's process 1: that one must do it itself."""
+    if os.getpid() == 1:
+        for number in STOP:
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 if __name__ == "__main__":
