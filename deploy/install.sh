@@ -5,7 +5,7 @@
 #   install.sh dependencies LOCK FOLDER      a virtual environment with the wheels that LOCK names, hash by hash
 #   install.sh application SOURCE FOLDER     the packages service, export and training of SOURCE
 #
-# Needs Python with venv, and PyPI. Writes FOLDER and TMPDIR, nothing else; any user may run it.
+# Needs Python with venv and pip, and PyPI. Writes FOLDER and TMPDIR, nothing else; any user may run it.
 set -eu
 
 if [ $# -ne 3 ]; then
@@ -15,10 +15,9 @@ fi
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-python3 -m venv "$scratch/tools"
 
 pip() {
-    "$scratch/tools/bin/python" -m pip --quiet --no-input --no-cache-dir --disable-pip-version-check "$@"
+    python3 -m pip --quiet --no-input --no-cache-dir --disable-pip-version-check "$@"
 }
 
 case $1 in
@@ -27,11 +26,12 @@ dependencies)
     pip --python "$3/bin/python" install --require-hashes --only-binary :all: --requirement "$2"
     ;;
 application)
-    pip install --require-hashes --only-binary :all: --requirement "$2/deploy/requirements-build.lock"
+    pip install --require-hashes --only-binary :all: --target "$scratch/build" \
+        --requirement "$2/deploy/requirements-build.lock"
     # setuptools writes beside the sources, which may be read-only.
     mkdir "$scratch/source"
     (cd "$2" && cp -R pyproject.toml README.md LICENSE service export training "$scratch/source")
-    pip install --no-index --no-deps --no-build-isolation --target "$3" "$scratch/source"
+    PYTHONPATH="$scratch/build" pip install --no-index --no-deps --no-build-isolation --target "$3" "$scratch/source"
     ;;
 *)
     echo "install.sh: the step is '$1'; allowed: dependencies, application" >&2

@@ -15,8 +15,6 @@ from service.config import Settings
 from service.engine import EngineError
 from service.server import Server
 
-STOP = (signal.SIGTERM, signal.SIGINT)
-
 
 def main(arguments: Sequence[str]) -> int:
     try:
@@ -30,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    _signals_reach_process_1()
     try:
         asyncio.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
@@ -38,13 +37,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _signals_reach_process_1() -> None:
+    """A signal without a handler ends any process but a container's first: the kernel keeps it from that one."""
+    if os.getpid() == 1:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends at once."""
-    _end_at_once_on_signals()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in STOP:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
     print(
@@ -52,18 +57,11 @@ async def serve(settings: Settings) -> None:
         flush=True,
     )
     await stop.wait()
-    for number in STOP:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
-    _end_at_once_on_signals()
     logging.getLogger("steervit").info("stopping: answering what was accepted")
+    _signals_reach_process_1()
     await server.stop()
-
-
-def _end_at_once_on_signals() -> None:
-    """What the kernel does by default, except for a container's process 1: that one must do it itself."""
-    if os.getpid() == 1:
-        for number in STOP:
-            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 if __name__ == "__main__":

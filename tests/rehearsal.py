@@ -55,8 +55,10 @@ def copies(instructions: Instructions) -> list[tuple[str, list[str], str]]:
 
 
 def environment(instructions: Instructions) -> dict[str, str]:
+    """With this machine's Python in the place of the base image's."""
     pairs = [pair for name, value in instructions if name == "ENV" for pair in shlex.split(value)]
-    return {"PATH": "/usr/local/bin:/usr/bin:/bin", **dict(pair.split("=", 1) for pair in pairs)}
+    found = {"PATH": "/usr/local/bin:/usr/bin:/bin", **dict(pair.split("=", 1) for pair in pairs)}
+    return found | {"PATH": found["PATH"].replace("/usr/local/bin", f"{sys.base_prefix}/bin")}
 
 
 def context(folder: Path) -> Path:
@@ -145,11 +147,14 @@ def run(target: str, folder: Path, models: Path, *flags: str, **variables: str) 
 def _sandbox(
     steps: Instructions, mounts: list[str], user: str, variables: dict[str, str], command: list[str]
 ) -> list[str]:
-    base = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
+    base = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", "--dir", str(Path(PREFIX).parent)]
     for name in ("bin", "lib", "lib64", "sbin"):
         base += ["--symlink", f"usr/{name}", f"/{name}"]
-    if sys.base_prefix != "/usr":
-        base += ["--ro-bind", sys.base_prefix, "/usr/local"]
+    python = Path(sys.base_prefix)  # at its own path: its libraries are looked for there
+    if not python.is_relative_to("/usr"):
+        for parent in reversed(python.parents[:-1]):
+            base += ["--dir", str(parent)]
+        base += ["--ro-bind", str(python), str(python)]
     base += ["--clearenv", "--die-with-parent"]
     for name, value in {**environment(steps), **variables}.items():
         base += ["--setenv", name, value]
