@@ -109,6 +109,11 @@ class Container:
         command = (*inside, "env", "-i", *variables, *user, *command)
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+    def from_outside(self, *arguments: str) -> "subprocess.Popen[str]":
+        """This test's own Python, on the container's network."""
+        command = ["nsenter", f"--target={self.pid}", "--net", sys.executable, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     def healthy(self) -> bool:
         check = last(self.instructions, "HEALTHCHECK").partition("CMD ")[2]
         return self.execute(*json.loads(check)).returncode == 0
@@ -117,11 +122,17 @@ class Container:
         os.kill(self.pid, getattr(signal, last(self.instructions, "STOPSIGNAL")))
 
     def wait(self) -> int:
+        """The exit status; killed when it does not end."""
         try:
             return self.process.wait(60)
         finally:
-            self.process.kill()
-            self.process.communicate()
+            self.kill()
+
+    def kill(self) -> str:
+        """Process 1, and so all of it: killing bubblewrap would leave it running. Returns what it logged last."""
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        return self.process.communicate()[1]
 
 
 def run(target: str, folder: Path, models: Path, *flags: str, **variables: str) -> Container:
@@ -132,16 +143,17 @@ def run(target: str, folder: Path, models: Path, *flags: str, **variables: str) 
     mounts += ["--ro-bind", str(folder), PREFIX, "--ro-bind", str(models), "/models", "--remount-ro", "/"]
     command = [*json.loads(last(steps, "ENTRYPOINT")), *flags]
     arguments = _sandbox(steps, mounts, last(steps, "USER"), variables, command)
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[write]
-    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[write])
     os.close(write)
     with open(read) as info:
         started = info.read()
+    assert started, process.communicate()[1]
+    pid = json.loads(started)["child-pid"]
+    container = Container(process, pid, steps, {**environment(steps), **variables})
     assert process.stdout is not None
     if not process.stdout.readline().startswith("ready: "):
-        raise AssertionError(f"the server did not start: {process.communicate(timeout=30)[1]}")
-    return Container(process, json.loads(started)["child-pid"], steps, {**environment(steps), **variables})
+        raise AssertionError(f"the server did not start: {container.kill()}")
+    return container
 
 
 def _sandbox(
