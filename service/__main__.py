@@ -59,8 +59,8 @@ async def serve(settings: Settings) -> None:
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
-    logging.getLogger("steervit").info("stopping: answering what was accepted")
     _signals_reach_process_1()
+    logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
 
 

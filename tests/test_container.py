@@ -200,7 +200,8 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 def questions():
     yield ServerReflectionRequest(list_services="")
     time.sleep(60)
-next(ServerReflectionStub(grpc.insecure_channel("127.0.0.1:8001")).ServerReflectionInfo(questions()))
+call = ServerReflectionStub(grpc.insecure_channel("127.0.0.1:8001")).ServerReflectionInfo(questions())
+next(call)
 print("open", flush=True)
 time.sleep(60)
 """
