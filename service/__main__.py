@@ -1,12 +1,14 @@
 """python -m service --repository deploy/models --port 8001 --metrics-port 8002"""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
+import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     _signals_reach_process_1()
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -52,6 +54,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections need not look at it
     print(
         f"ready: grpc {settings.host}:{server.port}, metrics http://{settings.host}:{server.metrics_port}/metrics",
         flush=True,

@@ -1,6 +1,7 @@
 """A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import Outputs
+from service.engine import Outputs, joined
 from service.errors import Expired, Overloaded, Stopping
 from service.steering import Steering, stack
 from training.steering import SteeringArrays
@@ -25,27 +26,10 @@ class Runs(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """For the B images of one call."""
-
-    logits: NDArray[np.float32]
-    """(B, classes)"""
-    head_gate: NDArray[np.bool_]
-    """(B, gated blocks, heads)"""
-    gate_logit: NDArray[np.float32]
-    """(B, gated blocks, heads)"""
-    residual: NDArray[np.float32] | None
-    """(B, sites, width), when it was asked for."""
+    outputs: Outputs
+    """Of the images of one call; seconds: of its batches together."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
-    inference_seconds: float
-    """Of its batches together."""
-
-    def take(self, rows: Sequence[int]) -> "Answer":
-        """Of some images; the times stay those of the call."""
-        index = np.asarray(rows, np.int64)
-        residual = None if self.residual is None else self.residual[index]
-        arrays = (self.logits[index], self.head_gate[index], self.gate_logit[index], residual)
-        return Answer(*arrays, self.queue_seconds, self.inference_seconds)
 
 
 @dataclass(frozen=True)
@@ -69,6 +53,10 @@ class _Piece:
     """On the clock of time.monotonic; infinite: none."""
     arrived: float
     future: "asyncio.Future[tuple[Outputs, float]]"
+
+
+Result = tuple[Outputs, float] | Exception
+"""What becomes of a piece: its outputs and the seconds that it waited, or what went wrong."""
 
 
 class Batcher:
@@ -133,21 +121,14 @@ class Batcher:
             self._queue.extend(pieces)
             self._queued += len(images)
             self._changed.notify()
+        futures = [piece.future for piece in pieces]
         try:
-            parts = await asyncio.gather(*(piece.future for piece in pieces))
+            parts = await asyncio.gather(*futures) if len(futures) > 1 else [await futures[0]]
         except BaseException:
-            for piece in pieces:
-                piece.future.cancel()
+            for future in futures:
+                future.cancel()
             raise
-        outputs = [part[0] for part in parts]
-        return Answer(
-            np.concatenate([o.logits for o in outputs]),
-            np.concatenate([o.head_gate for o in outputs]),
-            np.concatenate([o.gate_logit for o in outputs]),
-            np.concatenate([o.residual for o in outputs if o.residual is not None]) if residual else None,
-            max(part[1] for part in parts),
-            sum(o.seconds for o in outputs),
-        )
+        return Answer(joined([outputs for outputs, _ in parts]), max(waited for _, waited in parts))
 
     def close(self) -> None:
         """Refuse new images, run those that wait, end the thread."""
@@ -160,24 +141,26 @@ class Batcher:
         while batch := self._next_batch():
             start = time.monotonic()
             try:
+                images = [piece.images for piece in batch]
                 outputs = self._engine.run(
-                    np.concatenate([piece.images for piece in batch]),
+                    np.concatenate(images) if len(images) > 1 else images[0],
                     stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
                     any(piece.residual for piece in batch),
                 )
             except (
                 Exception
             ) as error:  # whatever the provider raises is the answer to these calls, not the end of the thread
-                for piece in batch:
-                    _resolve(piece, error)
+                _settle([(piece, error) for piece in batch])
                 continue
             waited = tuple(start - piece.arrived for piece in batch)
             self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
+            results: list[tuple[_Piece, Result]] = []
             first = 0
             for piece, seconds in zip(batch, waited, strict=True):
                 rows = slice(first, first + len(piece.images))
                 first = rows.stop
-                _resolve(piece, (outputs.rows(rows), seconds))
+                results.append((piece, (outputs.rows(rows), seconds)))
+            _settle(results)
 
     def _next_batch(self) -> list[_Piece]:
         """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""
@@ -215,20 +198,23 @@ class Batcher:
             self._queued -= len(piece.images)
             self._on_drop("deadline" if expired else "cancelled", len(piece.images))
             if expired:
-                _resolve(piece, Expired("the deadline passed while the images waited; allow more time or send fewer"))
+                late = Expired("the deadline passed while the images waited; allow more time or send fewer")
+                _settle([(piece, late)])
         self._queue = kept
 
 
-def _resolve(piece: _Piece, result: "tuple[Outputs, float] | Exception") -> None:
-    def settle() -> None:
-        if piece.future.done():
-            return
-        if isinstance(result, Exception):
-            piece.future.set_exception(result)
-        else:
-            piece.future.set_result(result)
+def _settle(results: "Sequence[tuple[_Piece, Result]]") -> None:
+    """Hand results to the event loop, all at once: waking it costs more than an answer."""
 
-    try:
-        piece.future.get_loop().call_soon_threadsafe(settle)
-    except RuntimeError:  # the loop is closed: nobody waits any more
-        return
+    def settle() -> None:
+        for piece, result in results:
+            if piece.future.done():
+                continue
+            if isinstance(result, Exception):
+                piece.future.set_exception(result)
+            else:
+                piece.future.set_result(result)
+
+    # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):
+        results[0][0].future.get_loop().call_soon_threadsafe(settle)

@@ -24,8 +24,6 @@ from service.statistics import Statistics
 from service.steering import Steering, joined, resolve
 from training.steering import NEUTRAL, Terms
 
-NEAR_THRESHOLD = 1e-3
-"""|gate logit| below which rounding could decide a gate."""
 MAX_RESOLVED = 4096
 """Steerings kept: profile x strength."""
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
@@ -77,11 +75,13 @@ class Model:
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered, len(shadowed))]) if shadowed else steering
         answer = await self._run(images, order, both, seconds_left, residual)
-        steered = answer.take(range(count))
-        self._count(steering, steered)
+        outputs = answer.outputs
         if shadowed:
-            self._metrics.shadowed(_label(steering), steered.take(shadowed), answer.take(range(count, len(order))))
-        return steered
+            outputs = answer.outputs.rows(slice(0, count))
+            unsteered = answer.outputs.rows(slice(count, len(order)))
+            self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
+        self._metrics.answered(_label(steering), outputs)
+        return Answer(outputs, answer.queue_seconds)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch."""
@@ -90,17 +90,17 @@ class Model:
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (self._unsteered, row)])
         answer = await self._run(images, order, pairs, seconds_left, False)
-        unsteered, steered = answer.take(range(0, 2 * count, 2)), answer.take(range(1, 2 * count, 2))
-        self._count(self._unsteered, unsteered)
-        self._count(steering, steered)
-        return unsteered, steered
+        unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
+        self._metrics.answered(_label(self._unsteered), unsteered)
+        self._metrics.answered(_label(steering), steered)
+        return Answer(unsteered, answer.queue_seconds), Answer(steered, answer.queue_seconds)
 
     async def explain(
         self, images: Images, steering: Steering, seconds_left: float | None, latents: int
     ) -> tuple[Answer, list[list[Explanation]]]:
         """The answers, and per image and site the latents that say most about the gates, at most so many."""
         answer = await self.predict(images, steering, seconds_left, residual=True)
-        residual = answer.residual
+        residual = answer.outputs.residual
         assert residual is not None
 
         def explain() -> list[list[Explanation]]:
@@ -173,10 +173,6 @@ class Model:
         if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
-
-    def _count(self, steering: Steering, answer: Answer) -> None:
-        near = int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum())
-        self._metrics.answered(_label(steering), answer.head_gate, near)
 
     def _count_batch(self, stats: BatchStats) -> None:
         self._metrics.batch(stats)

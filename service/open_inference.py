@@ -322,7 +322,7 @@ def _response(
     manifest = model.bundle.manifest
     response = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
     for name in outputs:
-        value = getattr(answer, name)
+        value = getattr(answer.outputs, name)
         response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
         response.raw_output_contents.append(np.ascontiguousarray(value).astype(DTYPES[OUTPUT_TYPES[name]][0]).tobytes())
     for field, said in receipt(model, steering, answer).ListFields():

@@ -116,7 +116,10 @@ def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
     """The arrays (B, S, T) of a batch in which steering i holds for counts[i] rows; padded with the neutral term."""
-    sites = steerings[0].arrays.latent.shape[1]
+    first = steerings[0].arrays
+    if len(steerings) == 1 and len(first.latent) == counts[0]:
+        return first
+    sites = first.latent.shape[1]
     width = max(steering.arrays.latent.shape[2] for steering in steerings)
     shape = (sum(counts), sites, width)
     batch = SteeringArrays(np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32))

@@ -73,9 +73,9 @@ def steerings(bundle: Bundle) -> list[Steering]:
 def same(found: Answer, expected: Outputs, row: int = 0) -> None:
     """Equal within the tolerance, unless a gate within rounding of its threshold decided differently."""
     near = np.abs(expected.gate_logit) < 1e-3
-    assert ((found.head_gate[row] == expected.head_gate[0]) | near[0]).all()
-    if (found.head_gate[row] == expected.head_gate[0]).all():
-        np.testing.assert_allclose(found.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
+    assert ((found.outputs.head_gate[row] == expected.head_gate[0]) | near[0]).all()
+    if (found.outputs.head_gate[row] == expected.head_gate[0]).all():
+        np.testing.assert_allclose(found.outputs.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
 
 
 def test_a_batch_of_mixed_profiles_equals_the_single_requests(
@@ -130,8 +130,8 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
         with pytest.raises(Overloaded, match="20 images wait already and 1 are given; allowed: 20 together"):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
         parts.engine.open.set()
-        assert len((await first).logits) == 8
-        assert len((await waiting).logits) == 20
+        assert len((await first).outputs.logits) == 8
+        assert len((await waiting).outputs.logits) == 20
 
     asyncio.run(scenario())
     assert parts.batcher.queued == 0
@@ -155,8 +155,8 @@ def test_cancelled_and_expired_calls_are_dropped_before_inference(
             await late
         with pytest.raises(asyncio.CancelledError):
             await gone
-        assert len((await kept).logits) == 1
-        assert len((await first).logits) == 8
+        assert len((await kept).outputs.logits) == 1
+        assert len((await first).outputs.logits) == 8
 
     asyncio.run(scenario())
     assert sorted(parts.drops) == [("cancelled", 3), ("deadline", 2)]
@@ -170,7 +170,7 @@ def test_a_failing_batch_fails_its_calls_and_the_next_one_works(
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf))
     parts.engine.fail = False
-    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf)).logits) == 2
+    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf)).outputs.logits) == 2
     assert parts.batcher.alive
 
 
@@ -183,7 +183,7 @@ def test_close_answers_what_waits_and_refuses_what_comes(
         waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
         await asyncio.sleep(0)
         await asyncio.to_thread(parts.batcher.close)
-        assert len((await waiting).logits) == 20
+        assert len((await waiting).outputs.logits) == 20
         with pytest.raises(Stopping):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
 
