@@ -41,9 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
     load_options = of_images["load"].add_argument
     load_options("--concurrency", type=int, default=16, help="calls at a time (default %(default)s)")
-    load_options(
-        "--rate", type=float, default=0.0, help="calls a second, instead of --concurrency"
-    )
+    load_options("--rate", type=float, default=0.0, help="calls a second, instead of --concurrency")
     load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
     load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
     load_options("--json", action="store_true", help="the report as JSON")
