@@ -6,9 +6,11 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist prometheus
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
+TARGET ?= cpu
+COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak lock image clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -56,6 +58,17 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+
+image:  ## Build the image steervit:TARGET (cpu, cuda or demo) with docker
+	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(TARGET) \
+		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git rev-parse HEAD) .
+
+# The CPU image runs the release of onnxruntime that the CUDA image and the tests run, without CUDA.
+lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases that pyproject.toml admits, with hashes
+	echo 'onnxruntime-gpu[cuda,cudnn]' | $(COMPILE) pyproject.toml - --no-emit-package onnxruntime -o deploy/requirements-cuda.lock
+	sed -n 's/^onnxruntime-gpu\(==[^ ;]*\).*/onnxruntime\1/p' deploy/requirements-cuda.lock \
+		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
+	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

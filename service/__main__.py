@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 import sys
@@ -35,12 +36,20 @@ def main(arguments: Sequence[str]) -> int:
         else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    _signals_reach_process_1()
     try:
         uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _signals_reach_process_1() -> None:
+    """A signal without a handler ends any process but a container's first: the kernel keeps it from that one."""
+    if os.getpid() == 1:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 async def serve(settings: Settings) -> None:
@@ -77,6 +86,7 @@ async def serve(settings: Settings) -> None:
         signal.signal(number, signal.SIG_DFL)
     loop.remove_signal_handler(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _signals_reach_process_1()
     logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
 
