@@ -8,7 +8,7 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak faults clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+	$(RUN) -m tests.faults.sigterm --rounds 50
+
+faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
+	$(RUN) -m tests.faults.table
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
