@@ -124,13 +124,12 @@ class Metrics:
     def load_failed(self, name: str, version: int) -> None:
         self.load_failures.labels(name, str(version)).inc()
 
-    def for_model(self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int]) -> "ModelMetrics":
+    def for_model(self, bundle: Bundle, graph: str, provider: str) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
         info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.model_info.labels(*info).set(1)
         self.load_failures.labels(*names)
-        self.queue_images.labels(*names).set_function(queued)
         self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
         return ModelMetrics(self, bundle, info)
 
@@ -150,6 +149,10 @@ class ModelMetrics:
         self._dropped = {reason: metrics.dropped.labels(*self._names, reason) for reason in DROP_REASONS}
         self._profiles: dict[str, _ProfileChildren] = {}
         self.use(bundle.profiles)
+
+    def follow_queue(self, queued: Callable[[], int]) -> None:
+        """queued: how many images wait; called at every look at the metrics, long after the model has gone too."""
+        self._metrics.queue_images.labels(*self._names).set_function(queued)
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
         """The profiles that the model is served with: those that have series of their own start at 0."""

@@ -58,13 +58,7 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        this = weakref.ref(self)  # metrics outlive a model, and must not keep its session in memory
-
-        def queued() -> int:
-            model = this()
-            return model.batcher.queued if model else 0
-
-        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, queued)
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider)
         counted, statistics = self._metrics, self.statistics
 
         def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
@@ -80,6 +74,13 @@ class Model:
             self._metrics.dropped,
             bundle.manifest.name,
         )
+        batcher = weakref.ref(self.batcher)  # metrics outlive a model, and must not keep its session in memory
+
+        def queued() -> int:
+            there = batcher()
+            return there.queued if there else 0
+
+        self._metrics.follow_queue(queued)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
