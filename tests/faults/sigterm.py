@@ -29,8 +29,8 @@ from tests.processes import MODELS, SAMPLES, ServerProcess, start_server
 
 CALLERS = 64
 REFUSALS = {"UNAVAILABLE", "CANCELLED"}
-"""Of calls that were not accepted; CANCELLED is what gRPC itself makes of one that it has read, but not handed over, when
-the server stops."""
+"""Of calls that were not accepted. CANCELLED is what gRPC itself makes of one that it has read but not handed over yet
+when the server stops."""
 DRAIN_SECONDS = 20.0
 
 
