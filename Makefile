@@ -10,7 +10,7 @@ TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
 TARGET ?= cpu
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak lock image clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak faults lock image clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -58,6 +58,10 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+	$(RUN) -m tests.faults.sigterm --rounds 50
+
+faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
+	$(RUN) -m tests.faults.table
 
 image:  ## Build the image steervit:TARGET (cpu, cuda or demo) with docker
 	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(TARGET) \

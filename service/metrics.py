@@ -148,16 +148,12 @@ class Metrics:
             self.load_failed_now.labels(name, version).set(1)
             self.failed[name] = failed
 
-    def for_model(
-        self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int], max_queue: int
-    ) -> "ModelMetrics":
+    def for_model(self, bundle: Bundle, graph: str, provider: str) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
         info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.model_info.labels(*info).set(1)
         self.load_failures.labels(*names)
-        self.queue_images.labels(*names).set_function(queued)
-        self.queue_limit.labels(*names).set(max_queue)
         self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
         self.serving[names] = ModelMetrics(self, bundle, info)
         return self.serving[names]
@@ -178,6 +174,11 @@ class ModelMetrics:
         self._dropped = {reason: metrics.dropped.labels(*self._names, reason) for reason in DROP_REASONS}
         self._profiles: dict[str, _ProfileChildren] = {}
         self.use(bundle.profiles)
+
+    def follow_queue(self, queued: Callable[[], int], limit: int) -> None:
+        """queued: how many images wait; called at every look at the metrics until the model retires."""
+        self._metrics.queue_images.labels(*self._names).set_function(queued)
+        self._metrics.queue_limit.labels(*self._names).set(limit)
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
         """The profiles that the model is served with: those that have series of their own start at 0."""

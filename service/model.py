@@ -55,9 +55,7 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued, settings.max_queue
-        )
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider)
         counted, statistics = self._metrics, self.statistics
 
         def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
@@ -73,6 +71,8 @@ class Model:
             self._metrics.dropped,
             bundle.manifest.name,
         )
+        batcher = self.batcher
+        self._metrics.follow_queue(lambda: batcher.queued, settings.max_queue)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False

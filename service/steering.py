@@ -63,9 +63,12 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
-        applied = at_strength(terms, strength) if strength else NEUTRAL
     except SteeringError as error:
         raise InvalidRequest(str(error)) from error
+    try:
+        applied = at_strength(terms, strength) if strength else NEUTRAL
+    except SteeringError as error:
+        raise InvalidRequest(f"steering.terms at steering.strength {strength:g}: {error}") from error
     return Steering(
         to_arrays([applied], len(bundle.manifest.sites)), profile, bool(terms) and not profile, digest(applied)
     )

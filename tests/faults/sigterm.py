@@ -2,8 +2,7 @@
 
 More calls at a time than it can take, in both protocols, and at a random moment SIGTERM. A call is accepted when the
 server says so (it counts those whose handler was entered); each of them must have come back to its client with the
-right answer, every other one must have been refused with UNAVAILABLE, and the server must have exited with 0 within
-the drain time.
+right answer, every other one must have been refused, and the server must have exited with 0 within the drain time.
 """
 
 import argparse
@@ -29,6 +28,9 @@ from tests.faults.protocols import PROTOCOLS, Alone, alone
 from tests.processes import MODELS, SAMPLES, ServerProcess, start_server
 
 CALLERS = 64
+REFUSALS = {"UNAVAILABLE", "CANCELLED"}
+"""Of calls that were not accepted. CANCELLED is what gRPC itself makes of one that it has read but not handed over yet
+when the server stops."""
 DRAIN_SECONDS = 20.0
 
 
@@ -51,8 +53,8 @@ class Round:
         found = list(self.problems)
         if self.statuses["OK"] != self.accepted:
             found.append(f"{self.accepted} calls were accepted, {self.statuses['OK']} answered")
-        if others := set(self.statuses) - {"OK", "UNAVAILABLE"}:
-            found.append(f"statuses {sorted(others)}; allowed: OK, UNAVAILABLE")
+        if others := set(self.statuses) - {"OK", *REFUSALS}:
+            found.append(f"statuses {sorted(others)}; allowed: OK, {', '.join(sorted(REFUSALS))}")
         if self.exit_code != 0 or self.seconds > DRAIN_SECONDS:
             found.append(f"exit code {self.exit_code} after {self.seconds:.1f} s")
         if not self.waiting:
@@ -63,7 +65,8 @@ class Round:
 def one_round(bundle: Bundle, images: NDArray[np.uint8], expected: Mapping[str, Alone], seed: int) -> Round:
     done = Round()
     with tempfile.TemporaryFile("w+") as log:
-        server = start_server(MODELS, "--threads", "1", "--drain-seconds", str(DRAIN_SECONDS), stderr=log)
+        flags = ("--threads", "1", "--max-queue", "8192", "--drain-seconds", str(DRAIN_SECONDS))
+        server = start_server(MODELS, *flags, stderr=log)
         try:
             asyncio.run(_load(server, bundle, images, expected, seed, done))
         finally:

@@ -79,7 +79,8 @@ def table(shown: set[Shown]) -> str:
             ]
         file, function = entry.test.split("::")
         name, sees = entry.fault.partition(": ")[2], entry.sees.replace("|", "\\|")
-        lines.append(f"| {name} | {entry.protocol} | {sees} | [{function}]({file}) |")
+        sentence = function.removeprefix("test_").replace("_", " ")
+        lines.append(f"| {name} | {entry.protocol} | {sees} | [{sentence}]({file}) |")
     return "\n".join(lines).replace("|\n##", "|\n\n##") + "\n"
 
 

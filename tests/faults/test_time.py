@@ -1,5 +1,6 @@
 """Queues, deadlines, clients that go, and clients that do not read: nobody else waits for them."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from export.bundle import Bundle
 from tests.faults.conftest import Undisturbed
@@ -161,6 +163,26 @@ def test_large_calls_do_not_hold_up_small_ones(
         batch = (time.monotonic() - start) / (large * 300 / BATCH)
     assert len(waits) >= 3
     assert max(waits) < 3 * (large + 1) * batch, "a batch of each and the one under way, thrice for a noisy machine"
+
+
+@fault("time: priority inversion", "a call of one file waits for one image of each large call to be decoded at most")
+def test_large_photographs_do_not_hold_up_small_files(
+    slow: ServerProcess, channel: grpc.Channel, undisturbed: Undisturbed, samples: dict[str, list[bytes]]
+) -> None:
+    buffer, call, large, photographs = io.BytesIO(), V1.call(channel), 4, 10
+    Image.new("RGB", (4000, 3000)).save(buffer, "JPEG")
+    with undisturbed(slow):
+        start = time.monotonic()
+        calls = [call.future(V1.request([buffer.getvalue()] * photographs), timeout=60) for _ in range(large)]
+        waits = []
+        while not any(each.done() for each in calls):
+            asked = time.monotonic()
+            call(V1.request(samples["Bag"][:1]), timeout=30)
+            waits.append(time.monotonic() - asked)
+        assert [len(each.result().predictions) for each in calls] == [photographs] * large
+        one = (time.monotonic() - start) / (large * photographs)
+    assert len(waits) >= 3
+    assert max(waits) < 3 * (large + 1) * one, "one of each and those under way, thrice for a noisy machine"
 
 
 def holding(server: ServerProcess, calls: int, images: int) -> "subprocess.Popen[str]":
