@@ -70,6 +70,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: Any) -> Any:
             start, code = time.perf_counter(), "OK"
+            self._metrics.in_flight.inc()
             try:
                 return await handler.unary_unary(request, context)
             except RequestError as error:
@@ -83,6 +84,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 log.exception("%s failed", details.method)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says more")
             finally:
+                self._metrics.in_flight.dec()
                 self._metrics.request(details.method, code, time.perf_counter() - start)
 
         return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
-from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server
+from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service.client import Client
@@ -231,6 +231,7 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
         assert server.count("steervit_requests_total", code="OK", **method) == 12
         assert server.count("steervit_requests_total", code="INVALID_ARGUMENT", **method) == 1
         assert server.count("steervit_request_duration_seconds_count", **method) == 13
+        assert server.count("steervit_requests_in_flight") == 0
         assert server.count("steervit_batch_size_images_sum") == 105
         assert server.count("steervit_queue_duration_seconds_count") == 12
         assert server.count("steervit_inference_duration_seconds_count") >= 12
@@ -257,6 +258,7 @@ def test_a_stopping_server_answers_what_it_accepted(samples: dict[str, list[byte
     deadline = time.monotonic() + 30
     while server.count("steervit_batch_size_images_count") == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
+    until(lambda: server.count("steervit_requests_in_flight") == 4)
     assert not any(call.done() for call in calls)
     assert stop_server(server) == 0
     assert [len(call.result().predictions) for call in calls] == [200] * 4
