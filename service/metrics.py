@@ -1,6 +1,6 @@
 """Stats -> Prometheus. The only file that knows Prometheus; the registry is passed in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version as package_version
 
 import numpy as np
@@ -92,6 +92,7 @@ class Metrics:
             registry=registry,
         )
         self.queue_images = Gauge("steervit_queue_images", "Images that wait.", model, registry=registry)
+        self.queue_limit = Gauge("steervit_queue_limit_images", "Images that may wait.", model, registry=registry)
         self.model_info = Gauge(
             "steervit_model_info", "1 for each model that is served.",
             (*model, "digest", "gates_sae_digest", "graph", "provider"), registry=registry,
@@ -102,11 +103,25 @@ class Metrics:
         )
         for result in ("ok", "failed"):
             self.profile_reads.labels(result)
-        self.load_failures = Counter(
-            "steervit_model_load_failures", "Versions that could not be loaded.", model, registry=registry
+        self.profiles_right = Gauge(
+            "steervit_profiles_last_read_successful",
+            "0 while the profile folder is wrong and its last right state is served; else 1.",
+            registry=registry,
         )
+        self.profiles_right.set(1)
+        self.load_failures = Counter(
+            "steervit_model_load_failures", "Attempts to load a version that failed.", model, registry=registry
+        )
+        self.load_failed_now = Gauge(
+            "steervit_model_load_failed", "1 for each version that is there and could not be loaded.", model,
+            registry=registry,
+        )  # fmt: skip
         self.build_info = Gauge("steervit_build_info", "1; the program's version.", ("version",), registry=registry)
         self.build_info.labels(package_version("steervit")).set(1)
+        self.serving: dict[tuple[str, str], ModelMetrics] = {}
+        """By model and version: whose gauges there are."""
+        self.failed: dict[str, set[str]] = {}
+        """By model: the versions of load_failed_now."""
 
     def request(self, method: str, code: str, seconds: float) -> None:
         self.requests.labels(method, code).inc()
@@ -121,19 +136,33 @@ class Metrics:
 
     def profiles_read(self, ok: bool) -> None:
         self.profile_reads.labels("ok" if ok else "failed").inc()
+        self.profiles_right.set(ok)
 
     def load_failed(self, name: str, version: int) -> None:
         self.load_failures.labels(name, str(version)).inc()
 
-    def for_model(self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int]) -> "ModelMetrics":
+    def failed_versions(self, name: str, versions: Collection[int]) -> None:
+        """The versions of a model that are not loaded now because they do not work."""
+        failed = {str(version) for version in versions}
+        for version in self.failed.pop(name, set()) - failed:
+            self.load_failed_now.remove(name, version)
+        for version in failed:
+            self.load_failed_now.labels(name, version).set(1)
+            self.failed[name] = failed
+
+    def for_model(
+        self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int], max_queue: int
+    ) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
         info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.model_info.labels(*info).set(1)
         self.load_failures.labels(*names)
         self.queue_images.labels(*names).set_function(queued)
+        self.queue_limit.labels(*names).set(max_queue)
         self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
-        return ModelMetrics(self, bundle, info)
+        self.serving[names] = ModelMetrics(self, bundle, info)
+        return self.serving[names]
 
 
 class ModelMetrics:
@@ -162,18 +191,26 @@ class ModelMetrics:
             or _ProfileChildren(self._metrics, (*self._names, label), manifest.gated_blocks, manifest.heads)
             for label in labels
         }
-        for label in self._expected - set(own):
-            self._metrics.expected_usage.remove(*self._names, label)
         expected = {NONE: manifest.evaluation, **{name: profiles[name].evaluation.get("after") for name in own}}
         told = {label: value["head_usage"] for label, value in expected.items() if value and "head_usage" in value}
+        for label in self._expected - set(told):
+            self._metrics.expected_usage.remove(*self._names, label)
         for label, usage in told.items():
             self._metrics.expected_usage.labels(*self._names, label).set(usage)
-        self._expected = set(told) - {NONE}
+        self._expected = set(told)
         self._metrics.profiles.labels(*self._names).set(len(profiles))
 
     def retire(self) -> None:
         """Take away what describes the model; what it counted stays."""
-        self._metrics.model_info.remove(*self._info)
+        metrics = self._metrics
+        metrics.model_info.remove(*self._info)
+        if metrics.serving.get(self._names) is not self:
+            return  # another model of that name and version has taken over
+        del metrics.serving[self._names]
+        for gauge in (metrics.queue_images, metrics.queue_limit, metrics.gated_heads, metrics.profiles):
+            gauge.remove(*self._names)
+        for label in self._expected:
+            metrics.expected_usage.remove(*self._names, label)
 
     def batch(self, stats: BatchStats) -> None:
         self._batch_size.observe(stats.images)

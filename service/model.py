@@ -56,7 +56,7 @@ class Model:
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
         self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued
+            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued, settings.max_queue
         )
         self.batcher = Batcher(
             self.engine,

@@ -66,6 +66,7 @@ class Repository:
             self._try_all(name, shelf, wanted(settings.versions, shelf), loaded, strict)
             if not loaded.models:
                 raise BundleError("; ".join(loaded.failures.values()))
+            metrics.failed_versions(name, loaded.failures)
             self._label(name, shelf, loaded)
 
     @property
@@ -132,7 +133,7 @@ class Repository:
                 name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)
             }
             if only is None:
-                for name in set(self._loaded) - set(shelves):
+                for name in {*self._loaded, *self._metrics.failed} - set(shelves):
                     await self._unload(name)
             return followed
 
@@ -176,12 +177,14 @@ class Repository:
                 loaded.fingerprints.pop(version, None)
         for version in set(loaded.failures) - set(shelf.versions):
             del loaded.failures[version], loaded.fingerprints[version]
+        self._metrics.failed_versions(name, loaded.failures)
         for model in gone:
             await model.retire()
         return loaded
 
     async def _unload(self, name: str) -> None:
-        for model in self._loaded.pop(name).models.values():
+        self._metrics.failed_versions(name, ())
+        for model in self._loaded.pop(name, Loaded()).models.values():
             await model.retire()
 
     def _try_all(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded, strict: bool) -> None:

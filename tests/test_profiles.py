@@ -60,7 +60,8 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
     (tmp_path / "night.json").write_text(content(bundle, profile("Shirt"), profile("dusk")))
     until(lambda: names(client) == own | {"dusk"})
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(DARK)
-    assert 'steervit_profile_expected_head_usage{model="fashion_mnist",profile="night"' not in server.page()
+    for gone in ("night", "Shirt"):  # no profile any more; one without an evaluation
+        assert f'steervit_profile_expected_head_usage{{model="fashion_mnist",profile="{gone}"' not in server.page()
     (tmp_path / "night.json").unlink()
     until(lambda: names(client) == own)
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(
@@ -93,8 +94,10 @@ def test_one_wrong_file_keeps_the_whole_old_set(wrong: str, bundle: Bundle, tmp_
             until(lambda: running.count("steervit_profile_reads_total", result="failed") >= 1)
             time.sleep(0.3)
             assert names(client) == before
+            assert running.count("steervit_profiles_last_read_successful") == 0
             (tmp_path / "b.json").unlink()
             until(lambda: names(client) == before | {"dusk"})
+            assert running.count("steervit_profiles_last_read_successful") == 1
     finally:
         assert stop_server(running) == 0
 

@@ -97,6 +97,18 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     assert seen == {"1", "2", "3"}
     until(lambda: index(polling) == {("fashion_mnist", "3"): ("READY", "")})
     assert polling.count("steervit_model_info") == 1
+    gauges = (
+        "model_info",
+        "queue_images",
+        "queue_limit_images",
+        "gated_heads",
+        "profiles",
+        "profile_expected_head_usage",
+    )
+    for name in gauges:  # what a retired version counted stays, what described it goes
+        lines = [line for line in polling.page().splitlines() if line.startswith(f"steervit_{name}{{")]
+        assert lines
+        assert all('version="3"' in line for line in lines), name
 
 
 def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
@@ -119,10 +131,23 @@ def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
         assert caught.value.details() == "version of model 'fashion_mnist' is '2'; allowed: '1', or none"
         time.sleep(0.5)
         assert polling.count("steervit_model_load_failures_total", version="2") == 1, "the same files are tried once"
+        assert polling.count("steervit_model_load_failed", version="2") == 1
         shutil.rmtree(repository / "fashion_mnist" / "2")
         put(bundle, repository, 2)
         until(lambda: version_of(client) == "2")
         assert index(polling) == {key: ("READY", "")}
+        assert "steervit_model_load_failed{" not in polling.page()
+
+
+def test_a_model_without_any_version_that_works_is_told_of_while_it_is_there(
+    polling: ServerProcess, repository: Path, bundle: Bundle
+) -> None:
+    part = put(bundle, repository / "elsewhere", 4, "other").parent
+    breaks(part / "4")
+    part.rename(repository / "other")
+    until(lambda: polling.count("steervit_model_load_failed", model="other", version="4") == 1)
+    shutil.rmtree(repository / "other")
+    until(lambda: "steervit_model_load_failed{" not in polling.page())
 
 
 def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:

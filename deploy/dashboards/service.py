@@ -1,0 +1,185 @@
+"""What the dashboard `service` shows: whether calls are answered, how fast, and what is about to run out."""
+
+from deploy.dashboards.panels import (
+    columns,
+    dashboard,
+    limits,
+    lines,
+    merged,
+    number,
+    over_time,
+    rows,
+    stacked,
+    variable,
+)
+
+JOB = 'job=~"$job"'
+MODEL = 'job=~"$job", model=~"$model"'
+IMAGES = f'{JOB}, method=~".+/(Predict|Compare|Explain|ModelInfer)"'
+"""Calls with images."""
+FAILED = 'code=~"UNKNOWN|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|UNAVAILABLE"'
+"""Statuses that are the server's failure (as in deploy/alerts/recording.yaml)."""
+STEP = "[$__rate_interval]"
+
+
+def failed(window: str) -> str:
+    every = f"sum(rate(steervit_requests_total{{{IMAGES}}}{window}))"
+    return f"sum(rate(steervit_requests_total{{{IMAGES}, {FAILED}}}{window})) / ({every} > 0)"
+
+
+def quantile(share: float, metric: str, labels: str, window: str = STEP) -> str:
+    return f"histogram_quantile({share}, sum by (le) (rate({metric}_bucket{{{labels}}}{window})))"
+
+
+def quantiles(title: str, description: str, metric: str, labels: str):
+    shares = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
+    return lines(title, description, "s", *((quantile(share, metric, labels), name) for share, name in shares))
+
+
+VARIABLES = [
+    variable("job", "Job", "label_values(steervit_build_info, job)", "Scrape jobs, such as one a deployment."),
+    variable(
+        "model", "Model", "label_values(steervit_model_info{" + JOB + "}, model)",
+        "Models that are served. Calls as such (rate, errors, latency) are counted for all models together.",
+    ),
+]  # fmt: skip
+
+OVERVIEW = [
+    (4, number(
+        "Calls", "Calls with images that were answered, whatever their status: mean of the time range.", "reqps",
+        f"sum(rate(steervit_requests_total{{{IMAGES}}}[$__range]))",
+    )),
+    (4, number(
+        "Failed calls",
+        "Share of the calls with images that the server should have answered and did not. The service level allows "
+        "0.5%.",
+        "percentunit", failed("[$__range]"), ((None, "green"), (0.005, "orange"), (0.03, "red")),
+    )),
+    (4, number(
+        "p99 latency", "99% of the calls with images took at most this long, over the time range.", "s",
+        quantile(0.99, "steervit_request_duration_seconds", IMAGES, "[$__range]"), ((None, "green"), (0.5, "red")),
+    )),
+    (4, number(
+        "Images", "Images answered: mean of the time range.", "cps",
+        f"sum(rate(steervit_images_total{{{MODEL}}}[$__range]))",
+    )),
+    (4, number(
+        "Servers up", "Servers that Prometheus can scrape now.", "none", f"sum(up{{{JOB}}})",
+        ((None, "red"), (1, "green")),
+    )),
+    (4, number(
+        "Versions not loaded", "Versions in the repository that do not work, now, over all servers.", "none",
+        f"count(steervit_model_load_failed{{{MODEL}}}) or vector(0)", ((None, "green"), (1, "red")),
+    )),
+]  # fmt: skip
+
+TRAFFIC = [
+    (8, stacked(lines(
+        "Calls by method", "Calls a second, all methods that were used.", "reqps",
+        (f"sum by (method) (rate(steervit_requests_total{{{JOB}}}{STEP})) > 0", "{{method}}"),
+    ))),
+    (8, stacked(lines(
+        "Calls by status", "Calls with images a second, by gRPC status.", "reqps",
+        (f"sum by (code) (rate(steervit_requests_total{{{IMAGES}}}{STEP})) > 0", "{{code}}"),
+    ))),
+    (8, limits(lines(
+        "Failed calls",
+        "Share of the calls with images with a status that is the server's failure. Lines: the service level (0.5%), "
+        "and where a month's budget is gone in 2 days (7.2%).", "percentunit", (failed(STEP), "failed"),
+    ), (None, "transparent"), (0.005, "orange"), (0.072, "red"))),
+]  # fmt: skip
+
+LATENCY = [
+    (8, limits(quantiles(
+        "Latency of calls with images",
+        "From the start of a call in the server to its answer. Read from histogram buckets, so between their bounds it "
+        "is a guess. Line: the alert's threshold for p99.", "steervit_request_duration_seconds", IMAGES,
+    ), (None, "transparent"), (0.5, "red"))),
+    (8, quantiles(
+        "Time in the queue",
+        "From the arrival of a call's images to the start of their batch; it has --max-delay-ms in it.",
+        "steervit_queue_duration_seconds", MODEL,
+    )),
+    (8, lines(
+        "Parts of a call", "Means: decoding and queue of a call, inference of a batch.", "s",
+        *(
+            (
+                f"sum(rate(steervit_{part}_duration_seconds_sum{{{MODEL}}}{STEP}))"
+                f" / (sum(rate(steervit_{part}_duration_seconds_count{{{MODEL}}}{STEP})) > 0)",
+                part,
+            )
+            for part in ("decode", "queue", "inference")
+        ),
+    )),
+]  # fmt: skip
+
+BATCHES = [
+    (8, stacked(lines(
+        "Images by model", "Images answered a second.", "cps",
+        (f"sum by (model, version) (rate(steervit_images_total{{{MODEL}}}{STEP}))", "{{model}} {{version}}"),
+    ))),
+    (8, over_time(
+        "Batch size", "How many batches had how many images. Full batches: a load that --max-batch limits.", "short",
+        f"sum by (le) (increase(steervit_batch_size_images_bucket{{{MODEL}}}{STEP}))",
+    )),
+    (8, quantiles(
+        "Inference of a batch", "Wall time of one batch.", "steervit_inference_duration_seconds", MODEL,
+    )),
+]  # fmt: skip
+
+SATURATION = [
+    (8, limits(lines(
+        "Inference busy",
+        "Share of the time in which a model's batches were running. Near 100% it cannot do more: the queue grows next. "
+        "More servers, or fewer heads.", "percentunit",
+        (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))",
+         "{{instance}} {{model}} {{version}}"),
+    ), (None, "transparent"), (0.9, "orange")).max(1)),
+    (8, limits(lines(
+        "Queue",
+        "Images that wait, as a share of --max-queue, when Prometheus looked. At 100% images are refused with "
+        "RESOURCE_EXHAUSTED. Line: the alert's threshold.", "percentunit",
+        (f"steervit_queue_images{{{MODEL}}} / steervit_queue_limit_images", "{{instance}} {{model}} {{version}}"),
+    ), (None, "transparent"), (0.5, "red")).max(1)),
+    (8, stacked(lines(
+        "Images dropped",
+        "Images a second that were not run. queue_full: refused at once. deadline: waited too long. cancelled: the "
+        "client left.", "cps",
+        (f"sum by (reason) (rate(steervit_images_dropped_total{{{MODEL}}}{STEP}))", "{{reason}}"),
+    ))),
+]  # fmt: skip
+
+MODELS = [
+    (14, rows(
+        "Models", "What is served now. Servers of one job that differ here are being changed, or should not.", "none",
+        (
+            f"count by (model, version, graph, provider, digest) (steervit_model_info{{{MODEL}}})",
+            "max by (model, version) (steervit_profiles)",
+        ),
+        merged(),
+        columns({
+            "model": "model", "version": "version", "graph": "graph", "provider": "provider", "digest": "bundle",
+            "Value #A": "servers", "Value #B": "profiles",
+        }),
+    )),
+    (10, lines(
+        "Loads that failed",
+        "Attempts to load a version, and readings of the profile folder, that failed in 5 minutes.",
+        "none",
+        (f"sum by (model) (increase(steervit_model_load_failures_total{{{MODEL}}}[5m]))", "{{model}}"),
+        (f'sum(increase(steervit_profile_reads_total{{{JOB}, result="failed"}}[5m]))', "profile folder"),
+    )),
+]  # fmt: skip
+
+BOARD = dashboard(
+    "steervit: service", "steervit-service",
+    "Whether calls are answered, how fast, and what is about to run out. Alerts: deploy/RUNBOOK.md.", VARIABLES,
+    [
+        ("Over the time range", 4, OVERVIEW),
+        ("Calls", 8, TRAFFIC),
+        ("Latency", 8, LATENCY),
+        ("Batches", 8, BATCHES),
+        ("Saturation", 8, SATURATION),
+        ("Models", 7, MODELS),
+    ],
+)  # fmt: skip
