@@ -8,10 +8,10 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak manifests deploy-check clean system-python system-test
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: .venv/.base  ## A real server, the sample images through it with and without steering (installs no torch)
 	@$(RUN) -m service.demo
@@ -20,10 +20,10 @@ serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --ignore tests/deploy
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest --ignore tests/deploy -m "not slow"
 
 lint: .venv/.dev  ## Style, format and types
 	$(RUN) -m ruff check .
@@ -53,6 +53,13 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+
+manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy/alerts
+	$(RUN) -m deploy.kubernetes.prometheus_rules
+
+deploy-check: .venv/.dev  ## Everything under deploy/kubernetes: built, against schemas, scanned, compared with the code
+	$(RUN) -m deploy.kubernetes.tools
+	$(RUN) -m pytest tests/deploy
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
