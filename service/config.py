@@ -69,8 +69,10 @@ class Settings(BaseSettings):
     """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images."""
+    leave_seconds: float = Field(0.5, ge=0)
+    """After SIGTERM, how long calls are still taken, while clients that watch the server's health turn to others."""
     drain_seconds: float = Field(20, ge=0)
-    """After SIGTERM, how long accepted requests may still take."""
+    """After that, how long accepted requests may still take."""
     tls_certificate: Path | None = None
     """PEM file with the server's certificate and its chain: gRPC over TLS. Read again when it changes."""
     tls_key: Path | None = None

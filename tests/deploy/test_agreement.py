@@ -64,9 +64,11 @@ def test_a_pod_that_is_told_to_stop_has_time_to_answer_what_it_accepted(
     found = objects(target)
     for pod in pods(found):
         sleep = pod.server["lifecycle"]["preStop"]["sleep"]["seconds"]
-        drain = settings_of(pod, found, monkeypatch).drain_seconds
+        of_server = settings_of(pod, found, monkeypatch)
         assert sleep >= 5, "the news that a pod leaves takes seconds to spread"
-        assert pod.spec["terminationGracePeriodSeconds"] >= sleep + drain + 5
+        assert (
+            pod.spec["terminationGracePeriodSeconds"] >= sleep + of_server.leave_seconds + of_server.drain_seconds + 5
+        )
 
 
 @pytest.mark.parametrize("target", TARGETS)
