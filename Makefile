@@ -10,10 +10,10 @@ TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
 TARGET ?= cpu
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak faults lock image clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak faults lock image manifests deploy-check clean system-python system-test
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: .venv/.base  ## A real server, the sample images through it with and without steering (installs no torch)
 	@$(RUN) -m service.demo
@@ -22,10 +22,10 @@ serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest --ignore tests/deploy
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest --ignore tests/deploy -m "not slow"
 
 lint: .venv/.dev  ## Style, format and types
 	$(RUN) -m ruff check .
@@ -73,6 +73,13 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 	sed -n 's/^onnxruntime-gpu\(==[^ ;]*\).*/onnxruntime\1/p' deploy/requirements-cuda.lock \
 		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
+
+manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy/alerts
+	$(RUN) -m deploy.kubernetes.prometheus_rules
+
+deploy-check: .venv/.dev  ## Everything under deploy/kubernetes: built, against schemas, scanned, compared with the code
+	$(RUN) -m deploy.kubernetes.tools
+	$(RUN) -m pytest tests/deploy
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images."""
-    drain_delay_seconds: float = Field(0, ge=0)
-    """After SIGTERM, how long new requests are still taken, for those who have yet to hear that this server goes."""
+    drain_delay_seconds: float = Field(0.5, ge=0)
+    """After SIGTERM, how long calls are still taken, while clients that watch the server's health turn to others."""
     drain_seconds: float = Field(20, ge=0)
     """After that, how long accepted requests may still take."""
     tls_certificate: Path | None = None

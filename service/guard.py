@@ -44,6 +44,7 @@ class Guard:
         async def guarded(message: bytes, context: Any) -> Any:
             start, code = time.perf_counter(), "OK"
             self.accepted += 1
+            self._metrics.in_flight.inc()
             try:
                 return await call(_parsed(message, kind), context)
             except RequestError as error:
@@ -59,6 +60,7 @@ class Guard:
                 await context.abort(grpc.StatusCode.INTERNAL, message_)
             finally:
                 seconds = time.perf_counter() - start
+                self._metrics.in_flight.dec()
                 self.answered += code != "CANCELLED"
                 self._metrics.request(path, code, seconds)
                 if log.isEnabledFor(logging.DEBUG):

@@ -35,6 +35,7 @@ class Metrics:
             "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",),
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
+        self.in_flight = Gauge("steervit_requests_in_flight", "RPCs that are being answered.", registry=registry)
         self.images = Counter("steervit_images", "Images answered.", profile, registry=registry)
         self.heads_kept = Counter(
             "steervit_heads_kept",

@@ -46,6 +46,26 @@ class NotServed(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
+class Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """gRPC's health service, whose watches end with the server instead of holding it up for drain_seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        watch = asyncio.create_task(super().Watch(request, context))
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            ended.cancel()
+
+    def end_watches(self) -> None:
+        self._ended.set()
+
+
 class Server:
     """The whole server. `start` returns when it is ready, `stop` when everything accepted is answered."""
 
@@ -58,7 +78,7 @@ class Server:
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics)
         self._repository = Repository(settings, self._metrics, self._profiles)
         self._read_profiles()
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._guard = Guard(self._metrics)
         self.port = self.metrics_port = 0
@@ -114,12 +134,17 @@ class Server:
             await self._repository.look()
 
     async def stop(self) -> None:
-        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones, release everything."""
+        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything.
+
+        gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
+        service are given time to leave first.
+        """
         self.ready = False
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await asyncio.sleep(self._settings.drain_delay_seconds)
         for task in self._watching:
             task.cancel()
+        await asyncio.sleep(self._settings.drain_delay_seconds)
+        self._health.end_watches()
         await self._server.stop(self._settings.drain_seconds)
         accepted, answered = self._guard.accepted, self._guard.answered
         log.info("stopped: %d calls accepted, %d answered, %d cancelled", accepted, answered, accepted - answered)

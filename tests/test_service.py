@@ -6,7 +6,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
-from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server
+from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service.client import Client
@@ -119,6 +119,7 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
         assert server.count("steervit_requests_total", code="OK", **method) == 12
         assert server.count("steervit_requests_total", code="INVALID_ARGUMENT", **method) == 1
         assert server.count("steervit_request_duration_seconds_count", **method) == 13
+        assert server.count("steervit_requests_in_flight") == 0
         assert server.count("steervit_batch_size_images_sum") == 105
         assert server.count("steervit_queue_duration_seconds_count") == 12
         assert server.count("steervit_inference_duration_seconds_count") >= 12
@@ -133,6 +134,19 @@ def test_health_reflection_and_pages(server: ServerProcess) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert "steering.v1.SteeringService" in ProtoReflectionDescriptorDatabase(channel).get_services()
     assert server.page("livez") == server.page("readyz") == "OK\n"
+
+
+def test_the_metrics_page_tells_how_many_calls_are_being_answered(samples: dict[str, list[bytes]]) -> None:
+    server = start_server(MODELS, "--max-batch", "2", "--threads", "1")
+    stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    request = pb.PredictRequest()
+    for file in [file for files in samples.values() for file in files] * 2:
+        request.images.add(encoded=file)
+    calls = [stub.Predict.future(request, timeout=60) for _ in range(4)]
+    until(lambda: server.count("steervit_requests_in_flight") == 4)
+    assert not any(call.done() for call in calls)
+    assert stop_server(server) == 0
+    assert [len(call.result().predictions) for call in calls] == [200] * 4
 
 
 def test_a_single_bundle_folder_is_served_and_settings_come_from_the_environment(

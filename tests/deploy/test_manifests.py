@@ -1,0 +1,102 @@
+"""deploy/kubernetes is what Kubernetes, the Prometheus operator and KServe know, and follows the rules of a scanner."""
+
+import ast
+import functools
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, pods
+
+from deploy.kubernetes.tools import CHECKOV, KSERVE
+
+VERSIONS = ("1.30", "1.37")
+"""Of Kubernetes: the oldest (the first with the preStop sleep) and the newest that the schemas know."""
+CUSTOM = {"monitoring.coreos.com/v1", "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1"}
+
+
+def unknown_to_kserve(value: Any, model: str, path: str = "") -> list[str]:
+    """Fields that a model of KServe's client does not have. Those of Kubernetes' own types are not looked at."""
+    if model.startswith("list["):
+        return [error for part in value for error in unknown_to_kserve(part, model[5:-1], f"{path}[]")]
+    fields = _kserve_models().get(model)
+    if fields is None:
+        return []
+    return [
+        error
+        for key, part in value.items()
+        for error in (unknown_to_kserve(part, fields[key], f"{path}.{key}") if key in fields else [f"{path}.{key}"])
+    ]
+
+
+@functools.cache
+def _kserve_models() -> dict[str, dict[str, str]]:
+    """The type of each field, by class and field, from the source: importing it would need all that KServe needs."""
+    models = {}
+    for path in (KSERVE / "kserve" / "models").glob("v1*.py"):
+        (cls,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+        tables = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in cls.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+        models[cls.name] = {name: tables["openapi_types"][key] for key, name in tables["attribute_map"].items()}
+    return models
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_objects_fit_the_schemas_of_kubernetes(target: str, version: str) -> None:
+    found = objects(target)
+    for each in [*(each for each in found if each["apiVersion"] not in CUSTOM), *(p.to_object() for p in pods(found))]:
+        try:
+            kubernetes_validate.validate(each, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{each['kind']} {each['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_objects_of_the_prometheus_operator_fit_its_schemas(target: str) -> None:
+    for each in objects(target):
+        if each["apiVersion"] == "monitoring.coreos.com/v1":
+            model = getattr(prometheus_operator, each["kind"]).model_validate(each)
+            # The model passes over fields that it does not know, so they are lost on the way back.
+            assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == each
+
+
+def test_objects_of_kserve_have_only_fields_that_its_client_knows() -> None:
+    found = objects("overlays/kserve")
+    models = {"InferenceService": "V1beta1InferenceService", "ServingRuntime": "V1alpha1ServingRuntime"}
+    assert {each["kind"] for each in found} == set(models)
+    for each in found:
+        assert not unknown_to_kserve(each, models[each["kind"]], each["kind"])
+    runtime = next(each for each in found if each["kind"] == "ServingRuntime")
+    runtime["spec"]["securityContext"] = {}  # as one would think: pods have it, runtimes do not
+    assert unknown_to_kserve(runtime, models["ServingRuntime"]) == [".spec.securityContext"]
+
+
+def test_the_policy_scanner_finds_nothing_but_the_exceptions_that_have_a_reason() -> None:
+    folder = BUILDS / "scanned"
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in TARGETS:
+        found: list[Object] = objects(target)
+        scanned = [each for each in found if each["apiVersion"] not in CUSTOM]
+        if not any(each["kind"] == "Deployment" for each in found):
+            scanned += [pod.to_object() for pod in pods(found)]
+        (folder / f"{Path(target).name}.yaml").write_text(yaml.dump_all(scanned, Dumper=yaml.CSafeDumper))
+    done = subprocess.run(
+        [CHECKOV, "--directory", folder, "--config-file", KUBERNETES / "checkov.yaml"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "CKV_SKIP_PACKAGE_UPDATE_CHECK": "true"},
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    findings = [f"{one['check_id']} {one['check_name']}: {one['file_path']} {one['resource']}"
+                for one in report["results"]["failed_checks"]]  # fmt: skip
+    assert not findings
+    assert report["summary"]["passed"] > 50 * len(TARGETS), done.stderr
+    assert done.returncode == 0
