@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from export.bundle import Bundle
 from service.config import Settings
-from service.errors import STATUS, Overloaded, RequestError
+from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
 from service.pb import open_inference_pb2, steering_pb2
@@ -34,6 +35,8 @@ DESCRIPTORS = [
     service for file in (steering_pb2, open_inference_pb2) for service in file.DESCRIPTOR.services_by_name.values()
 ]
 SERVICES = tuple(service.full_name for service in DESCRIPTORS)
+MAX_SENTENCE = 620
+"""Characters; at 12 bytes each, percent-encoded, they fit the 8 kB that gRPC allows."""
 METHODS = tuple(f"/{service.full_name}/{method.name}" for service in DESCRIPTORS for method in service.methods)
 
 
@@ -48,7 +51,7 @@ class NotServed(grpc.GenericRpcHandler):
         async def refuse(_: Any, context: Any) -> None:
             served = ", ".join(method.rpartition("/")[2] for method in METHODS if method.startswith("/inference."))
             await context.abort(
-                grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2]} is not served; allowed: {served}"
+                grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2][:100]} is not served; allowed: {served}"
             )
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -68,13 +71,13 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None or details.method not in METHODS:
             return handler
 
-        async def guarded(request: Any, context: Any) -> Any:
+        async def guarded(message: bytes, context: Any) -> Any:
             start, code = time.perf_counter(), "OK"
             try:
-                return await handler.unary_unary(request, context)
+                return await handler.unary_unary(_request(handler.request_deserializer, message), context)
             except RequestError as error:
                 code = STATUS[type(error)].name
-                await context.abort(STATUS[type(error)], str(error), _trailers(error))
+                await context.abort(STATUS[type(error)], _sentence(error), _trailers(error))
             except asyncio.CancelledError:
                 code = "CANCELLED"
                 raise
@@ -85,7 +88,23 @@ class Guard(grpc.aio.ServerInterceptor):
             finally:
                 self._metrics.request(details.method, code, time.perf_counter() - start)
 
-        return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(guarded, None, handler.response_serializer)
+
+
+def _request(read: Callable[[bytes], Any], message: bytes) -> Any:
+    """The request, read here rather than by gRPC, which answers UNKNOWN to what it cannot read."""
+    try:
+        return read(message)
+    except DecodeError as error:
+        raise InvalidRequest(
+            f"the message ({len(message)} bytes) is not one of this call; allowed: what the server's reflection says"
+        ) from error
+
+
+def _sentence(error: RequestError) -> str:
+    """A client gets no status at all whose headers are too long, so a long value loses its middle."""
+    said = str(error)
+    return said if len(said) <= MAX_SENTENCE else f"{said[:400]} [...] {said[-200:]}"
 
 
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
@@ -123,6 +142,7 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb * 2**20),
                 ("grpc.max_send_message_length", settings.max_message_mb * 2**20),
+                ("grpc.max_concurrent_streams", settings.max_streams),
                 ("grpc.so_reuseport", 0),
                 *[("grpc.max_connection_age_ms", age)] * (age > 0),
             ],

@@ -196,14 +196,26 @@ WRONG: dict[str, tuple[Callable[[], pb.ModelInferRequest], str]] = {
     ),
     "a negative size": (
         lambda: raw(request((-1, 28, 28, 1)), b""),
-        "has the shape [-1, 28, 28, 1]; allowed: no negative",
+        "has the shape [-1, 28, 28, 1]; allowed: sizes of 1 or more",
     ),
     "sizes that overflow": (
         lambda: raw(request((2**62, 2**62, 2**62, 1)), bytes(784)),
         f"has 784 bytes; allowed: {2**186} for UINT8",
     ),
     "no shape": (lambda: raw(request(()), b"\0"), "has no shape; allowed: one with the images first"),
-    "no images": (lambda: raw(request((0, 28, 28, 1)), b""), "has 0 images; allowed: 1 to 256"),
+    "no images": (
+        lambda: raw(request((0, 28, 28, 1)), b""),
+        "has the shape [0, 28, 28, 1]; allowed: sizes of 1 or more",
+    ),
+    "many sizes": (lambda: raw(request((2**62,) * 60_000), b""), "has a shape of 60000 sizes; allowed: 1 to 4"),
+    "many elements": (
+        lambda: typed(request((300_000,)), uint_contents=bytes(300_000)),
+        "inputs[0] 'image' has 300000 elements; allowed: at most 200704",
+    ),
+    "many files": (
+        lambda: raw(request((9000,), "encoded_image", "BYTES"), bytes(4 * 9000)),
+        "inputs[0] 'encoded_image' has more than 256 elements; allowed: at most 256",
+    ),
     "too many images": (lambda: raw(request((257, 28, 28, 1)), bytes(257 * 784)), "has 257 images; allowed: 1 to 256"),
     "a length that lies": (
         lambda: raw(request((1,), "encoded_image", "BYTES"), struct.pack("<I", 1000) + b"x"),
