@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleError, check_inside
 from service.metrics import Metrics
 from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
 
@@ -46,6 +46,8 @@ class ProfileFolder:
             return False
         try:
             paths = sorted(path for path in self._folder.glob("*.json") if not path.name.startswith("."))
+            for path in paths:
+                check_inside(path, self._folder)
             contents = tuple((path, path.read_bytes()) for path in paths)
             if contents == self._seen:
                 return False
@@ -53,7 +55,7 @@ class ProfileFolder:
             files = tuple(_read(path, content) for path, content in contents)
             for bundle in bundles:
                 _for(bundle, files)
-        except (OSError, SteeringError) as error:
+        except (OSError, BundleError, SteeringError) as error:
             log.error("profiles stay as they are: %s", error)
             self._metrics.profiles_read(False)
             return False
@@ -82,7 +84,7 @@ def _read(path: Path, content: bytes) -> _File:
         made_for = value.get("gates_sae_digest")
         if not isinstance(made_for, str) or not made_for:
             raise SteeringError(f"gates_sae_digest is {made_for!r}; allowed: that of the model it was made for")
-    except (ValueError, SteeringError) as error:
+    except (ValueError, RecursionError) as error:
         raise SteeringError(f"{path}: {error}") from error
     return _File(path, made_for, profiles)
 
