@@ -8,7 +8,7 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak crash audit clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -25,10 +25,11 @@ test: .venv/.dev system-test  ## All tests
 test-fast: .venv/.dev system-test  ## The tests that take seconds
 	$(RUN) -m pytest -m "not slow"
 
-lint: .venv/.dev  ## Style, format and types
+lint: .venv/.dev  ## Style, format, types and known weaknesses
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m bandit --quiet --recursive --configfile pyproject.toml service export training
 
 format: .venv/.dev  ## Rewrite the code in the project's format
 	$(RUN) -m ruff check --fix .
@@ -53,6 +54,12 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+
+crash: .venv/.dev  ## ROUNDS (50) kills of every writer, at random moments; the tests do 8
+	CRASH_ROUNDS=$(or $(ROUNDS),50) $(RUN) -m pytest tests/test_crash_safety.py
+
+audit: .venv/.dev  ## For information: what is known of the installed packages (pip-audit asks PyPI)
+	-$(RUN) -m pip_audit --progress-spinner off --skip-editable
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

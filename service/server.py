@@ -143,6 +143,7 @@ class Server:
                 ("grpc.max_receive_message_length", settings.max_message_mb * 2**20),
                 ("grpc.max_send_message_length", settings.max_message_mb * 2**20),
                 ("grpc.max_concurrent_streams", settings.max_streams),
+                ("grpc.http.overload_protection", 0),  # it also refuses calls of clients that keep to the limit
                 ("grpc.so_reuseport", 0),
                 *[("grpc.max_connection_age_ms", age)] * (age > 0),
             ],
