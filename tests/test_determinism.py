@@ -18,8 +18,7 @@ from processes import MODELS, ServerProcess, start_server, stop_server
 
 from export.bundle import Bundle
 from service.client import Client
-from service.engine import Engine, Outputs
-from service.model import NEAR_THRESHOLD
+from service.engine import NEAR_THRESHOLD, Engine, Outputs
 from service.pb import open_inference_pb2 as oi
 from service.steering import Steering, resolve, stack
 from training.steering import NEUTRAL
