@@ -94,6 +94,8 @@ class Batcher:
         self._on_batch, self._on_drop = on_batch, on_drop
         self._queue: deque[_Piece] = deque()
         self._queued = 0
+        self._seconds_an_image = 0.0
+        """Of late: how long what waits will take."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
@@ -131,7 +133,8 @@ class Batcher:
             if self._queued + len(images) > self._max_queue:
                 raise Overloaded(
                     f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
-                    "together. Try again later"
+                    "together. Try again later",
+                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queued * self._seconds_an_image),
                 )
             self._queue.append(first)
             self._queued += len(images)
@@ -173,8 +176,10 @@ class Batcher:
             for piece in batch:
                 self._run([piece])
             return
+        count = sum(map(len, images))
+        self._seconds_an_image += 0.1 * (outputs.seconds / count - self._seconds_an_image)
         waited = tuple(start - piece.arrived for piece in batch)
-        self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
+        self._on_batch(BatchStats(count, outputs.seconds, waited))
         results: list[tuple[_Piece, Result]] = []
         first = 0
         for piece, seconds in zip(batch, waited, strict=True):

@@ -20,9 +20,11 @@ class DigestMismatch(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full."""
+    """The queue is full. retry_after_seconds: when what waits will have been run."""
 
-    retry_after_seconds: float = 0.1
+    def __init__(self, message: str, retry_after_seconds: float):
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Expired(RequestError):

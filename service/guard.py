@@ -99,6 +99,8 @@ def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
     if not isinstance(error, Overloaded):
         return ()
     milliseconds = round(error.retry_after_seconds * 1000)
+    delay = Duration()
+    delay.FromMilliseconds(milliseconds)
     status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=_sentence(error))
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(nanos=milliseconds * 1_000_000)))
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return (("grpc-retry-pushback-ms", str(milliseconds)), ("grpc-status-details-bin", status.SerializeToString()))

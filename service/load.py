@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -68,7 +69,7 @@ async def run(
     """images: encoded files, or, when raw, uint8 pixels of the model's own size; calls take them in turn."""
     requests = []
     turn = itertools.cycle(images)
-    for _, profile in zip(range(max(len(images), len(load.profiles))), itertools.cycle(load.profiles), strict=False):
+    for profile in load.profiles * math.ceil(len(images) / len(load.profiles)):
         request = pb.PredictRequest(model=load.model, version=load.version, top_k=1)
         for _ in range(load.images_per_call):
             image = next(turn)

@@ -1,5 +1,8 @@
 """The real server process with the committed bundle, over real channels."""
 
+import subprocess
+import sys
+
 import grpc
 import numpy as np
 import pytest
@@ -134,6 +137,16 @@ def test_health_reflection_and_pages(server: ServerProcess) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert "steering.v1.SteeringService" in ProtoReflectionDescriptorDatabase(channel).get_services()
     assert server.page("livez") == server.page("readyz") == "OK\n"
+
+
+def test_a_probe_of_another_make_sees_the_server_come_and_go() -> None:
+    server = start_server(MODELS)
+    command = [sys.executable, str(ROOT / "tests/clients/health.py"), server.address, "inference.GRPCInferenceService"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as probe:
+        assert probe.stdout is not None
+        assert [probe.stdout.readline() for _ in range(2)] == ["SERVING\n"] * 2
+        assert stop_server(server) == 0
+        assert probe.stdout.read() == "NOT_SERVING\n"
 
 
 def test_the_metrics_page_tells_how_many_calls_are_being_answered(samples: dict[str, list[bytes]]) -> None:

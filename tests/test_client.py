@@ -1,0 +1,128 @@
+"""The clients and the command line that users have, and what the server logs of their requests."""
+
+import asyncio
+import json
+import signal
+import time
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+
+from service.client import AsyncClient, Client
+from service.pb import steering_pb2 as pb
+from service.pb.steering_pb2_grpc import SteeringServiceStub
+from training.steering import SteeringTerm
+
+
+def test_the_asyncio_client_gets_what_the_blocking_one_gets(
+    server: ServerProcess, client: Client, sample_pixels: NDArray[np.uint8]
+) -> None:
+    images, terms = list(sample_pixels[:3]), {0: (SteeringTerm(7, 0.0, 2.5),)}
+
+    async def ask() -> tuple[list[pb.PredictResponse], pb.CompareResponse, pb.ExplainResponse, list[str]]:
+        async with AsyncClient(server.address) as other:
+            answers = await asyncio.gather(
+                other.predict(images, profile="Shirt", strength=0.5), other.predict(images, top_k=2, terms=terms)
+            )
+            compared = await other.compare(images, profile="Shirt")
+            explained = await other.explain(images, latents=3, profile="Shirt")
+            return answers, compared, explained, [profile.name async for profile in other.profiles()]
+
+    (half, inline), compared, explained, names = asyncio.run(ask())
+    for found, expected in (
+        (half, client.predict(images, profile="Shirt", strength=0.5)),
+        (inline, client.predict(images, top_k=2, terms=terms)),
+    ):
+        assert [p.classes[0].label for p in found.predictions] == [p.classes[0].label for p in expected.predictions]
+        assert [p.head_mask for p in found.predictions] == [p.head_mask for p in expected.predictions]
+        assert found.receipt.steering_digest == expected.receipt.steering_digest
+    assert [len(p.classes) for p in inline.predictions] == [2, 2, 2]
+    assert len(compared.comparisons) == len(explained.explanations) == 3
+    assert names == [profile.name for profile in client.profiles()]
+
+
+def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(samples: dict[str, list[bytes]]) -> None:
+    """The queue takes 64 images, so of two calls with 60 one is refused at first."""
+    server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
+    try:
+
+        async def both(attempts: int) -> list[object]:
+            async with AsyncClient(server.address, attempts=attempts) as client:
+                calls = (client.predict(samples["Bag"] * 6) for _ in range(3))
+                return await asyncio.gather(*calls, return_exceptions=True)
+
+        once = asyncio.run(both(1))
+        refused = [error.code() for error in once if isinstance(error, grpc.RpcError)]
+        assert refused
+        assert set(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert all(isinstance(answer, pb.PredictResponse) for answer in asyncio.run(both(5)))
+    finally:
+        assert stop_server(server) == 0
+
+
+@pytest.mark.parametrize("how", [["--concurrency", "4"], ["--rate", "50"]], ids=["concurrency", "rate"])
+def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[str]) -> None:
+    server = start_server(MODELS)
+    try:
+        files = [str(path) for path in sorted((SAMPLES / "Shirt").glob("*.png"))]
+        flags = ["--seconds", "2", "--images-per-call", "2", "--profile", "Shirt,Coat,", "--json", *how]
+        done = run_module("service.client", "load", "--address", server.address, *flags, *files)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["errors"] == {}
+        assert report["images"] == 2 * report["calls"]
+        assert 0 < report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"]
+        for profile in ("Shirt", "Coat", "none"):  # one call more: the first, which is not timed
+            counted = server.count("steervit_images_total", profile=profile)
+            assert report["images"] / 3 - 2 <= counted <= report["images"] / 3 + 4
+        if how[0] == "--rate":
+            assert report["calls"] == 100
+    finally:
+        assert stop_server(server) == 0
+
+
+def test_json_logs_name_each_request_by_the_id_that_the_client_gave(samples: dict[str, list[bytes]]) -> None:
+    server = start_server(MODELS, "--log-format", "json", "--log-level", "debug")
+    with grpc.insecure_channel(server.address) as channel:
+        stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
+        good, bad = (pb.PredictRequest(images=[pb.Image(encoded=file)]) for file in (samples["Bag"][0], b"no image"))
+        stub.Predict(good, metadata=(("x-request-id", "order-66"), ("authorization", "Bearer secret")))
+        with pytest.raises(grpc.RpcError):
+            stub.Predict(bad, metadata=(("x-request-id", "x" * 200),))
+    server.process.send_signal(signal.SIGTERM)
+    _, errors = server.process.communicate(timeout=60)
+    lines = [json.loads(line) for line in errors.splitlines()]
+    first, second = (line for line in lines if line["name"] == "steervit.requests")
+    assert first["request_id"] == "order-66"
+    assert (first["method"], first["code"]) == ("/steering.v1.SteeringService/Predict", "OK")
+    assert second["code"] == "INVALID_ARGUMENT"
+    assert len(second["request_id"]) == 16
+    assert "secret" not in errors
+    assert any("grpc on port" in line["message"] for line in lines)
+
+
+def test_calls_are_taken_while_clients_hear_that_the_server_goes(samples: dict[str, list[bytes]]) -> None:
+    """The client follows the health service, and would go to another server; a bare channel goes on."""
+    server = start_server(MODELS, "--drain-delay-seconds", "3")
+    with Client(server.address, attempts=1) as client, grpc.insecure_channel(server.address) as channel:
+        client.predict(samples["Bag"])
+        stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
+        asked = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "503" in _status(server))
+        assert len(stub.Predict(pb.PredictRequest(images=[pb.Image(encoded=samples["Bag"][0])])).predictions) == 1
+        with pytest.raises(grpc.RpcError, match="backend unhealthy"):
+            client.predict(samples["Bag"])
+        server.process.communicate(timeout=60)
+        assert server.process.returncode == 0
+        assert time.monotonic() - asked > 3
+
+
+def _status(server: ServerProcess) -> str:
+    try:
+        return server.page("readyz")
+    except OSError as error:  # urllib raises for 503
+        return str(error)
