@@ -6,9 +6,11 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
+TARGET ?= cpu
+COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto train reproduce export bench soak manifests deploy-check clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak faults lock image manifests deploy-check clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +39,9 @@ format: .venv/.dev  ## Rewrite the code in the project's format
 proto: .venv/.dev  ## Generate service/pb from proto/
 	$(RUN) -m grpc_tools.protoc -Iservice/pb=proto --python_out=. --pyi_out=. --grpc_python_out=. service/pb/steering.proto service/pb/open_inference.proto
 
+dashboards: .venv/.dev  ## Write deploy/dashboards/*.json from the Python beside them
+	$(RUN) -m deploy.dashboards
+
 train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0
 
@@ -53,6 +58,21 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
 	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
+	$(RUN) -m tests.faults.sigterm --rounds 50
+
+faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
+	$(RUN) -m tests.faults.table
+
+image:  ## Build the image steervit:TARGET (cpu, cuda or demo) with docker
+	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(TARGET) \
+		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git rev-parse HEAD) .
+
+# The CPU image runs the release of onnxruntime that the CUDA image and the tests run, without CUDA.
+lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases that pyproject.toml admits, with hashes
+	echo 'onnxruntime-gpu[cuda,cudnn]' | $(COMPILE) pyproject.toml - --no-emit-package onnxruntime -o deploy/requirements-cuda.lock
+	sed -n 's/^onnxruntime-gpu\(==[^ ;]*\).*/onnxruntime\1/p' deploy/requirements-cuda.lock \
+		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
+	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
 manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy/alerts
 	$(RUN) -m deploy.kubernetes.prometheus_rules

@@ -1,13 +1,18 @@
 """python -m service --repository deploy/models --port 8001 --metrics-port 8002"""
 
 import asyncio
+import gc
 import logging
+import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
 
+import uvloop
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
 from service.config import Settings
@@ -24,34 +29,72 @@ def main(arguments: Sequence[str]) -> int:
             shown = f"--{name} is {problem['input']!r}: {problem['msg']}" if name else problem["msg"]
             print(shown.removeprefix("Value error, "), file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+        if settings.log_format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    _signals_reach_process_1()
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _signals_reach_process_1() -> None:
+    """A signal without a handler ends any process but a container's first: the kernel keeps it from that one."""
+    if os.getpid() == 1:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends at once."""
+    """Serve until SIGTERM or SIGINT, then answer what was accepted, unless a second one comes. SIGHUP: reload."""
+    _raise_file_limit()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps no hold of them
+
+    def reload() -> None:
+        task = loop.create_task(server.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections need not look at it
     print(
         f"ready: grpc {settings.host}:{server.port}, metrics http://{settings.host}:{server.metrics_port}/metrics",
         flush=True,
     )
+    logging.getLogger("steervit").info(
+        "grpc on port %d%s, pages on port %d, batches of %d, a queue of %d images, model control %s", server.port,
+        " with TLS" if settings.tls_certificate else "", server.metrics_port, settings.max_batch, settings.max_queue,
+        settings.model_control,
+    )  # fmt: skip
     await stop.wait()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+    loop.remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _signals_reach_process_1()
     logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system lets this process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

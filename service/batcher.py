@@ -1,17 +1,22 @@
-"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch."""
+"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch.
+
+Calls take turns: of a call that is larger than a batch, one batch of images stands in the queue, and the next one joins
+its end when that is taken. So a small call waits for one batch of each call before it at most, however large they are.
+"""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import Outputs
+from service.engine import Outputs, joined
 from service.errors import Expired, Overloaded, Stopping
 from service.steering import Steering, stack
 from training.steering import SteeringArrays
@@ -25,27 +30,10 @@ class Runs(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """For the B images of one call."""
-
-    logits: NDArray[np.float32]
-    """(B, classes)"""
-    head_gate: NDArray[np.bool_]
-    """(B, gated blocks, heads)"""
-    gate_logit: NDArray[np.float32]
-    """(B, gated blocks, heads)"""
-    residual: NDArray[np.float32] | None
-    """(B, sites, width), when it was asked for."""
+    outputs: Outputs
+    """Of the images of one call; seconds: of its batches together."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
-    inference_seconds: float
-    """Of its batches together."""
-
-    def take(self, rows: Sequence[int]) -> "Answer":
-        """Of some images; the times stay those of the call."""
-        index = np.asarray(rows, np.int64)
-        residual = None if self.residual is None else self.residual[index]
-        arrays = (self.logits[index], self.head_gate[index], self.gate_logit[index], residual)
-        return Answer(*arrays, self.queue_seconds, self.inference_seconds)
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,19 @@ class _Piece:
     """On the clock of time.monotonic; infinite: none."""
     arrived: float
     future: "asyncio.Future[tuple[Outputs, float]]"
+    following: "_Piece | None" = None
+    """What comes after it of the same call; not in the queue yet."""
+
+    def chain(self) -> "Iterator[_Piece]":
+        """This one and what comes after it."""
+        piece: _Piece | None = self
+        while piece:
+            yield piece
+            piece = piece.following
+
+
+Result = tuple[Outputs, float] | Exception
+"""What becomes of a piece: its outputs and the seconds that it waited, or what went wrong."""
 
 
 class Batcher:
@@ -118,10 +119,12 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         step = self._max_batch
-        pieces = [
-            _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future())
-            for part in (slice(start, start + step) for start in range(0, len(images), step))
-        ]
+        first: _Piece | None = None
+        for start in reversed(range(0, len(images), step)):
+            part = slice(start, start + step)
+            first = _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future(), first)
+        assert first, "a call has images"
+        pieces = list(first.chain())
         with self._changed:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
@@ -130,24 +133,17 @@ class Batcher:
                     f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
                     "together. Try again later"
                 )
-            self._queue.extend(pieces)
+            self._queue.append(first)
             self._queued += len(images)
             self._changed.notify()
+        futures = [piece.future for piece in pieces]
         try:
-            parts = await asyncio.gather(*(piece.future for piece in pieces))
+            parts = await asyncio.gather(*futures) if len(futures) > 1 else [await futures[0]]
         except BaseException:
-            for piece in pieces:
-                piece.future.cancel()
+            for future in futures:
+                future.cancel()
             raise
-        outputs = [part[0] for part in parts]
-        return Answer(
-            np.concatenate([o.logits for o in outputs]),
-            np.concatenate([o.head_gate for o in outputs]),
-            np.concatenate([o.gate_logit for o in outputs]),
-            np.concatenate([o.residual for o in outputs if o.residual is not None]) if residual else None,
-            max(part[1] for part in parts),
-            sum(o.seconds for o in outputs),
-        )
+        return Answer(joined([outputs for outputs, _ in parts]), max(waited for _, waited in parts))
 
     def close(self) -> None:
         """Refuse new images, run those that wait, end the thread."""
@@ -158,26 +154,34 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            start = time.monotonic()
-            try:
-                outputs = self._engine.run(
-                    np.concatenate([piece.images for piece in batch]),
-                    stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
-                    any(piece.residual for piece in batch),
-                )
-            except (
-                Exception
-            ) as error:  # whatever the provider raises is the answer to these calls, not the end of the thread
-                for piece in batch:
-                    _resolve(piece, error)
-                continue
-            waited = tuple(start - piece.arrived for piece in batch)
-            self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
-            first = 0
-            for piece, seconds in zip(batch, waited, strict=True):
-                rows = slice(first, first + len(piece.images))
-                first = rows.stop
-                _resolve(piece, (outputs.rows(rows), seconds))
+            self._run(batch)
+
+    def _run(self, batch: list[_Piece]) -> None:
+        """Run and answer them. When the provider fails, each alone: it may have been too much of one of them only."""
+        start = time.monotonic()
+        images = [piece.images for piece in batch]
+        try:
+            outputs = self._engine.run(
+                np.concatenate(images) if len(images) > 1 else images[0],
+                stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
+                any(piece.residual for piece in batch),
+            )
+        except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
+            if len(batch) == 1:
+                _settle([(batch[0], error)])
+                return
+            for piece in batch:
+                self._run([piece])
+            return
+        waited = tuple(start - piece.arrived for piece in batch)
+        self._on_batch(BatchStats(sum(len(piece.images) for piece in batch), outputs.seconds, waited))
+        results: list[tuple[_Piece, Result]] = []
+        first = 0
+        for piece, seconds in zip(batch, waited, strict=True):
+            rows = slice(first, first + len(piece.images))
+            first = rows.stop
+            results.append((piece, (outputs.rows(rows), seconds)))
+        _settle(results)
 
     def _next_batch(self) -> list[_Piece]:
         """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""
@@ -198,8 +202,11 @@ class Batcher:
         batch: list[_Piece] = []
         count = 0
         while self._queue and count + len(self._queue[0].images) <= self._max_batch:
-            batch.append(self._queue.popleft())
-            count += len(batch[-1].images)
+            piece = self._queue.popleft()
+            batch.append(piece)
+            count += len(piece.images)
+            if piece.following:
+                self._queue.append(piece.following)
         self._queued -= count
         return batch
 
@@ -212,23 +219,27 @@ class Batcher:
             if not expired and not piece.future.cancelled():
                 kept.append(piece)
                 continue
-            self._queued -= len(piece.images)
-            self._on_drop("deadline" if expired else "cancelled", len(piece.images))
+            count = sum(len(part.images) for part in piece.chain())
+            self._queued -= count
+            self._on_drop("deadline" if expired else "cancelled", count)
             if expired:
-                _resolve(piece, Expired("the deadline passed while the images waited; allow more time or send fewer"))
+                late = Expired("the deadline passed while the images waited; allow more time or send fewer")
+                _settle([(piece, late)])
         self._queue = kept
 
 
-def _resolve(piece: _Piece, result: "tuple[Outputs, float] | Exception") -> None:
-    def settle() -> None:
-        if piece.future.done():
-            return
-        if isinstance(result, Exception):
-            piece.future.set_exception(result)
-        else:
-            piece.future.set_result(result)
+def _settle(results: "Sequence[tuple[_Piece, Result]]") -> None:
+    """Hand results to the event loop, all at once: waking it costs more than an answer."""
 
-    try:
-        piece.future.get_loop().call_soon_threadsafe(settle)
-    except RuntimeError:  # the loop is closed: nobody waits any more
-        return
+    def settle() -> None:
+        for piece, result in results:
+            if piece.future.done():
+                continue
+            if isinstance(result, Exception):
+                piece.future.set_exception(result)
+            else:
+                piece.future.set_result(result)
+
+    # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):
+        results[0][0].future.get_loop().call_soon_threadsafe(settle)

@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images."""
-    leave_seconds: float = Field(0.5, ge=0)
+    drain_delay_seconds: float = Field(0.5, ge=0)
     """After SIGTERM, how long calls are still taken, while clients that watch the server's health turn to others."""
     drain_seconds: float = Field(20, ge=0)
     """After that, how long accepted requests may still take."""
@@ -81,8 +81,14 @@ class Settings(BaseSettings):
     """PEM file with the authorities of clients' certificates: only clients that have one are let in."""
     max_connection_age_seconds: float = Field(0, ge=0)
     """After how long a client is asked to connect anew, so that connections spread over new pods; 0: never."""
+    max_connection_age_grace_seconds: float = Field(30, ge=0)
+    """How long calls on such a connection may still take."""
+    keepalive_seconds: float = Field(60, gt=0)
+    """How often a silent connection is asked whether its client is still there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the log on standard error."""
+    """Of the log on standard error; debug: with a line for each request."""
+    log_format: Literal["text", "json"] = "text"
+    """json: an object a line, that of a request with its method, status, seconds and request_id (x-request-id)."""
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> "Settings":

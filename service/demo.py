@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.client import Client, table
+from service.client import Client
 from service.pb import steering_pb2 as pb
+from service.tables import table
 
 MODELS = Path("deploy/models")
 SAMPLES = Path("deploy/samples")

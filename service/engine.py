@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,23 +25,54 @@ class EngineError(Exception):
     """The engine cannot start as asked; the message says why and what would help."""
 
 
+NEAR_THRESHOLD = 1e-3
+"""|gate logit| below which rounding could decide a gate."""
+
+
 @dataclass(frozen=True)
 class Outputs:
+    """For B images. What is said of a row is worked out once a batch, since small arrays cost as much as large ones."""
+
     logits: NDArray[np.float32]
     """(B, classes)"""
+    probability: NDArray[np.float32]
+    """(B, classes), the most likely class first."""
+    ranking: NDArray[np.int64]
+    """(B, classes): which class each of them belongs to."""
     head_gate: NDArray[np.bool_]
     """(B, gated blocks, heads)"""
     gate_logit: NDArray[np.float32]
     """(B, gated blocks, heads)"""
+    head_usage: NDArray[np.float64]
+    """(B,)"""
+    macs: NDArray[np.int64]
+    """(B,) multiply-accumulates spent."""
+    near_threshold: NDArray[np.int64]
+    """(B,) gates that rounding could decide."""
     residual: NDArray[np.float32] | None
     """(B, sites, width), when it was asked for."""
     seconds: float
     """Wall time of the inference."""
 
-    def rows(self, part: slice) -> "Outputs":
-        """Of some images of the batch; the time stays that of all."""
-        residual = None if self.residual is None else self.residual[part]
-        return Outputs(self.logits[part], self.head_gate[part], self.gate_logit[part], residual, self.seconds)
+    def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
+        """Of some images; the time stays that of all."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in ARRAYS}
+        residual = None if self.residual is None else self.residual[index]
+        return Outputs(**arrays, residual=residual, seconds=self.seconds)
+
+
+ARRAYS = ("logits", "probability", "ranking", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
+"""Those of the Outputs that are always there."""
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """The images of several batches, one after the other; their times added."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    residuals = [part.residual for part in parts if part.residual is not None]
+    residual = np.concatenate(residuals) if residuals else None
+    return Outputs(**arrays, residual=residual, seconds=sum(part.seconds for part in parts))
 
 
 class Engine:
@@ -69,7 +101,8 @@ class Engine:
         self.graph = choose_graph(bundle, self.provider, graph)
         self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
-        options = session_options(self.graph.attention, threads or usable_cpus())
+        self.threads = threads or usable_cpus()
+        options = session_options(self.graph.attention, self.threads)
         self.session = _open(path, self.provider, options, device, gpu_memory_mb)
         golden = load_golden(bundle.folder, self.graph.precision)
         check_golden(self._answers, golden, path)  # right, and warm for small batches
@@ -90,7 +123,18 @@ class Engine:
         names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
         start = time.perf_counter()
         logits, head_gate, gate_logit, *others = (value[:count] for value in self._run(names, inputs))
-        return Outputs(logits, head_gate, gate_logit, others[0] if others else None, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        ranking = np.argsort(-logits, axis=1, kind="stable")
+        ranked = np.take_along_axis(logits, ranking, 1)
+        above = np.exp(ranked - ranked[:, :1])
+        return Outputs(
+            logits, above / above.sum(1, keepdims=True), ranking, head_gate, gate_logit,
+            head_usage=head_gate.mean((1, 2)),
+            macs=self.bundle.manifest.macs.spent(head_gate),
+            near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).sum((1, 2)),
+            residual=others[0] if others else None,
+            seconds=seconds,
+        )  # fmt: skip
 
     def _run(self, names: list[str], inputs: Arrays) -> list[NDArray[Any]]:
         if self.provider == "cpu":

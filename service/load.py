@@ -1,4 +1,4 @@
-"""A load on a running server: so many calls at a time, for so many seconds. python -m service.client load"""
+"""A load on a running server: so many calls at a time, or a second. python -m service.client load"""
 
 import asyncio
 import itertools
@@ -26,6 +26,8 @@ class Load:
     """Calls take them in turn; "": no steering."""
     model: str = ""
     version: str = ""
+    rate: float = 0.0
+    """Calls a second, begun at even times whether or not others are answered; 0: by `concurrency`."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,20 @@ class Report:
     seconds: float
     images_per_second: float
     p50_ms: float
-    p95_ms: float
+    p90_ms: float
     p99_ms: float
+    """Of the answered calls; with a rate, from when a call was due."""
     errors: dict[str, int]
     """Calls that were not, by status."""
+    error_p99_ms: float
+    """Of those."""
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count} {code}" for code, count in sorted(self.errors.items())) or "none"
         return (
             f"{self.calls} calls with {self.images} images in {self.seconds:.1f} s: "
             f"{self.images_per_second:.1f} images/s\n"
-            f"latency p50 {self.p50_ms:.1f} ms, p95 {self.p95_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; errors: {failed}"
+            f"latency p50 {self.p50_ms:.1f} ms, p90 {self.p90_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; errors: {failed}"
         )
 
     def to_json(self) -> str:
@@ -72,6 +77,7 @@ async def run(
         requests.append(request)
     following = itertools.cycle(requests)
     latencies: list[float] = []
+    failed: list[float] = []
     errors: Counter[str] = Counter()
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     opened = (
@@ -84,23 +90,37 @@ async def run(
         await stub.Predict(next(following), timeout=60)  # connected, and the right kind of image
         begun = time.perf_counter()
 
+        async def call(due: float) -> None:
+            try:
+                await stub.Predict(next(following), timeout=60)
+                latencies.append(time.perf_counter() - due)
+            except grpc.aio.AioRpcError as error:
+                failed.append(time.perf_counter() - due)
+                errors[error.code().name] += 1
+
         async def caller() -> None:
             while time.perf_counter() - begun < load.seconds:
-                start = time.perf_counter()
-                try:
-                    await stub.Predict(next(following), timeout=60)
-                    latencies.append(time.perf_counter() - start)
-                except grpc.aio.AioRpcError as error:
-                    errors[error.code().name] += 1
+                await call(time.perf_counter())
+
+        async def at_rate() -> None:
+            calls = set()
+            for index in range(round(load.rate * load.seconds)):
+                due = begun + index / load.rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                task = asyncio.create_task(call(due))
+                calls.add(task)
+                task.add_done_callback(calls.discard)
+            await asyncio.gather(*calls)
 
         shown = asyncio.create_task(_progress(begun, load.seconds, latencies)) if sys.stderr.isatty() else None
-        await asyncio.gather(*(caller() for _ in range(load.concurrency)))
+        await (at_rate() if load.rate else asyncio.gather(*(caller() for _ in range(load.concurrency))))
         taken = time.perf_counter() - begun
         if shown:
             shown.cancel()
-    p50, p95, p99 = (1000 * float(np.percentile(latencies or [0.0], p)) for p in (50, 95, 99))
+    p50, p90, p99 = (1000 * float(np.percentile(latencies or [0.0], p)) for p in (50, 90, 99))
     count = len(latencies) * load.images_per_call
-    return Report(len(latencies), count, taken, count / taken, p50, p95, p99, dict(errors))
+    error_p99 = 1000 * float(np.percentile(failed or [0.0], 99))
+    return Report(len(latencies), count, taken, count / taken, p50, p90, p99, dict(errors), error_p99)
 
 
 async def _progress(begun: float, seconds: float, latencies: list[float]) -> None:

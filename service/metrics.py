@@ -3,12 +3,11 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version as package_version
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from export.bundle import Bundle
-from service.batcher import Answer, BatchStats
+from service.batcher import BatchStats
+from service.engine import Outputs
 from training.steering import SteeringProfile
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -150,16 +149,12 @@ class Metrics:
             self.load_failed_now.labels(name, version).set(1)
             self.failed[name] = failed
 
-    def for_model(
-        self, bundle: Bundle, graph: str, provider: str, queued: Callable[[], int], max_queue: int
-    ) -> "ModelMetrics":
+    def for_model(self, bundle: Bundle, graph: str, provider: str) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
         info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.model_info.labels(*info).set(1)
         self.load_failures.labels(*names)
-        self.queue_images.labels(*names).set_function(queued)
-        self.queue_limit.labels(*names).set(max_queue)
         self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
         self.serving[names] = ModelMetrics(self, bundle, info)
         return self.serving[names]
@@ -180,6 +175,11 @@ class ModelMetrics:
         self._dropped = {reason: metrics.dropped.labels(*self._names, reason) for reason in DROP_REASONS}
         self._profiles: dict[str, _ProfileChildren] = {}
         self.use(bundle.profiles)
+
+    def follow_queue(self, queued: Callable[[], int], limit: int) -> None:
+        """queued: how many images wait; called at every look at the metrics until the model retires."""
+        self._metrics.queue_images.labels(*self._names).set_function(queued)
+        self._metrics.queue_limit.labels(*self._names).set(limit)
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
         """The profiles that the model is served with: those that have series of their own start at 0."""
@@ -225,19 +225,21 @@ class ModelMetrics:
         """reason: one of DROP_REASONS."""
         self._dropped[reason].inc(images)
 
-    def answered(self, profile: str, head_gate: NDArray[np.bool_], near_threshold: int) -> None:
-        """Images (B, gated blocks, heads) answered under a profile, or NONE, or CUSTOM."""
-        children = self._of(profile)
-        children.images.inc(len(head_gate))
-        for child, kept in zip(children.heads, head_gate.sum(0).ravel().tolist(), strict=True):
-            if kept:
-                child.inc(kept)
-        children.macs_spent.inc(int(self._manifest.macs.spent(head_gate).sum()))
-        children.macs_dense.inc(self._manifest.macs.dense * len(head_gate))
-        if near_threshold:
-            children.near_threshold.inc(near_threshold)
+    def answered(self, profile: str, outputs: Outputs) -> None:
+        """Images answered under a profile, or NONE, or CUSTOM."""
+        children, count = self._of(profile), len(outputs.logits)
+        children.images.inc(count)
+        kept = outputs.head_gate[0] if count == 1 else outputs.head_gate.sum(0)  # (G, H)
+        for child, images in zip(children.heads, kept.ravel().tolist(), strict=True):
+            if images:
+                child.inc(images)
+        children.macs_spent.inc(sum(outputs.macs.tolist()))
+        children.macs_dense.inc(self._manifest.macs.dense * count)
+        near = sum(outputs.near_threshold.tolist())
+        if near:
+            children.near_threshold.inc(near)
 
-    def shadowed(self, profile: str, steered: Answer, unsteered: Answer) -> None:
+    def shadowed(self, profile: str, steered: Outputs, unsteered: Outputs) -> None:
         """The same images with and without steering."""
         children = self._of(profile)
         agreed = int((steered.logits.argmax(1) == unsteered.logits.argmax(1)).sum())

@@ -21,13 +21,13 @@ from service.explain import Explainer, Explanation
 from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
-from service.steering import Steering, joined, resolve
-from training.steering import NEUTRAL, Terms
+from service.steering import Steering, from_tensors, joined, resolve
+from training.steering import NEUTRAL, SteeringArrays, Terms
 
-NEAR_THRESHOLD = 1e-3
-"""|gate logit| below which rounding could decide a gate."""
 MAX_RESOLVED = 4096
 """Steerings kept: profile x strength."""
+DECODE_SECONDS = 0.01
+"""How long a call decodes before it is another's turn."""
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 """uint8 (B, height, width, channels), or a decoder an image, each of which gives one."""
 
@@ -55,18 +55,24 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(
-            bundle, self.engine.graph_name, self.engine.provider, lambda: self.batcher.queued, settings.max_queue
-        )
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider)
+        counted, statistics = self._metrics, self.statistics
+
+        def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
+            counted.batch(stats)
+            statistics.batch(stats.images, stats.seconds)
+
         self.batcher = Batcher(
             self.engine,
             settings.max_batch,
             settings.max_delay_ms / 1000,
             settings.max_queue,
-            self._count_batch,
+            count_batch,
             self._metrics.dropped,
             bundle.manifest.name,
         )
+        batcher = self.batcher
+        self._metrics.follow_queue(lambda: batcher.queued, settings.max_queue)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
@@ -77,11 +83,13 @@ class Model:
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered, len(shadowed))]) if shadowed else steering
         answer = await self._run(images, order, both, seconds_left, residual)
-        steered = answer.take(range(count))
-        self._count(steering, steered)
+        outputs = answer.outputs
         if shadowed:
-            self._metrics.shadowed(_label(steering), steered.take(shadowed), answer.take(range(count, len(order))))
-        return steered
+            outputs = answer.outputs.rows(slice(0, count))
+            unsteered = answer.outputs.rows(slice(count, len(order)))
+            self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
+        self._metrics.answered(_label(steering), outputs)
+        return Answer(outputs, answer.queue_seconds)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch."""
@@ -90,17 +98,17 @@ class Model:
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (self._unsteered, row)])
         answer = await self._run(images, order, pairs, seconds_left, False)
-        unsteered, steered = answer.take(range(0, 2 * count, 2)), answer.take(range(1, 2 * count, 2))
-        self._count(self._unsteered, unsteered)
-        self._count(steering, steered)
-        return unsteered, steered
+        unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
+        self._metrics.answered(_label(self._unsteered), unsteered)
+        self._metrics.answered(_label(steering), steered)
+        return Answer(unsteered, answer.queue_seconds), Answer(steered, answer.queue_seconds)
 
     async def explain(
         self, images: Images, steering: Steering, seconds_left: float | None, latents: int
     ) -> tuple[Answer, list[list[Explanation]]]:
         """The answers, and per image and site the latents that say most about the gates, at most so many."""
         answer = await self.predict(images, steering, seconds_left, residual=True)
-        residual = answer.residual
+        residual = answer.outputs.residual
         assert residual is not None
 
         def explain() -> list[list[Explanation]]:
@@ -121,6 +129,15 @@ class Model:
                 return found
             self._resolved[key] = found
         return self._resolved[key]
+
+    async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
+        """Each image's own terms, checked; in the pool, as they may be very many."""
+        self._in_flight += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._pool, from_tensors, self.bundle, arrays, strength)
+        finally:
+            self._in_flight -= 1
 
     def use(self, profiles: Profiles) -> None:
         """Serve these beside the bundle's own from now on; calls that are in here already are not disturbed."""
@@ -162,9 +179,12 @@ class Model:
         return answer
 
     async def _decode(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-        """In the pool: nothing that takes long may run on the event loop."""
+        """In the pool, a slice of time after the other: calls take turns, and one whose client has gone is left."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: np.stack([decode() for decode in decoders]))
+        decoded: list[NDArray[np.uint8]] = []
+        while len(decoded) < len(decoders):
+            decoded += await loop.run_in_executor(self._pool, _decode_some, decoders[len(decoded) :])
+        return np.stack(decoded)
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
@@ -174,13 +194,15 @@ class Model:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
-    def _count(self, steering: Steering, answer: Answer) -> None:
-        near = int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum())
-        self._metrics.answered(_label(steering), answer.head_gate, near)
 
-    def _count_batch(self, stats: BatchStats) -> None:
-        self._metrics.batch(stats)
-        self.statistics.batch(stats.images, stats.seconds)
+def _decode_some(decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> list[NDArray[np.uint8]]:
+    """The first of them, one or more: as many as DECODE_SECONDS allow."""
+    end, decoded = time.perf_counter() + DECODE_SECONDS, []
+    for decode in decoders:
+        decoded.append(decode())
+        if time.perf_counter() > end:
+            break
+    return decoded
 
 
 def _label(steering: Steering) -> str:

@@ -31,7 +31,7 @@ from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 from service.repository import Repository
 from service.statistics import Duration
-from service.steering import Steering, from_tensors
+from service.steering import Steering
 from service.steering_api import receipt
 from training.steering import NEUTRAL, SteeringArrays
 
@@ -159,7 +159,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         outputs = _wanted(request)
         inputs = _inputs(request)
         images = self._images(model, inputs)
-        steering = self._steering(model, request, inputs, len(images))
+        steering = await self._steering(model, request, inputs, len(images))
         answer = await model.predict(images, steering, context.time_remaining(), "residual" in outputs)
         return _response(request, model, steering, answer, outputs)
 
@@ -186,7 +186,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             for index, image in enumerate(images.tolist())
         ]
 
-    def _steering(
+    async def _steering(
         self, model: Model, request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], images: int
     ) -> Steering:
         profile, strength = _parameters(request.parameters)
@@ -208,7 +208,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             raise InvalidRequest(
                 f"steering tensors have {tensors[0][0].size} terms an image; allowed: {self._settings.max_terms}"
             )
-        return from_tensors(model.bundle, SteeringArrays(*tensors), strength)
+        return await model.steering_of(SteeringArrays(*tensors), strength)
 
 
 def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
@@ -322,7 +322,7 @@ def _response(
     manifest = model.bundle.manifest
     response = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
     for name in outputs:
-        value = getattr(answer, name)
+        value = getattr(answer.outputs, name)
         response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
         response.raw_output_contents.append(np.ascontiguousarray(value).astype(DTYPES[OUTPUT_TYPES[name]][0]).tobytes())
     for field, said in receipt(model, steering, answer).ListFields():

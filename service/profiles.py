@@ -8,6 +8,7 @@ folder counts as a whole: if anything in it is wrong, all stays as it is.
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class ProfileFolder:
         self._folder, self._metrics = folder, metrics
         self._files: tuple[_File, ...] = ()
         self._seen: tuple[tuple[Path, bytes], ...] | None = None
+        self._reading = threading.Lock()
 
     def of(self, bundle: Bundle) -> Profiles:
         """For a bundle. Raises SteeringError when one of them does not fit it."""
@@ -42,10 +44,12 @@ class ProfileFolder:
 
     def refresh(self, bundles: Sequence[Bundle]) -> bool:
         """Read the folder if it has changed; whether there is something new for the models that serve these bundles."""
-        if self._folder is None:
-            return False
+        with self._reading:
+            return self._folder is not None and self._refresh(self._folder, bundles)
+
+    def _refresh(self, folder: Path, bundles: Sequence[Bundle]) -> bool:
         try:
-            paths = sorted(path for path in self._folder.glob("*.json") if not path.name.startswith("."))
+            paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
             contents = tuple((path, path.read_bytes()) for path in paths)
             if contents == self._seen:
                 return False
@@ -63,7 +67,7 @@ class ProfileFolder:
                 log.warning("%s is for gates_sae_digest %s, which no served model has", file.path, file.made_for)
         self._files = files
         self._metrics.profiles_read(True)
-        log.info("%d profiles in %d files of %s", sum(len(f.profiles) for f in files), len(files), self._folder)
+        log.info("%d profiles in %d files of %s", sum(len(f.profiles) for f in files), len(files), folder)
         return True
 
     async def watch(self, seconds: float, bundles: Callable[[], list[Bundle]], changed: Callable[[], None]) -> None:

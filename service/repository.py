@@ -85,9 +85,9 @@ class Repository:
 
         Raises NotFound or InvalidRequest.
         """
-        if not name:
-            if len(self._loaded) != 1:
-                raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
+        if not name and len(self._loaded) > 1:
+            raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
+        if not name and self._loaded:
             name = next(iter(self._loaded))
         if name not in self._loaded:
             raise NotFound(f"model is {name!r}; allowed: {self._names()}")
@@ -114,10 +114,14 @@ class Repository:
         """Follow the folder until cancelled."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            try:
-                await self.refresh()
-            except (BundleError, OSError) as error:
-                log.error("the repository cannot be read, so all stays as it is: %s", error)
+            await self.look()
+
+    async def look(self) -> None:
+        """As refresh, but a folder that cannot be read is only told of."""
+        try:
+            await self.refresh()
+        except (BundleError, OSError) as error:
+            log.error("the repository cannot be read, so all stays as it is: %s", error)
 
     async def refresh(self, only: str | None = None) -> dict[str, Loaded]:
         """Make what is loaded what the folder says. only: this model. Returns what became of each.
@@ -209,8 +213,9 @@ class Repository:
         loaded.failures.pop(version, None)
         loaded.models[version] = model
         log.info(
-            "model %s version %d: %s on %s, %d profiles, digest %s", name, version, model.engine.graph_name,
-            model.engine.provider, len(model.bundle.profiles), model.bundle.digest,
+            "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
+            model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
+            model.bundle.digest,
         )  # fmt: skip
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
@@ -243,4 +248,4 @@ class Repository:
         loaded.labels = kept | {label: version for label, version in shelf.labels.items() if version in loaded.models}
 
     def _names(self) -> str:
-        return ", ".join(repr(name) for name in sorted(self._loaded))
+        return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"

@@ -1,29 +1,21 @@
-"""Puts the parts together: the gRPC server with its guard, health and reflection, and the HTTP pages."""
+"""Puts the parts together: the gRPC server with its services, health and reflection, and the HTTP pages."""
 
 import asyncio
 import logging
-import socketserver
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle
 from service.config import Settings
-from service.errors import STATUS, Overloaded, RequestError
+from service.guard import Guard
 from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
+from service.pages import Pages
 from service.pb import open_inference_pb2, steering_pb2
-from service.pb.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from service.pb.steering_pb2_grpc import add_SteeringServiceServicer_to_server
 from service.profiles import ProfileFolder
 from service.repository import Repository
 from service.steering_api import SteeringService
@@ -54,42 +46,6 @@ class NotServed(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-class Guard(grpc.aio.ServerInterceptor):
-    """Turns errors into statuses, and counts and times every RPC of ours."""
-
-    def __init__(self, metrics: Metrics):
-        self._metrics = metrics
-        metrics.known_methods(METHODS)
-
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None or details.method not in METHODS:
-            return handler
-
-        async def guarded(request: Any, context: Any) -> Any:
-            start, code = time.perf_counter(), "OK"
-            self._metrics.in_flight.inc()
-            try:
-                return await handler.unary_unary(request, context)
-            except RequestError as error:
-                code = STATUS[type(error)].name
-                await context.abort(STATUS[type(error)], str(error), _trailers(error))
-            except asyncio.CancelledError:
-                code = "CANCELLED"
-                raise
-            except Exception:
-                code = "INTERNAL"
-                log.exception("%s failed", details.method)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says more")
-            finally:
-                self._metrics.in_flight.dec()
-                self._metrics.request(details.method, code, time.perf_counter() - start)
-
-        return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
-
-
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
     """gRPC's health service, whose watches end with the server instead of holding it up for drain_seconds."""
 
@@ -110,16 +66,6 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         self._ended.set()
 
 
-def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
-    """For an overload: when to try again, as RetryInfo and as the trailer that gRPC's own retries obey."""
-    if not isinstance(error, Overloaded):
-        return ()
-    milliseconds = round(error.retry_after_seconds * 1000)
-    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=str(error))
-    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(nanos=milliseconds * 1_000_000)))
-    return (("grpc-retry-pushback-ms", str(milliseconds)), ("grpc-status-details-bin", status.SerializeToString()))
-
-
 class Server:
     """The whole server. `start` returns when it is ready, `stop` when everything accepted is answered."""
 
@@ -134,28 +80,17 @@ class Server:
         self._read_profiles()
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
+        self._guard = Guard(self._metrics)
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
         """Raises OSError when a port is taken."""
         settings = self._settings
-        age = round(1000 * settings.max_connection_age_seconds)
-        self._server = grpc.aio.server(
-            interceptors=[Guard(self._metrics)],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_mb * 2**20),
-                ("grpc.max_send_message_length", settings.max_message_mb * 2**20),
-                ("grpc.so_reuseport", 0),
-                *[("grpc.max_connection_age_ms", age)] * (age > 0),
-            ],
-        )
-        add_SteeringServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            SteeringService(self._repository, settings), self._server
-        )
-        add_GRPCInferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            OpenInferenceService(self._repository, settings, lambda: self.ready), self._server
-        )
-        self._server.add_generic_rpc_handlers((NotServed(),))
+        self._server = grpc.aio.server(options=_options(settings))
+        typed = SteeringService(self._repository, settings)
+        open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready)
+        handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
+        self._server.add_generic_rpc_handlers((*handlers, NotServed()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
@@ -190,8 +125,16 @@ class Server:
         if self._profiles.refresh(self._bundles()):
             self._repository.use_profiles()
 
+    async def reload(self) -> None:
+        """Look at what is followed anyway at once: the profile folder; with --model-control poll, the repository."""
+        log.info("looking at the folders")
+        if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
+            self._repository.use_profiles()
+        if self._settings.model_control == "poll":
+            await self._repository.look()
+
     async def stop(self) -> None:
-        """Say so, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything.
+        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything.
 
         gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
         service are given time to leave first.
@@ -200,9 +143,11 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         for task in self._watching:
             task.cancel()
-        await asyncio.sleep(self._settings.leave_seconds)
+        await asyncio.sleep(self._settings.drain_delay_seconds)
         self._health.end_watches()
         await self._server.stop(self._settings.drain_seconds)
+        accepted, answered = self._guard.accepted, self._guard.answered
+        log.info("stopped: %d calls accepted, %d answered, %d cancelled", accepted, answered, accepted - answered)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()
 
@@ -211,41 +156,18 @@ class Server:
             await self._health.set(service, status)
 
 
-class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
-
-
-class Pages:
-    """HTTP in a thread of its own: /metrics, /livez (inference threads run), /readyz (takes requests)."""
-
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, server: Server):
-        """Raises OSError when the port is taken."""
-        metrics_page = make_wsgi_app(registry)
-
-        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            path = environ["PATH_INFO"]
-            if path == "/metrics":
-                page: Iterable[bytes] = metrics_page(environ, start_response)
-                return page
-            states = {"/livez": server.alive, "/readyz": server.ready and server.alive}
-            status = "404 Not Found" if path not in states else "200 OK" if states[path] else "503 Service Unavailable"
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            return [f"{status[4:]}\n".encode()]
-
-        try:
-            self._http = make_server(host, port, app, _ThreadingWSGIServer, _QuietHandler)
-        except OSError as error:
-            raise OSError(f"metrics port {port} of {host} cannot be listened on: {error.strerror}") from error
-        self.port = self._http.server_port
-        self._thread = threading.Thread(target=self._http.serve_forever, name="pages", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    size, ping = settings.max_message_mb * 2**20, round(1000 * settings.keepalive_seconds)
+    options = [
+        ("grpc.max_receive_message_length", size),
+        ("grpc.max_send_message_length", size),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may look after connections too
+        ("grpc.keepalive_time_ms", ping),
+        ("grpc.keepalive_timeout_ms", ping),
+    ]
+    if settings.max_connection_age_seconds:
+        grace = round(1000 * settings.max_connection_age_grace_seconds)
+        options.append(("grpc.max_connection_age_ms", round(1000 * settings.max_connection_age_seconds)))
+        options.append(("grpc.max_connection_age_grace_ms", grace))
+    return options

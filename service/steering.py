@@ -63,9 +63,12 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
-        applied = at_strength(terms, strength) if strength else NEUTRAL
     except SteeringError as error:
         raise InvalidRequest(str(error)) from error
+    try:
+        applied = at_strength(terms, strength) if strength else NEUTRAL
+    except SteeringError as error:
+        raise InvalidRequest(f"steering.terms at steering.strength {strength:g}: {error}") from error
     return Steering(
         to_arrays([applied], len(bundle.manifest.sites)), profile, bool(terms) and not profile, digest(applied)
     )
@@ -116,7 +119,10 @@ def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
     """The arrays (B, S, T) of a batch in which steering i holds for counts[i] rows; padded with the neutral term."""
-    sites = steerings[0].arrays.latent.shape[1]
+    first = steerings[0].arrays
+    if len(steerings) == 1 and len(first.latent) == counts[0]:
+        return first
+    sites = first.latent.shape[1]
     width = max(steering.arrays.latent.shape[2] for steering in steerings)
     shape = (sum(counts), sites, width)
     batch = SteeringArrays(np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32))

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from export.bundle import Manifest
 from service.batcher import Answer
 from service.config import Settings
+from service.engine import Outputs
 from service.errors import InvalidRequest
 from service.explain import Explanation
 from service.images import Limits, decode, from_raw
-from service.model import NEAR_THRESHOLD, Images, Model
+from service.model import Images, Model
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceServicer
 from service.repository import Repository
@@ -35,14 +36,16 @@ class SteeringService(SteeringServiceServicer):
         model, images, steering, top_k = self._read(request)
         answer = await model.predict(images, steering, context.time_remaining())
         return pb.PredictResponse(
-            predictions=predictions(model.bundle.manifest, answer, top_k), receipt=receipt(model, steering, answer)
+            predictions=predictions(model.bundle.manifest, answer.outputs, top_k),
+            receipt=receipt(model, steering, answer),
         )
 
     async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
         model, images, steering, top_k = self._read(request)
         pair = await model.compare(images, steering, context.time_remaining())
         return pb.CompareResponse(
-            comparisons=comparisons(model.bundle.manifest, *pair, top_k), receipt=receipt(model, steering, pair[1])
+            comparisons=comparisons(model.bundle.manifest, pair[0].outputs, pair[1].outputs, top_k),
+            receipt=receipt(model, steering, pair[1]),
         )
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
@@ -51,7 +54,7 @@ class SteeringService(SteeringServiceServicer):
             raise InvalidRequest(f"latents is {request.latents}; allowed: 0 (10) to {MAX_LATENTS}")
         answer, explained = await model.explain(images, steering, context.time_remaining(), request.latents or 10)
         manifest = model.bundle.manifest
-        made = predictions(manifest, answer, top_k)
+        made = predictions(manifest, answer.outputs, top_k)
         return pb.ExplainResponse(
             explanations=[
                 pb.ImageExplanation(prediction=prediction, sites=sites(manifest, of_image))
@@ -130,32 +133,27 @@ class SteeringService(SteeringServiceServicer):
         return model.steering(asked.profile, terms, strength, asked.gates_sae_digest)
 
 
-def predictions(manifest: Manifest, answer: Answer, top_k: int) -> list[pb.Prediction]:
-    shifted = np.exp(answer.logits - answer.logits.max(1, keepdims=True))
-    probabilities = shifted / shifted.sum(1, keepdims=True)  # (B, classes)
-    best = np.argsort(-answer.logits, axis=1, kind="stable")[:, :top_k]
-    usage = answer.head_gate.mean((1, 2))
-    compute = manifest.macs.spent(answer.head_gate) / manifest.macs.dense
-    near = (np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum((1, 2))
+def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
+    rows = (outputs.ranking[:, :top_k], outputs.probability[:, :top_k], outputs.head_gate)
+    said = (outputs.head_usage, outputs.macs, outputs.near_threshold)
     return [
         pb.Prediction(
             classes=[
-                pb.ClassProbability(label=manifest.labels[c], index=c, probability=float(probabilities[row, c]))
-                for c in best[row].tolist()
+                pb.ClassProbability(label=manifest.labels[c], index=c, probability=probability)
+                for c, probability in zip(classes, likely, strict=True)
             ],
             head_mask=[
-                pb.BlockHeads(block=block, kept=kept)
-                for block, kept in zip(manifest.gated_blocks, answer.head_gate[row].tolist(), strict=True)
+                pb.BlockHeads(block=block, kept=kept) for block, kept in zip(manifest.gated_blocks, mask, strict=True)
             ],
-            head_usage=float(usage[row]),
-            compute_fraction=float(compute[row]),
-            gates_near_threshold=int(near[row]),
+            head_usage=usage,
+            compute_fraction=macs / manifest.macs.dense,
+            gates_near_threshold=near,
         )
-        for row in range(len(answer.logits))
+        for classes, likely, mask, usage, macs, near in zip(*(value.tolist() for value in (*rows, *said)), strict=True)
     ]
 
 
-def comparisons(manifest: Manifest, unsteered: Answer, steered: Answer, top_k: int) -> list[pb.Comparison]:
+def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k: int) -> list[pb.Comparison]:
     pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
     found = []
     for row, (before, after) in enumerate(pairs):
@@ -201,7 +199,8 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
 
 
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
-    manifest = model.bundle.manifest
+    manifest, outputs = model.bundle.manifest, answer.outputs
+    count = len(outputs.logits)
     return pb.Receipt(
         model=manifest.name,
         version=str(manifest.version),
@@ -211,10 +210,10 @@ def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
         profile=steering.profile,
         steering_digest=steering.digest,
         queue_seconds=answer.queue_seconds,
-        inference_seconds=answer.inference_seconds,
-        head_usage=float(answer.head_gate.mean()),
-        compute_fraction=float(manifest.macs.spent(answer.head_gate).mean() / manifest.macs.dense),
-        gates_near_threshold=int((np.abs(answer.gate_logit) < NEAR_THRESHOLD).sum()),
+        inference_seconds=outputs.seconds,
+        head_usage=sum(outputs.head_usage.tolist()) / count,
+        compute_fraction=sum(outputs.macs.tolist()) / (count * manifest.macs.dense),
+        gates_near_threshold=sum(outputs.near_threshold.tolist()),
     )
 
 

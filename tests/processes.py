@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "deploy" / "models"
@@ -38,9 +39,17 @@ class ServerProcess:
         return total
 
 
-def start_server(repository: Path, *flags: str) -> ServerProcess:
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def start_server(
+    repository: Path,
+    *flags: str,
+    program: Sequence[str] = ("-m", "service"),
+    prefix: Sequence[str] = (),
+    **options: Any,
+) -> ServerProcess:
+    """program: what Python runs. prefix: a command that runs the command after it. options: of subprocess.Popen."""
+    command = [*prefix, sys.executable, *program, "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
+    options = {"stderr": subprocess.PIPE, "cwd": ROOT, **options}
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     ready = re.match(r"ready: grpc (\S+), metrics (\S+)", process.stdout.readline())
     if not ready:
@@ -65,7 +74,7 @@ def run_module(*arguments: str, timeout: float = 600) -> "subprocess.CompletedPr
     )
 
 
-def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for something to come true."""
     end = time.monotonic() + seconds
     while not holds():

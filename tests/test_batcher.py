@@ -29,12 +29,13 @@ class HeldEngine:
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
-        self.fail = False
+        self.fails_from = math.inf
+        """Images in a batch that are too many for it."""
 
     def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
         self.entered.set()
         assert self.open.wait(30)
-        if self.fail:
+        if len(images) >= self.fails_from:
             raise RuntimeError("out of memory")
         return self.engine.run(images, steering, residual)
 
@@ -73,9 +74,9 @@ def steerings(bundle: Bundle) -> list[Steering]:
 def same(found: Answer, expected: Outputs, row: int = 0) -> None:
     """Equal within the tolerance, unless a gate within rounding of its threshold decided differently."""
     near = np.abs(expected.gate_logit) < 1e-3
-    assert ((found.head_gate[row] == expected.head_gate[0]) | near[0]).all()
-    if (found.head_gate[row] == expected.head_gate[0]).all():
-        np.testing.assert_allclose(found.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
+    assert ((found.outputs.head_gate[row] == expected.head_gate[0]) | near[0]).all()
+    if (found.outputs.head_gate[row] == expected.head_gate[0]).all():
+        np.testing.assert_allclose(found.outputs.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
 
 
 def test_a_batch_of_mixed_profiles_equals_the_single_requests(
@@ -130,8 +131,8 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
         with pytest.raises(Overloaded, match="20 images wait already and 1 are given; allowed: 20 together"):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
         parts.engine.open.set()
-        assert len((await first).logits) == 8
-        assert len((await waiting).logits) == 20
+        assert len((await first).outputs.logits) == 8
+        assert len((await waiting).outputs.logits) == 20
 
     asyncio.run(scenario())
     assert parts.batcher.queued == 0
@@ -155,22 +156,63 @@ def test_cancelled_and_expired_calls_are_dropped_before_inference(
             await late
         with pytest.raises(asyncio.CancelledError):
             await gone
-        assert len((await kept).logits) == 1
-        assert len((await first).logits) == 8
+        assert len((await kept).outputs.logits) == 1
+        assert len((await first).outputs.logits) == 8
 
     asyncio.run(scenario())
     assert sorted(parts.drops) == [("cancelled", 3), ("deadline", 2)]
     assert [stats.images for stats in parts.batches] == [8, 1]
 
 
-def test_a_failing_batch_fails_its_calls_and_the_next_one_works(
+def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_one(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
-    parts.engine.fail = True
-    with pytest.raises(RuntimeError, match="out of memory"):
-        asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf))
-    parts.engine.fail = False
-    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:2], steerings[0], math.inf)).logits) == 2
+    """Batches of 8: one is in flight, and calls of 17 images and of 1 come. In the order of arrival 1 would be last."""
+    done: list[int] = []
+
+    async def call(count: int) -> None:
+        answer = await parts.batcher.submit(sample_pixels[:count], steerings[0], math.inf)
+        assert len(answer.outputs.logits) == count
+        done.append(count)
+
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        calls = [asyncio.create_task(call(8))]
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        for count in (17, 1):
+            calls.append(asyncio.create_task(call(count)))
+            await asyncio.sleep(0)
+        assert parts.batcher.queued == 18
+        parts.engine.open.set()
+        await asyncio.gather(*calls)
+
+    asyncio.run(scenario())
+    assert [stats.images for stats in parts.batches] == [8, 8, 1, 8, 1]
+    assert done == [8, 1, 17]
+    assert parts.batcher.queued == 0
+
+
+def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
+    parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    parts.engine.fails_from = 4
+
+    async def scenario() -> list[Answer | BaseException]:
+        calls = [
+            parts.batcher.submit(sample_pixels[first : first + count], steerings[0], math.inf)
+            for first, count in ((0, 1), (10, 4), (20, 2))
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, too_much, last = asyncio.run(scenario())
+    assert str(too_much) == "out of memory"
+    assert isinstance(first, Answer)
+    assert isinstance(last, Answer)
+    same(first, engine.run(sample_pixels[:1], steerings[0].arrays))
+    same(last, engine.run(sample_pixels[20:21], steerings[0].arrays))
+    assert [stats.images for stats in parts.batches] == [1, 2]
+    parts.engine.fails_from = math.inf
+    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:4], steerings[0], math.inf)).outputs.logits) == 4
     assert parts.batcher.alive
 
 
@@ -183,7 +225,7 @@ def test_close_answers_what_waits_and_refuses_what_comes(
         waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
         await asyncio.sleep(0)
         await asyncio.to_thread(parts.batcher.close)
-        assert len((await waiting).logits) == 20
+        assert len((await waiting).outputs.logits) == 20
         with pytest.raises(Stopping):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
 

@@ -4,7 +4,7 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,6 @@ def typed(made: pb.ModelInferRequest, **contents: Any) -> pb.ModelInferRequest:
     return made
 
 
-def flagged(made: pb.ModelInferRequest, name: str) -> pb.ModelInferRequest:
-    made.parameters[name].bool_param = True
-    return made
-
-
 def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceStub, bundle: Bundle) -> None:
     pixels = bytes(range(256)) * 3 + bytes(16)
     answers = [stub.ModelInfer(raw(request(), pixels)), stub.ModelInfer(typed(request(), uint_contents=pixels))]
@@ -171,60 +166,6 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
     assert answers[0].raw_output_contents == answers[1].raw_output_contents
     logits = np.frombuffer(answers[0].raw_output_contents[0], "<f4")
     assert bundle.manifest.labels[int(logits.argmax())] == "Bag"
-
-
-WRONG: dict[str, tuple[Callable[[], pb.ModelInferRequest], str]] = {
-    "no input": (lambda: pb.ModelInferRequest(model_name="fashion_mnist"), "inputs are []; allowed: one of image and"),
-    "two of a name": (
-        lambda: (made := request(), made.inputs.add().CopyFrom(made.inputs[0]), raw(made, bytes(784), bytes(784)))[-1],
-        "inputs[1] 'image' is there twice; allowed: once",
-    ),
-    "too few bytes": (lambda: raw(request(), bytes(783)), "has 783 bytes; allowed: 784 for UINT8 [1, 28, 28, 1]"),
-    "a raw entry too many": (lambda: raw(request(), bytes(784), b""), "raw_input_contents has 2 entries; allowed: 1"),
-    "raw and typed": (
-        lambda: raw(typed(request(), uint_contents=[1]), bytes(784)),
-        "has contents, and there are raw_input_contents too; allowed: one of them",
-    ),
-    "the wrong field": (
-        lambda: typed(request(), fp32_contents=[0.0] * 784),
-        "inputs[0] 'image' has fp32_contents; allowed: uint_contents for UINT8",
-    ),
-    "too few elements": (lambda: typed(request(), uint_contents=[0]), "has 1 elements; allowed: 784 for the shape"),
-    "a value out of range": (
-        lambda: typed(request(), uint_contents=[256] * 784),
-        "has the value 256; allowed: 0 to 255",
-    ),
-    "a negative size": (
-        lambda: raw(request((-1, 28, 28, 1)), b""),
-        "has the shape [-1, 28, 28, 1]; allowed: no negative",
-    ),
-    "sizes that overflow": (
-        lambda: raw(request((2**62, 2**62, 2**62, 1)), bytes(784)),
-        f"has 784 bytes; allowed: {2**186} for UINT8",
-    ),
-    "no shape": (lambda: raw(request(()), b"\0"), "has no shape; allowed: one with the images first"),
-    "no images": (lambda: raw(request((0, 28, 28, 1)), b""), "has 0 images; allowed: 1 to 256"),
-    "too many images": (lambda: raw(request((257, 28, 28, 1)), bytes(257 * 784)), "has 257 images; allowed: 1 to 256"),
-    "a length that lies": (
-        lambda: raw(request((1,), "encoded_image", "BYTES"), struct.pack("<I", 1000) + b"x"),
-        "ends within element 0; allowed: a 4-byte length before each element",
-    ),
-    "a strength that is a flag": (
-        lambda: (made := raw(request(), bytes(784)), made.parameters["strength"].__setattr__("bool_param", True), made)[
-            0
-        ],
-        "parameter strength is True; allowed: a number",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_gets_a_sentence(stub: GRPCInferenceServiceStub, name: str) -> None:
-    make, sentence = WRONG[name]
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.ModelInfer(make(), timeout=10)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert sentence in caught.value.details()
 
 
 def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> None:

@@ -26,13 +26,14 @@ def test_forced_gates_are_those_that_were_asked_for(model: heads.Model) -> None:
     assert len({row.tobytes() for row in heads.patterns(model, 8, 1 / 3, "uniform")}) == 1
 
 
-def test_a_row_is_compared_with_the_fastest_plain_model_of_its_round(model: heads.Model) -> None:
+def test_a_row_is_compared_with_the_fastest_plain_model(model: heads.Model) -> None:
     def cell(variant: str, usage: float) -> heads.Cell:
         return heads.Cell(model.name, variant, "fp32", 2, 1, usage, "random")
 
     cells = [cell("dense", 1.0), cell("by_head", 1.0), cell("dispatch", 1 / 3)]
     rows = {row.variant: row for row in heads.measure(model, cells, rounds=3, seconds=0.0)}
-    assert min(rows[plain].ratio_to_dense for plain in ("dense", "by_head")) == 1.0
+    fastest = min((rows[plain] for plain in ("dense", "by_head")), key=lambda row: row.ms)
+    assert fastest.ratio_to_dense == fastest.efficiency == 1.0
     dispatch = rows["dispatch"]
     closed = 1 - (1 - 1 / 3) * 6 * sum(model.macs.per_head) / model.macs.dense
     assert dispatch.ideal == pytest.approx(closed)

@@ -12,6 +12,7 @@ from processes import MODELS, ServerProcess, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service.client import Client
+from tests.faults.listed import fault
 from training.steering import SteeringProfile, SteeringTerm, digest, profiles_to_json
 
 DARK = {1: (SteeringTerm(7, 0.0, 40.0),), 3: (SteeringTerm(2, 2.0, -3.0),)}
@@ -44,6 +45,7 @@ def names(client: Client) -> set[str]:
     return {p.name for p in client.profiles()}
 
 
+@fault("process: file change", "what the profile folder holds now")
 def test_profiles_come_change_and_go_beside_the_bundles_own(
     server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:
@@ -81,6 +83,7 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
 }
 
 
+@fault("process: file change", "one wrong file: the profiles as they were before")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_one_wrong_file_keeps_the_whole_old_set(wrong: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content(bundle, profile("night")))

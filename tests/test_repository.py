@@ -16,6 +16,7 @@ from service.catalogue import scan, wanted
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.faults.listed import fault
 
 BAG = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
 POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
@@ -61,6 +62,7 @@ def index(server: ServerProcess) -> dict[tuple[str, str], tuple[str, str]]:
     return {(entry.name, entry.version): (entry.state, entry.reason) for entry in found}
 
 
+@fault("bundle: swap under load", "the answer of the old or of the new version, as the receipt says; no call is lost")
 def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     polling: ServerProcess, repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
@@ -111,6 +113,11 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
         assert all('version="3"' in line for line in lines), name
 
 
+@fault(
+    "bundle: version that fails to load while an older one serves",
+    "the older version answers; the index has the reason; NOT_FOUND: "
+    "`version of model 'fashion_mnist' is '2'; allowed: '1', or none`",
+)
 def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
     polling: ServerProcess, repository: Path, bundle: Bundle
 ) -> None:

@@ -16,7 +16,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 
 SERVICE_CONFIG = (ROOT / "deploy" / "kubernetes" / "service_config.json").read_text()
 CALLERS = 32
-"""Enough for calls to be on their way at any moment: without the client's health check, or without leave_seconds, about
+"""Enough for calls to be on their way at any moment: without the client's health check, or without drain_delay_seconds, about
 every second stop costs some."""
 FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1")
 """Connections are ended by age too, far more often than one would have it."""
@@ -90,7 +90,7 @@ def test_a_rolling_restart_under_load_fails_no_call(samples: dict[str, list[byte
 def test_a_server_that_stops_says_so_to_those_who_watch_before_it_refuses_calls(
     samples: dict[str, list[bytes]],
 ) -> None:
-    server = start_server(MODELS, "--leave-seconds", "3")
+    server = start_server(MODELS, "--drain-delay-seconds", "3")
     with grpc.insecure_channel(server.address) as channel, Client(server.address) as client:
         watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING

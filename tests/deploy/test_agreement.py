@@ -67,7 +67,7 @@ def test_a_pod_that_is_told_to_stop_has_time_to_answer_what_it_accepted(
         of_server = settings_of(pod, found, monkeypatch)
         assert sleep >= 5, "the news that a pod leaves takes seconds to spread"
         assert (
-            pod.spec["terminationGracePeriodSeconds"] >= sleep + of_server.leave_seconds + of_server.drain_seconds + 5
+            pod.spec["terminationGracePeriodSeconds"] >= sleep + of_server.drain_delay_seconds + of_server.drain_seconds + 5
         )
 
 

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -92,8 +91,8 @@ def deit_bundle() -> Path:
 
 
 @contextlib.contextmanager
-def server(repository: Path, *flags: str) -> Iterator[tuple[str, int, float]]:
-    """Address, process id, and seconds from start to ready."""
+def server(repository: Path, *flags: str) -> Iterator[tuple[str, float]]:
+    """Address, and seconds from start to ready."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -101,7 +100,7 @@ def server(repository: Path, *flags: str) -> Iterator[tuple[str, int, float]]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(READY), line
-        yield line.removeprefix(READY).split(",")[0], process.pid, time.perf_counter() - begun
+        yield line.removeprefix(READY).split(",")[0], time.perf_counter() - begun
     finally:
         process.terminate()
         process.wait()
@@ -126,9 +125,22 @@ def alone(engine: Engine, images: list[bytes], batch: int, profiles: tuple[str, 
     return count / (time.perf_counter() - begun)
 
 
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def own_cpu_ms(images: list[bytes], concurrency: int, seconds: float) -> float:
+    """Milliseconds of CPU that the server takes for a one-image call beside inference: those of a long load minus those
+    of a short one, so that the start does not count."""
+    totals = []
+    for duration in (0.2, seconds):
+        command = [sys.executable, "-m", "tests.perf.counted_server", "--repository", str(ROOT / "deploy" / "models")]
+        flags = ["--port", "0", "--metrics-port", "0", "--log-level", "error"]
+        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        address = process.stdout.readline().removeprefix(READY).split(",")[0]
+        calls = load(address, images, Load(concurrency, duration, 1, ("Shirt",))).calls
+        process.terminate()
+        counted = json.loads(process.stdout.read())
+        totals.append((calls, 1000 * (counted["cpu_seconds"] - counted["inference_cpu_seconds"])))
+    (few, before), (many, after) = totals
+    return (after - before) / (many - few)
 
 
 def deit(rounds: int, seconds: float) -> dict[str, object]:
@@ -144,7 +156,7 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
             engine = Engine(load_bundle(repository / "deit_s" / "1"), "cpu", 0, graph)
             rate = alone(engine, images, 8, profiles, seconds)
             del engine
-            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, _, _):
+            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, _):
                 seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
     found: dict[str, object] = {}
     for kind, pairs in seen.items():
@@ -167,33 +179,30 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
 
     images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
     folder = OUT / "profiles"
-    starts, ratios, beyond = [], [], []
+    starts, ratios = [], []
+    own: dict[int, list[float]] = {1: [], 8: []}
     p50: dict[int, list[float]] = {10: [], 10_000: []}
     for _ in range(rounds):
         engine = Engine(bundle, "cpu", 0)
         alone_16 = alone(engine, images, 16, ("Shirt",), seconds)
-        cpu = time.process_time()
-        rate = alone(engine, images, 1, ("Shirt",), seconds)
-        inference = (time.process_time() - cpu) / (rate * seconds)
         del engine
-        with server(ROOT / "deploy" / "models") as (address, pid, start):
+        with server(ROOT / "deploy" / "models") as (address, start):
             starts.append(start)
             report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
             ratios.append(report.images_per_second / alone_16)
-            before = cpu_seconds(pid)
-            report = load(address, images, Load(1, seconds, 1, ("Shirt",)))
-            beyond.append(1000 * ((cpu_seconds(pid) - before) / (report.calls + 1) - inference))
+        for concurrency in own:
+            own[concurrency].append(own_cpu_ms(images, concurrency, seconds))
         for count in p50:
             folder.mkdir(parents=True, exist_ok=True)
             profiles = [replace(bundle.profiles["Shirt"], name=f"p{i:05d}") for i in range(count)]
             made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
             (folder / "many.json").write_text(json.dumps({**profiles_to_json(profiles), **made_for}))
             names = tuple(profile.name for profile in profiles)
-            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, _, _):
+            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, _):
                 p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
         "start_to_ready_seconds": float(np.median(starts)),
-        "cpu_ms_beyond_inference": float(np.median(beyond)),
+        "own_cpu_ms_by_calls_at_a_time": {str(count): float(np.median(found)) for count, found in own.items()},
         "ratio_at_16_images_a_call": float(np.median(ratios)),
         "p50_ms_by_profiles": {str(count): float(np.median(times)) for count, times in p50.items()},
         "p50_of_10000_over_10": float(np.median(np.array(p50[10_000]) / np.array(p50[10]))),

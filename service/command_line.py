@@ -1,0 +1,89 @@
+"""python -m service.client: predict, compare, explain, load, profiles."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from service.client import Asked, Client
+from service.load import Load, run
+from service.tables import compare_table, explain_table, predict_table, profiles_table
+
+
+def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    files = (options.tls_ca, options.tls_key, options.tls_certificate)
+    if not any(files):
+        return None
+    return grpc.ssl_channel_credentials(*(path.read_bytes() if path else None for path in files))
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m service.client", description="Ask a running server.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_images = {
+        "predict": commands.add_parser("predict", help="classify image files"),
+        "compare": commands.add_parser("compare", help="classify them without and with steering, side by side"),
+        "explain": commands.add_parser("explain", help="classify them, and tell what drives the gates"),
+        "load": commands.add_parser("load", help="send them again and again, and tell rate and latencies"),
+    }
+    for name, command in of_images.items():
+        command.add_argument("images", nargs="+", type=Path, help="JPEG, PNG, WebP, BMP or GIF files")
+        several = "; several, with commas between, are taken in turn" if name == "load" else ""
+        command.add_argument(
+            "--profile", default="", help=f"steering profile, such as a class name (default: none){several}"
+        )
+    for name in ("predict", "compare", "explain"):
+        of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
+    of_images["predict"].add_argument("--top-k", type=int, default=0, help="classes to return (default 5)")
+    of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
+    load_options = of_images["load"].add_argument
+    load_options("--concurrency", type=int, default=16, help="calls at a time (default %(default)s)")
+    load_options("--rate", type=float, default=0.0, help="calls a second, instead of --concurrency")
+    load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
+    load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
+    load_options("--json", action="store_true", help="the report as JSON")
+    profiles = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
+    for command in (*of_images.values(), profiles):
+        command.add_argument("--address", default="127.0.0.1:8001", help="host:port (default %(default)s)")
+        command.add_argument("--tls-ca", type=Path, help="PEM file with the server's authority: connect with TLS")
+        command.add_argument(
+            "--tls-certificate", type=Path, help="PEM file with a certificate of yours, with --tls-key"
+        )
+        command.add_argument("--tls-key", type=Path, help="PEM file with its key")
+        command.add_argument("--model", default="", help="needed when several models are served")
+        command.add_argument("--version", default="", help="default: the version that is served")
+    options = parser.parse_args(arguments)
+    try:
+        with Client(options.address, credentials=_credentials(options)) as client:
+            if options.command == "profiles":
+                print(profiles_table(list(client.profiles(options.model, options.version))))
+                return 0
+            names = [str(path) for path in options.images]
+            images = [path.read_bytes() for path in options.images]
+            if options.command == "load":
+                load = Load(
+                    options.concurrency, options.seconds, options.images_per_call, tuple(options.profile.split(",")),
+                    options.model, options.version, options.rate,
+                )  # fmt: skip
+                report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
+                print(report.to_json() if options.json else f"{report}")
+                return 0 if report.calls else 1
+            asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
+            if options.strength is not None:
+                asked["strength"] = options.strength
+            if options.command == "compare":
+                print(compare_table(names, client.compare(images, **asked)))
+            elif options.command == "explain":
+                print(explain_table(names, client.explain(images, latents=options.latents, **asked)))
+            else:
+                print(predict_table(names, client.predict(images, top_k=options.top_k, **asked)))
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except grpc.RpcError as error:
+        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,96 @@
+"""Around every RPC of ours: the message is read, errors become statuses, and the call is counted, timed and logged."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2, status_pb2
+
+from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
+from service.metrics import Metrics
+
+log = logging.getLogger("steervit.requests")
+Call = Callable[[Any, Any], Awaitable[Any]]
+
+
+class Guard:
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+        self.accepted = self.answered = 0
+        """Calls whose handler was entered, and those of them that were not cancelled before they had an answer."""
+
+    def handler(self, servicer: Any, service: Any) -> grpc.GenericRpcHandler:
+        """servicer: with a coroutine method(request, context) for each method of `service`, a service descriptor."""
+        paths = {method: f"/{service.full_name}/{method.name}" for method in service.methods}
+        self._metrics.known_methods(list(paths.values()))
+        # messages are read in `guarded`, so that what cannot be read is answered and counted like any bad request
+        methods: dict[str, Any] = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(getattr(servicer, method.name), path, GetMessageClass(method.input_type)),
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+            for method, path in paths.items()
+        }
+        return grpc.method_handlers_generic_handler(service.full_name, methods)
+
+    def _guarded(self, call: Call, path: str, kind: Any) -> Call:
+        async def guarded(message: bytes, context: Any) -> Any:
+            start, code = time.perf_counter(), "OK"
+            self.accepted += 1
+            self._metrics.in_flight.inc()
+            try:
+                return await call(_parsed(message, kind), context)
+            except RequestError as error:
+                code = STATUS[type(error)].name
+                await context.abort(STATUS[type(error)], str(error), _trailers(error))
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            except Exception:
+                code, name = "INTERNAL", _request_id(context)
+                log.exception("%s failed, request %s", path, name, extra={"method": path, "request_id": name})
+                message_ = f"the server failed on this request; its log says more of request {name}"
+                await context.abort(grpc.StatusCode.INTERNAL, message_)
+            finally:
+                seconds = time.perf_counter() - start
+                self._metrics.in_flight.dec()
+                self.answered += code != "CANCELLED"
+                self._metrics.request(path, code, seconds)
+                if log.isEnabledFor(logging.DEBUG):
+                    said = {"method": path, "code": code, "seconds": seconds, "request_id": _request_id(context)}
+                    log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", said, extra=said)
+
+        return guarded
+
+
+def _parsed(message: bytes, kind: Any) -> Any:
+    try:
+        return kind.FromString(message)
+    except DecodeError as error:
+        raise InvalidRequest(
+            f"the request is not a {kind.DESCRIPTOR.full_name} message ({len(message)} bytes that cannot be read); "
+            "allowed: its binary form"
+        ) from error
+
+
+def _request_id(context: Any) -> str:
+    """What the client calls its request (metadata x-request-id), or a name for it."""
+    given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
+    return given if isinstance(given, str) and 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex[:16]
+
+
+def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
+    """For an overload: when to try again, as RetryInfo and as the trailer that gRPC's own retries obey."""
+    if not isinstance(error, Overloaded):
+        return ()
+    milliseconds = round(error.retry_after_seconds * 1000)
+    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=str(error))
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(nanos=milliseconds * 1_000_000)))
+    return (("grpc-retry-pushback-ms", str(milliseconds)), ("grpc-status-details-bin", status.SerializeToString()))

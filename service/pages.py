@@ -1,0 +1,66 @@
+"""The HTTP pages beside gRPC: /metrics, /livez, /readyz."""
+
+import logging
+import socketserver
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+log = logging.getLogger("steervit.pages")
+
+
+class State(Protocol):
+    """What the probes ask."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
+
+
+class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 128
+    """Connections that wait to be accepted; of the 5 that are the default, probes would be turned away."""
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds for a request to arrive: a connection that says nothing does not hold a thread for ever."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+class Pages:
+    """HTTP in a thread of its own: /metrics, /livez (inference threads run), /readyz (takes requests)."""
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, state: State):
+        """Raises OSError when the port is taken."""
+        metrics_page = make_wsgi_app(registry)
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            path = environ["PATH_INFO"]
+            if path == "/metrics":
+                page: Iterable[bytes] = metrics_page(environ, start_response)
+                return page
+            states = {"/livez": state.alive, "/readyz": state.ready and state.alive}
+            status = "404 Not Found" if path not in states else "200 OK" if states[path] else "503 Service Unavailable"
+            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"{status[4:]}\n".encode()]
+
+        try:
+            self._http = make_server(host, port, app, _ThreadingWSGIServer, _QuietHandler)
+        except OSError as error:
+            raise OSError(f"metrics port {port} of {host} cannot be listened on: {error.strerror}") from error
+        self.port = self._http.server_port
+        self._thread = threading.Thread(target=self._http.serve_forever, name="pages", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()

@@ -1,0 +1,91 @@
+"""The faults that the server is to survive, and the mark of the tests that show one.
+
+    @fault("request: too many terms", "INVALID_ARGUMENT: steering.terms has 513 entries; allowed: 512", STEERING)
+
+The table of them all, tests/README.md, is made of these marks: table.py.
+"""
+
+import pytest
+
+STEERING, OPEN_INFERENCE = "steering.v1", "Open Inference"
+BOTH = (STEERING, OPEN_INFERENCE)
+SERVER = ("",)
+"""A fault that has to do with no protocol."""
+
+FAULTS: dict[str, tuple[str, ...]] = {
+    "bundle: missing file": SERVER,
+    "bundle: wrong checksum": SERVER,
+    "bundle: newer schema": SERVER,
+    "bundle: truncated graph": SERVER,
+    "bundle: golden mismatch": SERVER,
+    "bundle: version that fails to load while an older one serves": SERVER,
+    "bundle: swap under load": SERVER,
+    "bundle: unload in use": SERVER,
+    "request: wrong dtype": (OPEN_INFERENCE,),
+    "request: wrong rank": (OPEN_INFERENCE,),
+    "request: wrong size": BOTH,
+    "request: wrong byte count": (OPEN_INFERENCE,),
+    "request: negative dims": (OPEN_INFERENCE,),
+    "request: overflowing dims": (OPEN_INFERENCE,),
+    "request: empty batch": BOTH,
+    "request: batch over the limit": BOTH,
+    "request: unknown model": BOTH,
+    "request: unknown version": BOTH,
+    "request: unknown profile": BOTH,
+    "request: unknown input": (OPEN_INFERENCE,),
+    "request: unknown output": (OPEN_INFERENCE,),
+    "request: unknown parameter": (OPEN_INFERENCE,),
+    "request: duplicate inputs": (OPEN_INFERENCE,),
+    "request: duplicate outputs": (OPEN_INFERENCE,),
+    "request: contents that contradict each other": (OPEN_INFERENCE,),
+    "request: NaN scale": BOTH,
+    "request: infinite scale": BOTH,
+    "request: strength that is no number": BOTH,
+    "request: latent out of range": BOTH,
+    "request: site out of range": BOTH,
+    "request: duplicate latents": BOTH,
+    "request: too many terms": BOTH,
+    "request: conflicting profile and terms": BOTH,
+    "request: terms made for other weights": (STEERING,),
+    "request: top_k out of range": (STEERING,),
+    "request: no image": BOTH,
+    "request: unreadable image": BOTH,
+    "request: truncated JPEG": BOTH,
+    "request: lying JPEG": BOTH,
+    "request: decompression bomb": BOTH,
+    "request: animated image": BOTH,
+    "request: CMYK image": BOTH,
+    "request: 16-bit image": BOTH,
+    "request: EXIF-rotated image": BOTH,
+    "request: null characters": BOTH,
+    "request: not a message": BOTH,
+    "request: 100 MB message": BOTH,
+    "time: deadline shorter than the queue": BOTH,
+    "time: cancel in queue": BOTH,
+    "time: cancel in flight": BOTH,
+    "time: slow reader": SERVER,
+    "time: client killed": SERVER,
+    "time: queue full": BOTH,
+    "time: priority inversion": SERVER,
+    "process: SIGTERM under load": SERVER,
+    "process: second SIGTERM": SERVER,
+    "process: SIGHUP": SERVER,
+    "process: file change": SERVER,
+    "process: out-of-memory provider error, then recovery": SERVER,
+    "process: connection flood": SERVER,
+    "process: port in use": SERVER,
+    "process: read-only file system": SERVER,
+    "process: non-root": SERVER,
+    "steering: every head off in a block": BOTH,
+    "steering: extreme strengths": BOTH,
+    "steering: mixed batch equals single requests": BOTH,
+    "steering: profile store swapped while in use": SERVER,
+}
+"""By name, with the protocols that have to be shown."""
+
+
+def fault(name: str, sees: str, protocol: str = "") -> pytest.MarkDecorator:
+    """Marks a test of this fault; sees: what the client sees of it, in Markdown."""
+    if protocol not in FAULTS.get(name, ()):
+        raise ValueError(f"fault {name!r} with protocol {protocol!r}; allowed: {FAULTS.get(name, list(FAULTS))}")
+    return pytest.mark.fault(name, sees, protocol)

@@ -1,0 +1,102 @@
+"""python -m tests.faults.table: writes tests/README.md, the table of faults, from the marks of the tests (listed.py).
+
+Fails when a fault has no test. --check writes nothing, and fails too when the file is another one.
+"""
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.listed import FAULTS
+
+TESTS = Path(__file__).parents[1]
+README = TESTS / "README.md"
+HEAD = """# What can go wrong, what a client sees, and the test that shows it
+
+Made by `make faults` from the marks of the tests; the list is in [faults/listed.py](faults/listed.py), and a test holds
+the two together. Each of these tests talks to a real server process over real channels; beside most of them another
+client ([faults/traffic.py](faults/traffic.py)) asks correctly all the time, and every answer that it gets is compared.
+
+A status is followed by the sentence that comes with it, or a part of that. Numbers in it are those of the test.
+"""
+COLUMNS = "| fault | protocol | what the client sees | test |\n|---|---|---|---|"
+
+
+@dataclass(frozen=True, order=True)
+class Shown:
+    fault: str
+    protocol: str
+    sees: str
+    test: str
+    """<file>::<function>, from tests/ on."""
+
+
+class Collector:
+    """A plugin that keeps the marks of the collected tests."""
+
+    def __init__(self) -> None:
+        self.shown: set[Shown] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            test = f"{item.path.relative_to(TESTS)}::{getattr(item, 'originalname', item.name)}"
+            for mark in item.iter_markers("fault"):
+                name, sees, protocol = mark.args
+                self.shown.add(Shown(name, protocol, sees, test))
+
+
+def collected() -> set[Shown]:
+    """From the files that mark anything."""
+    files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "fault(" in path.read_text()]
+    collector, output = Collector(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = pytest.main(["--collect-only", "-q", *files], plugins=[collector])
+    if code:
+        raise SystemExit(output.getvalue())
+    return collector.shown
+
+
+def missing(shown: set[Shown]) -> list[str]:
+    """Faults, with their protocols, that no test shows."""
+    there = {(entry.fault, entry.protocol) for entry in shown}
+    wanted = [(name, protocol) for name, protocols in FAULTS.items() for protocol in protocols]
+    return [" ".join(pair).strip() for pair in wanted if pair not in there]
+
+
+def table(shown: set[Shown]) -> str:
+    lines, group = [HEAD], ""
+    for entry in sorted(shown, key=lambda entry: (list(FAULTS).index(entry.fault), entry.protocol == "", entry)):
+        if entry.fault.split(": ")[0] != group:
+            group = entry.fault.split(": ")[0]
+            lines += [
+                f"## {group.capitalize()}\n",
+                "| fault | protocol | what the client sees | test |",
+                "|---|---|---|---|",
+            ]
+        file, function = entry.test.split("::")
+        name, sees = entry.fault.partition(": ")[2], entry.sees.replace("|", "\\|")
+        sentence = function.removeprefix("test_").replace("_", " ")
+        lines.append(f"| {name} | {entry.protocol} | {sees} | [{sentence}]({file}) |")
+    return "\n".join(lines).replace("|\n##", "|\n\n##") + "\n"
+
+
+def main() -> int:
+    shown = collected()
+    if without := missing(shown):
+        print("no test shows: " + "; ".join(without), file=sys.stderr)
+        return 1
+    made = table(shown)
+    if "--check" not in sys.argv:
+        README.write_text(made)
+    elif made != README.read_text():
+        print("tests/README.md is stale: make faults", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Bundles that are broken, and models that go while they are in use: the others go on."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.bundle import Bundle
+from service.pb import open_inference_pb2 as oip
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.faults.conftest import Undisturbed
+from tests.faults.listed import fault
+from tests.faults.protocols import UNLIMITED, V1
+from tests.processes import ServerProcess, start_server, stop_server, until
+
+GRAPH = "dispatch.fp32.onnx"
+
+
+def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
+    """The committed bundle under another name and version."""
+    folder = Path(shutil.copytree(bundle.folder, repository / name / str(version)))
+    state(folder, name=name, version=version)
+    return folder
+
+
+def state(folder: Path, **changes: object) -> None:
+    """Change fields of the manifest, and make it right about the files that are there."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without_profiles(folder: Path) -> None:
+    (folder / "profiles.json").unlink()
+
+
+def one_bit_off(folder: Path) -> None:
+    content = bytearray((folder / GRAPH).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / GRAPH).write_bytes(content)
+
+
+def of_tomorrow(folder: Path) -> None:
+    state(folder, schema_version=3)
+
+
+def cut(folder: Path) -> None:
+    (folder / GRAPH).write_bytes((folder / GRAPH).read_bytes()[:100_000])
+
+
+def cut_and_signed(folder: Path) -> None:
+    cut(folder)
+    state(folder)
+
+
+def other_answers(folder: Path) -> None:
+    golden = dict(np.load(folder / "golden.npz"))
+    golden["fp32.logits"] += 0.01
+    np.savez(folder / "golden.npz", **golden)
+    state(folder)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "missing": ("missing file", without_profiles, "No such file or directory: "),
+    "one bit off": ("wrong checksum", one_bit_off, "dispatch.fp32.onnx has the SHA-256 "),
+    "newer": ("newer schema", of_tomorrow, "manifest.json: schema_version is 3; allowed: 2"),
+    "cut": ("truncated graph", cut, "dispatch.fp32.onnx has 100000 bytes; the manifest says 12636225"),
+    "cut and signed": ("truncated graph", cut_and_signed, "dispatch.fp32.onnx: onnxruntime cannot load it"),
+    "other answers": ("golden mismatch", other_answers, "logits differ from golden.npz by 0.01"),
+}
+
+
+@pytest.fixture(scope="module")
+def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    put(bundle, folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def controlled(repository: Path) -> Iterator[ServerProcess]:
+    """A server whose clients may load and unload."""
+    running = start_server(repository, "--model-control", "explicit", "--max-images", "1024", "--max-queue", "4096")
+    yield running
+    assert stop_server(running) == 0
+
+
+@pytest.fixture
+def control(controlled: ServerProcess) -> Iterator[GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(controlled.address) as channel:
+        yield GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=fault(f"bundle: {of}", f"on load UNAVAILABLE: `... {says}...`; the older version answers")
+        )
+        for name, (of, _, says) in BROKEN.items()
+    ],
+)
+def test_a_broken_version_is_refused_with_the_reason_and_the_older_one_answers(
+    name: str,
+    control: GRPCInferenceServiceStub,
+    controlled: ServerProcess,
+    repository: Path,
+    bundle: Bundle,
+    undisturbed: Undisturbed,
+) -> None:
+    _, breaks, sentence = BROKEN[name]
+    with undisturbed(controlled):
+        folder = put(bundle, repository, 2)
+        breaks(folder)
+        try:
+            with pytest.raises(grpc.RpcError) as caught:
+                control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert sentence in caught.value.details()
+            index = control.RepositoryIndex(oip.RepositoryIndexRequest(), timeout=10).models
+            assert {entry.version: entry.state for entry in index if entry.name == "fashion_mnist"} == {
+                "1": "READY", "2": "UNAVAILABLE",
+            }  # fmt: skip
+        finally:
+            shutil.rmtree(folder)
+
+
+@fault(
+    "bundle: unload in use",
+    "calls in flight are answered; later ones get NOT_FOUND: `model is 'other'; allowed: 'fashion_mnist'`",
+)
+def test_a_model_that_is_unloaded_answers_what_it_accepted(
+    control: GRPCInferenceServiceStub,
+    controlled: ServerProcess,
+    repository: Path,
+    bundle: Bundle,
+    undisturbed: Undisturbed,
+    sample_pixels: NDArray[np.uint8],
+) -> None:
+    put(bundle, repository, 1, "other")
+    control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="other"), timeout=30)
+    request = V1.request(np.repeat(sample_pixels, 10, 0))
+    request.model = "other"
+    with undisturbed(controlled), grpc.insecure_channel(controlled.address, UNLIMITED) as channel:
+        call = V1.call(channel)
+        calls = [call.future(request, timeout=60) for _ in range(4)]
+        until(lambda: controlled.count("steervit_queue_images", model="other") > 1000)
+        control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="other"), timeout=60)
+        assert [len(each.result().predictions) for each in calls] == [1000] * 4
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert caught.value.details() == "model is 'other'; allowed: 'fashion_mnist'"
+    shutil.rmtree(repository / "other")
+
+
+def resident_mb(server: ServerProcess) -> float:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+@fault("bundle: swap under load", "right answers throughout; the memory of the old version is given back")
+def test_a_version_that_was_replaced_leaves_no_memory_behind(
+    control: GRPCInferenceServiceStub,
+    controlled: ServerProcess,
+    repository: Path,
+    bundle: Bundle,
+    undisturbed: Undisturbed,
+) -> None:
+    sizes = []
+    with undisturbed(controlled):
+        for version in range(2, 12):
+            shutil.rmtree(repository / "fashion_mnist" / str(version - 1))
+            put(bundle, repository, version)
+            control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
+            sizes.append(resident_mb(controlled))
+    graph = (bundle.folder / GRAPH).stat().st_size / 2**20
+    assert sizes[-1] - sizes[1] < 8 * graph, f"eight versions later: {sizes}"
+
+
+@fault("bundle: unload in use", "with no model left NOT_FOUND: `model is 'fashion_mnist'; allowed: none is loaded`")
+def test_a_server_without_a_model_says_so(tmp_path: Path, bundle: Bundle) -> None:
+    repository = put(bundle, tmp_path, 1).parents[1]
+    running = start_server(repository, "--model-control", "explicit")
+    try:
+        with grpc.insecure_channel(running.address) as channel:
+            control = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="fashion_mnist"), timeout=30)
+            request = V1.request(np.zeros((1, 28, 28, 1), np.uint8))
+            for name in ("fashion_mnist", ""):
+                request.model = name
+                with pytest.raises(grpc.RpcError) as caught:
+                    V1.call(channel)(request, timeout=10)
+                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+                assert caught.value.details() == f"model is {name!r}; allowed: none is loaded"
+            control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
+            assert len(V1.call(channel)(request, timeout=10).predictions) == 1
+    finally:
+        assert stop_server(running) == 0

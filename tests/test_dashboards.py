@@ -1,0 +1,86 @@
+"""The dashboards as files: in step with the Python that writes them, whole, asking only for metrics that there are."""
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from processes import ROOT
+from prometheus import ALERTS, DASHBOARDS, dashboard, panels
+from prometheus_client import CollectorRegistry
+
+from service.metrics import Metrics
+
+NAMES = ("service", "heads")
+
+
+def test_the_json_is_what_the_python_writes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "deploy.dashboards", str(tmp_path)], cwd=ROOT, check=True)
+    for name in NAMES:
+        written = (tmp_path / f"{name}.json").read_text()
+        assert written == (DASHBOARDS / f"{name}.json").read_text(), f"{name}.json is stale: make dashboards"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_panel_is_whole(name: str) -> None:
+    for panel in panels(name):
+        assert panel["title"]
+        assert len(panel["description"]) > 10, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert all(target["expr"] and target["refId"] for target in panel["targets"]), panel["title"]
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0
+        for asked in (panel, *panel["targets"]):
+            assert asked["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, "the one that was chosen"
+        if panel["type"] == "timeseries":
+            assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_panels_lie_on_the_grid_beside_each_other(name: str) -> None:
+    every = dashboard(name)["panels"]
+    assert len({panel["id"] for panel in every}) == len(every)
+    cells: set[tuple[int, int]] = set()
+    for panel in every:
+        at = panel["gridPos"]
+        own = set(itertools.product(range(at["x"], at["x"] + at["w"]), range(at["y"], at["y"] + at["h"])))
+        assert at["x"] + at["w"] <= 24
+        assert not cells & own, panel["title"]
+        cells |= own
+    assert len(cells) == 24 * (max(y for _, y in cells) + 1), "no holes"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_variables_are_declared_and_used(name: str) -> None:
+    board = dashboard(name)
+    declared = {variable["name"] for variable in board["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(?!__)(\w+)", str(board)))
+    assert used == declared >= {"datasource", "model"}
+    assert name == "service" or "profile" in declared
+    register_default_plugins()
+    assert Dashboard.from_json(board).uid == board["uid"] == f"steervit-{name}"
+
+
+def metrics_asked_for(text: str) -> set[str]:
+    return set(re.findall(r"(?<![:\w])steervit_\w+", text))
+
+
+def test_only_metrics_that_the_server_has_are_asked_for() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry, 1)
+    there: set[str] = set()
+    for metric in registry.collect():
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(metric.type, [""])
+        there |= {metric.name + suffix for suffix in suffixes}
+    exprs: list[Any] = [target["expr"] for name in NAMES for panel in panels(name) for target in panel["targets"]]
+    exprs += [variable.get("query", "") for name in NAMES for variable in dashboard(name)["templating"]["list"]]
+    asked = metrics_asked_for(" ".join(map(str, exprs)))
+    for file in ("recording.yaml", "alerts.yaml", "tests.yaml"):
+        lines = (ALERTS / file).read_text().splitlines()
+        asked |= metrics_asked_for("\n".join(line for line in lines if not line.strip().startswith("#")))
+    assert len(asked) > 20
+    assert asked <= there
