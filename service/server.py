@@ -134,7 +134,8 @@ class Server:
             await self._repository.look()
 
     async def stop(self) -> None:
-        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones (for at most drain_seconds), release everything.
+        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones (for at most drain_seconds), and
+        release everything.
 
         gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
         service are given time to leave first.

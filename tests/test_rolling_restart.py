@@ -15,9 +15,8 @@ from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
 SERVICE_CONFIG = (ROOT / "deploy" / "kubernetes" / "service_config.json").read_text()
-CALLERS = 32
-"""Enough for calls to be on their way at any moment: without the client's health check, or without drain_delay_seconds, about
-every second stop costs some."""
+CALLERS = 64
+"""Enough for calls to be on their way at any moment. Without the client's health check 13 of 24 stops failed some."""
 FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1")
 """Connections are ended by age too, far more often than one would have it."""
 
