@@ -90,12 +90,14 @@ def test_a_server_that_stops_says_so_to_those_who_watch_before_it_refuses_calls(
     samples: dict[str, list[bytes]],
 ) -> None:
     server = start_server(MODELS, "--drain-delay-seconds", "3")
-    with grpc.insecure_channel(server.address) as channel, Client(server.address) as client:
+    request = pb.PredictRequest(images=[pb.Image(encoded=samples["Bag"][0])])
+    with grpc.insecure_channel(server.address) as channel:  # without a service config: it does not heed the health
         watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert len(client.predict(samples["Bag"]).predictions) == 10
+        answer = SteeringServiceStub(channel).Predict(request, timeout=10)  # type: ignore[no-untyped-call]
+        assert len(answer.predictions) == 1
         assert list(watched) == [], "ended, so that it does not hold up the server for drain_seconds"
         server.process.communicate(timeout=15)
     assert server.process.returncode == 0
