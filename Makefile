@@ -10,7 +10,7 @@ TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
 TARGET ?= cpu
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak faults lock image manifests deploy-check clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak crash audit faults lock image manifests deploy-check clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,10 +27,11 @@ test: .venv/.dev system-test  ## All tests
 test-fast: .venv/.dev system-test  ## The tests that take seconds
 	$(RUN) -m pytest --ignore tests/deploy -m "not slow"
 
-lint: .venv/.dev  ## Style, format and types
+lint: .venv/.dev  ## Style, format, types and known weaknesses
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m bandit --quiet --recursive --configfile pyproject.toml service export training
 
 format: .venv/.dev  ## Rewrite the code in the project's format
 	$(RUN) -m ruff check --fix .
@@ -80,6 +81,12 @@ manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy
 deploy-check: .venv/.dev  ## Everything under deploy/kubernetes: built, against schemas, scanned, compared with the code
 	$(RUN) -m deploy.kubernetes.tools
 	$(RUN) -m pytest tests/deploy
+
+crash: .venv/.dev  ## ROUNDS (50) kills of every writer, at random moments; the tests do 8
+	CRASH_ROUNDS=$(or $(ROUNDS),50) $(RUN) -m pytest tests/test_crash_safety.py
+
+audit: .venv/.dev  ## For information: what is known of the installed packages (pip-audit asks PyPI)
+	-$(RUN) -m pip_audit --progress-spinner off --skip-editable
 
 clean:  ## Remove .venv and caches (not runs/)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,12 +11,16 @@
 Standard library and numpy only: the server imports this module.
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import stat
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.image_spec import ImageSpec
-from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
+from training.steering import SteeringError, SteeringProfile, check, check_name, profiles_from_json
 
 SCHEMA_VERSION = 2
 ATTENTIONS = ("dispatch", "masked", "compact")
 PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+MOST = 2**53
+"""Of what is counted: every whole number up to it is a float too."""
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
 
@@ -127,7 +133,7 @@ class Manifest:
             manifest = cls(
                 name=str(value["name"]),
                 version=int(value["version"]),
-                labels=tuple(map(str, value["labels"])),
+                labels=tuple(map(check_name, value["labels"])),
                 image=ImageSpec.from_json(value["image"]),
                 gated_blocks=tuple(map(int, value["gated_blocks"])),
                 heads=int(value["heads"]),
@@ -142,7 +148,7 @@ class Manifest:
             )
         except KeyError as error:
             raise BundleError(f"manifest.json: {error.args[0]} is missing") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(f"manifest.json: {error}") from error
         manifest._validate()
         return manifest
@@ -153,21 +159,37 @@ class Manifest:
                 raise BundleError(f"manifest.json: {field} is {value!r}; allowed: {allowed}")
 
         require(bool(NAME.fullmatch(self.name)), "name", self.name, NAME.pattern)
-        require(self.version >= 1, "version", self.version, "a positive integer")
+        require(1 <= self.version < 10**18, "version", self.version, "a positive integer of at most 18 digits")
         require(len(set(self.labels)) == len(self.labels) >= 2, "labels", self.labels, "two or more different labels")
-        require(self.heads >= 1, "heads", self.heads, "1 or more")
+        for name in ("heads", "dim"):
+            require(1 <= getattr(self, name) < MOST, name, getattr(self, name), "1 or more")
         blocks = self.gated_blocks
         require(
             bool(blocks) and blocks[0] >= 1 and list(blocks) == sorted(set(blocks)),
             "gated_blocks", blocks, "rising block numbers from 1 on",
         )  # fmt: skip
         site_blocks = [site.block for site in self.sites]
-        require(set(site_blocks) <= set(blocks) and bool(site_blocks), "sites", site_blocks, "some of the gated blocks")
-        require(len(self.macs.per_head) == len(blocks), "macs.per_head", self.macs.per_head, "one number a gated block")
+        require(
+            set(site_blocks) <= set(blocks) and site_blocks == sorted(set(site_blocks)) != [],
+            "sites", site_blocks, "some of the gated blocks, rising",
+        )  # fmt: skip
+        require(min(self.latents) >= 1, "sites.latents", self.latents, "1 or more each")
+        dense, per_head = self.macs.dense, self.macs.per_head
+        require(
+            len(per_head) == len(blocks) and min(per_head) >= 0,
+            "macs.per_head", per_head, "one number of 0 or more a gated block",
+        )  # fmt: skip
+        least = max(1, self.heads * sum(per_head))
+        require(least <= dense < MOST, "macs.dense", dense, f"{least} or more, as all heads together")
+        usage = self.evaluation.get("head_usage", 0.0)
+        require(isinstance(usage, int | float), "evaluation.head_usage", usage, "a number")
         require(bool(self.graphs), "graphs", self.graphs, "one or more")
         for graph in self.graphs:
             require(graph.attention in ATTENTIONS, "graphs.attention", graph.attention, ", ".join(ATTENTIONS))
             require(graph.precision in PRECISIONS, "graphs.precision", graph.precision, ", ".join(PRECISIONS))
+            file = f"{graph.attention}.{graph.precision}.onnx"
+            require(graph.file == file, "graphs.file", graph.file, file)
+            require(isinstance(graph.certificate, Mapping), "graphs.certificate", graph.certificate, "an object")
         for required in ("profiles.json", "sae.safetensors", "golden.npz", *(graph.file for graph in self.graphs)):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
         for name in self.files:
@@ -198,25 +220,28 @@ class Golden:
     """Gates with |gate logit| above it must decide alike."""
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Read and check a bundle: schema, file sizes and checksums, profiles.
+def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
+    """Read and check a bundle: schema, file sizes and checksums, profiles. root: where all of it must lie, links
+    followed.
 
     Raises BundleError naming the folder, the file or field, and what is allowed.
     """
     try:
+        check_inside(folder / "manifest.json", root)
         content = (folder / "manifest.json").read_bytes()
         manifest = Manifest.from_json(json.loads(content))
         for name, entry in manifest.files.items():
+            check_inside(folder / name, root)
             _check_file(folder, name, entry)
         profiles = profiles_from_json(json.loads((folder / "profiles.json").read_bytes()))
         for profile in profiles:
             check(profile.terms, manifest.latents, f"profile {profile.name!r}")
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}: {error.filename}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{folder}: not JSON: {error}") from error
     except (BundleError, SteeringError) as error:
         raise BundleError(f"{folder}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}
     return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16])
 
@@ -231,8 +256,8 @@ def load_golden(folder: Path, precision: str) -> Golden:
                 float(arrays[f"{precision}.tolerance"]),
                 float(arrays[f"{precision}.margin"]),
             )
-    except (OSError, KeyError, ValueError) as error:
-        raise BundleError(f"{folder / 'golden.npz'}: {error}") from error
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleError(f"{folder / 'golden.npz'}: {type(error).__name__}: {error}") from error
 
 
 def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
@@ -268,8 +293,11 @@ def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes
     entries = {name: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
     value = {**manifest.to_json(), "files": {name: asdict(entry) for name, entry in entries.items()}}
     Manifest.from_json(json.loads(json.dumps(value)))
+    _remove_abandoned(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}"
     temporary.mkdir(parents=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
             with open(temporary / name, "wb") as file:
@@ -279,7 +307,21 @@ def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
     return folder
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What writers of this version left that were killed. A writer that lives holds a lock."""
+    for temporary in folder.parent.glob(f".{folder.name}.*"):
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int]) -> str:
@@ -292,9 +334,19 @@ def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int])
     return sha.hexdigest()[:16]
 
 
+def check_inside(path: Path, root: Path | None) -> None:
+    """Raise BundleError when the path, links followed, leads out of `root`. Links within it are fine."""
+    real = os.path.realpath(path)
+    if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
+        raise BundleError(f"{path} resolves to {real}, outside {os.path.realpath(root)}")
+
+
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
-    size = path.stat().st_size
+    found_here = path.stat()
+    if not stat.S_ISREG(found_here.st_mode):
+        raise BundleError(f"{name} is not a file")
+    size = found_here.st_size
     if size != entry.size:
         raise BundleError(f"{name} has {size} bytes; the manifest says {entry.size}")
     with open(path, "rb") as file:

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 
 from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
+from export.contained import check_self_contained
 from export.session import Arrays, open_session
 
 Run = Callable[[Arrays], Arrays]
@@ -21,6 +22,7 @@ def verify(folder: Path) -> Bundle:
     bundle = load_bundle(folder)
     for graph in bundle.manifest.graphs:
         path = folder / graph.file
+        check_self_contained(path)
         try:
             session = open_session(path, graph.attention)
         except Exception as error:  # onnxruntime raises its own kinds, none of them documented
@@ -30,8 +32,9 @@ def verify(folder: Path) -> Bundle:
             names = ["logits", "gate_logit"]
             return dict(zip(names, session.run(names, inputs), strict=True))
 
-        worst = check_golden(run, load_golden(folder, graph.precision), path)
-        print(f"{graph.file}: golden rows within {worst:.2g} (allowed: {graph.certificate['logit_tolerance']:g})")
+        golden = load_golden(folder, graph.precision)
+        worst = check_golden(run, golden, path)
+        print(f"{graph.file}: golden rows within {worst:.2g} (allowed: {golden.tolerance:g})")
     return bundle
 
 

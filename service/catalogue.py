@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.bundle import BundleError, is_bundle, versions
+from export.bundle import BundleError, check_inside, is_bundle, versions
 
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
@@ -38,7 +38,7 @@ class Shelf:
 
 
 def scan(repository: Path) -> dict[str, Shelf]:
-    """By model. Raises BundleError when there is no bundle, or one resolves outside the repository."""
+    """By model. Raises BundleError when there is no bundle."""
     if is_bundle(repository):
         name, version = _single(repository)
         return {name: Shelf({version: Found(repository, _fingerprint(repository))})}
@@ -46,14 +46,10 @@ def scan(repository: Path) -> dict[str, Shelf]:
         raise BundleError(f"repository is {repository}, which is not a folder")
     shelves = {}
     for model in sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found = {}
-        for number in versions(model):
-            folder = model / str(number)
-            if not folder.resolve().is_relative_to(repository.resolve()):
-                raise BundleError(f"{folder} resolves to {folder.resolve()}, outside {repository.resolve()}")
-            found[number] = Found(folder, _fingerprint(folder))
+        folders = {number: model / str(number) for number in versions(model)}
+        found = {number: Found(folder, _fingerprint(folder)) for number, folder in folders.items()}
         if found:
-            shelves[model.name] = Shelf(found, *_labels(model, found))
+            shelves[model.name] = Shelf(found, *_labels(repository, model, found))
     if not shelves:
         raise BundleError(f"repository is {repository}; allowed: a bundle, or folders <model>/<version>/ with bundles")
     return shelves
@@ -71,20 +67,23 @@ def wanted(policy: str, shelf: Shelf) -> list[int]:
     return sorted({*chosen, *shelf.labels.values()})
 
 
-def _labels(model: Path, found: Mapping[int, Found]) -> tuple[dict[str, int], str]:
+def _labels(repository: Path, model: Path, found: Mapping[int, Found]) -> tuple[dict[str, int], str]:
     path = model / "labels.json"
     try:
+        check_inside(path, repository)
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}, ""
-    except (OSError, ValueError) as error:
+    except BundleError as error:
+        return {}, str(error)
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"{path}: {error}"
     if not isinstance(value, dict):
         return {}, f"{path} holds a {type(value).__name__}; allowed: an object of versions by name"
     for label, version in value.items():
         if not LABEL.fullmatch(label):
             return {}, f"{path}: label {label!r}; allowed: {LABEL.pattern}"
-        if version not in found or isinstance(version, bool):
+        if type(version) is not int or version not in found:
             return {}, f"{path}: {label} is {version!r}; allowed: one of {', '.join(map(str, sorted(found)))}"
     return value, ""
 
@@ -93,7 +92,7 @@ def _single(folder: Path) -> tuple[str, int]:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         return str(manifest["name"]), int(manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{folder / 'manifest.json'}: {type(error).__name__}: {error}") from error
 
 

@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     max_pixels: int = Field(50_000_000, ge=1)
     """Width x height of an encoded image at most."""
     max_terms: int = Field(512, ge=1)
-    """Inline steering terms in a call at most."""
+    """Inline steering terms in a call at most; as tensors, of each image."""
+    max_streams: int = Field(1024, ge=1)
+    """Calls at a time on one connection at most; further ones wait at the client."""
     shadow_fraction: float = Field(0.0, ge=0, le=1)
     """Share of the steered images that are also run unsteered, to watch whether the answers still agree."""
     max_profile_series: int = Field(200, ge=0)

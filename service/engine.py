@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS, Bundle, BundleError, Graph, load_golden
+from export.bundle import INPUTS, Bundle, BundleError, Golden, Graph, load_golden
+from export.contained import check_self_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
 from training.steering import SteeringArrays
@@ -101,14 +102,21 @@ class Engine:
         self.graph = choose_graph(bundle, self.provider, graph)
         self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
+        check_self_contained(path)
         self.threads = threads or usable_cpus()
         options = session_options(self.graph.attention, self.threads)
         self.session = _open(path, self.provider, options, device, gpu_memory_mb)
         golden = load_golden(bundle.folder, self.graph.precision)
-        check_golden(self._answers, golden, path)  # right, and warm for small batches
-        for size in _sizes(max_batch) if self._bounded else []:
-            rows = np.arange(size) % len(golden.inputs["image"])
-            self._answers({name: value[rows] for name, value in golden.inputs.items()})
+        try:
+            self._check_shapes(golden, path)
+            check_golden(self._answers, golden, path)  # right, and warm for small batches
+            for size in _sizes(max_batch) if self._bounded else []:
+                rows = np.arange(size) % len(golden.inputs["image"])
+                self._answers({name: value[rows] for name, value in golden.inputs.items()})
+        except BundleError:
+            raise
+        except Exception as error:  # of onnxruntime or numpy: the rows do not fit the graph
+            raise BundleError(f"{path}: the rows of golden.npz cannot be run: {error}") from error
 
     @property
     def graph_name(self) -> str:
@@ -148,6 +156,26 @@ class Engine:
         self.session.run_with_iobinding(binding)
         copied: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return copied
+
+    def _check_shapes(self, golden: Golden, path: Path) -> None:
+        """Raise BundleError unless the graph reads and gives what the manifest says: answers are read by it."""
+        manifest = self.bundle.manifest
+        gates, sites = (len(manifest.gated_blocks), manifest.heads), len(manifest.sites)
+        image, *steering = (golden.inputs[name][:1] for name in INPUTS)
+        found = self.run(image, SteeringArrays(*steering), residual=True)
+        for name, value, allowed in (
+            ("image", image, manifest.image.shape),
+            ("logits", found.logits, (len(manifest.labels),)),
+            ("head_gate", found.head_gate, gates),
+            ("gate_logit", found.gate_logit, gates),
+            ("residual", found.residual, (sites, manifest.dim)),
+            *((name, array, (sites, array.shape[2])) for name, array in zip(INPUTS[1:], steering, strict=True)),
+        ):
+            assert value is not None
+            if value.shape[1:] != allowed:
+                raise BundleError(
+                    f"{path}: {name} has the shape {list(value.shape[1:])} an image; the manifest says {list(allowed)}"
+                )
 
     def _answers(self, inputs: Arrays) -> Arrays:
         found = self.run(inputs["image"], SteeringArrays(*(inputs[name] for name in INPUTS[1:])))

@@ -17,6 +17,8 @@ from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
 
 log = logging.getLogger("steervit.requests")
+MAX_SENTENCE = 620
+"""Characters; at 12 bytes each, percent-encoded, they fit the 8 kB that gRPC allows."""
 Call = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -49,7 +51,7 @@ class Guard:
                 return await call(_parsed(message, kind), context)
             except RequestError as error:
                 code = STATUS[type(error)].name
-                await context.abort(STATUS[type(error)], str(error), _trailers(error))
+                await context.abort(STATUS[type(error)], _sentence(error), _trailers(error))
             except asyncio.CancelledError:
                 code = "CANCELLED"
                 raise
@@ -80,6 +82,12 @@ def _parsed(message: bytes, kind: Any) -> Any:
         ) from error
 
 
+def _sentence(error: RequestError) -> str:
+    """A client gets no status at all whose headers are too long, so a long value loses its middle."""
+    said = str(error)
+    return said if len(said) <= MAX_SENTENCE else f"{said[:400]} [...] {said[-200:]}"
+
+
 def _request_id(context: Any) -> str:
     """What the client calls its request (metadata x-request-id), or a name for it."""
     given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
@@ -91,6 +99,6 @@ def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
     if not isinstance(error, Overloaded):
         return ()
     milliseconds = round(error.retry_after_seconds * 1000)
-    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=str(error))
+    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=_sentence(error))
     status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=Duration(nanos=milliseconds * 1_000_000)))
     return (("grpc-retry-pushback-ms", str(milliseconds)), ("grpc-status-details-bin", status.SerializeToString()))

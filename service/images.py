@@ -46,7 +46,7 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
                 raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
             if image.mode not in MODES:
                 raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
-            return to_pixels(image, spec)
+            return to_pixels(image, spec, where)
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files; all of them are the sender's
@@ -56,7 +56,7 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
         ) from error
 
 
-def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+def to_pixels(image: Image.Image, spec: ImageSpec, where: str) -> NDArray[np.uint8]:
     """Upright, converted to grey or RGB, shorter side resized, centre cut out: uint8 (height, width, channels)."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "P" and "transparency" in image.info:
@@ -68,7 +68,7 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
         other = int(spec.resize * longer / shorter)
         if other > 100 * spec.resize:
             raise InvalidRequest(
-                f"image is {width} x {height} pixels; allowed: sides that differ at most a hundredfold"
+                f"{where} has {width} x {height} pixels; allowed: sides that differ at most a hundredfold"
             )
         size = (spec.resize, other) if width <= height else (other, spec.resize)
         image = image.resize(size, RESAMPLING[spec.interpolation])

@@ -249,6 +249,10 @@ class ModelMetrics:
         children.shadow_unsteered.inc(int(unsteered.head_gate.sum()))
 
     def _of(self, profile: str) -> "_ProfileChildren":
+        """A profile without series: past the cap, or taken away while its call was under way."""
+        if profile not in self._profiles and OTHER not in self._profiles:
+            names, manifest = (*self._names, OTHER), self._manifest
+            self._profiles[OTHER] = _ProfileChildren(self._metrics, names, manifest.gated_blocks, manifest.heads)
         return self._profiles[profile if profile in self._profiles else OTHER]
 
 

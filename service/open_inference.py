@@ -55,6 +55,8 @@ INPUT_TYPES = {
 }
 OUTPUT_TYPES = dict(zip(OUTPUTS, ("FP32", "BOOL", "FP32", "FP32"), strict=True))
 BY_DEFAULT = OUTPUTS[:3]
+MAX_RANK = 4
+"""Sizes in a shape."""
 
 
 class OpenInferenceService(GRPCInferenceServiceServicer):
@@ -157,11 +159,17 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         model = self._repository.get(request.model_name, request.model_version)
         outputs = _wanted(request)
-        inputs = _inputs(request)
+        inputs = _inputs(request, self._most(model))
         images = self._images(model, inputs)
         steering = await self._steering(model, request, inputs, len(images))
         answer = await model.predict(images, steering, context.time_remaining(), "residual" in outputs)
         return _response(request, model, steering, answer, outputs)
+
+    def _most(self, model: Model) -> dict[str, int]:
+        """Elements of an input at most, so that no more than these ever become Python objects."""
+        images, terms = self._settings.max_images, self._settings.max_terms
+        found = dict.fromkeys(STEERING, images * terms)
+        return {**found, "image": images * math.prod(model.bundle.manifest.image.shape), "encoded_image": images}
 
     def _images(self, model: Model, inputs: Mapping[str, Tensor]) -> Images:
         given = [name for name in ("image", "encoded_image") if name in inputs]
@@ -243,8 +251,8 @@ def _wanted(request: pb.ModelInferRequest) -> Sequence[str]:
     return names or BY_DEFAULT
 
 
-def _inputs(request: pb.ModelInferRequest) -> dict[str, Tensor]:
-    """The tensors of a request by name, their types and sizes checked."""
+def _inputs(request: pb.ModelInferRequest, most: Mapping[str, int]) -> dict[str, Tensor]:
+    """The tensors of a request by name, their types and sizes checked. most: elements of each, that are not raw."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidRequest(
@@ -259,21 +267,26 @@ def _inputs(request: pb.ModelInferRequest) -> dict[str, Tensor]:
             raise InvalidRequest(f"{where} is there twice; allowed: once")
         if tensor.datatype != INPUT_TYPES[tensor.name]:
             raise InvalidRequest(f"{where} has the datatype {tensor.datatype!r}; allowed: {INPUT_TYPES[tensor.name]}")
-        if any(size < 0 for size in tensor.shape):
-            raise InvalidRequest(f"{where} has the shape {list(tensor.shape)}; allowed: no negative sizes")
         if not tensor.shape:
             raise InvalidRequest(f"{where} has no shape; allowed: one with the images first")
+        if len(tensor.shape) > MAX_RANK:  # before anything is multiplied
+            raise InvalidRequest(f"{where} has a shape of {len(tensor.shape)} sizes; allowed: 1 to {MAX_RANK}")
+        if min(tensor.shape) < 1:
+            raise InvalidRequest(f"{where} has the shape {list(tensor.shape)}; allowed: sizes of 1 or more")
         typed = tensor.contents.ByteSize() > 0
         if raw and typed:
             raise InvalidRequest(f"{where} has contents, and there are raw_input_contents too; allowed: one of them")
-        found[tensor.name] = _from_raw(tensor, raw[index], where) if raw else _from_typed(tensor, where)
+        limit = most[tensor.name]
+        found[tensor.name] = _from_raw(tensor, raw[index], where, limit) if raw else _from_typed(tensor, where, limit)
     return found
 
 
-def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, where: str) -> Tensor:
+def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, where: str, most: int) -> Tensor:
     count = math.prod(tensor.shape)
     if tensor.datatype == "BYTES":
-        return np.array(_check_count(_split(raw, where), tensor, where), object).reshape(tensor.shape)
+        parts = _split(raw, where, most)
+        _check_count(parts, tensor, where, most)
+        return np.array(parts, object).reshape(tensor.shape)
     dtype, _ = DTYPES[tensor.datatype]
     if len(raw) != count * dtype.itemsize:
         needed = f"{count * dtype.itemsize} for {tensor.datatype} {list(tensor.shape)}"
@@ -281,12 +294,14 @@ def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, where: 
     return np.frombuffer(raw, dtype).reshape(tensor.shape)
 
 
-def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str) -> Tensor:
+def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str, most: int) -> Tensor:
     field = "bytes_contents" if tensor.datatype == "BYTES" else DTYPES[tensor.datatype][1]
     others = {descriptor.name for descriptor, _ in tensor.contents.ListFields()} - {field}
     if others:
         raise InvalidRequest(f"{where} has {', '.join(sorted(others))}; allowed: {field} for {tensor.datatype}")
-    values = _check_count(list(getattr(tensor.contents, field)), tensor, where)
+    elements: Sequence[Any] = getattr(tensor.contents, field)
+    _check_count(elements, tensor, where, most)
+    values = list(elements)
     if tensor.datatype == "BYTES":
         return np.array(values, object).reshape(tensor.shape)
     if tensor.datatype == "UINT8" and max(values, default=0) > 255:
@@ -294,18 +309,21 @@ def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str) -> Te
     return np.array(values, DTYPES[tensor.datatype][0]).reshape(tensor.shape)
 
 
-def _check_count(values: list[Any], tensor: pb.ModelInferRequest.InferInputTensor, where: str) -> list[Any]:
+def _check_count(values: Sequence[Any], tensor: pb.ModelInferRequest.InferInputTensor, where: str, most: int) -> None:
     count = math.prod(tensor.shape)
     if len(values) != count:
         raise InvalidRequest(f"{where} has {len(values)} elements; allowed: {count} for the shape {list(tensor.shape)}")
-    return values
+    if count > most:
+        raise InvalidRequest(f"{where} has {count} elements; allowed: at most {most}")
 
 
-def _split(raw: bytes, where: str) -> list[bytes]:
+def _split(raw: bytes, where: str, most: int) -> list[bytes]:
     """BYTES elements, each after its length in 4 little-endian bytes."""
     parts: list[bytes] = []
     start = 0
     while start < len(raw):
+        if len(parts) == most:
+            raise InvalidRequest(f"{where} has more than {most} elements; allowed: at most {most}")
         size = struct.unpack_from("<I", raw, start)[0] if start + 4 <= len(raw) else len(raw)
         if start + 4 + size > len(raw):
             raise InvalidRequest(

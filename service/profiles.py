@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import Bundle
+from export.bundle import Bundle, BundleError, check_inside
 from service.metrics import Metrics
 from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
 
@@ -50,6 +50,8 @@ class ProfileFolder:
     def _refresh(self, folder: Path, bundles: Sequence[Bundle]) -> bool:
         try:
             paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+            for path in paths:
+                check_inside(path, folder)
             contents = tuple((path, path.read_bytes()) for path in paths)
             if contents == self._seen:
                 return False
@@ -57,7 +59,7 @@ class ProfileFolder:
             files = tuple(_read(path, content) for path, content in contents)
             for bundle in bundles:
                 _for(bundle, files)
-        except (OSError, SteeringError) as error:
+        except (OSError, BundleError, SteeringError) as error:
             log.error("profiles stay as they are: %s", error)
             self._metrics.profiles_read(False)
             return False
@@ -86,7 +88,7 @@ def _read(path: Path, content: bytes) -> _File:
         made_for = value.get("gates_sae_digest")
         if not isinstance(made_for, str) or not made_for:
             raise SteeringError(f"gates_sae_digest is {made_for!r}; allowed: that of the model it was made for")
-    except (ValueError, SteeringError) as error:
+    except (ValueError, RecursionError) as error:
         raise SteeringError(f"{path}: {error}") from error
     return _File(path, made_for, profiles)
 

@@ -6,6 +6,7 @@ answers what it had accepted before it goes. One that cannot be loaded is told o
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from service.profiles import ProfileFolder
 from training.steering import SteeringError
 
 log = logging.getLogger("steervit.repository")
+NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Repository:
         if name not in self._loaded:
             raise NotFound(f"model is {name!r}; allowed: {self._names()}")
         loaded = self._loaded[name]
-        number = loaded.labels.get(version) or (int(version) if version.isascii() and version.isdigit() else None)
+        number = loaded.labels.get(version) or (int(version) if NUMBER.fullmatch(version) else None)
         if not version:
             number = loaded.default
         if number not in loaded.models:
@@ -146,7 +148,10 @@ class Repository:
         if before := self._loaded.get(name):
             for version in before.failures:  # try again what failed
                 before.fingerprints.pop(version, None)
-        failures = (await self.refresh(name))[name].failures
+        try:
+            failures = (await self.refresh(name))[name].failures
+        except (BundleError, OSError) as error:
+            raise Unavailable(f"the repository cannot be read: {error}") from error
         if failures:
             raise Unavailable("; ".join(failures.values()))
 
@@ -180,7 +185,8 @@ class Repository:
                 gone.append(loaded.models.pop(version))
                 loaded.fingerprints.pop(version, None)
         for version in set(loaded.failures) - set(shelf.versions):
-            del loaded.failures[version], loaded.fingerprints[version]
+            del loaded.failures[version]
+            loaded.fingerprints.pop(version, None)
         self._metrics.failed_versions(name, loaded.failures)
         for model in gone:
             await model.retire()
@@ -220,7 +226,7 @@ class Repository:
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
         """there: this version as it is loaded already; it stays when it is still the same."""
-        bundle = load_bundle(folder)
+        bundle = load_bundle(folder, self._settings.repository)
         if there and there.bundle.digest == bundle.digest:
             return there
         manifest = bundle.manifest

@@ -40,7 +40,7 @@ class NotServed(grpc.GenericRpcHandler):
         async def refuse(_: Any, context: Any) -> None:
             served = ", ".join(method.rpartition("/")[2] for method in METHODS if method.startswith("/inference."))
             await context.abort(
-                grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2]} is not served; allowed: {served}"
+                grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2][:100]} is not served; allowed: {served}"
             )
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -134,8 +134,7 @@ class Server:
             await self._repository.look()
 
     async def stop(self) -> None:
-        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones (for at most drain_seconds), and
-        release everything.
+        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones, release everything.
 
         gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
         service are given time to leave first.
@@ -162,6 +161,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", size),
         ("grpc.max_send_message_length", size),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.http.overload_protection", 0),  # it also refuses calls of clients that keep to the limit
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may look after connections too
         ("grpc.keepalive_time_ms", ping),

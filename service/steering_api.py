@@ -228,5 +228,6 @@ def profile_message(profile: SteeringProfile) -> pb.Profile:
     )
     for name, field in (("before", message.before), ("after", message.after)):
         if name in profile.evaluation:
-            field.CopyFrom(pb.Effect(**profile.evaluation[name]))
+            known = profile.evaluation[name].keys() & pb.Effect.DESCRIPTOR.fields_by_name.keys()
+            field.CopyFrom(pb.Effect(**{key: profile.evaluation[name][key] for key in known}))
     return message

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from processes import SAMPLES, ServerProcess, run_module, start_server, stop_server, until
 
-from export.bundle import Bundle, BundleError
+from export.bundle import Bundle
 from service.catalogue import scan, wanted
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
@@ -258,14 +258,8 @@ def test_policies(repository: Path, bundle: Bundle) -> None:
     assert wanted("1,7", shelf) == [1, 2]
 
 
-def test_a_folder_that_is_not_what_its_name_says_is_refused(repository: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_what_its_name_says_is_refused(repository: Path) -> None:
     (repository / "fashion_mnist" / "1").rename(repository / "fashion_mnist" / "2")
     done = run_module("service", "--repository", str(repository), "--port", "0", "--metrics-port", "0")
     assert done.returncode == 1
     assert "the manifest says 'fashion_mnist' version 1; allowed: 'fashion_mnist' version 2" in done.stderr
-    outside = put(bundle, tmp_path / "outside", 1)
-    inside = tmp_path / "inside" / "fashion_mnist"
-    inside.mkdir(parents=True)
-    (inside / "1").symlink_to(outside)
-    with pytest.raises(BundleError, match=r"resolves to .*/outside/.*, outside .*/inside"):
-        scan(tmp_path / "inside")

@@ -1,6 +1,8 @@
 """Who is let in: the real server with certificates that are right, wrong, expired, missing and replaced."""
 
 import datetime
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, 
 from service.client import Client
 
 BAG = next((SAMPLES / "Bag").glob("*.png"))
+YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+Mutual = tuple[ServerProcess, Path, trustme.CA]
+"""A server that lets in clients with a certificate of this authority, which is in this file."""
 
 
 def write(folder: Path, certificate: trustme.LeafCert) -> None:
@@ -76,29 +81,94 @@ def test_a_replaced_certificate_is_used_and_a_torn_one_is_not(
     assert asks(server, other) == "OK"
 
 
-def test_with_an_authority_of_clients_only_theirs_get_in(folder: Path, ca: trustme.CA) -> None:
+@pytest.fixture
+def mutual(folder: Path, ca: trustme.CA) -> Iterator[Mutual]:
     clients = trustme.CA()
     clients.cert_pem.write_to_path(str(folder / "clients.pem"))
     flags = {"--tls-certificate": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "clients.pem"}
     running = start_server(MODELS, *(part for flag, name in flags.items() for part in (flag, str(folder / name))))
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    try:
-        mine = clients.issue_cert("client")
-        assert asks(running, ca, mine) == "OK"
-        assert asks(running, ca) == "UNAVAILABLE", "no certificate"
-        assert asks(running, ca, ca.issue_cert("client")) == "UNAVAILABLE", "of another authority"
-        expired = clients.issue_cert("client", not_after=yesterday)
-        assert asks(running, ca, expired) == "UNAVAILABLE", "expired"
-        ca.cert_pem.write_to_path(str(folder / "ca.pem"))
-        mine.private_key_pem.write_to_path(str(folder / "mine.key"))
-        mine.cert_chain_pems[0].write_to_path(str(folder / "mine.pem"))
-        tls = ("--tls-ca", "ca.pem", "--tls-certificate", "mine.pem", "--tls-key", "mine.key")
-        paths = [part if part.startswith("--") else str(folder / part) for part in tls]
-        done = run_module("service.client", "predict", str(BAG), "--address", running.address, *paths)
-        assert done.returncode == 0, done.stderr
-        assert "Bag" in done.stdout
-    finally:
-        assert stop_server(running) == 0
+    yield running, folder / "clients.pem", clients
+    assert stop_server(running) == 0
+
+
+def test_with_an_authority_of_clients_only_theirs_get_in(mutual: Mutual, folder: Path, ca: trustme.CA) -> None:
+    running, _, clients = mutual
+    mine = clients.issue_cert("client")
+    assert asks(running, ca, mine) == "OK"
+    assert asks(running, ca) == "UNAVAILABLE", "no certificate"
+    assert asks(running, ca, ca.issue_cert("client")) == "UNAVAILABLE", "of another authority"
+    assert asks(running, ca, clients.issue_cert("client", not_after=YESTERDAY)) == "UNAVAILABLE", "expired"
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    mine.private_key_pem.write_to_path(str(folder / "mine.key"))
+    mine.cert_chain_pems[0].write_to_path(str(folder / "mine.pem"))
+    tls = ("--tls-ca", "ca.pem", "--tls-certificate", "mine.pem", "--tls-key", "mine.key")
+    paths = [part if part.startswith("--") else str(folder / part) for part in tls]
+    done = run_module("service.client", "predict", str(BAG), "--address", running.address, *paths)
+    assert done.returncode == 0, done.stderr
+    assert "Bag" in done.stdout
+
+
+def test_a_key_that_does_not_fit_changes_nothing_until_its_certificate_is_there(
+    server: ServerProcess, folder: Path, ca: trustme.CA
+) -> None:
+    """As when the two files are replaced one after the other."""
+    other = trustme.CA()
+    new = other.issue_cert("127.0.0.1")
+    new.private_key_pem.write_to_path(str(folder / "server.key"))
+    for _ in range(3):
+        assert asks(server, ca) == "OK"
+    new.cert_chain_pems[0].write_to_path(str(folder / "server.pem"))
+    until(lambda: asks(server, other) == "OK")
+    (folder / "server.pem").write_bytes(b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    for _ in range(3):
+        assert asks(server, other) == "OK"
+
+
+def test_clients_refuse_an_expired_server_and_get_in_when_it_is_renewed(
+    server: ServerProcess, folder: Path, ca: trustme.CA
+) -> None:
+    write(folder, ca.issue_cert("127.0.0.1", not_after=YESTERDAY))
+    until(lambda: asks(server, ca) == "UNAVAILABLE")
+    write(folder, ca.issue_cert("127.0.0.1"))
+    until(lambda: asks(server, ca) == "OK")
+
+
+def test_the_authority_of_clients_can_be_replaced_while_the_server_runs(mutual: Mutual, ca: trustme.CA) -> None:
+    running, path, clients = mutual
+    new = trustme.CA()
+    assert asks(running, ca, clients.issue_cert("client")) == "OK"
+    new.cert_pem.write_to_path(str(path))
+    until(lambda: asks(running, ca, new.issue_cert("client")) == "OK")
+    assert asks(running, ca, clients.issue_cert("client")) == "UNAVAILABLE", "of the authority before"
+
+
+def test_a_client_without_a_certificate_reaches_no_service_at_all(mutual: Mutual, ca: trustme.CA) -> None:
+    """Neither inference, nor model control, nor health, nor reflection."""
+    running, _, _ = mutual
+    with grpc.secure_channel(running.address, grpc.ssl_channel_credentials(ca.cert_pem.bytes())) as channel:
+        for call in (
+            "/steering.v1.SteeringService/Predict",
+            "/inference.GRPCInferenceService/RepositoryModelUnload",
+            "/grpc.health.v1.Health/Check",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        ):
+            assert channel.unary_unary(call).future(b"", timeout=5).code() is grpc.StatusCode.UNAVAILABLE
+    assert running.count("steervit_requests_total") == 0
+
+
+def test_old_versions_of_tls_are_not_spoken(server: ServerProcess, ca: trustme.CA) -> None:
+    host, port = server.address.split(":")
+    for version, spoken in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)):
+        context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.MINIMUM_SUPPORTED, version
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection((host, int(port)), timeout=10) as plain:
+            if spoken:
+                context.wrap_socket(plain, server_hostname=host).close()
+                continue
+            with pytest.raises(OSError, match=r"(?i)eof|reset|alert"):
+                context.wrap_socket(plain, server_hostname=host)
 
 
 @pytest.mark.parametrize(

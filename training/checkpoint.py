@@ -13,6 +13,7 @@ of a stage is written last: a stage without it is not finished.
 
 import json
 import os
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / name)
+        for abandoned in self.folder.glob(f".{escape(name)}.*"):  # by writers that were killed
+            abandoned.unlink(missing_ok=True)
 
 
 def _check_format(path: Path, meta: dict[str, Any]) -> None:

@@ -34,10 +34,10 @@ class ImageSpec:
     """Per channel, of pixels scaled to 0..1; above 0."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
+        for name in ("height", "width", "resize"):
             value = getattr(self, name)
-            if not 1 <= value <= 4096:
-                raise ValueError(f"image.{name} is {value}; allowed: 1 to 4096")
+            if not isinstance(value, int) or not 1 <= value <= 4096:
+                raise ValueError(f"image.{name} is {value!r}; allowed: 1 to 4096")
         if self.channels not in (1, 3):
             raise ValueError(f"image.channels is {self.channels}; allowed: 1 (grey) or 3 (RGB)")
         if self.resize < max(self.height, self.width):
@@ -48,7 +48,7 @@ class ImageSpec:
             value = getattr(self, name)
             if len(value) != self.channels:
                 raise ValueError(f"image.{name} has {len(value)} values; allowed: one per channel ({self.channels})")
-        if min(self.std) <= 0:
+        if not min(self.std) > 0:
             raise ValueError(f"image.std is {self.std}; allowed: above 0")
 
     @property

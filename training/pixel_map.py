@@ -75,7 +75,7 @@ def _write(folder: Path, made_for: dict[str, Any], rows: Iterable[tuple[np.ndarr
 def _read(folder: Path, made_for: dict[str, Any], spec: ImageSpec) -> Split:
     try:
         found = json.loads((folder / "made_for.json").read_text())
-        classes = torch.from_numpy(np.load(folder / "classes.npy"))
+        classes = torch.from_numpy(np.load(folder / "classes.npy", allow_pickle=False))
         size = (folder / "pixels.u8").stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is damaged ({error}): remove it, and it is made again") from error

@@ -9,6 +9,8 @@ Standard library and numpy only: the server imports this module.
 import hashlib
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+MAX_NAME = 200
+"""Characters of a profile's or label's name."""
 
 
 class SteeringError(ValueError):
@@ -48,10 +52,20 @@ class SteeringTerm:
         return SteeringTerm(self.latent, 1 + strength * (self.scale - 1), strength * self.shift)
 
 
+def check_name(name: object) -> str:
+    """A name that every file, message and metric can carry. Raises SteeringError."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        raise SteeringError(f"name is {str(name)[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise SteeringError(f"name is {name!a}; allowed: no control characters, no halves of surrogate pairs")
+    return name
+
+
 Terms = Mapping[int, tuple[SteeringTerm, ...]]
 """The terms of one image, by site index. Sites without terms are left out."""
 
 NEUTRAL: Terms = {}
+SITE = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -138,10 +152,15 @@ def terms_to_json(terms: Terms) -> dict[str, Any]:
 
 def terms_from_json(value: Any) -> Terms:
     """Raises SteeringError on a term that is not allowed; KeyError, TypeError or ValueError on another structure."""
-    return {
-        int(site): tuple(SteeringTerm(int(t["latent"]), float(t["scale"]), float(t["shift"])) for t in of_site)
-        for site, of_site in value.items()
-    }
+    terms = {}
+    for site, of_site in value.items():
+        if not SITE.fullmatch(site):
+            raise SteeringError(f"site is {site!r}; allowed: a number from 0")
+        terms[int(site)] = tuple(
+            SteeringTerm(_whole(t["latent"], "latent"), _number(t["scale"], "scale"), _number(t["shift"], "shift"))
+            for t in of_site
+        )
+    return terms
 
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
@@ -166,27 +185,65 @@ def _short(value: float) -> float:
 
 
 def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
-    """Profiles of a profiles.json. Raises SteeringError, naming the profile and the field."""
+    """Profiles of a profiles.json, whatever it holds. Raises SteeringError, naming the profile and the field."""
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
         raise SteeringError(f"profiles: schema_version is {found}; allowed: {SCHEMA_VERSION}")
-    profiles: list[SteeringProfile] = []
-    for index, entry in enumerate(value.get("profiles", ())):
+    profiles: dict[str, SteeringProfile] = {}
+    entries = value.get("profiles", [])
+    if not isinstance(entries, list):
+        raise SteeringError(f"profiles: is a {type(entries).__name__}; allowed: a list")
+    for index, entry in enumerate(entries):
         where = f"profiles[{index}]"
         try:
-            where = f"profile {entry['name']!r}"
+            name = check_name(entry["name"])
+            where = f"profile {name!r}"
             profile = SteeringProfile(
-                str(entry["name"]),
-                tuple(entry["classes"]),
-                str(entry["strategy"]),
+                name,
+                tuple(map(check_name, _instance(entry["classes"], list, "classes"))),
+                check_name(entry["strategy"]),
                 terms_from_json(entry["terms"]),
-                entry.get("evaluation", {}),
+                _evaluation(entry.get("evaluation", {})),
             )
         except SteeringError as error:
             raise SteeringError(f"{where}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise SteeringError(f"{where}: {type(error).__name__}: {error}") from error
-        if any(profile.name == other.name for other in profiles):
+        if name in profiles:
             raise SteeringError(f"{where} is there twice; allowed: once")
-        profiles.append(profile)
-    return tuple(profiles)
+        profiles[name] = profile
+    return tuple(profiles.values())
+
+
+def _evaluation(value: Any) -> Mapping[str, Any]:
+    """What is read of it has the type that it is read as."""
+    evaluation: dict[str, Any] = _instance(value, dict, "evaluation")
+    if not 0 <= _whole(evaluation.get("images", 0), "evaluation.images") < 2**32:
+        raise SteeringError(f"evaluation.images is {evaluation['images']}; allowed: 0 to {2**32 - 1}")
+    for part in ("before", "after"):
+        for name, number in _instance(evaluation.get(part, {}), dict, f"evaluation.{part}").items():
+            _number(number, f"evaluation.{part}.{name}")
+    return evaluation
+
+
+def _whole(value: Any, field: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SteeringError(f"{field} is {_shown(value)}; allowed: a whole number")
+    return value
+
+
+def _number(value: Any, field: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise SteeringError(f"{field} is {_shown(value)}; allowed: a finite number")
+    return float(value)
+
+
+def _instance(value: Any, kind: type, field: str) -> Any:
+    if not isinstance(value, kind):
+        raise SteeringError(f"{field} is {_shown(value)}; allowed: a JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

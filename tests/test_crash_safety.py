@@ -1,0 +1,133 @@
+"""Every writer, killed at any moment: what is found afterwards is the old or the new, whole, and never a mixture.
+
+CRASH_ROUNDS kills of each (8; `make crash`: 50). The writers run in processes of their own: tests/crash_writers.py.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from processes import ROOT
+
+from export.bundle import load_bundle, versions
+from service.catalogue import scan
+from training.checkpoint import Run
+
+ROUNDS = int(os.environ.get("CRASH_ROUNDS", "8"))
+SETTINGS = {"steps": 100}
+SEEDS = {"state": 1, "stage": 2, "bundle": 3}
+LONGEST = {"state": 0.2, "stage": 0.3, "bundle": 0.5}
+"""Seconds that a writer lives at most: several times what it needs."""
+
+
+@contextmanager
+def killer(writer: str, folder: Path) -> Iterator[Callable[[], None]]:
+    """A call of it lets the writer write for a random while and kills it."""
+    draw = random.Random(SEEDS[writer])
+    process = subprocess.Popen(
+        [sys.executable, "tests/crash_writers.py", writer, str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    with process:
+        assert process.stdin
+        assert process.stdout
+
+        def kill() -> None:
+            print("write", file=process.stdin, flush=True)
+            child = int(process.stdout.readline())  # type: ignore[union-attr]
+            time.sleep(draw.uniform(0.01, LONGEST[writer]))
+            os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline() == "ended\n"  # type: ignore[union-attr]
+
+        yield kill
+        process.stdin.close()
+
+
+def whole(tensors: dict[str, torch.Tensor], number: int) -> bool:
+    """Whether it is all of the n-th and of no other."""
+    return len(tensors) == 4 and all(bool((tensor == number).all()) for tensor in tensors.values())
+
+
+def left_by_the_killed(folder: Path) -> list[Path]:
+    return list(folder.rglob(".*"))
+
+
+def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    run, numbers = Run(tmp_path), [-1]
+    with killer("state", tmp_path) as kill:
+        for _ in range(ROUNDS):
+            kill()
+            found = run.read_state("vit", SETTINGS)
+            if found:
+                assert whole(found[0], found[1]["number"])
+                numbers.append(found[1]["number"])
+                assert numbers[-1] >= numbers[-2], "it never goes back"
+            assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
+    assert numbers[-1] > 0
+    run.write_state("vit", SETTINGS, {}, {"number": 0})
+    assert left_by_the_killed(tmp_path) == []
+
+
+def test_a_stage_that_is_finished_is_whole(tmp_path: Path) -> None:
+    finished = 0
+    with killer("stage", tmp_path) as kill:
+        for _ in range(ROUNDS):
+            kill()
+            for folder in tmp_path.iterdir():
+                run, number = Run(folder), int(folder.name)
+                if run.finished("vit", SETTINGS):
+                    result = run.read_tensors("vit")
+                    assert result
+                    assert whole(result[0], number)
+                    assert run.info("vit")["result"] == {"number": number}
+                elif state := run.read_state("vit", SETTINGS):
+                    assert whole(state[0], number)
+            done = [folder for folder in tmp_path.iterdir() if Run(folder).has("vit")]
+            assert len(done) >= max(finished, len(list(tmp_path.iterdir())) - 1), "one at most is not finished"
+            finished = len(done)
+    assert finished > 0
+
+
+def test_a_version_that_is_there_is_a_whole_bundle(tmp_path: Path) -> None:
+    model, seen = tmp_path / "fashion_mnist", 0
+    with killer("bundle", tmp_path) as kill:
+        for _ in range(ROUNDS):
+            kill()
+            there = versions(model)
+            assert max(there, default=0) >= seen
+            seen = max(there, default=0)
+            for number in there:
+                assert load_bundle(model / str(number)).manifest.version == number
+            if there:
+                assert set(scan(tmp_path)["fashion_mnist"].versions) == set(there), "a part is not served"
+            assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
+            for number in there[:-1]:
+                shutil.rmtree(model / str(number))
+    assert seen > 1
+
+
+def test_a_writer_that_lives_is_not_disturbed_by_another_one(tmp_path: Path) -> None:
+    """Two exports of the same version at once: one of them writes it, the other one is told."""
+    committed = load_bundle(ROOT / "deploy/models/fashion_mnist/3")
+    code = (
+        "import sys; from pathlib import Path; from export.bundle import *\n"
+        "made = load_bundle(Path('deploy/models/fashion_mnist/3'))\n"
+        "files = {name: (made.folder / name).read_bytes() for name in made.manifest.files}\n"
+        "try: write_bundle(Path(sys.argv[1]), made.manifest, files)\n"
+        "except (BundleError, OSError) as error: sys.exit(f'told: {error}')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    assert any(line.startswith("told: ") for line in said)
+    assert load_bundle(tmp_path / "fashion_mnist" / "3").digest == committed.digest
+    assert left_by_the_killed(tmp_path) == []

@@ -1,0 +1,181 @@
+"""The same request gives the same answer: again, after a restart, under load, and whatever it shares a batch with.
+
+To the bit where the batch is the same; within the manifest's tolerance where it is not, as sums may then be made in
+another order. Only a gate so near its threshold that this can decide it may flip: those are counted, and told of.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import pytest
+from live import INFER
+from numpy.typing import NDArray
+from processes import MODELS, ServerProcess, start_server, stop_server
+
+from export.bundle import Bundle
+from service.client import Client
+from service.engine import NEAR_THRESHOLD, Engine, Outputs
+from service.pb import open_inference_pb2 as oi
+from service.steering import Steering, resolve, stack
+from training.steering import NEUTRAL
+
+LABELS = ("Shirt", "Coat", "Bag")
+
+
+def infer(images: NDArray[np.uint8], profile: str) -> oi.ModelInferRequest:
+    request = oi.ModelInferRequest(model_name="fashion_mnist")
+    request.inputs.add(name="image", datatype="UINT8", shape=images.shape)
+    request.raw_input_contents.append(images.tobytes())
+    request.parameters["profile"].string_param = profile
+    return request
+
+
+def raw(address: str, requests: list[oi.ModelInferRequest]) -> list[list[bytes]]:
+    """The outputs of each, as they came."""
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(INFER, oi.ModelInferRequest.SerializeToString, oi.ModelInferResponse.FromString)
+        return [list(call(request, timeout=30).raw_output_contents) for request in requests]
+
+
+def test_the_same_request_has_the_same_answer_again_and_after_a_restart(sample_pixels: NDArray[np.uint8]) -> None:
+    requests = [infer(sample_pixels[:count], profile) for count in (1, 5, 64) for profile in ("", "Shirt")]
+    answers = []
+    for _ in range(2):
+        running = start_server(MODELS)
+        try:
+            answers += [raw(running.address, requests) for _ in range(4)]
+        finally:
+            assert stop_server(running) == 0
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_answers_under_load_are_those_of_the_same_requests_alone(
+    server: ServerProcess, bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    tolerance = bundle.manifest.graphs[0].certificate["logit_tolerance"]
+    requests = [infer(sample_pixels[start : start + 3], label) for start in range(0, 90, 10) for label in LABELS]
+    alone = raw(server.address, requests)
+    done, found = threading.Event(), []
+
+    def others() -> None:
+        with Client(server.address) as client:
+            while not done.is_set():
+                client.predict(list(sample_pixels[::9]), profile="Sandal")
+
+    load = [threading.Thread(target=others) for _ in range(3)]
+    for thread in load:
+        thread.start()
+    try:
+        found = raw(server.address, requests)
+    finally:
+        done.set()
+        for thread in load:
+            thread.join()
+    for one, other in zip(alone, found, strict=True):
+        logits, gates, margins = (
+            [np.frombuffer(answer[output], kind) for answer in (one, other)]
+            for output, kind in enumerate(("<f4", bool, "<f4"))
+        )
+        far = np.abs(margins[0]) > NEAR_THRESHOLD
+        np.testing.assert_array_equal(gates[0][far], gates[1][far])
+        if far.all():
+            np.testing.assert_allclose(logits[0], logits[1], atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Bundle) -> Engine:
+    return Engine(bundle, "cpu", 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    image: NDArray[np.uint8]
+    steering: Steering
+
+
+def run(engine: Engine, rows: list[Row]) -> Outputs:
+    return engine.run(np.stack([row.image for row in rows]), stack([row.steering for row in rows], [1] * len(rows)))
+
+
+def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8], profile: str) -> Row | None:
+    """The image at a strength at which a gate is as near its threshold as bisection brings it, if one changes."""
+
+    def at(strength: float) -> tuple[Row, NDArray[np.float32]]:
+        row = Row(image, resolve(bundle, profile, NEUTRAL, strength))
+        return row, run(engine, [row]).gate_logit[0]
+
+    low, high = 0.0, 1.0
+    changed = np.argwhere((at(low)[1] > 0) != (at(high)[1] > 0))
+    if not len(changed):
+        return None
+    gate = tuple(changed[0])
+    opened = at(low)[1][gate] > 0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (at(middle)[1][gate] > 0) == opened else (low, middle)
+    row, logits = at(low)
+    return row if abs(logits[gate]) < NEAR_THRESHOLD else None
+
+
+def test_rows_do_not_depend_on_their_neighbours_and_gates_that_could_are_counted(
+    engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], record_property: Callable[[str, object], None]
+) -> None:
+    """Half of the rows sit on the edge, which chance would hardly find; neighbours go to extremes."""
+    graph = bundle.manifest.graphs[0]
+    tolerance, margin = graph.certificate["logit_tolerance"], graph.certificate["gate_margin"]
+    usual = [Row(image, resolve(bundle, "Shirt", NEUTRAL, 1.0)) for image in sample_pixels[::10]]
+    edge = [on_the_edge(engine, bundle, image, "Shirt") for image in sample_pixels[::10]]
+    rows = [*usual, *(row for row in edge if row)]
+    assert len(rows) > 15
+    alone = [run(engine, [row]) for row in rows]
+    extreme = [Row(np.full_like(sample_pixels[0], 255), resolve(bundle, "Bag", NEUTRAL, 100.0))]
+    draw = np.random.default_rng(7)
+    counts = {"rows": 0, "near": 0, "flipped": 0}
+    for size in (2, 7, 32, 64):
+        for _ in range(12):
+            picked = draw.integers(len(rows), size=size).tolist()
+            together = run(engine, [*(rows[index] for index in picked), *extreme])
+            for place, index in enumerate(picked):
+                before, after = alone[index].gate_logit[0], together.gate_logit[place]
+                near = np.abs(before) <= margin
+                flipped = (before > 0) != (after > 0)
+                counts["rows"] += 1
+                counts["near"] += int(near.sum())
+                counts["flipped"] += int(flipped.sum())
+                assert not (flipped & ~near).any(), "a gate away from its threshold has flipped"
+                if not flipped.any():
+                    np.testing.assert_allclose(together.logits[place], alone[index].logits[0], atol=tolerance)
+    print(f"neighbours: {json.dumps(counts)}")
+    record_property("neighbours", counts)
+    assert counts["near"] > 100, "rows on the edge are among them"
+
+
+def test_gates_on_the_edge_are_told_in_the_answer_and_in_the_metrics(
+    server: ServerProcess, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    def counted() -> float:
+        return server.count("steervit_gates_near_threshold_total", profile="Shirt")
+
+    def bisected(image: NDArray[np.uint8], client: Client) -> tuple[int, int]:
+        """Gates that an answer and its receipt call near."""
+        low, high = 0.0, 1.0
+        first = client.predict([image], profile="Shirt", strength=low).predictions[0].head_mask[2].kept[1]
+        for _ in range(25):
+            middle = (low + high) / 2
+            answer = client.predict([image], profile="Shirt", strength=middle)
+            same = answer.predictions[0].head_mask[2].kept[1] == first
+            low, high = (middle, high) if same else (low, middle)
+        answer = client.predict([image], profile="Shirt", strength=low)
+        return answer.predictions[0].gates_near_threshold, answer.receipt.gates_near_threshold
+
+    before, told = counted(), []
+    with Client(server.address) as client:
+        for image in sample_pixels[60:70]:
+            told.append(bisected(image, client))
+    assert all(one == other for one, other in told)
+    assert sum(one for one, _ in told) > 0, "bisection has found an edge"
+    assert counted() - before >= sum(one for one, _ in told)
