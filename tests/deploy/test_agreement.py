@@ -66,10 +66,8 @@ def test_a_pod_that_is_told_to_stop_has_time_to_answer_what_it_accepted(
         sleep = pod.server["lifecycle"]["preStop"]["sleep"]["seconds"]
         of_server = settings_of(pod, found, monkeypatch)
         assert sleep >= 5, "the news that a pod leaves takes seconds to spread"
-        assert (
-            pod.spec["terminationGracePeriodSeconds"]
-            >= sleep + of_server.drain_delay_seconds + of_server.drain_seconds + 5
-        )
+        needed = sleep + of_server.drain_delay_seconds + of_server.drain_seconds
+        assert pod.spec["terminationGracePeriodSeconds"] >= needed + 5
 
 
 @pytest.mark.parametrize("target", TARGETS)
