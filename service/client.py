@@ -7,6 +7,7 @@ python -m service.client profiles
 import json
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import grpc
@@ -20,7 +21,6 @@ from training.steering import Terms
 Images = Sequence[bytes | NDArray[np.uint8]]
 """Encoded files, or uint8 arrays (height, width, channels) of the model's own size."""
 Request = TypeVar("Request", pb.PredictRequest, pb.CompareRequest, pb.ExplainRequest)
-SERVICE = pb.DESCRIPTOR.services_by_name["SteeringService"].full_name
 
 
 class Asked(TypedDict, total=False):
@@ -40,17 +40,11 @@ class Asked(TypedDict, total=False):
 def service_config(attempts: int) -> dict[str, Any]:
     """What gRPC does by itself: calls go to all addresses of a name in turn, to none that says it is not serving, and
     are tried again after UNAVAILABLE and RESOURCE_EXHAUSTED, when the server says, unless most calls fail."""
-    config: dict[str, Any] = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": SERVICE},
-        "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
-    }
+    config: dict[str, Any] = json.loads((Path(__file__).parent / "service_config.json").read_text())
     if attempts > 1:
-        policy = {
-            "maxAttempts": attempts, "initialBackoff": "0.05s", "maxBackoff": "2s", "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-        }  # fmt: skip
-        config["methodConfig"] = [{"name": [{"service": SERVICE}], "retryPolicy": policy}]
+        config["methodConfig"][0]["retryPolicy"]["maxAttempts"] = attempts
+    else:
+        del config["methodConfig"]
     return config
 
 
