@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
+from service.client import channel_options
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
@@ -80,7 +81,7 @@ async def run(
     latencies: list[float] = []
     failed: list[float] = []
     errors: Counter[str] = Counter()
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    options = channel_options(attempts=1)
     opened = (
         grpc.aio.secure_channel(address, credentials, options)
         if credentials

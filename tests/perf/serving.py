@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,9 +91,15 @@ def deit_bundle() -> Path:
     return repository
 
 
+class Running(NamedTuple):
+    address: str
+    pid: int
+    start_seconds: float
+    """Until it was ready."""
+
+
 @contextlib.contextmanager
-def server(repository: Path, *flags: str) -> Iterator[tuple[str, float]]:
-    """Address, and seconds from start to ready."""
+def server(repository: Path, *flags: str) -> Iterator[Running]:
     begun = time.perf_counter()
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -100,7 +107,7 @@ def server(repository: Path, *flags: str) -> Iterator[tuple[str, float]]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(READY), line
-        yield line.removeprefix(READY).split(",")[0], time.perf_counter() - begun
+        yield Running(line.removeprefix(READY).split(",")[0], process.pid, time.perf_counter() - begun)
     finally:
         process.terminate()
         process.wait()
@@ -156,7 +163,7 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
             engine = Engine(load_bundle(repository / "deit_s" / "1"), "cpu", 0, graph)
             rate = alone(engine, images, 8, profiles, seconds)
             del engine
-            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, _):
+            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, *_):
                 seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
     found: dict[str, object] = {}
     for kind, pairs in seen.items():
@@ -186,7 +193,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
         engine = Engine(bundle, "cpu", 0)
         alone_16 = alone(engine, images, 16, ("Shirt",), seconds)
         del engine
-        with server(ROOT / "deploy" / "models") as (address, start):
+        with server(ROOT / "deploy" / "models") as (address, _, start):
             starts.append(start)
             report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
             ratios.append(report.images_per_second / alone_16)
@@ -198,7 +205,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
             made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
             (folder / "many.json").write_text(json.dumps({**profiles_to_json(profiles), **made_for}))
             names = tuple(profile.name for profile in profiles)
-            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, _):
+            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, *_):
                 p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
         "start_to_ready_seconds": float(np.median(starts)),

@@ -138,7 +138,7 @@ def main() -> int:
     images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
     expected = alone(bundle, images)
     begun = time.perf_counter()
-    with server(ROOT / "deploy" / "models") as (address, _, _):
+    with server(ROOT / "deploy" / "models") as (address, *_):
         seen = asyncio.run(ask(address, images, expected, options.requests, options.concurrency))
     found = {
         "calls": seen.calls, "images": seen.images, "near_threshold": seen.near_threshold, "flipped": seen.flipped,

@@ -1,0 +1,125 @@
+"""python -m tests.perf.capacity: how much a machine serves, and what memory it takes.
+
+The figures of deploy/CAPACITY.md: one server with all cores, and two with half of them each behind a client that takes
+turns between them; few and many profiles; the committed bundle, and DeiT-S with and without closed heads. The client is
+on the same machine, so servers on machines of their own do more. Writes build/bench/capacity.json, prints tables.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from export.bundle import load_bundle, versions
+from service.load import Load, Report
+from service.tables import table
+from tests.perf.heads import BUNDLE, OUT, ROOT, SAMPLES
+from tests.perf.serving import deit_bundle, load, server
+from training.steering import profiles_to_json
+
+MODELS = ROOT / "deploy" / "models"
+
+
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def measure(repository: Path, processes: int, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
+    """The load on so many servers, and the memory of one of them after it, MiB."""
+    with contextlib.ExitStack() as stack:
+        threads = ("--threads", str(2 // processes))
+        servers = [stack.enter_context(server(repository, *threads, *flags)) for _ in range(processes)]
+        report = load("ipv4:" + ",".join(one.address for one in servers), images, asked)
+        return report, resident_mb(servers[0].pid)
+
+
+def line(name: str, processes: int, asked: Load, found: tuple[Report, float]) -> list[str]:
+    report, memory = found
+    return [
+        name, str(processes), str(asked.images_per_call), f"{report.images_per_second:.0f}", f"{report.p50_ms:.1f}",
+        f"{report.p99_ms:.1f}", f"{memory:.0f}", str(sum(report.errors.values())),
+    ]  # fmt: skip
+
+
+def throughput(seconds: float) -> list[list[str]]:
+    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    labels = tuple(sorted(load_bundle(BUNDLE / str(versions(BUNDLE)[-1])).profiles))
+    rows = []
+    for processes in (1, 2):
+        for count, at_a_time in ((1, 32), (16, 8)):
+            for name, profiles in (("committed, no steering", ("",)), ("committed, its profiles", labels)):
+                asked = Load(at_a_time, seconds, count, profiles)
+                rows.append(line(name, processes, asked, measure(MODELS, processes, pixels, asked)))
+    repository = deit_bundle()
+    spec = load_bundle(repository / "deit_s" / "1").manifest.image
+    large = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
+    thirds = tuple(f"third{offset}" for offset in range(6))
+    for processes in (1, 2):
+        for name, profiles in (("DeiT-S, all heads", ("all",)), ("DeiT-S, a third of the heads", thirds)):
+            asked = Load(16, 2 * seconds, 1, profiles)
+            flags = ("--max-batch", "8", "--max-delay-ms", "20")
+            rows.append(line(name, processes, asked, measure(repository, processes, large, asked, *flags)))
+    return rows
+
+
+def overload(seconds: float) -> list[list[str]]:
+    """DeiT-S at multiples of what it can do: how much is answered still, and how soon the rest is refused."""
+    repository = deit_bundle()
+    spec = load_bundle(repository / "deit_s" / "1").manifest.image
+    images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
+    flags = ("--max-batch", "8", "--max-delay-ms", "20", "--max-queue", "64")
+    capacity = measure(repository, 1, images, Load(16, seconds, 1, ("all",)), *flags)[0].images_per_second
+    rows = [["capacity", f"{capacity:.1f}", "1.00", "", "", ""]]
+    for times in (2, 10):
+        asked = Load(0, seconds, 1, ("all",), rate=times * capacity)
+        report = measure(repository, 1, images, asked, *flags)[0]
+        refused = ", ".join(f"{count} {code}" for code, count in report.errors.items())
+        share = report.images_per_second / capacity
+        shown = [f"{report.p50_ms:.0f}", refused, f"{report.error_p99_ms:.1f}"]
+        rows.append([f"{times} times that", f"{report.images_per_second:.1f}", f"{share:.2f}", *shown])
+    return rows
+
+
+def by_profiles(seconds: float) -> list[list[str]]:
+    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    folder = OUT / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for count in (10, 1_000, 10_000):
+        profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
+        content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
+        (folder / "many.json").write_text(json.dumps(content))
+        with server(MODELS, "--profiles-dir", str(folder)) as running:
+            report = load(running.address, pixels, Load(8, seconds, 1, tuple(p.name for p in profiles)))
+            shown = [f"{running.start_seconds:.1f}", f"{report.images_per_second:.0f}", f"{report.p50_ms:.1f}"]
+            rows.append([str(count), *shown, f"{resident_mb(running.pid):.0f}"])
+    return rows
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m tests.perf.capacity", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: %(default)s)")
+    options = parser.parse_args()
+    heads = {
+        "throughput": (["", "servers", "images a call", "images/s", "p50 ms", "p99 ms", "MiB", "errors"], throughput),
+        "overload": (["calls", "answered a second", "of capacity", "p50 ms", "refused", "refusal p99 ms"], overload),
+        "profiles": (["profiles", "start s", "images/s", "p50 ms", "MiB"], by_profiles),
+    }
+    found = {}
+    for name, (head, part) in heads.items():
+        rows = part(options.seconds)
+        found[name] = [dict(zip(head, row, strict=True)) for row in rows]
+        print(f"\n{name}\n{table(head, rows)}", flush=True)
+    (OUT / "capacity.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
