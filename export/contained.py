@@ -1,11 +1,11 @@
-"""Whether an ONNX file keeps all of its weights in itself.
+"""Whether the weights of an ONNX file are where a bundle keeps them: in the file, or in another one of the manifest.
 
-A tensor may name another file for its values, by any path: a graph from outside could have the runtime read what it
-likes, past the manifest's checksums. Ours never do, so one that does is refused. The file is read with protobuf's
+A tensor may name any path for its values: a graph from outside could have the runtime read what it likes, past the
+manifest's checksums. The file is read with protobuf's
 generic reader, as the server has no onnx package; the numbers are those of onnx.proto.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from google.protobuf.empty_pb2 import Empty
@@ -25,27 +25,36 @@ NESTED = {
     "Tensor": {},
 }
 """By message, the fields through which a tensor can be reached."""
-TENSOR_NAME, EXTERNAL_DATA, DATA_LOCATION = 8, 13, 14
+TENSOR_NAME, EXTERNAL_DATA = 8, 13
+KEY, VALUE = 1, 2
 
 
-def check_self_contained(path: Path) -> None:
-    """Raise BundleError, naming the tensor, when a tensor of an ONNX file has its values elsewhere."""
+def check_contained(path: Path, files: Collection[str]) -> None:
+    """Raise BundleError, naming the tensor, when a tensor of an ONNX file has its values in another one than these."""
     try:
-        name = next(_outside("Model", path.read_bytes()), None)
+        for name, location in _elsewhere("Model", path.read_bytes()):
+            if location not in files:
+                raise BundleError(
+                    f"{path}: the values of tensor {name!a} are in {location!a}; allowed: a file of the manifest"
+                )
     except (DecodeError, RecursionError) as error:
         raise BundleError(f"{path}: not an ONNX file: {error}") from error
-    if name is not None:
-        raise BundleError(f"{path}: the values of tensor {name} are in another file; allowed: none but this one")
 
 
-def _outside(kind: str, content: bytes) -> Iterator[str]:
-    """Names of the tensors in a message that have their values elsewhere."""
-    fields = list(UnknownFieldSet(Empty.FromString(content)))  # type: ignore[call-overload]  # it can be iterated
+def _elsewhere(kind: str, content: bytes) -> Iterator[tuple[str, str]]:
+    """Names of the tensors in a message that have their values in another file, and that file."""
+    fields = _fields(content)
     if kind == "Tensor":
-        values = {field.field_number: field.data for field in fields}
-        if values.get(EXTERNAL_DATA) or values.get(DATA_LOCATION):
-            yield ascii(values.get(TENSOR_NAME, b""))
-    for field in fields:
-        inner = NESTED[kind].get(field.field_number)
-        if inner and isinstance(field.data, bytes):
-            yield from _outside(inner, field.data)
+        name = dict(fields).get(TENSOR_NAME, b"")
+        for entry in (dict(_fields(data)) for number, data in fields if number == EXTERNAL_DATA):
+            if entry.get(KEY) == b"location":
+                yield name.decode(errors="replace"), entry.get(VALUE, b"").decode(errors="replace")
+    for number, data in fields:
+        if inner := NESTED[kind].get(number):
+            yield from _elsewhere(inner, data)
+
+
+def _fields(content: bytes) -> list[tuple[int, bytes]]:
+    """Numbers and contents of strings and messages, in order; of a field that is there twice the last counts."""
+    found = UnknownFieldSet(Empty.FromString(content))
+    return [(field.field_number, field.data) for field in found if isinstance(field.data, bytes)]  # type: ignore[attr-defined]

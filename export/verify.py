@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
-from export.contained import check_self_contained
+from export.contained import check_contained
 from export.session import Arrays, open_session
 
 Run = Callable[[Arrays], Arrays]
@@ -22,7 +22,7 @@ def verify(folder: Path) -> Bundle:
     bundle = load_bundle(folder)
     for graph in bundle.manifest.graphs:
         path = folder / graph.file
-        check_self_contained(path)
+        check_contained(path, bundle.manifest.files)
         try:
             session = open_session(path, graph.attention)
         except Exception as error:  # onnxruntime raises its own kinds, none of them documented

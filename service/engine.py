@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.bundle import INPUTS, Bundle, BundleError, Golden, Graph, load_golden
-from export.contained import check_self_contained
+from export.contained import check_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
 from training.steering import SteeringArrays
@@ -102,7 +102,7 @@ class Engine:
         self.graph = choose_graph(bundle, self.provider, graph)
         self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
-        check_self_contained(path)
+        check_contained(path, bundle.manifest.files)
         self.threads = threads or usable_cpus()
         options = session_options(self.graph.attention, self.threads)
         self.session = _open(path, self.provider, options, device, gpu_memory_mb)

@@ -22,7 +22,7 @@ from PIL import Image
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, start_server, stop_server, until
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden
-from export.contained import check_self_contained
+from export.contained import check_contained
 from service.catalogue import scan
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
@@ -170,7 +170,7 @@ def elsewhere(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
 
 
 @pytest.mark.parametrize("location", ["../../../secret.bin", "/etc/passwd", "weights.bin"])
-def test_a_graph_whose_weights_are_in_another_file_is_refused(
+def test_a_graph_whose_weights_are_outside_the_bundle_or_its_manifest_is_refused(
     loading: Live, repository: Path, bundle: Bundle, location: str
 ) -> None:
     model = onnx.load(bundle.folder / GRAPH)
@@ -180,7 +180,7 @@ def test_a_graph_whose_weights_are_in_another_file_is_refused(
     try:
         status, sentence = load(loading)
         assert status == "UNAVAILABLE"
-        assert f"the values of tensor b'{name}' are in another file; allowed: none but this one" in sentence
+        assert f"the values of tensor '{name}' are in '{location}'; allowed: a file of the manifest" in sentence
     finally:
         shutil.rmtree(folder)
 
@@ -219,8 +219,8 @@ def sparse() -> onnx.SparseTensorProto:
 def test_another_file_is_found_wherever_a_graph_can_name_it(model: onnx.ModelProto, tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(BundleError, match="the values of tensor b'w' are in another file"):
-        check_self_contained(path)
+    with pytest.raises(BundleError, match=r"the values of tensor 'w' are in 'x\.bin'; allowed: a file of the manifest"):
+        check_contained(path, [])
 
 
 def test_golden_rows_that_are_pickles_are_not_unpickled(bundle: Bundle, tmp_path: Path) -> None:
