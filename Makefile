@@ -57,9 +57,9 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.heads $(if $(QUICK),--quick)
 	$(if $(QUICK),,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.serving)
 
-soak: .venv/.dev  ## REQUESTS (50000) mixed calls to a server, every answer compared with that of a single request
-	$(RUN) -m tests.perf.soak --requests $(or $(REQUESTS),50000)
-	$(RUN) -m tests.faults.sigterm --rounds 50
+soak: .venv/.dev  ## 50,000 calls and 50 stops, every answer compared with that of a single request; MINUTES=60: with disturbances
+	$(RUN) -m tests.perf.soak $(if $(MINUTES),--minutes $(MINUTES))
+	$(if $(MINUTES),,$(RUN) -m tests.faults.sigterm --rounds 50)
 
 faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
 	$(RUN) -m tests.faults.table

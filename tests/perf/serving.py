@@ -99,10 +99,11 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(repository: Path, *flags: str) -> Iterator[Running]:
+def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator[Running]:
     begun = time.perf_counter()
     command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
-    process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    command += ["--log-level", "error", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -1,18 +1,24 @@
-"""python -m tests.perf.soak --requests 50000: are answers under load the answers of single requests?
+"""python -m tests.perf.soak [--minutes 60]: are answers under load the answers of single requests?
 
 Every image under every steering is first answered alone, by onnxruntime in this process. Then a server gets calls of
 one to four images with changing profiles and strengths, many at a time, and every answer is compared: the same heads,
 and probabilities within TOLERANCE, unless a gate lies so near its threshold that rounding may decide it; those are
-counted.
+counted. With --minutes, others disturb the server meanwhile (disturbances.py): clients that cancel, die or send
+garbage, changing profiles and models; and its memory, descriptors and threads are watched.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,8 +30,9 @@ from export.bundle import Bundle, load_bundle, versions
 from service.engine import Engine
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
+from tests.perf.disturbances import Disturbances, put_version
 from tests.perf.heads import BUNDLE, OUT, ROOT, SAMPLES
-from tests.perf.serving import server
+from tests.perf.serving import Running, server
 from training.steering import NEUTRAL, at_strength, to_arrays
 
 TOLERANCE = 1e-4
@@ -47,7 +54,9 @@ class Expected:
 
 @dataclass
 class Seen:
+    sent: int = 0
     calls: int = 0
+    """That were answered."""
     images: int = 0
     near_threshold: int = 0
     """Images with a gate near its threshold."""
@@ -74,12 +83,20 @@ def alone(bundle: Bundle, images: NDArray[np.uint8]) -> dict[tuple[str, float], 
     return found
 
 
+def until(seconds: float) -> Iterator[int]:
+    """Numbers until so many seconds have passed."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda _: time.monotonic() < end, itertools.count())
+
+
 async def ask(
-    address: str, images: NDArray[np.uint8], expected: dict[tuple[str, float], Expected], count: int, at_a_time: int
-) -> Seen:
-    seen, left = Seen(), iter(range(count))
+    address: str, images: NDArray[np.uint8], expected: dict[tuple[str, float], Expected], left: Iterator[int],
+    total: int | None, at_a_time: int,
+) -> Seen:  # fmt: skip
+    """left: a number for each call to come."""
+    seen = Seen()
     kinds = list(expected)
-    progress = tqdm(total=count, desc="soak: calls", unit="call")
+    progress = tqdm(total=total, desc="soak: calls", unit="call", mininterval=5)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
 
@@ -92,6 +109,7 @@ async def ask(
                 for index in picked:
                     request.images.add(pixels=images[index].tobytes())
                 request.steering.profile, request.steering.strength = kind
+                seen.sent += 1
                 try:
                     answer = await stub.Predict(request, timeout=60)
                 except grpc.aio.AioRpcError as error:
@@ -128,28 +146,66 @@ def compare(
             seen.wrong.append(f"{kind}: image {index} is answered otherwise than alone")
 
 
+async def disturbed(
+    running: Running, disturbances: Disturbances, images: NDArray[np.uint8],
+    expected: dict[tuple[str, float], Expected], minutes: float, at_a_time: int,
+) -> Seen:  # fmt: skip
+    others = asyncio.create_task(disturbances.all())
+    honest = asyncio.create_task(ask(running.address, images, expected, until(60 * minutes), None, at_a_time))
+    await asyncio.wait((others, honest), return_when=asyncio.FIRST_COMPLETED)
+    if others.done():
+        others.result()  # it goes on until it is cancelled, or fails
+    others.cancel()
+    return await honest
+
+
 def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.soak", description=__doc__.split("\n\n")[1])
     parser.add_argument("--requests", type=int, default=50_000, help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="instead of --requests, with disturbances")
     parser.add_argument("--concurrency", type=int, default=32, help="calls at a time (default: %(default)s)")
     options = parser.parse_args()
     bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
     expected = alone(bundle, images)
     begun = time.perf_counter()
-    with server(ROOT / "deploy" / "models") as (address, *_):
-        seen = asyncio.run(ask(address, images, expected, options.requests, options.concurrency))
+    held: dict[str, Any] = {}
+    problems: list[str] = []
+    if options.minutes:
+        folder = OUT / "soak"
+        shutil.rmtree(folder, ignore_errors=True)
+        repository, profiles = folder / "models", folder / "profiles"
+        repository.mkdir(parents=True)
+        profiles.mkdir()
+        put_version(bundle, repository, 1)
+        flags = ("--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
+        with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log tells of the disturbances
+            disturbances = Disturbances(running.address, running.pid, bundle, repository, profiles)
+            seen = asyncio.run(disturbed(running, disturbances, images, expected, options.minutes, options.concurrency))
+        held = {**disturbances.held(), "disturbances": dict(disturbances.counts)}
+        problems = disturbances.problems
+        if options.minutes >= 20 and held["memory_percent_an_hour"] > 5:
+            problems.append(f"memory grows by {held['memory_percent_an_hour']}% an hour; allowed: 5")
+        first, last = held["last_two_quarters"]
+        for name, allowed in (("resident_mb", 20.0), ("descriptors", 8), ("threads", 4)):
+            if last[name] > first[name] + allowed:
+                problems.append(f"{name} grew from {first[name]} to {last[name]}; allowed: {allowed} more")
+        shutil.rmtree(folder)
+    else:
+        with server(ROOT / "deploy" / "models") as running:
+            left = iter(range(options.requests))
+            seen = asyncio.run(ask(running.address, images, expected, left, options.requests, options.concurrency))
     found = {
         "calls": seen.calls, "images": seen.images, "near_threshold": seen.near_threshold, "flipped": seen.flipped,
         "wrong": len(seen.wrong), "examples": seen.wrong[:5], "errors": dict(seen.errors),
-        "lost": options.requests - seen.calls - sum(seen.errors.values()),
+        "lost": seen.sent - seen.calls - sum(seen.errors.values()), "problems": problems, **held,
         "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
-    return 0 if not seen.wrong and not seen.errors and not found["lost"] else 1
+    return 0 if not (seen.wrong or seen.errors or found["lost"] or problems) else 1
 
 
 if __name__ == "__main__":
