@@ -73,7 +73,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "one bit off": ("wrong checksum", one_bit_off, "dispatch.fp32.onnx has the SHA-256 "),
     "newer": ("newer schema", of_tomorrow, "manifest.json: schema_version is 3; allowed: 2"),
     "cut": ("truncated graph", cut, "dispatch.fp32.onnx has 100000 bytes; the manifest says 12636225"),
-    "cut and signed": ("truncated graph", cut_and_signed, "dispatch.fp32.onnx: onnxruntime cannot load it"),
+    "cut and signed": ("truncated graph", cut_and_signed, "dispatch.fp32.onnx: not an ONNX file"),
     "other answers": ("golden mismatch", other_answers, "logits differ from golden.npz by 0.01"),
 }
 
