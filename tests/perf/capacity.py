@@ -73,10 +73,10 @@ def overload(seconds: float) -> list[list[str]]:
     spec = load_bundle(repository / "deit_s" / "1").manifest.image
     images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
     flags = ("--max-batch", "8", "--max-delay-ms", "20", "--max-queue", "64")
-    capacity = measure(repository, 1, images, Load(16, seconds, 1, ("all",)), *flags)[0].images_per_second
+    capacity = measure(repository, 1, images, Load(16, 2 * seconds, 1, ("all",)), *flags)[0].images_per_second
     rows = [["capacity", f"{capacity:.1f}", "1.00", "", "", ""]]
     for times in (2, 10):
-        asked = Load(0, seconds, 1, ("all",), rate=times * capacity)
+        asked = Load(0, 3 * seconds, 1, ("all",), rate=times * capacity)
         report = measure(repository, 1, images, asked, *flags)[0]
         refused = ", ".join(f"{count} {code}" for code, count in report.errors.items())
         share = report.images_per_second / capacity
@@ -106,6 +106,7 @@ def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.capacity", description=__doc__.split("\n\n")[1])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: %(default)s)")
+    parser.add_argument("--only", choices=("throughput", "overload", "profiles"), help="default: all")
     options = parser.parse_args()
     heads = {
         "throughput": (["", "servers", "images a call", "images/s", "p50 ms", "p99 ms", "MiB", "errors"], throughput),
@@ -113,7 +114,8 @@ def main() -> int:
         "profiles": (["profiles", "start s", "images/s", "p50 ms", "MiB"], by_profiles),
     }
     found = {}
-    for name, (head, part) in heads.items():
+    for name in [options.only] if options.only else heads:
+        head, part = heads[name]
         rows = part(options.seconds)
         found[name] = [dict(zip(head, row, strict=True)) for row in rows]
         print(f"\n{name}\n{table(head, rows)}", flush=True)
