@@ -48,13 +48,17 @@ def service_config(attempts: int) -> dict[str, Any]:
     return config
 
 
-def channel_options(attempts: int) -> list[tuple[str, Any]]:
-    return [
+def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None, attempts: int) -> Any:
+    """A channel of `kind`: grpc or grpc.aio."""
+    options = [
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]
+    if credentials:
+        return kind.secure_channel(address, credentials, options)
+    return kind.insecure_channel(address, options)
 
 
 class Client:
@@ -69,12 +73,7 @@ class Client:
     ):
         """address: host:port, or dns:///name:port for all servers of a name. timeout: seconds a call, with all its
         attempts (1 to 5). credentials: grpc.ssl_channel_credentials(...) for a server with TLS."""
-        options = channel_options(attempts)
-        self._channel = (
-            grpc.secure_channel(address, credentials, options)
-            if credentials
-            else grpc.insecure_channel(address, options)
-        )
+        self._channel = opened(grpc, address, credentials, attempts)
         self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout = timeout
 
@@ -126,34 +125,29 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
         attempts: int = 4,
     ):
-        options = channel_options(attempts)
-        self._channel = (
-            grpc.aio.secure_channel(address, credentials, options)
-            if credentials
-            else grpc.aio.insecure_channel(address, options)
-        )
-        self.stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._channel = opened(grpc.aio, address, credentials, attempts)
+        self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout = timeout
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         request = filled(pb.PredictRequest(top_k=top_k), images, asked)
-        answer: pb.PredictResponse = await self.stub.Predict(request, timeout=self._timeout)
+        answer: pb.PredictResponse = await self._stub.Predict(request, timeout=self._timeout)
         return answer
 
     async def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         request = filled(pb.CompareRequest(top_k=top_k), images, asked)
-        answer: pb.CompareResponse = await self.stub.Compare(request, timeout=self._timeout)
+        answer: pb.CompareResponse = await self._stub.Compare(request, timeout=self._timeout)
         return answer
 
     async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
         request = filled(pb.ExplainRequest(latents=latents), images, asked)
-        answer: pb.ExplainResponse = await self.stub.Explain(request, timeout=self._timeout)
+        answer: pb.ExplainResponse = await self._stub.Explain(request, timeout=self._timeout)
         return answer
 
     async def profiles(self, model: str = "", version: str = "") -> AsyncIterator[pb.Profile]:
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
-            page: pb.ListProfilesResponse = await self.stub.ListProfiles(request, timeout=self._timeout)
+            page: pb.ListProfilesResponse = await self._stub.ListProfiles(request, timeout=self._timeout)
             for profile in page.profiles:
                 yield profile
             if not page.next_page_token:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
-from service.client import channel_options
+from service.client import opened
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
@@ -81,13 +81,7 @@ async def run(
     latencies: list[float] = []
     failed: list[float] = []
     errors: Counter[str] = Counter()
-    options = channel_options(attempts=1)
-    opened = (
-        grpc.aio.secure_channel(address, credentials, options)
-        if credentials
-        else grpc.aio.insecure_channel(address, options)
-    )
-    async with opened as channel:
+    async with opened(grpc.aio, address, credentials, attempts=1) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
         await stub.Predict(next(following), timeout=60)  # connected, and the right kind of image
         begun = time.perf_counter()
