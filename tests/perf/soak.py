@@ -39,6 +39,8 @@ TOLERANCE = 1e-4
 """|difference| of a probability."""
 NEAR = 1e-3
 """|gate logit| of a gate that rounding may decide."""
+FLIPS = 0.1
+"""Share of the images with such a gate that may be answered otherwise."""
 STRENGTHS = (0.5, 1.0)
 
 
@@ -196,6 +198,10 @@ def main() -> int:
         with server(ROOT / "deploy" / "models") as running:
             left = iter(range(options.requests))
             seen = asyncio.run(ask(running.address, images, expected, left, options.requests, options.concurrency))
+    if seen.flipped > max(1, FLIPS * seen.near_threshold):
+        problems.append(
+            f"{seen.flipped} of {seen.near_threshold} images near a threshold flipped; allowed: {FLIPS:.0%}"
+        )
     found = {
         "calls": seen.calls, "images": seen.images, "near_threshold": seen.near_threshold, "flipped": seen.flipped,
         "wrong": len(seen.wrong), "examples": seen.wrong[:5], "errors": dict(seen.errors),
