@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.client import Client
+from service.client.tables import table
 from service.pb import steering_pb2 as pb
-from service.tables import table
 
 MODELS = Path("deploy/models")
 SAMPLES = Path("deploy/samples")

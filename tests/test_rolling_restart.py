@@ -14,7 +14,7 @@ from service.client import Client
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
-SERVICE_CONFIG = (ROOT / "service" / "service_config.json").read_text()
+SERVICE_CONFIG = (ROOT / "service" / "client" / "service_config.json").read_text()
 CALLERS = 64
 """Enough for calls to be on their way at any moment. Without the client's health check 13 of 24 stops failed some."""
 FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1")

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from export.bundle import load_bundle, versions
-from service.load import Load, Report
-from service.tables import table
+from service.client.load import Load, Report
+from service.client.tables import table
 from tests.perf.heads import BUNDLE, OUT, ROOT, SAMPLES
 from tests.perf.serving import deit_bundle, load, server
 from training.steering import profiles_to_json

@@ -33,8 +33,8 @@ from export.bundle import (
     write_bundle,
 )
 from export.certify import Reference, steerings
+from service.client.load import Load, Report, run
 from service.engine import Engine
-from service.load import Load, Report, run
 from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, deit_s
 from training.steering import SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 

@@ -1,11 +1,6 @@
-"""Clients of steering.v1, blocking and asyncio, and a command line.
-
-python -m service.client predict --profile Shirt deploy/samples/Shirt/*.png      (compare, explain, load: likewise)
-python -m service.client profiles
-"""
+"""Clients of steering.v1, blocking and asyncio. On the command line: python -m service.client"""
 
 import json
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -179,9 +174,3 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
     if "strength" in asked:
         request.steering.strength = asked["strength"]
     return request
-
-
-if __name__ == "__main__":
-    from service.command_line import main
-
-    sys.exit(main(sys.argv[1:]))

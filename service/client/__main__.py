@@ -1,4 +1,7 @@
-"""python -m service.client: predict, compare, explain, load, profiles."""
+"""python -m service.client predict --profile Shirt deploy/samples/Shirt/*.png      (compare, explain, load: likewise)
+
+python -m service.client profiles
+"""
 
 import argparse
 import asyncio
@@ -9,8 +12,8 @@ from pathlib import Path
 import grpc
 
 from service.client import Asked, Client
-from service.load import Load, run
-from service.tables import compare_table, explain_table, predict_table, profiles_table
+from service.client.load import Load, run
+from service.client.tables import compare_table, explain_table, predict_table, profiles_table
 
 
 def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
@@ -87,3 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{error.code().name}: {error.details()}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
