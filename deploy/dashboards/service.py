@@ -128,25 +128,29 @@ BATCHES = [
 ]  # fmt: skip
 
 SATURATION = [
-    (8, limits(lines(
+    (6, limits(lines(
         "Inference busy",
         "Share of the time in which a model's batches were running. Near 100% it cannot do more: the queue grows next. "
         "More servers, or fewer heads.", "percentunit",
         (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))",
          "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.9, "orange")).max(1)),
-    (8, limits(lines(
+    (6, limits(lines(
         "Queue",
         "Images that wait, as a share of --max-queue, when Prometheus looked. At 100% images are refused with "
         "RESOURCE_EXHAUSTED. Line: the alert's threshold.", "percentunit",
         (f"steervit_queue_images{{{MODEL}}} / steervit_queue_limit_images", "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.5, "red")).max(1)),
-    (8, stacked(lines(
+    (6, stacked(lines(
         "Images dropped",
         "Images a second that were not run. queue_full: refused at once. deadline: waited too long. cancelled: the "
         "client left.", "cps",
         (f"sum by (reason) (rate(steervit_images_dropped_total{{{MODEL}}}{STEP}))", "{{reason}}"),
     ))),
+    (6, lines(
+        "Calls being answered", "Accepted and not answered yet. The autoscaler follows it.", "none",
+        (f"sum by (instance) (steervit_requests_in_flight{{{JOB}}})", "{{instance}}"),
+    )),
 ]  # fmt: skip
 
 MODELS = [
