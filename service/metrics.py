@@ -1,7 +1,11 @@
 """Stats -> Prometheus. The only file that knows Prometheus; the registry is passed in."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version as package_version
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
@@ -21,6 +25,12 @@ CODES = (
 )  # fmt: skip
 """Status codes that this server answers with."""
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+LINGER_SECONDS = 120.0
+"""How long the series of a profile or model that is served no more stay, so that their last counts are scraped."""
+Series = tuple[Any, tuple[str, ...]]
+"""A metric and the values of its labels."""
 
 
 class Metrics:
@@ -119,6 +129,8 @@ class Metrics:
         self.build_info.labels(package_version("steervit")).set(1)
         self.serving: dict[tuple[str, str], ModelMetrics] = {}
         """By model and version: whose gauges there are."""
+        self._gone: deque[tuple[float, tuple[str, ...], list[Series]]] = deque()
+        """Since when, which model, version and profile, and what there is of it."""
         self.failed: dict[str, set[str]] = {}
         """By model: the versions of load_failed_now."""
 
@@ -149,12 +161,23 @@ class Metrics:
             self.load_failed_now.labels(name, version).set(1)
             self.failed[name] = failed
 
+    def leave(self, names: tuple[str, ...], series: list[Series]) -> None:
+        """names: model and version, and a profile, that are served no more."""
+        now = time.monotonic()
+        self._gone.append((now, names, series))
+        while self._gone[0][0] < now - LINGER_SECONDS:
+            _, names, series = self._gone.popleft()
+            model = self.serving.get(names[:2])  # type: ignore[arg-type]
+            if model and (len(names) == 2 or model.has(names[2])):
+                continue  # it has come back
+            for metric, labels in series:
+                metric.remove(*labels)
+
     def for_model(self, bundle: Bundle, graph: str, provider: str) -> "ModelMetrics":
         manifest = bundle.manifest
         names = (manifest.name, str(manifest.version))
         info = (*names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.model_info.labels(*info).set(1)
-        self.load_failures.labels(*names)
         self.gated_heads.labels(*names).set(len(manifest.gated_blocks) * manifest.heads)
         self.serving[names] = ModelMetrics(self, bundle, info)
         return self.serving[names]
@@ -168,11 +191,13 @@ class ModelMetrics:
         self._expected: set[str] = set()
         """Profiles with an expected head usage."""
         self._names = (bundle.manifest.name, str(bundle.manifest.version))
-        self._batch_size = metrics.batch_size.labels(*self._names)
-        self._inference = metrics.inference_seconds.labels(*self._names)
-        self._queue = metrics.queue_seconds.labels(*self._names)
-        self._decode = metrics.decode_seconds.labels(*self._names)
-        self._dropped = {reason: metrics.dropped.labels(*self._names, reason) for reason in DROP_REASONS}
+        self._series: list[Series] = []
+        self._batch_size, self._inference, self._queue, self._decode = (
+            _child(self._series, metric, *self._names)
+            for metric in (metrics.batch_size, metrics.inference_seconds, metrics.queue_seconds, metrics.decode_seconds)
+        )
+        _child(self._series, metrics.load_failures, *self._names)
+        self._dropped = {reason: _child(self._series, metrics.dropped, *self._names, reason) for reason in DROP_REASONS}
         self._profiles: dict[str, _ProfileChildren] = {}
         self.use(bundle.profiles)
 
@@ -185,12 +210,14 @@ class ModelMetrics:
         """The profiles that the model is served with: those that have series of their own start at 0."""
         own = sorted(profiles)[: self._metrics.max_profile_series]
         labels = (NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles)))
-        manifest = self._manifest
+        manifest, before = self._manifest, self._profiles
         self._profiles = {
-            label: self._profiles.get(label)
+            label: before.get(label)
             or _ProfileChildren(self._metrics, (*self._names, label), manifest.gated_blocks, manifest.heads)
             for label in labels
         }
+        for label in before.keys() - self._profiles.keys():
+            self._metrics.leave((*self._names, label), before[label].series)
         expected = {NONE: manifest.evaluation, **{name: profiles[name].evaluation.get("after") for name in own}}
         told = {label: value["head_usage"] for label, value in expected.items() if value and "head_usage" in value}
         for label in self._expected - set(told):
@@ -200,8 +227,12 @@ class ModelMetrics:
         self._expected = set(told)
         self._metrics.profiles.labels(*self._names).set(len(profiles))
 
+    def has(self, profile: str) -> bool:
+        """Whether it has series of its own."""
+        return profile in self._profiles
+
     def retire(self) -> None:
-        """Take away what describes the model; what it counted stays."""
+        """Take away what describes the model; what it counted stays for LINGER_SECONDS."""
         metrics = self._metrics
         metrics.model_info.remove(*self._info)
         if metrics.serving.get(self._names) is not self:
@@ -211,6 +242,9 @@ class ModelMetrics:
             gauge.remove(*self._names)
         for label in self._expected:
             metrics.expected_usage.remove(*self._names, label)
+        for label, children in self._profiles.items():
+            metrics.leave((*self._names, label), children.series)
+        metrics.leave(self._names, self._series)
 
     def batch(self, stats: BatchStats) -> None:
         self._batch_size.observe(stats.images)
@@ -256,14 +290,22 @@ class ModelMetrics:
         return self._profiles[profile if profile in self._profiles else OTHER]
 
 
+def _child(series: list[Series], metric: Any, *labels: str) -> Any:
+    """The metric's child of those labels, noted in `series`."""
+    series.append((metric, labels))
+    return metric.labels(*labels)
+
+
 class _ProfileChildren:
     def __init__(self, metrics: Metrics, names: tuple[str, str, str], blocks: tuple[int, ...], heads: int):
-        self.images = metrics.images.labels(*names)
-        self.macs_spent = metrics.macs_spent.labels(*names)
-        self.macs_dense = metrics.macs_dense.labels(*names)
-        self.near_threshold = metrics.near_threshold.labels(*names)
-        self.shadow_images = metrics.shadow_images.labels(*names)
-        self.shadow_agreed = metrics.shadow_agreed.labels(*names)
-        self.shadow_steered = metrics.shadow_heads.labels(*names, "steered")
-        self.shadow_unsteered = metrics.shadow_heads.labels(*names, "unsteered")
-        self.heads = [metrics.heads_kept.labels(*names, str(b), str(h)) for b in blocks for h in range(heads)]
+        self.series: list[Series] = []
+        child = partial(_child, self.series)
+        self.images = child(metrics.images, *names)
+        self.macs_spent = child(metrics.macs_spent, *names)
+        self.macs_dense = child(metrics.macs_dense, *names)
+        self.near_threshold = child(metrics.near_threshold, *names)
+        self.shadow_images = child(metrics.shadow_images, *names)
+        self.shadow_agreed = child(metrics.shadow_agreed, *names)
+        self.shadow_steered = child(metrics.shadow_heads, *names, "steered")
+        self.shadow_unsteered = child(metrics.shadow_heads, *names, "unsteered")
+        self.heads = [child(metrics.heads_kept, *names, str(b), str(h)) for b in blocks for h in range(heads)]

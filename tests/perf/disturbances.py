@@ -95,7 +95,7 @@ class Disturbances:
     async def swap_profiles(self) -> None:
         """Other profiles in the folder, and every third time a file that is none."""
         turn = self.counts["profile folders changed"]
-        some = [replace(p, name=f"extra {turn % 7} {name}") for name, p in self.bundle.profiles.items()]
+        some = [replace(p, name=f"extra {turn % 3} {name}") for name, p in self.bundle.profiles.items()]
         content = {**profiles_to_json(some), "gates_sae_digest": self.bundle.manifest.gates_sae_digest}
         part = self.profiles / ".part"
         part.write_text("{" if turn % 3 == 2 else json.dumps(content))

@@ -1,0 +1,64 @@
+"""The series that the metrics page has, as models and profiles come and go."""
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from export.bundle import Bundle
+from service import metrics as module
+from service.metrics import Metrics, ModelMetrics
+
+
+class Page:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry, 200)
+
+    def serve(self, bundle: Bundle) -> ModelMetrics:
+        served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu")
+        served.follow_queue(lambda: 0, 8)
+        return served
+
+    def lines(self, *parts: str) -> int:
+        page = generate_latest(self.registry).decode().splitlines()
+        return sum(all(part in line for part in parts) for line in page)
+
+
+def of_version(bundle: Bundle, version: int) -> Bundle:
+    return replace(bundle, manifest=replace(bundle.manifest, version=version))
+
+
+def test_series_of_what_is_served_no_more_stay_for_a_while_and_go(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Page()
+    first = page.serve(of_version(bundle, 1))
+    of_one = page.lines('version="1"')
+    assert of_one > 13 * 30, "a series for each head and profile"
+    page.serve(of_version(bundle, 2))
+    first.retire()
+    assert page.lines("steervit_heads_kept_total", 'version="1"') == 15 * 30, "its counts are there still"
+    assert page.lines("steervit_model_info", 'version="1"') == 0
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+    page.serve(of_version(bundle, 3)).retire()
+    assert page.lines('version="1"') == 0
+    assert page.lines('version="2"') == of_one
+    for version in range(4, 20):  # whatever comes and goes, no more is there than two versions have
+        page.serve(of_version(bundle, version)).retire()
+        assert page.lines(f'model="{bundle.manifest.name}"') <= 2 * of_one
+
+
+def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+    page = Page()
+    served = page.serve(bundle)
+    without = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
+    for profiles in (without, bundle.profiles, {"Bag": bundle.profiles["Bag"]}, bundle.profiles):
+        served.use(profiles)
+        assert page.lines("steervit_heads_kept_total", 'profile="Bag"') == 30
+        if "Shirt" in profiles:
+            assert page.lines("steervit_heads_kept_total", 'profile="Shirt"') == 30
+    served.use(without)
+    served.use({"Bag": bundle.profiles["Bag"]})
+    assert page.lines('profile="Shirt"') == 0
