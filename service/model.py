@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -71,8 +72,13 @@ class Model:
             self._metrics.dropped,
             bundle.manifest.name,
         )
-        batcher = self.batcher
-        self._metrics.follow_queue(lambda: batcher.queued, settings.max_queue)
+        batcher = weakref.ref(self.batcher)  # what reads a gauge is part of a cycle, which must not hold the session
+
+        def queued() -> int:
+            there = batcher()
+            return there.queued if there else 0
+
+        self._metrics.follow_queue(queued, settings.max_queue)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False

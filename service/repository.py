@@ -5,6 +5,8 @@ answers what it had accepted before it goes. One that cannot be loaded is told o
 """
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import re
 from collections.abc import Iterator
@@ -177,6 +179,7 @@ class Repository:
         before = dict(loaded.models)
         await loop.run_in_executor(None, self._try_all, name, shelf, numbers, loaded, False)
         gone = [model for version, model in before.items() if loaded.models[version] is not model]
+        del before  # _retire must be the last to hold them
         if loaded.models:
             self._loaded[name] = loaded
         self._label(name, shelf, loaded)
@@ -188,14 +191,12 @@ class Repository:
             del loaded.failures[version]
             loaded.fingerprints.pop(version, None)
         self._metrics.failed_versions(name, loaded.failures)
-        for model in gone:
-            await model.retire()
+        await _retire(gone)
         return loaded
 
     async def _unload(self, name: str) -> None:
         self._metrics.failed_versions(name, ())
-        for model in self._loaded.pop(name, Loaded()).models.values():
-            await model.retire()
+        await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
     def _try_all(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded, strict: bool) -> None:
         """Load these versions as far as they are new or changed; an older one, rather than none."""
@@ -255,3 +256,14 @@ class Repository:
 
     def _names(self) -> str:
         return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"
+
+
+async def _retire(models: list[Model]) -> None:
+    """Of these alone there must be no other holder: the list is emptied, and their memory goes back to the system."""
+    for model in models:
+        await model.retire()
+    if models:
+        models.clear()
+        del model
+        with contextlib.suppress(AttributeError):  # C libraries other than glibc do not keep as much
+            await asyncio.get_running_loop().run_in_executor(None, ctypes.CDLL(None).malloc_trim, 0)
