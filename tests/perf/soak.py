@@ -190,7 +190,7 @@ def main() -> int:
         if options.minutes >= 20 and held["memory_percent_an_hour"] > 5:
             problems.append(f"memory grows by {held['memory_percent_an_hour']}% an hour; allowed: 5")
         first, last = held["last_two_quarters"]
-        for name, allowed in (("resident_mb", 20.0), ("descriptors", 8), ("threads", 4)):
+        for name, allowed in (("resident_mb", 40.0), ("descriptors", 8), ("threads", 4)):
             if last[name] > first[name] + allowed:
                 problems.append(f"{name} grew from {first[name]} to {last[name]}; allowed: {allowed} more")
         shutil.rmtree(folder)
