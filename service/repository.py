@@ -64,6 +64,8 @@ class Repository:
         self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._changing = asyncio.Lock()
         self._loaded: dict[str, Loaded] = {}
+        self._broken: dict[str, Loaded] = {}
+        """Models none of whose versions works."""
         for name, shelf in scan(settings.repository).items():
             self._loaded[name] = loaded = Loaded()
             strict = settings.model_control == "none"
@@ -105,7 +107,7 @@ class Repository:
         return loaded.models[number]
 
     def index(self) -> Iterator[Entry]:
-        for name, loaded in sorted(self._loaded.items()):
+        for name, loaded in sorted({**self._loaded, **self._broken}.items()):
             for version in sorted({*loaded.models, *loaded.failures}):
                 yield Entry(name, version, version in loaded.models, loaded.failures.get(version, ""))
 
@@ -141,13 +143,13 @@ class Repository:
                 name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)
             }
             if only is None:
-                for name in {*self._loaded, *self._metrics.failed} - set(shelves):
+                for name in {*self._loaded, *self._broken} - set(shelves):
                     await self._unload(name)
             return followed
 
     async def load(self, name: str) -> None:
         """As refresh of one model. Raises Unavailable, with the reasons, when a version does not work."""
-        if before := self._loaded.get(name):
+        if before := self._loaded.get(name) or self._broken.get(name):
             for version in before.failures:  # try again what failed
                 before.fingerprints.pop(version, None)
         try:
@@ -172,7 +174,7 @@ class Repository:
 
     async def _follow(self, name: str, shelf: Shelf) -> Loaded:
         """Make one model what is on its shelf."""
-        loaded = self._loaded.get(name) or Loaded()
+        loaded = self._loaded.get(name) or self._broken.get(name) or Loaded()
         loop = asyncio.get_running_loop()
         labelled = set(loaded.labels.values()) & set(shelf.versions) if shelf.problem else set()
         numbers = sorted({*wanted(self._settings.versions, shelf), *labelled})
@@ -180,8 +182,8 @@ class Repository:
         await loop.run_in_executor(None, self._try_all, name, shelf, numbers, loaded, False)
         gone = [model for version, model in before.items() if loaded.models[version] is not model]
         del before  # _retire must be the last to hold them
-        if loaded.models:
-            self._loaded[name] = loaded
+        self._broken.pop(name, None)
+        (self._loaded if loaded.models else self._broken)[name] = loaded
         self._label(name, shelf, loaded)
         if any(version in loaded.models for version in numbers):
             for version in set(loaded.models) - set(numbers):
@@ -196,6 +198,7 @@ class Repository:
 
     async def _unload(self, name: str) -> None:
         self._metrics.failed_versions(name, ())
+        self._broken.pop(name, None)
         await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
     def _try_all(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded, strict: bool) -> None:

@@ -153,8 +153,17 @@ def test_a_model_without_any_version_that_works_is_told_of_while_it_is_there(
     breaks(part / "4")
     part.rename(repository / "other")
     until(lambda: polling.count("steervit_model_load_failed", model="other", version="4") == 1)
+    state, reason = index(polling)["other", "4"]
+    assert state == "UNAVAILABLE"
+    assert "dispatch.fp32.onnx has 1000 bytes" in reason
+    time.sleep(0.5)
+    assert polling.count("steervit_model_load_failures_total", model="other") == 1, "the same files are tried once"
+    with Client(polling.address) as client, pytest.raises(grpc.RpcError) as caught:
+        version_of(client, model="other")
+    assert caught.value.details() == "model is 'other'; allowed: 'fashion_mnist'"
     shutil.rmtree(repository / "other")
     until(lambda: "steervit_model_load_failed{" not in polling.page())
+    assert ("other", "4") not in index(polling)
 
 
 def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
