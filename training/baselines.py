@@ -7,6 +7,7 @@ answers that are there already.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,12 +68,12 @@ def fixed_heads(kept: Tensor) -> Rival:
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
-def random_heads(model: GatedVit, usage: float, seed: int) -> Rival:
-    """A random set of round(usage x heads) heads, for every image."""
+def random_heads(model: GatedVit, usage: float, seed: Sequence[int]) -> Rival:
+    """A random set of round(usage x heads) heads, for every image. seed: numbers that no two draws share."""
     count = len(model.gated_blocks) * model.heads
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = np.random.default_rng(seed).permutation(count)
     kept = torch.zeros(count)
-    kept[order[: round(usage * count)]] = 1
+    kept[torch.from_numpy(order)[: round(usage * count)]] = 1
     return fixed_heads(kept.view(-1, model.heads))
 
 

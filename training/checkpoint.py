@@ -8,9 +8,10 @@ runs/fm/
   *.state.safetensors   an interrupted stage, to go on from
 ```
 A file is written beside its place and moved there, so after a crash it is the old one or the new one. The JSON
-of a stage is written last: a stage without it is not finished.
+of a stage is written last: a stage without it is not finished. It holds the digest of what the stage was made of.
 """
 
+import hashlib
 import json
 import os
 from glob import escape
@@ -25,6 +26,8 @@ from training import processes
 
 FORMAT = 2
 """Of the run folder. Raised when what is in it means something else, or is missing something."""
+MADE_OF = {"sae": "vit", "profiles": "sae"}
+"""The stage whose tensors a stage starts from."""
 
 
 class RunError(Exception):
@@ -51,24 +54,32 @@ class Run:
         return self._stage(stage).is_file()
 
     def info(self, stage: str) -> dict[str, Any]:
-        """{"settings": ..., "result": ...} of a finished stage. Raises RunError when it is not finished."""
+        """{"settings": ..., "result": ...} of a finished stage.
+
+        Raises RunError when it is not finished, or what it was made of is another one now.
+        """
         path = self._stage(stage)
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step '{stage}' first")
         value: dict[str, Any] = json.loads(path.read_text())
         _check_format(path, value)
+        self._check_made_of(stage, path, value)
         return value
 
     def finish(self, stage: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        self.write_json(self._stage(stage).name, {"format": FORMAT, "settings": settings, "result": result})
+        """Its tensors must have been written. The states of the interrupted stage go."""
+        value = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage), "result": result}
+        self.write_json(self._stage(stage).name, value)
         if processes.is_main():
-            (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
+            for state in self.folder.glob(f"{escape(stage)}.*state.safetensors"):
+                state.unlink(missing_ok=True)
 
     def write_state(
         self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> None:
         """What an interrupted stage goes on from."""
-        self.write_tensors(f"{stage}.state", tensors, {**meta, "format": FORMAT, "settings": settings})
+        known = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage)}
+        self.write_tensors(f"{stage}.state", tensors, {**meta, **known})
 
     def read_state(self, stage: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last state of an interrupted stage, or None. Raises RunError when it was made with other settings."""
@@ -77,7 +88,22 @@ class Run:
             path = self.folder / f"{stage}.state.safetensors"
             _check_format(path, state[1])
             _check_same(path, state[1]["settings"], settings)
+            self._check_made_of(stage, path, state[1])
         return state
+
+    def _made_of(self, stage: str) -> str | None:
+        """The digest of what a stage, or a part of it (`profiles.learned`), starts from."""
+        path = self.folder / f"{MADE_OF.get(stage.partition('.')[0])}.safetensors"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def _check_made_of(self, stage: str, path: Path, meta: dict[str, Any]) -> None:
+        made_of = meta.get("made_of")
+        if made_of and made_of != self._made_of(stage):
+            before = MADE_OF[stage.partition(".")[0]]
+            raise RunError(
+                f"{path} was made of another {before}.safetensors than the one that is there. "
+                "Put that back, or remove this file and what was made after it, and run the step again"
+            )
 
     def _stage(self, stage: str) -> Path:
         return self.folder / (f"{stage}.stage.json" if stage == "profiles" else f"{stage}.json")

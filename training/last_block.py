@@ -65,7 +65,9 @@ class LastBlock:
     def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
         """Gates (B, H) -> logits (B, C)."""
         parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
-        return torch.cat([self.tail(self.residual[p], self.contribution[p], head_gate[p]) for p in parts])
+        return torch.cat(
+            [self.tail(self.residual[p], self.contribution[p], head_gate[p].to(self.residual.device)) for p in parts]
+        )
 
     def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
         """(B, D), (B, H, D), (B, H) -> logits (B, C)."""

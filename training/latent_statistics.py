@@ -56,7 +56,7 @@ def measure(
             mean = torch.stack([v.mean(0) for v in of_class])  # (C, L)
             counts = torch.tensor([len(rows) for rows in members])[:, None]
             columns["mean"].append(mean)
-            columns["deviation"].append(torch.stack([v.std(0) for v in of_class]))
+            columns["deviation"].append(torch.stack([v.std(0, correction=int(len(v) > 1)) for v in of_class]))
             columns["frequency"].append(torch.stack([(v > 0).float().mean(0) for v in of_class]))
             columns["rest"].append(((mean * counts).sum(0) - mean * counts) / (len(z) - counts))
             columns["auroc"].append(auroc(z, members))

@@ -25,6 +25,8 @@ from training.sae import Sae
 from training.steering import SteeringTerm, Terms
 from training.strategies import Target
 
+PRIME = 2**63 - 25
+"""Of the seeds of targets: powers of 2 do not soon come round to the same number."""
 PerRow = Callable[[int, Tensor, Tensor], Tensor]
 """(site, value of every row, profile index of every row (P*R,)) -> the value as its profile changes it."""
 
@@ -164,7 +166,7 @@ def search(
 
 def drawing(seed: int, target: Target) -> torch.Generator:
     """A target's own random numbers, whichever others it is searched with."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + sum(2 ** (index % 30) for index in target))
+    return torch.Generator().manual_seed((seed * 1_000_003 + sum(pow(2, index, PRIME) for index in target)) % 2**63)
 
 
 def gate_reach(stats: SiteStatistics, target: Target) -> Tensor:

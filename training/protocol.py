@@ -27,7 +27,7 @@ from training.macs import Macs, count
 from training.rivals import Slice, compare, rivals_of
 from training.sae import Sae
 from training.significance import mean
-from training.steering import SteeringProfile
+from training.steering import SteeringProfile, digest
 from training.strategies import Target
 
 PATTERN = (
@@ -71,7 +71,7 @@ def _protocol(
     ]
     singles = [index for index, target in enumerate(targets) if len(target) == 1]
     slices = []
-    rivals = rivals_of(run, network, sae, selection, profiles, targets)
+    rivals = rivals_of(run, network, sae, selection, profiles, targets, settings.seed)
     for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
         others = [under[other] for other in singles if other != index]
         measured = rivals(index, Slice.of(test, targets[index], neutral, under[index], others), macs)
@@ -115,6 +115,7 @@ def _profile_entry(
         "name": profile.name,
         "classes": list(profile.classes),
         "strategy": profile.strategy,
+        "digest": digest(profile.terms),
         "terms": sum(map(len, profile.terms.values())),
         "images": int(own.sum()),
         "before": effect(neutral, classes, target, macs).to_json(),

@@ -21,7 +21,7 @@ from training.fit_sae import residuals
 from training.gated_vit import GatedVit
 from training.macs import Macs
 from training.sae import Sae
-from training.significance import Right, mean
+from training.significance import Rightness, mean
 from training.steering import SteeringProfile, at_strength, terms_from_json
 from training.strategies import Target
 
@@ -57,8 +57,8 @@ class Slice:
 @dataclass(frozen=True)
 class Measured:
     effect: Effect
-    own_right: Right
-    """Per image of the target: whether it got its label."""
+    own_right: Rightness
+    """Per image of the target: whether it got its label, or in which share of the draws."""
 
 
 def rivals_of(
@@ -68,6 +68,7 @@ def rivals_of(
     selection: Split,
     profiles: Sequence[SteeringProfile],
     targets: Sequence[Target],
+    seed: int,
 ) -> Callable[[int, Slice, Macs], dict[str, Measured]]:
     """(index of the profile, its slice, MACs) -> what every rival does there, by name."""
     choices = {choice["name"]: choice["best"] for choice in run.info("profiles")["result"]["choices"]}
@@ -86,7 +87,7 @@ def rivals_of(
             "gate threshold shift": [threshold_shift(model, own, usage)],
             "gate-logit bias": [matched(model, own, usage, lambda f: logit_bias(f * biases[index]))],
             "residual direction": [residual_direction(model, own, usage, means[:, wanted].mean(1) - means.mean(1))],
-            "random heads": [random_heads(model, usage, seed) for seed in range(DRAWS)],
+            "random heads": [random_heads(model, usage, (seed, draw, *target)) for draw in range(DRAWS)],
         }
         for strategy, value in choices[profiles[index].name].items():
             terms = terms_from_json(value)
@@ -113,7 +114,7 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
     """Over the single classes, by name: mean head usage, mean changes from no steering, and recall against the profile.
 
     against_profile: recall minus that of the profile, in pairs over all images of all classes, with its 95% interval
-    and the exact McNemar p. Of what is drawn several times the first draw stands in the pairs.
+    and p. Of what is drawn several times an image has the mean of all draws.
     """
     found = {}
     for name in measured[0]:
@@ -130,7 +131,7 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
             "against_profile": {
                 "recall": round(float(rival.mean() - profile.mean()), 5),
                 "interval": [round(v, 5) for v in significance.change_interval(profile, rival)],
-                "p": significance.mcnemar(profile, rival),
+                "p": significance.paired(profile, rival),
             },
         }
     return found
@@ -139,14 +140,15 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
 def _measured(outcome: Outcome, images: Slice, macs: Macs) -> Measured:
     classes = images.split.classes
     own = torch.isin(classes, torch.tensor(images.target))
-    right = (outcome.predicted == classes)[own].numpy()
+    right = (outcome.predicted == classes)[own].double().numpy()
     return Measured(effect(outcome, classes, images.target, macs), right)
 
 
 def _mean(draws: Sequence[Measured]) -> Measured:
     effects = [draw.effect for draw in draws]
     fields = effects[0].to_json()
-    return Measured(Effect(**{f: mean(getattr(e, f) for e in effects) for f in fields}), draws[0].own_right)
+    own_right = np.mean([draw.own_right for draw in draws], axis=0)
+    return Measured(Effect(**{f: mean(getattr(e, f) for e in effects) for f in fields}), own_right)
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
 """How sure a difference is: exact McNemar, paired bootstrap, Wilson intervals, Benjamini-Hochberg. From scipy.
 
-Every function takes booleans per image: whether it was right before, and after, on the same images.
+Every function takes, per image and on the same images, whether it was right before, and after.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap, false_discovery_control
+from scipy.stats import binomtest, bootstrap, false_discovery_control, permutation_test
 
 Right = NDArray[np.bool_]
 """(B,)"""
+Rightness = NDArray[np.float64]
+"""(B,): 0 or 1, or between them the share of several draws in which the image was right."""
 
 
 def mcnemar(before: Right, after: Right) -> float:
@@ -32,9 +34,25 @@ def mcnemar_below(before: Right, after: Right, margin: float) -> float:
     return float(binomtest(gained, changed, share, alternative="less").pvalue)
 
 
-def change_interval(before: Right, after: Right, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
+    """Two-sided p that the mean does not change. McNemar's, or where draws were averaged what that is a case of: in
+    how many of 9,999 random choices of the images' signs is the mean change as large?"""
+    change = after - before
+    if not (change % 1).any():
+        return mcnemar(change < 0, change > 0)  # only images whose answer changed count
+    return float(
+        permutation_test(
+            (change[change != 0],), np.mean, permutation_type="samples", n_resamples=9999, batch=1000,
+            rng=np.random.default_rng(seed), vectorized=True,
+        ).pvalue
+    )  # fmt: skip
+
+
+def change_interval(
+    before: Right | Rightness, after: Right | Rightness, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of mean(after) - mean(before), images drawn in pairs."""
-    change = after.astype(np.float64) - before
+    change = after.astype(np.float64) - before.astype(np.float64)
     if not change.any():
         return 0.0, 0.0
     found = bootstrap(
