@@ -56,14 +56,17 @@ def scan(repository: Path) -> dict[str, Shelf]:
 
 
 def wanted(policy: str, shelf: Shelf) -> list[int]:
-    """The versions to serve, rising: of the policy (`latest`, `latest:2`, `all` or `1,3`), and those with a label."""
+    """The versions to serve, rising: of the policy (`latest`, `latest:2`, `all` or `1,3`), and those with a label.
+
+    What is named by number may not be there.
+    """
     numbers = sorted(shelf.versions)
     if policy == "all":
         chosen: Sequence[int] = numbers
     elif policy.startswith("latest"):
         chosen = numbers[-int(policy.partition(":")[2] or 1) :]
     else:
-        chosen = [number for number in map(int, policy.split(",")) if number in shelf.versions]
+        chosen = list(map(int, policy.split(",")))
     return sorted({*chosen, *shelf.labels.values()})
 
 

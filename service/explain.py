@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from export.bundle import BundleError
 from training.steering import SteeringArrays
 
 Floats = NDArray[np.float32]
@@ -42,7 +44,11 @@ class Explanation:
 
 class Explainer:
     def __init__(self, folder: Path):
-        self._weights = load_file(folder / "sae.safetensors")
+        """Raises BundleError."""
+        try:
+            self._weights = load_file(folder / "sae.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"{folder / 'sae.safetensors'} cannot be read: {error}") from error
 
     def explain(self, site: int, residual: Floats, steering: SteeringArrays, count: int) -> Explanation:
         """residual (D,); steering (1, S, T). count: latents to tell of beside those that are steered."""

@@ -164,6 +164,10 @@ class Metrics:
     def leave(self, names: tuple[str, ...], series: list[Series]) -> None:
         """names: model and version, and a profile, that are served no more."""
         now = time.monotonic()
+        before = [gone for gone in self._gone if gone[1] == names]  # it has come back since
+        for gone in before:
+            self._gone.remove(gone)
+            series = [*series, *gone[2]]
         self._gone.append((now, names, series))
         while self._gone[0][0] < now - LINGER_SECONDS:
             _, names, series = self._gone.popleft()
@@ -235,8 +239,13 @@ class ModelMetrics:
         """Take away what describes the model; what it counted stays for LINGER_SECONDS."""
         metrics = self._metrics
         metrics.model_info.remove(*self._info)
-        if metrics.serving.get(self._names) is not self:
-            return  # another model of that name and version has taken over
+        successor = metrics.serving.get(self._names)
+        if successor and successor is not self:  # another model of that name and version has taken over
+            for label in self._expected - successor._expected:
+                metrics.expected_usage.remove(*self._names, label)
+            for label in self._profiles.keys() - successor._profiles.keys():
+                metrics.leave((*self._names, label), self._profiles[label].series)
+            return
         del metrics.serving[self._names]
         for gauge in (metrics.queue_images, metrics.queue_limit, metrics.gated_heads, metrics.profiles):
             gauge.remove(*self._names)

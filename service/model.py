@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +49,7 @@ class Model:
             settings.gpu_memory_mb,
             settings.max_batch,
         )
+        self._explainer = Explainer(bundle.folder)  # now: its file has been checked just before
         self.statistics = Statistics()
         self._in_flight = 0
         self._resolved: dict[tuple[str, float], Steering] = {}
@@ -157,10 +157,6 @@ class Model:
             await asyncio.sleep(0.01)
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
         self._metrics.retire()
-
-    @cached_property
-    def _explainer(self) -> Explainer:
-        return Explainer(self.bundle.folder)
 
     async def _run(
         self, images: Images, order: Sequence[int], steering: Steering, seconds_left: float | None, residual: bool

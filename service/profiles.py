@@ -33,9 +33,13 @@ class ProfileFolder:
     """What the folder held when it was last right."""
 
     def __init__(self, folder: Path | None, metrics: Metrics):
+        """Raises BundleError when there is no such folder."""
+        if folder is not None and not folder.is_dir():
+            raise BundleError(f"profiles_dir is {folder}; allowed: a folder")
         self._folder, self._metrics = folder, metrics
         self._files: tuple[_File, ...] = ()
-        self._seen: tuple[tuple[Path, bytes], ...] | None = None
+        self._seen: tuple[tuple[Path, bytes], ...] | str | None = None
+        """What was in it, or why it could not be read."""
         self._reading = threading.Lock()
 
     def of(self, bundle: Bundle) -> Profiles:
@@ -48,18 +52,17 @@ class ProfileFolder:
             return self._folder is not None and self._refresh(self._folder, bundles)
 
     def _refresh(self, folder: Path, bundles: Sequence[Bundle]) -> bool:
+        contents = _contents(folder)
+        if contents == self._seen:
+            return False
+        self._seen = contents
         try:
-            paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-            for path in paths:
-                check_inside(path, folder)
-            contents = tuple((path, path.read_bytes()) for path in paths)
-            if contents == self._seen:
-                return False
-            self._seen = contents
+            if isinstance(contents, str):
+                raise SteeringError(contents)
             files = tuple(_read(path, content) for path, content in contents)
             for bundle in bundles:
                 _for(bundle, files)
-        except (OSError, BundleError, SteeringError) as error:
+        except SteeringError as error:
             log.error("profiles stay as they are: %s", error)
             self._metrics.profiles_read(False)
             return False
@@ -77,8 +80,22 @@ class ProfileFolder:
         loop = asyncio.get_running_loop()
         while self._folder is not None:
             await asyncio.sleep(seconds)
-            if await loop.run_in_executor(None, self.refresh, bundles()):
-                changed()
+            try:
+                if await loop.run_in_executor(None, self.refresh, bundles()):
+                    changed()
+            except Exception:  # the next look may go well
+                log.exception("looking at the profile folder failed")
+
+
+def _contents(folder: Path) -> tuple[tuple[Path, bytes], ...] | str:
+    """Its files, or why they cannot be read."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
+        for path in paths:
+            check_inside(path, folder)
+        return tuple((path, path.read_bytes()) for path in paths)
+    except (OSError, BundleError) as error:
+        return str(error)
 
 
 def _read(path: Path, content: bytes) -> _File:

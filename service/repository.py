@@ -2,6 +2,8 @@
 
 Loading happens beside serving: a version replaces another one when it is loaded, checked and warm, and the other one
 answers what it had accepted before it goes. One that cannot be loaded is told of and changes nothing.
+
+Threads only load; what is served changes on the event loop, and a change that has begun is carried through.
 """
 
 import asyncio
@@ -9,13 +11,14 @@ import contextlib
 import ctypes
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from export.bundle import BundleError, load_bundle
-from service.catalogue import DEFAULT_LABEL, Fingerprint, Found, Shelf, scan, wanted
+from service.catalogue import DEFAULT_LABEL, Fingerprint, Shelf, scan, wanted
 from service.config import Settings
 from service.engine import EngineError
 from service.errors import InvalidRequest, NotFound, Unavailable
@@ -26,6 +29,7 @@ from training.steering import SteeringError
 
 log = logging.getLogger("steervit.repository")
 NUMBER = re.compile(r"[0-9]{1,18}")
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,6 +51,16 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """At loading a version."""
+
+    version: int
+    fingerprint: Fingerprint
+    found: Model | str
+    """The model, which may be the one that was there already; or why there is none."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """A version in the index."""
 
@@ -63,14 +77,18 @@ class Repository:
         self._settings, self._metrics, self._profiles = settings, metrics, profiles
         self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+        """Under way."""
+        self._shelves: Mapping[str, Shelf] = scan(settings.repository)
+        """As the folder was last seen."""
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, Loaded] = {}
         """Models none of whose versions works."""
-        for name, shelf in scan(settings.repository).items():
+        for name, shelf in self._shelves.items():
             self._loaded[name] = loaded = Loaded()
-            strict = settings.model_control == "none"
-            self._try_all(name, shelf, wanted(settings.versions, shelf), loaded, strict)
-            if not loaded.models:
+            numbers = wanted(settings.versions, shelf)
+            _note(loaded, shelf, numbers, self._attempt(name, shelf, numbers, loaded))
+            if not loaded.models or (settings.model_control == "none" and loaded.failures):
                 raise BundleError("; ".join(loaded.failures.values()))
             metrics.failed_versions(name, loaded.failures)
             self._label(name, shelf, loaded)
@@ -81,10 +99,8 @@ class Repository:
 
     @property
     def models(self) -> list[Model]:
-        """By name and version."""
-        return [
-            loaded.models[version] for _, loaded in sorted(self._loaded.items()) for version in sorted(loaded.models)
-        ]
+        """By name and version. For any thread."""
+        return [model for _, loaded in sorted(self._loaded.items()) for _, model in sorted(loaded.models.items())]
 
     def get(self, name: str, version: str) -> Model:
         """The model that a request names; "" where it names none. version: a number or a label.
@@ -107,9 +123,14 @@ class Repository:
         return loaded.models[number]
 
     def index(self) -> Iterator[Entry]:
-        for name, loaded in sorted({**self._loaded, **self._broken}.items()):
-            for version in sorted({*loaded.models, *loaded.failures}):
-                yield Entry(name, version, version in loaded.models, loaded.failures.get(version, ""))
+        """Every version that was found, and those that were asked for and were not."""
+        tried = {**self._loaded, **self._broken}
+        for name in sorted({*self._shelves, *tried}):
+            loaded = tried.get(name) or Loaded()
+            found = self._shelves[name].versions if name in self._shelves else ()
+            for version in sorted({*found, *loaded.models, *loaded.failures}):
+                ready = version in loaded.models
+                yield Entry(name, version, ready, loaded.failures.get(version, "" if ready else "not loaded"))
 
     def use_profiles(self) -> None:
         """Give every model what the profile folder has for it now."""
@@ -128,24 +149,27 @@ class Repository:
             await self.refresh()
         except (BundleError, OSError) as error:
             log.error("the repository cannot be read, so all stays as it is: %s", error)
+        except Exception:  # the next look may go well
+            log.exception("looking at the repository failed")
 
     async def refresh(self, only: str | None = None) -> dict[str, Loaded]:
         """Make what is loaded what the folder says. only: this model. Returns what became of each.
 
         Raises BundleError when the folder cannot be read, NotFound when it has no such model.
         """
-        async with self._changing:
-            loop = asyncio.get_running_loop()
-            shelves = await loop.run_in_executor(None, scan, self._settings.repository)
-            if only is not None and only not in shelves:
-                raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
-            followed = {
-                name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)
-            }
-            if only is None:
-                for name in {*self._loaded, *self._broken} - set(shelves):
-                    await self._unload(name)
-            return followed
+        return await self._carried_through(self._refresh(only))
+
+    async def _refresh(self, only: str | None) -> dict[str, Loaded]:
+        self._shelves = shelves = await asyncio.get_running_loop().run_in_executor(
+            None, scan, self._settings.repository
+        )
+        if only is not None and only not in shelves:
+            raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
+        followed = {name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)}
+        if only is None:
+            for name in {*self._loaded, *self._broken} - set(shelves):
+                await self._unload(name)
+        return followed
 
     async def load(self, name: str) -> None:
         """As refresh of one model. Raises Unavailable, with the reasons, when a version does not work."""
@@ -161,10 +185,13 @@ class Repository:
 
     async def unload(self, name: str) -> None:
         """Raises NotFound."""
-        async with self._changing:
+
+        async def unload() -> None:
             if name not in self._loaded:
                 raise NotFound(f"model is {name!r}; allowed: {self._names()}")
             await self._unload(name)
+
+        await self._carried_through(unload())
 
     def close(self) -> None:
         """Answer what was accepted, and release everything."""
@@ -172,24 +199,39 @@ class Repository:
             model.batcher.close()
         self._pool.shutdown()
 
+    async def _carried_through(self, change: Coroutine[Any, Any, T]) -> T:
+        """One change at a time, to its end: a client whose deadline passes must not leave half of one behind."""
+
+        async def alone() -> T:
+            async with self._changing:
+                return await change
+
+        task = asyncio.create_task(alone())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
     async def _follow(self, name: str, shelf: Shelf) -> Loaded:
         """Make one model what is on its shelf."""
         loaded = self._loaded.get(name) or self._broken.get(name) or Loaded()
-        loop = asyncio.get_running_loop()
-        labelled = set(loaded.labels.values()) & set(shelf.versions) if shelf.problem else set()
-        numbers = sorted({*wanted(self._settings.versions, shelf), *labelled})
-        before = dict(loaded.models)
-        await loop.run_in_executor(None, self._try_all, name, shelf, numbers, loaded, False)
-        gone = [model for version, model in before.items() if loaded.models[version] is not model]
-        del before  # _retire must be the last to hold them
+        numbers = wanted(self._settings.versions, shelf)
+        attempts = await asyncio.get_running_loop().run_in_executor(None, self._attempt, name, shelf, numbers, loaded)
+        for attempt in attempts:
+            if isinstance(attempt.found, Model):
+                self._give_profiles(attempt.found)
+        gone = _note(loaded, shelf, numbers, attempts)
+        del attempts  # _retire must be the last to hold them
         self._broken.pop(name, None)
         (self._loaded if loaded.models else self._broken)[name] = loaded
         self._label(name, shelf, loaded)
-        if any(version in loaded.models for version in numbers):
-            for version in set(loaded.models) - set(numbers):
+        kept = set(numbers) & set(shelf.versions) | set(loaded.labels.values())
+        if not loaded.models.keys() >= set(numbers):  # what is served in the place of one that does not work
+            kept |= set(shelf.versions)
+        if loaded.models.keys() & kept:
+            for version in loaded.models.keys() - kept:
                 gone.append(loaded.models.pop(version))
                 loaded.fingerprints.pop(version, None)
-        for version in set(loaded.failures) - set(shelf.versions):
+        for version in loaded.failures.keys() - {*shelf.versions, *numbers}:
             del loaded.failures[version]
             loaded.fingerprints.pop(version, None)
         self._metrics.failed_versions(name, loaded.failures)
@@ -201,32 +243,35 @@ class Repository:
         self._broken.pop(name, None)
         await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
-    def _try_all(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded, strict: bool) -> None:
-        """Load these versions as far as they are new or changed; an older one, rather than none."""
-        for version in (*reversed(numbers), *sorted(shelf.versions, reverse=True)):
-            found = shelf.versions[version]
-            if loaded.fingerprints.get(version) != found.fingerprint and (version in numbers or not loaded.models):
-                self._try(name, version, found, loaded, strict)
+    def _attempt(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded) -> list[Attempt]:
+        """Load these versions as far as they are new or changed. Changes nothing.
 
-    def _try(self, name: str, version: int, found: Found, loaded: Loaded, strict: bool) -> None:
-        """Load a version and put it in place; or note why not. strict: raise instead."""
-        loaded.fingerprints[version] = found.fingerprint
-        try:
-            model = self._load(name, version, found.folder, loaded.models.get(version))
-        except (BundleError, EngineError) as error:
-            if strict:
-                raise
-            loaded.failures[version] = str(error)
-            self._metrics.load_failed(name, version)
-            log.error("model %s version %d is not loaded: %s", name, version, error)
-            return
-        loaded.failures.pop(version, None)
-        loaded.models[version] = model
-        log.info(
-            "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
-            model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
-            model.bundle.digest,
-        )  # fmt: skip
+        An older one, rather than none, unless the policy names versions: who named another one does not want it.
+        """
+        attempts: list[Attempt] = []
+        works = bool(loaded.models) or self._settings.versions[0].isdigit()
+        for version in (*reversed(numbers), *sorted(shelf.versions, reverse=True)):
+            found = shelf.versions.get(version)
+            known = loaded.fingerprints.get(version)
+            if not found or known == found.fingerprint or (works and version not in numbers):
+                continue
+            if any(version == attempt.version for attempt in attempts):
+                continue
+            try:
+                model = self._load(name, version, found.folder, loaded.models.get(version))
+            except (BundleError, EngineError, OSError) as error:
+                self._metrics.load_failed(name, version)
+                log.error("model %s version %d is not loaded: %s", name, version, error)
+                attempts.append(Attempt(version, found.fingerprint, str(error)))
+                continue
+            works = True
+            attempts.append(Attempt(version, found.fingerprint, model))
+            log.info(
+                "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
+                model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
+                model.bundle.digest,
+            )  # fmt: skip
+        return attempts
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
         """there: this version as it is loaded already; it stays when it is still the same."""
@@ -239,9 +284,7 @@ class Repository:
                 f"{folder}: the manifest says {manifest.name!r} version {manifest.version}; "
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
-        model = Model(bundle, self._settings, self._metrics, self._pool)
-        self._give_profiles(model)
-        return model
+        return Model(bundle, self._settings, self._metrics, self._pool)
 
     def _give_profiles(self, model: Model) -> None:
         try:
@@ -259,6 +302,28 @@ class Repository:
 
     def _names(self) -> str:
         return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"
+
+
+def _note(loaded: Loaded, shelf: Shelf, numbers: list[int], attempts: list[Attempt]) -> list[Model]:
+    """Put in place what was loaded, and note what could not be. Returns the models that it took the place of."""
+    replaced = []
+    for attempt in attempts:
+        loaded.fingerprints[attempt.version] = attempt.fingerprint
+        if isinstance(attempt.found, str):
+            loaded.failures[attempt.version] = attempt.found
+            continue
+        loaded.failures.pop(attempt.version, None)
+        there = loaded.models.get(attempt.version)
+        if there and there is not attempt.found:
+            replaced.append(there)
+        loaded.models[attempt.version] = attempt.found
+    for version in set(numbers) - {*shelf.versions, *loaded.models}:
+        allowed = ", ".join(map(str, sorted(shelf.versions)))
+        reason = f"version {version} is asked for and is not there; allowed: {allowed}"
+        if loaded.failures.get(version) != reason:
+            log.error("%s", reason)
+        loaded.failures[version] = reason
+    return replaced
 
 
 async def _retire(models: list[Model]) -> None:

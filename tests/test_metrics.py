@@ -49,6 +49,36 @@ def test_series_of_what_is_served_no_more_stay_for_a_while_and_go(
         assert page.lines(f'model="{bundle.manifest.name}"') <= 2 * of_one
 
 
+def test_a_version_that_is_replaced_takes_along_what_the_new_one_lacks(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+    page = Page()
+    first = page.serve(bundle)
+    others = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
+    page.serve(replace(bundle, profiles=others))
+    first.retire()
+    assert page.lines("steervit_profile_expected_head_usage", 'profile="Shirt"') == 0
+    assert page.lines("steervit_profile_expected_head_usage", 'profile="Bag"') == 1
+    page.serve(of_version(bundle, 9)).retire()
+    assert page.lines('profile="Shirt"') == 0
+    assert page.lines("steervit_images_total", 'profile="Bag"') == 1
+
+
+def test_a_profile_that_goes_again_stays_as_long_again(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, now = Page(), [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    served = page.serve(bundle)
+    without = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
+    for seconds, profiles in ((0, without), (100, bundle.profiles), (110, without)):
+        now[0] = seconds
+        served.use(profiles)
+    for seconds, lines in ((125, 1), (235, 0)):
+        now[0] = seconds
+        page.serve(of_version(bundle, 2)).retire()
+        assert page.lines("steervit_images_total", 'profile="Shirt"', 'version="3"') == lines
+
+
 def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
     page = Page()

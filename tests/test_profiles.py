@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import MODELS, ServerProcess, start_server, stop_server, until
+from processes import MODELS, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service.client import Client
@@ -101,6 +101,29 @@ def test_one_wrong_file_keeps_the_whole_old_set(wrong: str, bundle: Bundle, tmp_
             (tmp_path / "b.json").unlink()
             until(lambda: names(client) == before | {"dusk"})
             assert running.count("steervit_profiles_last_read_successful") == 1
+    finally:
+        assert stop_server(running) == 0
+
+
+@fault("process: file change", "a profile folder that is gone: the profiles as they were before")
+def test_a_folder_that_is_gone_keeps_the_old_set(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    done = run_module("service", "--repository", str(MODELS), "--profiles-dir", str(folder))
+    assert done.returncode == 1
+    assert f"profiles_dir is {folder}; allowed: a folder" in done.stderr
+    folder.mkdir()
+    (folder / "a.json").write_text(content(bundle, profile("night")))
+    running = start_server(MODELS, "--profiles-dir", str(folder), "--poll-seconds", "0.1")
+    try:
+        with Client(running.address) as client:
+            folder.rename(tmp_path / "elsewhere")
+            until(lambda: running.count("steervit_profiles_last_read_successful") == 0)
+            time.sleep(0.3)
+            assert "night" in names(client)
+            assert running.count("steervit_profile_reads_total", result="failed") == 1, "told of once"
+            (tmp_path / "elsewhere").rename(folder)
+            until(lambda: running.count("steervit_profiles_last_read_successful") == 1)
+            assert "night" in names(client)
     finally:
         assert stop_server(running) == 0
 

@@ -17,6 +17,7 @@ from service.client import Client
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.faults.listed import fault
+from training.steering import SteeringProfile, SteeringTerm, profiles_to_json
 
 BAG = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
 POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
@@ -62,6 +63,10 @@ def index(server: ServerProcess) -> dict[tuple[str, str], tuple[str, str]]:
     return {(entry.name, entry.version): (entry.state, entry.reason) for entry in found}
 
 
+def ready(server: ServerProcess) -> set[tuple[str, str]]:
+    return {key for key, (state, _) in index(server).items() if state == "READY"}
+
+
 @fault("bundle: swap under load", "the answer of the old or of the new version, as the receipt says; no call is lost")
 def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     polling: ServerProcess, repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
@@ -97,7 +102,8 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
             thread.join()
     assert problems == []
     assert seen == {"1", "2", "3"}
-    until(lambda: index(polling) == {("fashion_mnist", "3"): ("READY", "")})
+    until(lambda: ready(polling) == {("fashion_mnist", "3")})
+    assert index(polling)["fashion_mnist", "1"] == ("UNAVAILABLE", "not loaded")
     assert polling.count("steervit_model_info") == 1
     gauges = (
         "model_info",
@@ -142,7 +148,7 @@ def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
         shutil.rmtree(repository / "fashion_mnist" / "2")
         put(bundle, repository, 2)
         until(lambda: version_of(client) == "2")
-        assert index(polling) == {key: ("READY", "")}
+        until(lambda: ready(polling) == {key})
         assert "steervit_model_load_failed{" not in polling.page()
 
 
@@ -193,7 +199,7 @@ def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repo
 def test_models_come_and_go(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
     put(bundle, repository, 4, "other")
     with Client(polling.address) as client:
-        until(lambda: ("other", "4") in index(polling))
+        until(lambda: ("other", "4") in ready(polling))
         assert version_of(client, model="other") == "4"
         with pytest.raises(grpc.RpcError) as caught:
             version_of(client)
@@ -264,7 +270,103 @@ def test_policies(repository: Path, bundle: Bundle) -> None:
     assert wanted("latest", shelf) == [2, 10]
     assert wanted("latest:2", shelf) == [2, 5, 10]
     assert wanted("all", shelf) == [1, 2, 5, 10]
-    assert wanted("1,7", shelf) == [1, 2]
+    assert wanted("1,7", shelf) == [1, 2, 7]
+
+
+def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, bundle: Bundle) -> None:
+    sentence = "version 7 is asked for and is not there; allowed: 1"
+    for flags in (("--versions", "1,7"), ("--versions", "7", *POLL)):
+        done = run_module("service", "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
+        assert done.returncode == 1
+        assert sentence in done.stderr
+    running = start_server(repository, "--versions", "1,7", *POLL)
+    try:
+        assert index(running)["fashion_mnist", "7"] == ("UNAVAILABLE", sentence)
+        assert running.count("steervit_model_load_failed", version="7") == 1
+        assert ready(running) == {("fashion_mnist", "1")}
+        put(bundle, repository, 7)
+        until(lambda: ready(running) == {("fashion_mnist", "1"), ("fashion_mnist", "7")})
+    finally:
+        assert stop_server(running) == 0
+
+
+def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
+    labels = repository / "fashion_mnist" / "labels.json"
+
+    def label(**versions: int) -> None:
+        labels.with_suffix(".part").write_text(json.dumps(versions))
+        labels.with_suffix(".part").rename(labels)
+
+    put(bundle, repository, 2)
+    label(stable=1, canary=2)
+    until(lambda: ready(polling) == {("fashion_mnist", "1"), ("fashion_mnist", "2")})
+    part = put(bundle, repository, 3, "elsewhere")
+    breaks(part)
+    shutil.move(part, repository / "fashion_mnist" / "3")
+    label(stable=3, canary=2)
+    with Client(polling.address) as client:
+        until(lambda: index(polling).get(("fashion_mnist", "3"), ("", ""))[0] == "UNAVAILABLE")
+        time.sleep(0.5)
+        assert [version_of(client, version) for version in ("", "stable", "canary")] == ["1", "1", "2"]
+        shutil.rmtree(repository / "fashion_mnist" / "3")
+        put(bundle, repository, 3)
+        until(lambda: version_of(client) == "3")
+        until(lambda: ready(polling) == {("fashion_mnist", "2"), ("fashion_mnist", "3")})
+
+
+@fault(
+    "bundle: unload in use",
+    "a client that gives up waiting for it gets DEADLINE_EXCEEDED; the change is carried through: the model serves, "
+    "or is gone and its memory with it",
+)
+def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
+    repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
+) -> None:
+    running = start_server(repository, "--model-control", "explicit")
+    info = "steervit_model_info{digest="
+    try:
+        with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
+            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            images = [image for of_label in samples.values() for image in of_label]
+            for call, change, after in (
+                (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="fashion_mnist"), False),
+                (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fashion_mnist"), True),
+            ):
+                busy = threading.Thread(target=client.predict, args=(images,)) if not after else None
+                if busy:
+                    busy.start()
+                    until(lambda: running.count("steervit_requests_in_flight") > 0)
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(change, timeout=0.03)
+                assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+                until(lambda after=after: (ready(running) == {("fashion_mnist", "1")}) is after)
+                until(lambda after=after: (info in running.page()) is after)
+                if busy:
+                    busy.join()
+            assert version_of(client) == "1"
+    finally:
+        assert stop_server(running) == 0
+
+
+def test_a_new_version_has_the_profiles_of_the_folder_and_explains_from_memory(
+    repository: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    profiles = tmp_path_factory.mktemp("profiles")
+    made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
+    night = SteeringProfile("night", ("Bag",), "by hand", {1: (SteeringTerm(7, 0.0, 40.0),)})
+    (profiles / "night.json").write_text(json.dumps({**profiles_to_json([night]), **made_for}))
+    running = start_server(repository, *POLL, "--profiles-dir", str(profiles))
+    try:
+        with Client(running.address) as client:
+            folder = put(bundle, repository, 2)
+            until(lambda: version_of(client) == "2")
+            assert "night" in {profile.name for profile in client.profiles()}
+            before = client.explain([BAG], profile="night")
+            (folder / "sae.safetensors").write_bytes(bytes(1000))
+            until(lambda: index(running)["fashion_mnist", "2"][1] != "")
+            assert client.explain([BAG], profile="night").explanations == before.explanations
+    finally:
+        assert stop_server(running) == 0
 
 
 def test_a_folder_that_is_not_what_its_name_says_is_refused(repository: Path) -> None:
