@@ -63,6 +63,28 @@ class SteeringService(SteeringServiceServicer):
             receipt=receipt(model, steering, answer),
         )
 
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        model = self._repository.get(request.model, request.version)
+        bundle, manifest = model.bundle, model.bundle.manifest
+        height, width, channels = manifest.image.shape
+        return pb.GetModelResponse(
+            model=manifest.name,
+            version=str(manifest.version),
+            bundle_digest=bundle.digest,
+            gates_sae_digest=manifest.gates_sae_digest,
+            graph=model.engine.graph_name,
+            provider=model.engine.provider,
+            height=height,
+            width=width,
+            channels=channels,
+            labels=manifest.labels,
+            gated_blocks=manifest.gated_blocks,
+            heads=manifest.heads,
+            sites=[pb.Site(block=site.block, latents=site.latents) for site in manifest.sites],
+            profiles=len(bundle.profiles),
+            macs_dense=manifest.macs.dense,
+        )
+
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:
         bundle = self._repository.get(request.model, request.version).bundle
         profile = named(bundle, request.name, "name")

@@ -1,4 +1,4 @@
-"""Compare, Explain, GetProfile and shadow sampling, on the real server."""
+"""Compare, Explain, GetModel, GetProfile and shadow sampling, on the real server."""
 
 from pathlib import Path
 
@@ -86,6 +86,30 @@ def test_an_effect_is_what_happens_without_the_latent(
             (without,) = client.explain(samples["Bag"][:1], terms=off, latents=1).explanations
             change = np.array(site.gate_logits) - np.array(without.sites[site.site].gate_logits)
             np.testing.assert_allclose(latent.gate_effects, change, atol=2e-3)
+
+
+def test_what_a_model_says_of_itself_is_all_that_a_client_needs(server: ServerProcess, bundle: Bundle) -> None:
+    """Pixels of the right shape, a term of each site's last latent, and what the answer's numbers mean."""
+    stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    model = stub.GetModel(pb.GetModelRequest(), timeout=10)
+    assert (model.model, model.bundle_digest) == ("fashion_mnist", bundle.digest)
+    assert (model.graph, model.provider, model.profiles) == ("dispatch.fp32", "cpu", len(bundle.profiles))
+    request = pb.PredictRequest(top_k=len(model.labels))
+    request.images.add(pixels=bytes(model.height * model.width * model.channels))
+    request.steering.gates_sae_digest = model.gates_sae_digest
+    for index, site in enumerate(model.sites):
+        request.steering.terms.add(site=index, latent=site.latents - 1, shift=1.0)
+    answer = stub.Predict(request, timeout=10)
+    assert {(c.index, c.label) for c in answer.predictions[0].classes} == set(enumerate(model.labels))
+    assert [block.block for block in answer.predictions[0].head_mask] == list(model.gated_blocks)
+    assert {len(block.kept) for block in answer.predictions[0].head_mask} == {model.heads}
+    request.steering.terms.add(site=len(model.sites), shift=1.0)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Predict(request, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetModel(pb.GetModelRequest(version="9"), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_profile_is_given_with_its_terms(server: ServerProcess, bundle: Bundle) -> None:

@@ -230,6 +230,56 @@ class Latent(_message.Message):
     gate_effects: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, latent: _Optional[int] = ..., value: _Optional[float] = ..., steered_value: _Optional[float] = ..., gate_effects: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class GetModelRequest(_message.Message):
+    __slots__ = ("model", "version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    GATED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    MACS_DENSE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    bundle_digest: str
+    gates_sae_digest: str
+    graph: str
+    provider: str
+    height: int
+    width: int
+    channels: int
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    gated_blocks: _containers.RepeatedScalarFieldContainer[int]
+    heads: int
+    sites: _containers.RepeatedCompositeFieldContainer[Site]
+    profiles: int
+    macs_dense: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ...) -> None: ...
+
+class Site(_message.Message):
+    __slots__ = ("block", "latents")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    latents: int
+    def __init__(self, block: _Optional[int] = ..., latents: _Optional[int] = ...) -> None: ...
+
 class GetProfileRequest(_message.Message):
     __slots__ = ("model", "version", "name")
     MODEL_FIELD_NUMBER: _ClassVar[int]

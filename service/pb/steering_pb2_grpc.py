@@ -49,6 +49,11 @@ class SteeringServiceStub:
                 request_serializer=service_dot_pb_dot_steering__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_steering__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/steering.v1.SteeringService/GetModel',
+                request_serializer=service_dot_pb_dot_steering__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_steering__pb2.GetModelResponse.FromString,
+                _registered_method=True)
         self.ListProfiles = channel.unary_unary(
                 '/steering.v1.SteeringService/ListProfiles',
                 request_serializer=service_dot_pb_dot_steering__pb2.ListProfilesRequest.SerializeToString,
@@ -85,6 +90,13 @@ class SteeringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModel(self, request, context):
+        """What a model reads and answers: the shape of its pixels, its labels, blocks, heads and sites.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListProfiles(self, request, context):
         """The profiles that a model is served with, by name.
         """
@@ -116,6 +128,11 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=service_dot_pb_dot_steering__pb2.ExplainRequest.FromString,
                     response_serializer=service_dot_pb_dot_steering__pb2.ExplainResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=service_dot_pb_dot_steering__pb2.GetModelRequest.FromString,
+                    response_serializer=service_dot_pb_dot_steering__pb2.GetModelResponse.SerializeToString,
             ),
             'ListProfiles': grpc.unary_unary_rpc_method_handler(
                     servicer.ListProfiles,
@@ -209,6 +226,33 @@ class SteeringService:
             '/steering.v1.SteeringService/Explain',
             service_dot_pb_dot_steering__pb2.ExplainRequest.SerializeToString,
             service_dot_pb_dot_steering__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.SteeringService/GetModel',
+            service_dot_pb_dot_steering__pb2.GetModelRequest.SerializeToString,
+            service_dot_pb_dot_steering__pb2.GetModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
