@@ -44,14 +44,18 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
     assert names == [profile.name for profile in client.profiles()]
 
 
-def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(samples: dict[str, list[bytes]]) -> None:
-    """The queue takes 64 images, so of two calls with 60 one is refused at first."""
+@pytest.mark.parametrize("padding", [0, 10_000], ids=["small requests", "requests over 256 KiB"])
+def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(
+    samples: dict[str, list[bytes]], padding: int
+) -> None:
+    """The queue takes 64 images, so of two calls with 60 one is refused at first. padding: bytes after each image."""
+    images = [file + bytes(padding) for file in samples["Bag"] * 6]
     server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
     try:
 
         async def both(attempts: int) -> list[object]:
             async with AsyncClient(server.address, attempts=attempts) as client:
-                calls = (client.predict(samples["Bag"] * 6) for _ in range(3))
+                calls = (client.predict(images) for _ in range(3))
                 return await asyncio.gather(*calls, return_exceptions=True)
 
         once = asyncio.run(both(1))

@@ -49,6 +49,7 @@ def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None,
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # only what is kept is tried again; the default is 256 KiB
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]
     if credentials:
