@@ -108,6 +108,13 @@ def test_with_an_authority_of_clients_only_theirs_get_in(mutual: Mutual, folder:
     assert "Bag" in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["--tls-certificate", "--tls-key"])
+def test_a_client_with_half_a_certificate_is_told_so(flag: str) -> None:
+    done = run_module("service.client", "predict", str(BAG), "--tls-ca", str(BAG), flag, str(BAG))
+    assert done.returncode == 2
+    assert done.stderr.endswith("--tls-certificate and --tls-key belong together; allowed: both or none\n")
+
+
 def test_a_key_that_does_not_fit_changes_nothing_until_its_certificate_is_there(
     server: ServerProcess, folder: Path, ca: trustme.CA
 ) -> None:

@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--model", default="", help="needed when several models are served")
         command.add_argument("--version", default="", help="default: the version that is served")
     options = parser.parse_args(arguments)
+    if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
+        parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
     try:
         with Client(options.address, credentials=_credentials(options)) as client:
             if options.command == "profiles":
