@@ -6,14 +6,15 @@
   three [images, sites, terms]. Raw or typed contents, not both.
 - Parameters: `profile` (string), `strength` (double, int, or a string with a number).
 - Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, when it is asked for, `residual` FP32; raw contents.
+  With the parameter `classification` N, `logits` are BYTES [images, N] `logit:index:label`, the largest first.
 - Parameters of the answer: the fields of steering.v1.Receipt, those that are empty or 0 left out.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version as package_version
+from itertools import chain
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ import numpy as np
 from export.bundle import OUTPUTS
 from service.batcher import Answer
 from service.config import Settings
+from service.engine import Outputs
 from service.errors import InvalidRequest, NotAllowed, RequestError
 from service.images import Limits, decode
 from service.model import Images, Model
@@ -31,13 +33,11 @@ from service.repository import Repository
 from service.statistics import Duration
 from service.steering import Steering
 from service.steering_api import receipt
-from service.tensors import DTYPES, STEERING, Tensor, read_tensors
+from service.tensors import DTYPES, RESERVED, STEERING, Tensor, packed, read_tensors
 from training.steering import NEUTRAL, SteeringArrays
 
 Context = grpc.aio.ServicerContext[Any, Any]
-EXTENSIONS = ("model_configuration", "statistics", "model_repository", "binary_tensor_data")
-RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data_output")
-"""Parameters of the protocol and of its clients that mean nothing here."""
+EXTENSIONS = ("classification", "model_configuration", "statistics", "model_repository", "binary_tensor_data")
 OUTPUT_TYPES = dict(zip(OUTPUTS, ("FP32", "BOOL", "FP32", "FP32"), strict=True))
 BY_DEFAULT = OUTPUTS[:3]
 
@@ -206,8 +206,7 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
     """Profile and strength."""
     profile, strength = "", 1.0
     for name, parameter in given.items():
-        kind = parameter.WhichOneof("parameter_choice")
-        value = getattr(parameter, kind) if kind else None
+        value = _value(parameter)
         if name == "profile":
             if not isinstance(value, str):
                 raise InvalidRequest(f"parameter profile is {value!r}; allowed: a string")
@@ -224,22 +223,50 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
     return profile, strength
 
 
-def _wanted(request: pb.ModelInferRequest) -> Sequence[str]:
-    names = [output.name for output in request.outputs]
-    for index, name in enumerate(names):
-        if name not in OUTPUTS:
-            raise InvalidRequest(f"outputs[{index}] is {name!r}; allowed: {', '.join(OUTPUTS)}")
-        if name in names[:index]:
-            raise InvalidRequest(f"outputs[{index}] is {name!r} again; allowed: each once")
-    return names or BY_DEFAULT
+def _value(parameter: pb.InferParameter) -> bool | int | float | str | None:
+    kind = parameter.WhichOneof("parameter_choice")
+    value: bool | int | float | str | None = getattr(parameter, kind) if kind else None
+    return value
+
+
+def _wanted(request: pb.ModelInferRequest) -> dict[str, int]:
+    """The outputs that are asked for, and of how many classes; 0: the tensor itself."""
+    wanted: dict[str, int] = {}
+    for index, output in enumerate(request.outputs):
+        where = f"outputs[{index}]"
+        if output.name not in OUTPUTS:
+            raise InvalidRequest(f"{where} is {output.name!r}; allowed: {', '.join(OUTPUTS)}")
+        if output.name in wanted:
+            raise InvalidRequest(f"{where} is {output.name!r} again; allowed: each once")
+        wanted[output.name] = _classes(output, f"{where} {output.name!r}")
+    return wanted or dict.fromkeys(BY_DEFAULT, 0)
+
+
+def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str) -> int:
+    """Its parameter classification; 0: none."""
+    allowed = ["classification"] if output.name == "logits" else []
+    for name in output.parameters:
+        if name not in allowed and not RESERVED.fullmatch(name):
+            raise InvalidRequest(f"{where} has the parameter {name!r}; allowed: {', '.join(allowed) or 'none'}")
+    if "classification" not in output.parameters:
+        return 0
+    value = _value(output.parameters["classification"])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"{where} has the parameter classification {value!r}; allowed: a whole number from 1")
+    return value
 
 
 def _response(
-    request: pb.ModelInferRequest, model: Model, steering: Steering, answer: Answer, outputs: Sequence[str]
+    request: pb.ModelInferRequest, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]
 ) -> pb.ModelInferResponse:
     manifest = model.bundle.manifest
     response = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
-    for name in outputs:
+    for name, classes in outputs.items():
+        if classes:
+            rows = _classified(answer.outputs, manifest.labels, classes)
+            response.outputs.add(name=name, datatype="BYTES", shape=[len(rows), len(rows[0])])
+            response.raw_output_contents.append(packed(chain.from_iterable(rows)))
+            continue
         value = getattr(answer.outputs, name)
         response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
         response.raw_output_contents.append(np.ascontiguousarray(value).astype(DTYPES[OUTPUT_TYPES[name]][0]).tobytes())
@@ -252,6 +279,17 @@ def _response(
         else:
             parameter.double_param = said
     return response
+
+
+def _classified(outputs: Outputs, labels: Sequence[str], count: int) -> list[list[bytes]]:
+    """Of each image the most likely classes, as Triton's clients read them.
+
+    https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/protocol/extension_classification.html
+    """
+    return [
+        [f"{logits[index]:f}:{index}:{labels[index]}".encode() for index in ranking[:count]]
+        for logits, ranking in zip(outputs.logits.tolist(), outputs.ranking.tolist(), strict=True)
+    ]
 
 
 def _output_shapes(manifest: Any) -> dict[str, list[int]]:

@@ -1,8 +1,9 @@
 """The input tensors of a ModelInfer request, read and checked: its raw or its typed contents -> numpy arrays."""
 
 import math
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ INPUT_TYPES = {
 }
 MAX_RANK = 4
 """Sizes in a shape."""
+RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*")
+"""Parameters of the protocol and of its clients that mean nothing here."""
 
 
 def read_tensors(request: pb.ModelInferRequest, most: Mapping[str, int]) -> dict[str, Tensor]:
@@ -44,6 +47,9 @@ def read_tensors(request: pb.ModelInferRequest, most: Mapping[str, int]) -> dict
             raise InvalidRequest(f"{where} is unknown; allowed: {', '.join(INPUT_TYPES)}")
         if tensor.name in found:
             raise InvalidRequest(f"{where} is there twice; allowed: once")
+        for name in tensor.parameters:
+            if not RESERVED.fullmatch(name):
+                raise InvalidRequest(f"{where} has the parameter {name!r}; allowed: none")
         if tensor.datatype != INPUT_TYPES[tensor.name]:
             raise InvalidRequest(f"{where} has the datatype {tensor.datatype!r}; allowed: {INPUT_TYPES[tensor.name]}")
         if not tensor.shape:
@@ -96,8 +102,13 @@ def _check_count(values: Sequence[Any], tensor: pb.ModelInferRequest.InferInputT
         raise InvalidRequest(f"{where} has {count} elements; allowed: at most {most}")
 
 
+def packed(elements: Iterable[bytes]) -> bytes:
+    """Raw contents of BYTES: each element after its length in 4 little-endian bytes."""
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+
+
 def _split(raw: bytes, where: str, most: int) -> list[bytes]:
-    """BYTES elements, each after its length in 4 little-endian bytes."""
+    """The reverse of packed."""
     parts: list[bytes] = []
     start = 0
     while start < len(raw):

@@ -50,7 +50,9 @@ def triton(server: ServerProcess, triton_python: Path) -> dict[str, Any]:
 def test_tritonclient_finds_the_server_and_the_model(triton: dict[str, Any], bundle: Bundle) -> None:
     assert triton["live"] is triton["ready"] is True
     assert triton["model_ready"] == [True, False, False]
-    assert {"statistics", "model_configuration", "model_repository"} <= set(triton["server"]["extensions"])
+    assert {"classification", "statistics", "model_configuration", "model_repository"} <= set(
+        triton["server"]["extensions"]
+    )
     metadata, version = triton["metadata"], str(bundle.manifest.version)
     assert (metadata["name"], metadata["versions"]) == ("fashion_mnist", [version])
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["-1", "28", "28", "1"]}]
@@ -77,6 +79,14 @@ def test_tritonclient_gets_the_answers_of_the_typed_api(
     receipt = triton["steered"]["receipt"]
     for name in ("bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest"):
         assert receipt[name] == getattr(steered.receipt, name), name
+
+
+def test_tritonclient_gets_the_most_likely_classes_as_text(triton: dict[str, Any], bundle: Bundle) -> None:
+    for row, found in zip(triton["plain"]["logits"], triton["classes"], strict=True):
+        best = sorted(range(10), key=lambda index: -row[index])[:3]
+        parts = [element.split(":") for element in found]
+        assert [(int(index), label) for _, index, label in parts] == [(i, bundle.manifest.labels[i]) for i in best]
+        np.testing.assert_allclose([float(value) for value, *_ in parts], [row[i] for i in best], atol=1e-4)
 
 
 def test_steering_tensors_steer_each_image_by_itself(triton: dict[str, Any], client: Client) -> None:
@@ -117,6 +127,9 @@ SEEN = {
     "terms": ("INVALID_ARGUMENT", "allowed: steering_latent, steering_scale, steering_shift, all [3, 5, terms]"),
     "latent": ("INVALID_ARGUMENT", "steering of image 1: latent is 607 at site 0; allowed: 0 to 511"),
     "not an image": ("INVALID_ARGUMENT", "encoded_image[0] is not a readable image (1 bytes"),
+    "classes": ("INVALID_ARGUMENT", "outputs[0] 'head_gate' has the parameter 'classification'; allowed: none"),
+    "shared output": ("INVALID_ARGUMENT", "outputs[0] 'logits' has the parameter 'shared_memory_"),
+    "shared input": ("INVALID_ARGUMENT", "inputs[0] 'image' has the parameter 'shared_memory_"),
     "shared memory": ("UNIMPLEMENTED", "SystemSharedMemoryStatus is not served; allowed: ServerLive, ServerReady"),
     "tracing": ("UNIMPLEMENTED", "TraceSetting is not served"),
 }
@@ -172,4 +185,11 @@ def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> 
     made = raw(request(), bytes(784))
     made.parameters["triton_enable_empty_final_response"].bool_param = False
     made.parameters["priority"].int64_param = 1
+    made.inputs[0].parameters["binary_data_size"].int64_param = 784
     assert len(stub.ModelInfer(made, timeout=10).outputs) == 3
+
+
+def test_more_classes_than_there_are_give_all(stub: GRPCInferenceServiceStub) -> None:
+    made = raw(request(), bytes(784))
+    made.outputs.add(name="logits").parameters["classification"].int64_param = 1000
+    assert list(stub.ModelInfer(made, timeout=10).outputs[0].shape) == [1, 10]

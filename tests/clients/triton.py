@@ -73,8 +73,14 @@ terms = [
 image = tensor(blocking, "image", pixels, "UINT8")
 found["by_tensors"] = listed(infer(client, blocking, [image, *terms], ["gate_logit"]), "gate_logit")
 found["residual"] = list(infer(client, blocking, [image], ["residual"]).as_numpy("residual").shape)
+classes = client.infer(MODEL, [encoded], outputs=[blocking.InferRequestedOutput("logits", class_count=3)])
+found["classes"] = [[element.decode() for element in row] for row in classes.as_numpy("logits")]
 found["statistics"] = client.get_inference_statistics(MODEL, as_json=True)
 
+shared_output = blocking.InferRequestedOutput("logits")
+shared_output.set_shared_memory("region", 120)
+shared_input = blocking.InferInput("image", [3, 28, 28, 1], "UINT8")
+shared_input.set_shared_memory("region", 3 * 784)
 errors = {
     "model": lambda: client.infer("resnet", [image]),
     "version": lambda: client.infer(MODEL, [image], model_version="99"),
@@ -94,6 +100,11 @@ errors = {
     "not an image": lambda: infer(
         client, blocking, [tensor(blocking, "encoded_image", np.array([b"x"], object), "BYTES")]
     ),
+    "classes": lambda: client.infer(
+        MODEL, [image], outputs=[blocking.InferRequestedOutput("head_gate", class_count=3)]
+    ),
+    "shared output": lambda: client.infer(MODEL, [image], outputs=[shared_output]),
+    "shared input": lambda: client.infer(MODEL, [shared_input]),
     "shared memory": client.get_system_shared_memory_status,
     "tracing": client.get_trace_settings,
 }

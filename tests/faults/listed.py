@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "request: too many terms": BOTH,
     "request: conflicting profile and terms": BOTH,
     "request: terms made for other weights": (STEERING,),
-    "request: top_k out of range": (STEERING,),
+    "request: top_k out of range": BOTH,
     "request: no image": BOTH,
     "request: unreadable image": BOTH,
     "request: truncated JPEG": BOTH,

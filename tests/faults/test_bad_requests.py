@@ -67,6 +67,13 @@ def parameter(name: str, **value: Any) -> oip.ModelInferRequest:
     return made
 
 
+def of_tensor(kind: str, name: str, **value: Any) -> oip.ModelInferRequest:
+    """kind: inputs or outputs, whose only one (image, logits) gets this parameter."""
+    made = tensor((1, 28, 28, 1), bytes(784), outputs=("logits",))
+    getattr(made, kind)[0].parameters[name].CopyFrom(oip.InferParameter(**value))
+    return made
+
+
 def terms(
     latents: list[int], scale: float = 1.0, shift: float = 1.0, sites: int = 5, profile: str = ""
 ) -> oip.ModelInferRequest:
@@ -172,6 +179,14 @@ OPEN = [
          "outputs[0] is 'probabilities'; allowed: logits, head_gate, gate_logit, residual"),
     Case("unknown parameter", lambda: parameter("temperature", int64_param=1),
          "parameter 'temperature' is unknown; allowed: profile, strength"),
+    Case("unknown parameter", lambda: of_tensor("inputs", "scale", double_param=0.5),
+         "inputs[0] 'image' has the parameter 'scale'; allowed: none"),
+    Case("unknown parameter", lambda: of_tensor("outputs", "shared_memory_region", string_param="region"),
+         "outputs[0] 'logits' has the parameter 'shared_memory_region'; allowed: classification"),
+    Case("top_k out of range", lambda: of_tensor("outputs", "classification", int64_param=0),
+         "outputs[0] 'logits' has the parameter classification 0; allowed: a whole number from 1"),
+    Case("top_k out of range", lambda: of_tensor("outputs", "classification", string_param="3"),
+         "outputs[0] 'logits' has the parameter classification '3'; allowed: a whole number from 1"),
     Case("duplicate inputs", twice, "inputs[1] 'image' is there twice; allowed: once"),
     Case("duplicate outputs", lambda: tensor(IMAGES, bytes(784), outputs=("logits", "logits")),
          "outputs[1] is 'logits' again; allowed: each once"),
