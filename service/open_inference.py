@@ -11,7 +11,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version as package_version
 from itertools import chain
@@ -121,23 +121,26 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        self._check_control()
+        self._check_control(request.parameters)
         await self._repository.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        self._check_control()
+        self._check_control(request.parameters, "unload_dependents")
         await self._repository.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _check_control(self) -> None:
+    def _check_control(self, parameters: Iterable[str], *allowed: str) -> None:
         control = self._settings.model_control
         if control != "explicit":
             raise NotAllowed(
                 f"models cannot be loaded or unloaded by clients: --model-control is {control!r}; allowed: 'explicit'"
             )
+        for name in parameters:
+            if name not in allowed:
+                raise InvalidRequest(f"parameter {name!r} is not served; allowed: {', '.join(allowed) or 'none'}")
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         model = self._repository.get(request.model_name, request.model_version)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -212,13 +213,13 @@ def test_models_come_and_go(polling: ServerProcess, repository: Path, bundle: Bu
 def test_clients_load_and_unload_only_where_they_may(repository: Path, bundle: Bundle) -> None:
     load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
 
-    def calls(server: ServerProcess, name: str) -> list[tuple[str, str]]:
+    def calls(server: ServerProcess, name: str, **more: Any) -> list[tuple[str, str]]:
         found = []
         with grpc.insecure_channel(server.address) as channel:
             stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
             for call, request in (
-                (stub.RepositoryModelUnload, unload(model_name=name)),
-                (stub.RepositoryModelLoad, load(model_name=name)),
+                (stub.RepositoryModelUnload, unload(model_name=name, **more)),
+                (stub.RepositoryModelLoad, load(model_name=name, **more)),
             ):
                 try:
                     call(request, timeout=20)
@@ -245,6 +246,12 @@ def test_clients_load_and_unload_only_where_they_may(repository: Path, bundle: B
             code, reason = calls(server, "fashion_mnist")[1]
             assert code == "UNAVAILABLE"
             assert "dispatch.fp32.onnx has 1000 bytes" in reason
+            config = {"config": pb.ModelRepositoryParameter(string_param="{}")}
+            refused = "parameter 'config' is not served; allowed: "
+            assert calls(server, "fashion_mnist", parameters=config) == [
+                ("INVALID_ARGUMENT", f"{refused}unload_dependents"),
+                ("INVALID_ARGUMENT", f"{refused}none"),
+            ]
     finally:
         assert stop_server(server) == 0
 
