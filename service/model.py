@@ -177,7 +177,7 @@ class Model:
             raise
         finally:
             self._in_flight -= 1
-            self.statistics.call(time.perf_counter() - start, decoded, answer.queue_seconds if answer else None)
+            self.statistics.call(time.perf_counter() - start, decoded, answer)
         return answer
 
     async def _decode(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:

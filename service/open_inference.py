@@ -100,8 +100,12 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
-        wanted = [self._repository.get(request.name, request.version)] if request.name else self._repository.models
-        return pb.ModelStatisticsResponse(model_stats=[_statistics(model) for model in wanted])
+        models = self._repository.models
+        if request.name:
+            named = self._repository.get(request.name, request.version)
+            versions = [model for model in models if model.bundle.manifest.name == request.name]
+            models = [named] if request.version else versions
+        return pb.ModelStatisticsResponse(model_stats=[_statistics(model) for model in models])
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         index = pb.RepositoryIndexResponse.ModelIndex
@@ -144,10 +148,11 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         model = self._repository.get(request.model_name, request.model_version)
-        outputs = _wanted(request)
-        inputs = read_tensors(request, self._most(model))
-        images = self._images(model, inputs)
-        steering = await self._steering(model, request, inputs, len(images))
+        with model.statistics.failures():
+            outputs = _wanted(request)
+            inputs = read_tensors(request, self._most(model))
+            images = self._images(model, inputs)
+            steering = await self._steering(model, request, inputs, len(images))
         answer = await model.predict(images, steering, context.time_remaining(), "residual" in outputs)
         return _response(request, model, steering, answer, outputs)
 
@@ -303,6 +308,7 @@ def _output_shapes(manifest: Any) -> dict[str, list[int]]:
 
 def _statistics(model: Model) -> pb.ModelStatistics:
     seen, manifest = model.statistics, model.bundle.manifest
+    batches = sorted(seen.batches.copy().items())  # a copy: the batcher's thread goes on
 
     def duration(value: Duration) -> pb.StatisticDuration:
         return pb.StatisticDuration(count=value.count, ns=round(1e9 * value.seconds))
@@ -311,8 +317,8 @@ def _statistics(model: Model) -> pb.ModelStatistics:
         name=manifest.name,
         version=str(manifest.version),
         last_inference=round(1000 * seen.last),
-        inference_count=seen.images,
-        execution_count=seen.inference.count,
+        inference_count=sum(size * value.count for size, value in batches),
+        execution_count=sum(value.count for _, value in batches),
         inference_stats=pb.InferStatistics(
             success=duration(seen.success),
             fail=duration(seen.fail),
@@ -321,7 +327,6 @@ def _statistics(model: Model) -> pb.ModelStatistics:
             compute_infer=duration(seen.inference),
         ),
         batch_stats=[
-            pb.InferBatchStatistics(batch_size=size, compute_infer=duration(value))
-            for size, value in sorted(seen.by_batch_size.items())
+            pb.InferBatchStatistics(batch_size=size, compute_infer=duration(value)) for size, value in batches
         ],
     )

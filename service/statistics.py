@@ -1,8 +1,11 @@
 """What a model has done since it was loaded, in plain numbers, for clients that ask. (For Prometheus: metrics.py.)"""
 
-import threading
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from service.batcher import Answer
 
 
 @dataclass
@@ -17,34 +20,41 @@ class Duration:
 
 @dataclass
 class Statistics:
-    """Changed by the event loop and by the batcher's thread."""
+    """Calls are counted by the event loop, batches by the batcher's thread."""
 
     success: Duration = field(default_factory=Duration)
     """Calls, from their arrival at the model to their answer."""
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
+    """This and the next two: of the calls that were answered."""
     decode: Duration = field(default_factory=Duration)
     inference: Duration = field(default_factory=Duration)
-    """Batches."""
-    images: int = 0
-    """That were run."""
-    by_batch_size: dict[int, Duration] = field(default_factory=dict)
+    """Of each call the time of its batches, which are others' too."""
+    batches: dict[int, Duration] = field(default_factory=dict)
+    """By their size, images."""
     last: float = 0.0
     """When the last batch ended; seconds since 1970."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def call(self, seconds: float, decoded: float | None, answer: Answer | None) -> None:
+        """decoded: seconds that it took. Without an answer, a call that failed."""
+        if answer is None or decoded is None:
+            self.fail.add(seconds)
+            return
+        self.success.add(seconds)
+        self.queue.add(answer.queue_seconds)
+        self.decode.add(decoded)
+        self.inference.add(answer.outputs.seconds)
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """What raises in here is a call that failed."""
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self.call(time.perf_counter() - start, None, None)
+            raise
 
     def batch(self, images: int, seconds: float) -> None:
-        with self._lock:
-            self.images += images
-            self.inference.add(seconds)
-            self.by_batch_size.setdefault(images, Duration()).add(seconds)
-            self.last = time.time()
-
-    def call(self, seconds: float, decoded: float | None, queued: float | None) -> None:
-        """decoded, queued: seconds, of a call that was answered; None: it failed."""
-        with self._lock:
-            (self.fail if queued is None else self.success).add(seconds)
-            if decoded is not None:
-                self.decode.add(decoded)
-            if queued is not None:
-                self.queue.add(queued)
+        self.batches.setdefault(images, Duration()).add(seconds)
+        self.last = time.time()

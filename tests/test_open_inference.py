@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from processes import ROOT, SAMPLES, ServerProcess
+from processes import MODELS, ROOT, SAMPLES, ServerProcess, start_server, stop_server
 
 from export.bundle import Bundle
 from service.client import Client
@@ -107,9 +107,30 @@ def test_statistics_are_true(triton: dict[str, Any]) -> None:
     stats = model["inference_stats"]
     batches = [(int(b["batch_size"]), int(b["compute_infer"]["count"])) for b in model["batch_stats"]]
     assert sum(size * count for size, count in batches) == int(model["inference_count"])
-    assert sum(count for _, count in batches) == int(model["execution_count"]) == int(stats["compute_infer"]["count"])
-    assert stats["success"]["count"] == stats["queue"]["count"] == stats["compute_input"]["count"]
+    assert sum(count for _, count in batches) == int(model["execution_count"])
     assert int(stats["success"]["ns"]) > int(stats["compute_infer"]["ns"]) > 0
+
+
+def test_statistics_count_calls_and_batches_as_triton_does() -> None:
+    server = start_server(MODELS, "--max-batch", "8", "--max-delay-ms", "1000")
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            calls = [stub.ModelInfer.future(raw(request(), bytes(784)), timeout=30) for _ in range(8)]
+            assert [len(call.result().outputs) for call in calls] == [3] * 8
+            no_image = typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[b"x"])
+            for wrong in (raw(request(), bytes(783)), no_image):
+                with pytest.raises(grpc.RpcError):
+                    stub.ModelInfer(wrong, timeout=30)
+            (model,) = stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=30).model_stats
+    finally:
+        assert stop_server(server) == 0
+    stats, (batch,) = model.inference_stats, model.batch_stats
+    assert (model.inference_count, model.execution_count, batch.batch_size, batch.compute_infer.count) == (8, 1, 8, 1)
+    counts = [stats.success.count, stats.queue.count, stats.compute_input.count, stats.compute_infer.count]
+    assert counts == [8, 8, 8, 8]
+    assert stats.compute_infer.ns == pytest.approx(8 * batch.compute_infer.ns)
+    assert stats.fail.count == 2
 
 
 SEEN = {

@@ -68,6 +68,14 @@ def ready(server: ServerProcess) -> set[tuple[str, str]]:
     return {key for key, (state, _) in index(server).items() if state == "READY"}
 
 
+def statistics_of(server: ServerProcess, version: str) -> list[str]:
+    """The versions that there are statistics of."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        request = pb.ModelStatisticsRequest(name="fashion_mnist", version=version)
+        return [found.version for found in stub.ModelStatistics(request, timeout=10).model_stats]
+
+
 @fault("bundle: swap under load", "the answer of the old or of the new version, as the receipt says; no call is lost")
 def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     polling: ServerProcess, repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
@@ -186,6 +194,8 @@ def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repo
         label('{"stable": 1, "canary": 2}')
         until(lambda: version_of(client) == "1")
         assert version_of(client, "canary") == version_of(client, "2") == "2"
+        assert statistics_of(polling, "") == ["1", "2"]
+        assert statistics_of(polling, "canary") == ["2"]
         for wrong in ("{", '{"stable": 9}', '{"Stable!": 1}', "[1]"):
             label(wrong)
             time.sleep(0.3)
