@@ -152,6 +152,7 @@ SEEN = {
     "shared output": ("INVALID_ARGUMENT", "outputs[0] 'logits' has the parameter 'shared_memory_"),
     "shared input": ("INVALID_ARGUMENT", "inputs[0] 'image' has the parameter 'shared_memory_"),
     "shared memory": ("UNIMPLEMENTED", "SystemSharedMemoryStatus is not served; allowed: ServerLive, ServerReady"),
+    "stream": ("UNIMPLEMENTED", "ModelStreamInfer is not served; allowed: ServerLive, ServerReady"),
     "tracing": ("UNIMPLEMENTED", "TraceSetting is not served"),
 }
 

@@ -5,6 +5,7 @@ Prints one JSON object with what the unmodified client, blocking and asyncio, go
 
 import asyncio
 import json
+import queue
 import sys
 from pathlib import Path
 
@@ -77,6 +78,18 @@ classes = client.infer(MODEL, [encoded], outputs=[blocking.InferRequestedOutput(
 found["classes"] = [[element.decode() for element in row] for row in classes.as_numpy("logits")]
 found["statistics"] = client.get_inference_statistics(MODEL, as_json=True)
 
+
+def stream():
+    answers = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(error))
+    try:
+        client.async_stream_infer(MODEL, [image])
+        if error := answers.get(timeout=30):
+            raise error
+    finally:
+        client.stop_stream(cancel_requests=True)
+
+
 shared_output = blocking.InferRequestedOutput("logits")
 shared_output.set_shared_memory("region", 120)
 shared_input = blocking.InferInput("image", [3, 28, 28, 1], "UINT8")
@@ -106,6 +119,7 @@ errors = {
     "shared output": lambda: client.infer(MODEL, [image], outputs=[shared_output]),
     "shared input": lambda: client.infer(MODEL, [shared_input]),
     "shared memory": client.get_system_shared_memory_status,
+    "stream": stream,
     "tracing": client.get_trace_settings,
 }
 found["errors"] = {}
