@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from export.bundle import INPUTS, OUTPUTS, Golden
 from export.graph import SteeredVit
-from export.session import Arrays, inputs_of, open_session
+from export.session import Arrays, inputs_of, not_finite, open_session
 from training.steering import SteeringTerm, Terms, at_strength
 
 
@@ -22,6 +22,10 @@ class ExportError(Exception):
 
 class ShapeError(ExportError):
     """An output has another shape or type than the contract says."""
+
+
+class NotFinite(ExportError):
+    """An output is not a finite number: no comparison would see it."""
 
 
 class LogitMismatch(ExportError):
@@ -144,7 +148,9 @@ class Reference:
             chunk, pairs = pairs[:size], pairs[size:]
             rows = [terms for _, terms in chunk]
             inputs = inputs_of(images[[index for index, _ in chunk]], rows, steered.sae.sites)
-            self.batches.append((inputs, run_torch(steered, inputs)))
+            expected = run_torch(steered, inputs)
+            _check_finite(expected, "PyTorch's ", sum(len(out["logits"]) for _, out in self.batches))
+            self.batches.append((inputs, expected))
         self.classes = classes
         self.labelled = [
             inputs_of(part, [{}] * len(part), steered.sae.sites)
@@ -156,13 +162,15 @@ class Reference:
         return float((logits.argmax(1) == self.classes).mean())
 
     def certify(self, graph: bytes | Path, attention: str, precision: str) -> Certificate:
-        """Raises ShapeError, LogitMismatch, GateMismatch, NeighbourMismatch or AccuracyLoss: past LIMITS[precision]."""
+        """Raises ShapeError or NotFinite, and past LIMITS[precision] LogitMismatch, GateMismatch, NeighbourMismatch or
+        AccuracyLoss."""
         limits, session = LIMITS[precision], open_session(graph, attention)
         rows = gates = flipped = 0
         worst_logit = worst_gate = worst_flip = worst_neighbour = 0.0
         for inputs, expected in self.batches:
             found = run_onnx(session, inputs)
             _check_shapes(found, expected)
+            _check_finite(found, "", rows)
             flips = found["head_gate"] != expected["head_gate"]
             rows, gates, flipped = rows + len(flips), gates + flips.size, flipped + int(flips.sum())
             first = flips & (np.cumsum(flips.any(2), 1) == 1)[:, :, None]  # in the first block that differs at all
@@ -171,6 +179,7 @@ class Reference:
             worst_logit = max(worst_logit, _worst(found, expected, "logits", alike))
             worst_gate = max(worst_gate, _worst(found, expected, "gate_logit", alike))
             alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
+            _check_finite(alone, "alone, ", rows - 1)
             same = (alone["head_gate"] == found["head_gate"][-1:]).all((1, 2))
             last = {name: value[-1:] for name, value in found.items()}
             worst_neighbour = max(worst_neighbour, _worst(alone, last, "logits", same))
@@ -184,7 +193,9 @@ class Reference:
             raise NeighbourMismatch(
                 f"a logit differs by {worst_neighbour:.4g} alone and in a batch; allowed: {limits.neighbour}"
             )
-        accuracy = self._share(np.concatenate([run_onnx(session, part)["logits"] for part in self.labelled]))
+        logits = np.concatenate([run_onnx(session, part)["logits"] for part in self.labelled])
+        _check_finite({"logits": logits}, "of the labelled images, ", 0)
+        accuracy = self._share(logits)
         if not accuracy >= self.accuracy - limits.accuracy:
             raise AccuracyLoss(
                 f"accuracy is {accuracy:.4f} on {len(self.classes)} images, {self.accuracy:.4f} in PyTorch; "
@@ -234,6 +245,11 @@ def _joined(parts: list[NDArray[Any]], name: str) -> NDArray[Any]:
     widths = [((0, 0), (0, 0), (0, terms - part.shape[2])) for part in parts]
     padded = [np.pad(part, width, constant_values=neutral) for part, width in zip(parts, widths, strict=True)]
     return np.concatenate(padded)
+
+
+def _check_finite(outputs: Arrays, whose: str, first: int) -> None:
+    if wrong := not_finite(outputs, first):
+        raise NotFinite(f"{whose}{wrong}; allowed: a finite number")
 
 
 def _check_shapes(found: Arrays, expected: Arrays) -> None:

@@ -30,6 +30,18 @@ def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 
     return onnxruntime.InferenceSession(source, session_options(attention, threads), ["CPUExecutionProvider"])
 
 
+def not_finite(outputs: Arrays, first: int = 0) -> str:
+    """What is not a finite number in outputs of B images, as in "logits of row 3 is nan"; empty when all are.
+
+    first: number of the first row.
+    """
+    for name, value in outputs.items():
+        wrong = np.argwhere(~np.isfinite(value))
+        if len(wrong):
+            return f"{name} of row {first + wrong[0][0]} is {value[tuple(wrong[0])]}"
+    return ""
+
+
 def inputs_of(images: NDArray[np.uint8], rows: list[Terms], sites: int) -> Arrays:
     """Inputs of a graph: images uint8 (B, height, width, channels), each with its own terms."""
     arrays = to_arrays(rows, sites)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
+from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
 from export.contained import check_contained
-from export.session import Arrays, open_session
+from export.session import Arrays, not_finite, open_session
 
 Run = Callable[[Arrays], Arrays]
-"""Inputs of a graph -> at least its logits and gate_logit."""
+"""Inputs of a graph -> its outputs."""
 
 
 def verify(folder: Path) -> Bundle:
@@ -29,8 +29,7 @@ def verify(folder: Path) -> Bundle:
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
 
         def run(inputs: Arrays, session: onnxruntime.InferenceSession = session) -> Arrays:
-            names = ["logits", "gate_logit"]
-            return dict(zip(names, session.run(names, inputs), strict=True))
+            return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
 
         golden = load_golden(folder, graph.precision)
         worst = check_golden(run, golden, path)
@@ -41,11 +40,16 @@ def verify(folder: Path) -> Bundle:
 def check_golden(run: Run, golden: Golden, path: Path) -> float:
     """Run the golden rows, one alone and all together. Returns the largest difference of a logit.
 
-    Raises BundleError when a gate decides differently or a logit differs by more than the tolerance.
+    Raises BundleError when an output is not a finite number, a gate decides differently or a logit differs by more than
+    the tolerance.
     """
+    if wrong := not_finite(dict(golden.outputs)):
+        raise BundleError(f"{path.parent / 'golden.npz'}: {wrong}; allowed: a finite number")
     worst = 0.0
     for rows in (slice(0, 1), slice(None)):
         found = run({name: golden.inputs[name][rows] for name in INPUTS})
+        if wrong := not_finite(found):
+            raise BundleError(f"{path}: for golden.npz {wrong}; allowed: a finite number")
         expected = golden.outputs["gate_logit"][rows]
         far = np.abs(expected) > golden.margin
         if not np.array_equal((found["gate_logit"] > 0)[far], (expected > 0)[far]):

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS, Bundle, BundleError, Golden, Graph, load_golden
+from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, Golden, Graph, load_golden
 from export.contained import check_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
@@ -178,8 +178,8 @@ class Engine:
                 )
 
     def _answers(self, inputs: Arrays) -> Arrays:
-        found = self.run(inputs["image"], SteeringArrays(*(inputs[name] for name in INPUTS[1:])))
-        return {"logits": found.logits, "gate_logit": found.gate_logit}
+        found = self.run(inputs["image"], SteeringArrays(*(inputs[name] for name in INPUTS[1:])), residual=True)
+        return {name: getattr(found, name) for name in OUTPUTS}
 
 
 def _sizes(largest: int) -> list[int]:

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_bundle
-from export.certify import AccuracyLoss, GateMismatch, LogitMismatch, Reference, ShapeError, steerings
+from export.certify import AccuracyLoss, GateMismatch, LogitMismatch, NotFinite, Reference, ShapeError, steerings
 from export.graph import SteeredVit, build
+from export.verify import verify
 from service.engine import Engine
 from training.backbone import create_vit
 from training.config import VitSettings
@@ -35,6 +37,25 @@ def rewrite(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.update(changes)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """The manifest goes with it."""
+    (folder / name).write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    rewrite(folder, files={**files, name: entry})
+
+
+def multiplied(graph: bytes, output: str, factor: float) -> bytes:
+    """The graph with one of its outputs multiplied; what else reads that value is not changed."""
+    model = onnx.load_from_string(graph)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["unchanged" if name == output else name for name in names]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(factor), "factor"))
+    model.graph.node.append(onnx.helper.make_node("Mul", ["unchanged", "factor"], [output]))
+    return model.SerializeToString()
 
 
 @pytest.mark.parametrize("name", ["dispatch.fp32.onnx", "profiles.json", "golden.npz", "sae.safetensors"])
@@ -189,6 +210,21 @@ def test_a_graph_that_is_right_less_often_is_refused(
         reference.certify(graph, "dispatch", "fp32")
 
 
+@pytest.mark.parametrize("output", ["logits", "gate_logit", "residual"])
+def test_an_answer_that_is_not_a_number_is_refused_everywhere(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8], copy: Path, output: str
+) -> None:
+    reference = Reference(steered, sample_pixels[:2], [{}], sample_pixels, np.zeros(100, np.int64))
+    for factor, said in ((np.nan, "nan"), (np.inf, "(-?inf|nan)")):
+        with pytest.raises(NotFinite, match=rf"^{output} of row 0 is {said}; allowed: a finite number"):
+            reference.certify(multiplied(graph, output, factor), "dispatch", "fp32")
+    path = copy / "dispatch.fp32.onnx"
+    replace_file(copy, path.name, multiplied(path.read_bytes(), output, np.nan))
+    for check in (verify, lambda folder: Engine(load_bundle(folder), "cpu", 1)):
+        with pytest.raises(BundleError, match=f"for golden.npz {output} of row 0 is nan; allowed: a finite number"):
+            check(copy)
+
+
 def test_verify_needs_no_torch_and_names_what_is_wrong(copy: Path) -> None:
     blocked = (
         "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None\n"
@@ -206,10 +242,7 @@ def test_verify_needs_no_torch_and_names_what_is_wrong(copy: Path) -> None:
     golden["fp32.logits"] = golden["fp32.logits"] + 0.5
     np.savez(copy / "golden.npz", **golden)
     assert "golden.npz has" in verify().stderr
-    manifest = json.loads((copy / "manifest.json").read_text())
-    content = (copy / "golden.npz").read_bytes()
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    rewrite(copy, files={**manifest["files"], "golden.npz": entry})
+    replace_file(copy, "golden.npz", (copy / "golden.npz").read_bytes())
     done = verify()
     assert done.returncode == 1
     assert "dispatch.fp32.onnx: logits differ from golden.npz by 0.5" in done.stderr
