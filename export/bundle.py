@@ -217,7 +217,7 @@ class Golden:
     tolerance: float
     """Largest allowed absolute difference of a logit."""
     margin: float
-    """Gates with |gate logit| above it must decide alike."""
+    """Gates with |gate logit| above it must decide alike; also the largest allowed difference of a gate logit."""
 
 
 def load_bundle(folder: Path, root: Path | None = None) -> Bundle:

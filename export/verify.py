@@ -40,8 +40,9 @@ def verify(folder: Path) -> Bundle:
 def check_golden(run: Run, golden: Golden, path: Path) -> float:
     """Run the golden rows, one alone and all together. Returns the largest difference of a logit.
 
-    Raises BundleError when an output is not a finite number, a gate decides differently or a logit differs by more than
-    the tolerance.
+    Raises BundleError when an output is not a finite number, a gate decides otherwise than its logit or golden.npz, a
+    gate logit differs by more than the margin or a logit by more than the tolerance. (Residuals are not in golden.npz:
+    they are compared at export.)
     """
     if wrong := not_finite(dict(golden.outputs)):
         raise BundleError(f"{path.parent / 'golden.npz'}: {wrong}; allowed: a finite number")
@@ -50,10 +51,17 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
         found = run({name: golden.inputs[name][rows] for name in INPUTS})
         if wrong := not_finite(found):
             raise BundleError(f"{path}: for golden.npz {wrong}; allowed: a finite number")
+        if not np.array_equal(found["head_gate"], found["gate_logit"] > 0):
+            raise BundleError(f"{path}: head_gate is not gate_logit > 0")
         expected = golden.outputs["gate_logit"][rows]
         far = np.abs(expected) > golden.margin
-        if not np.array_equal((found["gate_logit"] > 0)[far], (expected > 0)[far]):
+        if not np.array_equal(found["head_gate"][far], (expected > 0)[far]):
             raise BundleError(f"{path}: gates of golden.npz are not reproduced")
+        apart = float(np.abs(found["gate_logit"] - expected).max())
+        if not apart <= golden.margin:
+            raise BundleError(
+                f"{path}: gate logits differ from golden.npz by {apart:.3g}; allowed: {golden.margin:.3g}"
+            )
         worst = max(worst, float(np.abs(found["logits"] - golden.outputs["logits"][rows]).max()))
         if not worst <= golden.tolerance:
             raise BundleError(f"{path}: logits differ from golden.npz by {worst:.3g}; allowed: {golden.tolerance:.3g}")

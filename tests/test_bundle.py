@@ -14,7 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_bundle
-from export.certify import AccuracyLoss, GateMismatch, LogitMismatch, NotFinite, Reference, ShapeError, steerings
+from export.certify import (
+    AccuracyLoss,
+    ExportError,
+    GateMismatch,
+    LogitMismatch,
+    NotFinite,
+    Reference,
+    ResidualMismatch,
+    ShapeError,
+    steerings,
+)
 from export.graph import SteeredVit, build
 from export.verify import verify
 from service.engine import Engine
@@ -223,6 +233,30 @@ def test_an_answer_that_is_not_a_number_is_refused_everywhere(
     for check in (verify, lambda folder: Engine(load_bundle(folder), "cpu", 1)):
         with pytest.raises(BundleError, match=f"for golden.npz {output} of row 0 is nan; allowed: a finite number"):
             check(copy)
+
+
+@pytest.mark.parametrize(
+    ("output", "factor", "error", "message", "in_golden"),
+    [
+        ("residual", 0.0, ResidualMismatch, "a residual differs by 1 of its length; allowed: 0.0001", None),
+        ("residual", 1.001, ResidualMismatch, "a residual differs by 0.001", None),
+        ("gate_logit", 100.0, GateMismatch, "a gate logit differs by", "gate logits differ from golden.npz by"),
+        ("gate_logit", 1.01, GateMismatch, "a gate logit differs by 0.0", "gate logits differ from golden.npz by 0.0"),
+        ("gate_logit", -1.0, GateMismatch, "head_gate is not gate_logit > 0", "head_gate is not gate_logit > 0"),
+    ],
+)
+def test_gate_logits_and_residuals_are_compared_too(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8], copy: Path,
+    output: str, factor: float, error: type[ExportError], message: str, in_golden: str | None,
+) -> None:  # fmt: skip
+    reference = Reference(steered, sample_pixels[:4], [{}], sample_pixels, np.zeros(100, np.int64))
+    with pytest.raises(error, match=message):
+        reference.certify(multiplied(graph, output, factor), "dispatch", "fp32")
+    if in_golden:
+        path = copy / "dispatch.fp32.onnx"
+        replace_file(copy, path.name, multiplied(path.read_bytes(), output, factor))
+        with pytest.raises(BundleError, match=in_golden):
+            verify(copy)
 
 
 def test_verify_needs_no_torch_and_names_what_is_wrong(copy: Path) -> None:
