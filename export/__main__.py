@@ -71,7 +71,7 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         "--verify-images",
         type=int,
         default=40,
-        help="images to compare with PyTorch, each under every steering; default: %(default)s",
+        help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
     add("--accuracy-images", type=int, default=2000, help="images to compare accuracy on; default: %(default)s")
     options = parser.parse_args(arguments)

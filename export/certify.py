@@ -86,6 +86,8 @@ LIMITS = {
 """By precision. The largest differences seen with the committed model, the preset `smoke` and the small models of the
 tests, in the same order: gate logit 1.4e-5, 0.05 and 1.1; residual 1.7e-6, 0.004 and 0.22."""
 BATCH_SIZES = (1, 7, 64)
+STEERINGS = 40
+"""An image is seen under that many; when there are more, they are dealt out over the images."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,15 @@ def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
     return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
 
 
-def steerings(profiles: Sequence[Terms], latents: Sequence[int], cap: int = 32) -> list[Terms]:
-    """Neutral, the profiles up to a cap, and extremes of each kind."""
+def steerings(profiles: Sequence[Terms], latents: Sequence[int]) -> list[Terms]:
+    """Neutral, every profile, and extremes of each kind."""
     strongest = [at_strength(terms, 4.0) for terms in profiles[:3]] + [
         at_strength(terms, -2.0) for terms in profiles[:3]
     ]
     ends = {
         site: (SteeringTerm(0, 0.0, 50.0), SteeringTerm(count - 1, -3.0, -50.0)) for site, count in enumerate(latents)
     }
-    return [{}, *profiles[:cap], *strongest, ends]
+    return [{}, *profiles, *strongest, ends]
 
 
 class Reference:
@@ -160,11 +162,12 @@ class Reference:
         labelled: NDArray[np.uint8],
         classes: NDArray[np.int64],
     ):
-        """images: uint8 (N, height, width, channels), each seen under every steering of `tried`; labelled (M, ...) and
+        """images: uint8 (N, height, width, channels), on which every steering of `tried` is seen; labelled (M, ...) and
         classes (M,): those that accuracy is measured on."""
         self.steerings = len(tried)
         self.batches = []
-        pairs = [(index, terms) for index in range(len(images)) for terms in tried]
+        each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
+        pairs = [(row // each, tried[row % self.steerings]) for row in range(each * len(images))]
         while pairs:
             size = BATCH_SIZES[len(self.batches) % len(BATCH_SIZES)]
             chunk, pairs = pairs[:size], pairs[size:]

@@ -220,6 +220,20 @@ def test_a_graph_that_is_right_less_often_is_refused(
         reference.certify(graph, "dispatch", "fp32")
 
 
+def test_every_profile_is_compared_however_many_there_are(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8]
+) -> None:
+    """Each is known by its shift. 3 images: 40 steerings each are enough for 108, not for 308."""
+    for count, rows in ((10, 3 * 18), (100, 3 * 40), (300, 3 * 103)):
+        tried = steerings([{0: (SteeringTerm(3, 1.0, 0.01 * index),)} for index in range(1, count + 1)], [16])
+        reference = Reference(steered, sample_pixels[:3], tried, sample_pixels[:1], np.zeros(1, np.int64))
+        seen = np.concatenate([batch["steering_shift"].ravel() for batch, _ in reference.batches])
+        assert {np.float32(0.01 * index) for index in range(1, count + 1)} <= set(seen)
+        assert reference.certify(graph, "dispatch", "fp32").rows == rows
+        golden = reference.golden({"fp32": graph})["fp32"]
+        assert len({tuple(terms.ravel()) for terms in golden.inputs["steering_shift"]}) > 10
+
+
 @pytest.mark.parametrize("output", ["logits", "gate_logit", "residual"])
 def test_an_answer_that_is_not_a_number_is_refused_everywhere(
     steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8], copy: Path, output: str
