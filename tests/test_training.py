@@ -1,13 +1,16 @@
 """Training: an interrupted run ends as an uninterrupted one, runs share what they may, bad settings are named."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import run_module
+from processes import ROOT, run_module
 
 from training import fit_vit, phases
+from training.__main__ import parse
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
 from training.controls import narrower
@@ -125,6 +128,17 @@ def test_effect_by_hand() -> None:
     assert found.compute_fraction == pytest.approx(0.8)
 
 
+def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
+    def contexts(*flags: str) -> list[str]:
+        return list(parse(["all", "--out", "run", *flags]).profiles.contexts)
+
+    assert contexts("--profiles.steps", "3") == ["tops", "footwear", "rest"]
+    assert contexts("--profiles.contexts", '{"tops": ["Coat"]}') == ["tops"]
+    command = re.search(r"`(--preset fashion-mnist --data.dataset folder [^`]+)`", (ROOT / "README.md").read_text())
+    assert command
+    assert contexts(*shlex.split(command[1])) == [], "a folder has not the labels of Fashion-MNIST"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -134,6 +148,7 @@ def test_effect_by_hand() -> None:
         (["vit", "--vit.model", "no_such_model"], "vit.model is 'no_such_model'"),
         (["vit", "--data.dataset", "folder", "--data.root", "nowhere"], "data.root is nowhere; allowed: a folder of"),
         (["vit", "--data.image-size", "32"], "fashion-mnist is 28 x 28 and grey; allowed: image_size 28"),
+        (["vit", "--profiles.contexts", '{"pets": ["Cat"]}'], "profiles.contexts['pets'] names ['Cat']; allowed: one"),
         (["sae"], "vit.json is missing: run the step 'vit' first"),
         (["report"], "results.json is missing: run the step 'evaluate' first"),
     ],

@@ -11,7 +11,7 @@ from training import data, processes
 from training.checkpoint import Run, RunError
 from training.config import STEPS, Settings
 from training.controls import fit_controls
-from training.fit_profiles import fit_profiles, load_profiles
+from training.fit_profiles import fit_profiles, load_profiles, targets_of
 from training.fit_sae import fit_sae, load_sae
 from training.fit_vit import fit_vit, load_vit
 from training.gated_vit import UnsupportedModel
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(settings.threads)
     try:
         images = data.load(settings.data, settings.seed)
+        targets_of(images.labels, settings.profiles.contexts)  # before hours of training
         for step in STEPS if settings.step == "all" else (settings.step,):
             run_step(step, settings, images, Run(settings.out))
     except (data.DataError, RunError, UnsupportedModel) as error:

@@ -211,7 +211,8 @@ class ProfileSettings(Group):
     learning_rate: float = Field(0.05, gt=0)
     """Adam."""
     contexts: dict[str, tuple[str, ...]] = {}
-    """Further targets, each a set of labels, as JSON: {"footwear": ["Sandal", "Sneaker", "Ankle boot"]}."""
+    """Further targets, each a set of labels, as JSON: {"footwear": ["Sandal", "Sneaker", "Ankle boot"]}. They replace
+    those of the preset; {}: none."""
     sparsity: float = Field(2e-3, ge=0)
     """Weight of the L1 norm of the changes (in units of each latent's own scale)."""
     min_effect: float = Field(0.02, ge=0)
@@ -270,10 +271,16 @@ class Settings(BaseSettings):
 
 
 class PresetSource(PydanticBaseSettingsSource):
-    """The values of the preset that the sources before this one (the command line) name."""
+    """The values of the preset that the sources before this one (the command line) name.
+
+    Contexts that they give are all there are; other values are merged setting by setting.
+    """
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         raise AssertionError("values are given as a whole by __call__")
 
     def __call__(self) -> dict[str, Any]:
-        return PRESETS.get(self.current_state.get("preset", "fashion-mnist"), {})
+        preset = PRESETS.get(self.current_state.get("preset", "fashion-mnist"), {})
+        if "contexts" not in self.current_state.get("profiles", {}):
+            return preset
+        return {**preset, "profiles": {k: v for k, v in preset.get("profiles", {}).items() if k != "contexts"}}
