@@ -19,6 +19,8 @@ from service.metrics import Metrics
 log = logging.getLogger("steervit.requests")
 MAX_SENTENCE = 620
 """Characters; at 12 bytes each, percent-encoded, they fit the 8 kB that gRPC allows."""
+SLACK = 0.05, 0.01
+"""Seconds, and share of the time that a call has: by so much gRPC may round its deadline up on the way here."""
 Call = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -44,7 +46,8 @@ class Guard:
 
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         async def guarded(message: bytes, context: Any) -> Any:
-            start, code = time.perf_counter(), "OK"
+            start, code, answered = time.perf_counter(), "OK", True
+            allowed = context.time_remaining()
             self.accepted += 1
             self._metrics.in_flight.inc()
             try:
@@ -53,7 +56,7 @@ class Guard:
                 code = STATUS[type(error)].name
                 await context.abort(STATUS[type(error)], _sentence(error), _trailers(error))
             except asyncio.CancelledError:
-                code = "CANCELLED"
+                code, answered = "DEADLINE_EXCEEDED" if _is_over(context, allowed) else "CANCELLED", False
                 raise
             except Exception:
                 code, name = "INTERNAL", _request_id(context)
@@ -63,13 +66,18 @@ class Guard:
             finally:
                 seconds = time.perf_counter() - start
                 self._metrics.in_flight.dec()
-                self.answered += code != "CANCELLED"
+                self.answered += answered
                 self._metrics.request(path, code, seconds)
                 if log.isEnabledFor(logging.DEBUG):
                     said = {"method": path, "code": code, "seconds": seconds, "request_id": _request_id(context)}
                     log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", said, extra=said)
 
         return guarded
+
+
+def _is_over(context: Any, allowed: float | None) -> bool:
+    """Whether the deadline of a call that had so many seconds has passed: then gRPC cancels it, as a client may too."""
+    return allowed is not None and context.time_remaining() <= SLACK[0] + SLACK[1] * allowed
 
 
 def _parsed(message: bytes, kind: Any) -> Any:
