@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import Outputs, joined
-from service.errors import Expired, Overloaded, Stopping
+from service.errors import Expired, InvalidRequest, Overloaded, Stopping
 from service.steering import Steering, stack
 from training.steering import SteeringArrays
 
@@ -115,9 +115,14 @@ class Batcher:
     ) -> Answer:
         """images (B, height, width, channels), any B >= 1. Cancelling drops what has not been run yet.
 
-        Raises Overloaded when the queue has no room for all, Expired when the deadline passes first, and Stopping
-        after close.
+        Raises InvalidRequest for more images than the queue ever takes, Overloaded when it has no room for all now,
+        Expired when the deadline passes first, and Stopping after close.
         """
+        if len(images) > self._max_queue:
+            raise InvalidRequest(
+                f"images are {len(images)} to run (in Compare each twice); allowed: {self._max_queue}, "
+                "as many as may wait"
+            )
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         step = self._max_batch

@@ -173,7 +173,7 @@ class Model:
                 pixels = pixels[list(order)]
             answer = await self.batcher.submit(pixels, steering, deadline, residual)
         except Overloaded:
-            self._metrics.dropped("queue_full", len(images))
+            self._metrics.dropped("queue_full", len(order))
             raise
         finally:
             self._in_flight -= 1

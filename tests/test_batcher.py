@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.batcher import Answer, Batcher, BatchStats
 from service.engine import Engine, Outputs
-from service.errors import Expired, Overloaded, Stopping
+from service.errors import Expired, InvalidRequest, Overloaded, Stopping
 from service.steering import Steering, resolve
 from training.steering import NEUTRAL, SteeringArrays, SteeringTerm
 
@@ -130,6 +130,8 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="20 images wait already and 1 are given; allowed: 20 together"):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+        with pytest.raises(InvalidRequest, match=r"images are 21 to run .*; allowed: 20, as many as may wait"):
+            await parts.batcher.submit(sample_pixels[:21], steerings[0], math.inf)
         parts.engine.open.set()
         assert len((await first).outputs.logits) == 8
         assert len((await waiting).outputs.logits) == 20

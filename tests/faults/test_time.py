@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.bundle import Bundle
+from service.pb import steering_pb2 as pb
+from service.pb.steering_pb2_grpc import SteeringServiceStub
 from tests.faults.conftest import Undisturbed
-from tests.faults.listed import fault
+from tests.faults.listed import STEERING, fault
 from tests.faults.protocols import PROTOCOLS, UNLIMITED, V1, Protocol
 from tests.processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
 
@@ -125,7 +127,8 @@ def test_a_call_that_is_cancelled_in_flight_leaves_its_batch_to_the_others(
 @both(
     "time: queue full",
     "RESOURCE_EXHAUSTED: `... images wait already and 60 are given; allowed: 64 together. Try again later`, RetryInfo, "
-    "`grpc-retry-pushback-ms`",
+    "`grpc-retry-pushback-ms`; INVALID_ARGUMENT: `images are 65 to run ...; allowed: 64, as many as may wait` to a "
+    "call that never fits",
 )
 def test_a_full_queue_says_when_to_try_again(
     protocol: Protocol, many: NDArray[np.uint8], undisturbed: Undisturbed
@@ -143,6 +146,29 @@ def test_a_full_queue_says_when_to_try_again(
             assert int(trailers["grpc-retry-pushback-ms"]) > 0
             assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
             assert dropped(server, "queue_full") >= 60 * codes.count("RESOURCE_EXHAUSTED")
+            never = call.future(protocol.request(many[:65]), timeout=60)
+            assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert never.details().startswith("images are 65 to run")
+    finally:
+        assert stop_server(server) == 0
+
+
+@fault("time: queue full", "the same of Compare, which runs each image twice", STEERING)
+def test_images_that_are_run_twice_count_twice(many: NDArray[np.uint8], undisturbed: Undisturbed) -> None:
+    server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            compare = SteeringServiceStub(channel).Compare  # type: ignore[no-untyped-call]
+            request = pb.CompareRequest(images=V1.request(many[:33]).images)
+            with undisturbed(server):
+                never = compare.future(request, timeout=60)
+                assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert never.details().startswith("images are 66 to run (in Compare each twice); allowed: 64")
+            del request.images[32]
+            calls = [compare.future(request, timeout=60) for _ in range(5)]
+            refused = [each.code().name for each in calls].count("RESOURCE_EXHAUSTED")
+            assert refused > 0
+            assert dropped(server, "queue_full") == 64 * refused
     finally:
         assert stop_server(server) == 0
 
