@@ -75,7 +75,7 @@ Result = tuple[Outputs, float] | Exception
 class Batcher:
     """`submit` from the event loop; inference happens in a thread of its own.
 
-    on_batch, on_drop(reason, images): called from that thread.
+    on_batch: called from that thread; on_drop(reason, images): from either.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class Batcher:
         self._queued = 0
         self._seconds_an_image = 0.0
         """Of late: how long what waits will take."""
+        self._cancelled = False
+        """Whether a call was, since the queue was last looked through."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
@@ -135,6 +137,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
+            if self._queued + len(images) > self._max_queue and self._cancelled:
+                self._drop_finished()
             if self._queued + len(images) > self._max_queue:
                 raise Overloaded(
                     f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
@@ -150,6 +154,7 @@ class Batcher:
         except BaseException:
             for future in futures:
                 future.cancel()
+            self._cancelled = True
             raise
         return Answer(joined([outputs for outputs, _ in parts]), max(waited for _, waited in parts))
 
@@ -222,7 +227,7 @@ class Batcher:
 
     def _drop_finished(self) -> None:
         """Take out what nobody waits for any more: cancelled calls, and those whose deadline has passed."""
-        now = time.monotonic()
+        now, self._cancelled = time.monotonic(), False
         kept: deque[_Piece] = deque()
         for piece in self._queue:
             expired = piece.deadline <= now

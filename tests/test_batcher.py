@@ -166,6 +166,28 @@ def test_cancelled_and_expired_calls_are_dropped_before_inference(
     assert [stats.images for stats in parts.batches] == [8, 1]
 
 
+def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        kept = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
+        await asyncio.sleep(0)
+        assert not kept.done(), "the batch before is under way still"
+        parts.engine.open.set()
+        assert len((await kept).outputs.logits) == 20
+        assert len((await first).outputs.logits) == 8
+
+    asyncio.run(scenario())
+    assert parts.drops == [("cancelled", 20)]
+
+
 def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_one(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
