@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     max_profile_series: int = Field(200, ge=0)
     """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
     decode_threads: int = Field(2, ge=1)
-    """Threads that decode images."""
+    """Threads that decode images, and make explanations and large answers."""
     drain_delay_seconds: float = Field(0.5, ge=0)
     """After SIGTERM, how long calls are still taken, while clients that watch the server's health turn to others."""
     drain_seconds: float = Field(20, ge=0)

@@ -31,14 +31,15 @@ class Guard:
         """Calls whose handler was entered, and those of them that were not cancelled before they had an answer."""
 
     def handler(self, servicer: Any, service: Any) -> grpc.GenericRpcHandler:
-        """servicer: with a coroutine method(request, context) for each method of `service`, a service descriptor."""
+        """servicer: with a coroutine method(request, context) for each method of `service`, a service descriptor. It
+        returns a message, or the bytes of one."""
         paths = {method: f"/{service.full_name}/{method.name}" for method in service.methods}
         self._metrics.known_methods(list(paths.values()))
         # messages are read in `guarded`, so that what cannot be read is answered and counted like any bad request
         methods: dict[str, Any] = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(getattr(servicer, method.name), path, GetMessageClass(method.input_type)),
-                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+                response_serializer=_written,
             )
             for method, path in paths.items()
         }
@@ -88,6 +89,11 @@ def _parsed(message: bytes, kind: Any) -> Any:
             f"the request is not a {kind.DESCRIPTOR.full_name} message ({len(message)} bytes that cannot be read); "
             "allowed: its binary form"
         ) from error
+
+
+def _written(answer: Any) -> bytes:
+    written: bytes = answer if isinstance(answer, bytes) else answer.SerializeToString()
+    return written
 
 
 def _sentence(error: RequestError) -> str:

@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +28,9 @@ from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
 """Steerings kept: profile x strength."""
-DECODE_SECONDS = 0.01
-"""How long a call decodes before it is another's turn."""
+SLICE_SECONDS = 0.01
+"""How long a request has a thread of the pool before it is another's turn."""
+T = TypeVar("T")
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 """uint8 (B, height, width, channels), or a decoder an image, each of which gives one."""
 
@@ -117,14 +120,20 @@ class Model:
         residual = answer.outputs.residual
         assert residual is not None
 
-        def explain() -> list[list[Explanation]]:
-            rows = [steering.rows(slice(i, i + 1)).arrays for i in range(len(images))]
-            return [
-                [self._explainer.explain(site, at_site, row, latents) for site, at_site in enumerate(of_image)]
-                for of_image, row in zip(residual, rows, strict=True)
-            ]
+        def explain(image: int) -> list[Explanation]:
+            row = steering.rows(slice(image, image + 1)).arrays
+            return [self._explainer.explain(site, x, row, latents) for site, x in enumerate(residual[image])]
 
-        return answer, await asyncio.get_running_loop().run_in_executor(self._pool, explain)
+        return answer, await self.in_turns([partial(explain, image) for image in range(len(images))])
+
+    async def in_turns(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """What they return. In the pool, a slice of time after the other: requests take turns, and one whose client has
+        gone is left."""
+        loop = asyncio.get_running_loop()
+        done: list[T] = []
+        while len(done) < len(calls):
+            done += await loop.run_in_executor(self._pool, _some, calls[len(done) :])
+        return done
 
     def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
         """What a request asks for, checked (service/steering.py). A profile at a strength is worked out once."""
@@ -166,7 +175,7 @@ class Model:
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
         start, decoded, answer = time.perf_counter(), None, None
         try:
-            pixels = images if isinstance(images, np.ndarray) else await self._decode(images)
+            pixels = images if isinstance(images, np.ndarray) else np.stack(await self.in_turns(images))
             decoded = time.perf_counter() - start
             self._metrics.decoded(decoded)
             if len(order) > len(pixels):
@@ -180,14 +189,6 @@ class Model:
             self.statistics.call(time.perf_counter() - start, decoded, answer)
         return answer
 
-    async def _decode(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-        """In the pool, a slice of time after the other: calls take turns, and one whose client has gone is left."""
-        loop = asyncio.get_running_loop()
-        decoded: list[NDArray[np.uint8]] = []
-        while len(decoded) < len(decoders):
-            decoded += await loop.run_in_executor(self._pool, _decode_some, decoders[len(decoded) :])
-        return np.stack(decoded)
-
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
         if not self._shadow_fraction or not (steering.profile or steering.custom):
@@ -197,14 +198,14 @@ class Model:
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
 
-def _decode_some(decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> list[NDArray[np.uint8]]:
-    """The first of them, one or more: as many as DECODE_SECONDS allow."""
-    end, decoded = time.perf_counter() + DECODE_SECONDS, []
-    for decode in decoders:
-        decoded.append(decode())
+def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What the first of them return, one or more: as many as SLICE_SECONDS allow."""
+    end, done = time.perf_counter() + SLICE_SECONDS, []
+    for call in calls:
+        done.append(call())
         if time.perf_counter() > end:
             break
-    return decoded
+    return done
 
 
 def _label(steering: Steering) -> str:

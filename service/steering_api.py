@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from export.bundle import Manifest
@@ -25,6 +26,8 @@ from training.steering import SteeringError, SteeringProfile, SteeringTerm, dige
 Context = grpc.aio.ServicerContext[Any, Any]
 Request = pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest
 MAX_LATENTS = 100
+MESSAGES = 2000
+"""Within an answer, that are made at a time: some milliseconds."""
 
 
 class SteeringService(SteeringServiceServicer):
@@ -32,36 +35,48 @@ class SteeringService(SteeringServiceServicer):
         self._repository, self._settings = repository, settings
         self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
 
-    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         model, images, steering, top_k = self._read(request)
         answer = await model.predict(images, steering, context.time_remaining())
-        return pb.PredictResponse(
-            predictions=predictions(model.bundle.manifest, answer.outputs, top_k),
-            receipt=receipt(model, steering, answer),
-        )
+        manifest, outputs = model.bundle.manifest, answer.outputs
 
-    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
+        def part(rows: slice) -> pb.PredictResponse:
+            return pb.PredictResponse(predictions=predictions(manifest, outputs.rows(rows), top_k))
+
+        end = pb.PredictResponse(receipt=receipt(model, steering, answer))
+        return await written(model, len(images), _messages(manifest, top_k), part, end)
+
+    async def Compare(self, request: pb.CompareRequest, context: Context) -> bytes:
         model, images, steering, top_k = self._read(request)
         pair = await model.compare(images, steering, context.time_remaining())
-        return pb.CompareResponse(
-            comparisons=comparisons(model.bundle.manifest, pair[0].outputs, pair[1].outputs, top_k),
-            receipt=receipt(model, steering, pair[1]),
-        )
+        manifest = model.bundle.manifest
 
-    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+        def part(rows: slice) -> pb.CompareResponse:
+            unsteered, steered = (answer.outputs.rows(rows) for answer in pair)
+            return pb.CompareResponse(comparisons=comparisons(manifest, unsteered, steered, top_k))
+
+        end = pb.CompareResponse(receipt=receipt(model, steering, pair[1]))
+        return await written(model, len(images), 2 * _messages(manifest, top_k), part, end)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> bytes:
         model, images, steering, top_k = self._read(request)
         if not 0 <= request.latents <= MAX_LATENTS:
             raise InvalidRequest(f"latents is {request.latents}; allowed: 0 (10) to {MAX_LATENTS}")
         answer, explained = await model.explain(images, steering, context.time_remaining(), request.latents or 10)
-        manifest = model.bundle.manifest
-        made = predictions(manifest, answer.outputs, top_k)
-        return pb.ExplainResponse(
-            explanations=[
-                pb.ImageExplanation(prediction=prediction, sites=sites(manifest, of_image))
-                for prediction, of_image in zip(made, explained, strict=True)
-            ],
-            receipt=receipt(model, steering, answer),
-        )
+        manifest, outputs = model.bundle.manifest, answer.outputs
+
+        def part(rows: slice) -> pb.ExplainResponse:
+            made = predictions(manifest, outputs.rows(rows), top_k)
+            return pb.ExplainResponse(
+                explanations=[
+                    pb.ImageExplanation(prediction=prediction, sites=sites(manifest, of_image))
+                    for prediction, of_image in zip(made, explained[rows], strict=True)
+                ]
+            )
+
+        told = sum(len(found.latent) for found in explained[0])
+        end = pb.ExplainResponse(receipt=receipt(model, steering, answer))
+        return await written(model, len(images), _messages(manifest, top_k) + told, part, end)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._repository.get(request.model, request.version)
@@ -153,6 +168,24 @@ class SteeringService(SteeringServiceServicer):
                 raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
         strength = asked.strength if asked.HasField("strength") else 1.0
         return model.steering(asked.profile, terms, strength, asked.gates_sae_digest)
+
+
+async def written(model: Model, images: int, each: int, part: Callable[[slice], Message], end: Message) -> bytes:
+    """An answer's bytes: those of its parts, one after the other. part: makes the part of some of the images; each:
+    messages in it for an image. A large answer is made in the pool, in turns, so that it holds up no other call."""
+    step = max(1, MESSAGES // each)
+    parts = [partial(_bytes_of, part, slice(first, first + step)) for first in range(0, images, step)]
+    made = await model.in_turns(parts) if len(parts) > 1 else [parts[0]()]
+    return b"".join((*made, end.SerializeToString()))
+
+
+def _bytes_of(part: Callable[[slice], Message], rows: slice) -> bytes:
+    return part(rows).SerializeToString()
+
+
+def _messages(manifest: Manifest, top_k: int) -> int:
+    """In a prediction."""
+    return 1 + top_k + len(manifest.gated_blocks)
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:

@@ -22,6 +22,7 @@ from tests.faults.conftest import Undisturbed
 from tests.faults.listed import STEERING, fault
 from tests.faults.protocols import PROTOCOLS, UNLIMITED, V1, Protocol
 from tests.processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
+from training.steering import SteeringTerm
 
 BATCH = 32
 FLAGS = ("--max-batch", str(BATCH), "--threads", "1", "--max-images", "300", "--max-queue", "4096")
@@ -212,6 +213,30 @@ def test_large_photographs_do_not_hold_up_small_files(
         one = (time.monotonic() - start) / (large * photographs)
     assert len(waits) >= 3
     assert max(waits) < 3 * (large + 1) * one, "one of each and those under way, thrice for a noisy machine"
+
+
+@fault(
+    "time: priority inversion", "a call that is small waits for a piece of each large answer that is made, not for all"
+)
+def test_large_answers_do_not_hold_up_small_calls(slow: ServerProcess, many: NDArray[np.uint8]) -> None:
+    """Without images of their own: they need nothing but the event loop."""
+    terms = {site: tuple(SteeringTerm(latent, 0.5) for latent in range(100)) for site in range(5)}
+    plain = V1.request(many, terms=terms)
+    request = pb.ExplainRequest(images=plain.images, steering=plain.steering, latents=100)
+    with grpc.insecure_channel(slow.address, UNLIMITED) as channel, grpc.insecure_channel(slow.address) as other:
+        explain = channel.unary_unary("/steering.v1.SteeringService/Explain", pb.ExplainRequest.SerializeToString)
+        get = SteeringServiceStub(other).GetProfile  # type: ignore[no-untyped-call]
+        start, waits = time.monotonic(), []
+        large = explain.future(request, timeout=60)
+        while not large.done():
+            asked = time.monotonic()
+            get(pb.GetProfileRequest(name="Bag"), timeout=30)
+            waits.append(time.monotonic() - asked)
+        seconds = time.monotonic() - start
+    found = pb.ExplainResponse.FromString(large.result())
+    assert [len(e.sites[0].latents) >= 100 for e in found.explanations] == [True] * 300
+    assert found.receipt.model == "fashion_mnist"
+    assert max(waits) < seconds / 10
 
 
 def holding(server: ServerProcess, calls: int, images: int) -> "subprocess.Popen[str]":
