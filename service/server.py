@@ -160,7 +160,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     size, ping = settings.max_message_mb * 2**20, round(1000 * settings.keepalive_seconds)
     options = [
         ("grpc.max_receive_message_length", size),
-        ("grpc.max_send_message_length", size),
+        ("grpc.max_send_message_length", -1),  # an answer that is made is sent
         ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.http.overload_protection", 0),  # it also refuses calls of clients that keep to the limit
         ("grpc.so_reuseport", 0),

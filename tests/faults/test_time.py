@@ -26,6 +26,7 @@ from training.steering import SteeringTerm
 
 BATCH = 32
 FLAGS = ("--max-batch", str(BATCH), "--threads", "1", "--max-images", "300", "--max-queue", "4096")
+FLAGS += ("--max-message-mb", "4")
 
 
 def both(name: str, sees: str) -> Any:
@@ -234,6 +235,7 @@ def test_large_answers_do_not_hold_up_small_calls(slow: ServerProcess, many: NDA
             waits.append(time.monotonic() - asked)
         seconds = time.monotonic() - start
     found = pb.ExplainResponse.FromString(large.result())
+    assert found.ByteSize() > 4 * 2**20, "what a message may have at most limits requests only"
     assert [len(e.sites[0].latents) >= 100 for e in found.explanations] == [True] * 300
     assert found.receipt.model == "fashion_mnist"
     assert max(waits) < seconds / 10
