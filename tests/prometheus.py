@@ -20,6 +20,8 @@ from processes import ROOT, until
 ALERTS = ROOT / "deploy" / "alerts"
 DASHBOARDS = ROOT / "deploy" / "dashboards"
 RULE_FILES = [ALERTS / "recording.yaml", ALERTS / "alerts.yaml"]
+JOB = "prod/steervit"
+"""As the PodMonitor of deploy/kubernetes makes it of the namespace."""
 Labels = frozenset[tuple[str, str]]
 
 
@@ -128,9 +130,9 @@ def panels(name: str) -> list[Any]:
 
 
 def filled_in(expr: str, profile: str, seconds: float) -> str:
-    """An expression with the variables as Grafana fills them in: `All` of each, one profile, a time range."""
+    """An expression with the variables as Grafana fills them in: a job, a profile, a time range; `All` of the rest."""
     values = {
         "__range": f"{seconds:.0f}s", "__rate_interval": "4s",
-        "job": ".*", "model": "fashion_mnist", "version": ".*", "profile": profile,
+        "job": JOB, "model": "fashion_mnist", "version": ".*", "profile": profile,
     }  # fmt: skip
     return re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)

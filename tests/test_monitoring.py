@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from processes import MODELS, ServerProcess, start_server, stop_server, until
-from prometheus import RULE_FILES, Prometheus, alerts, dashboard, filled_in, panels, promtool, running
+from prometheus import JOB, RULE_FILES, Prometheus, alerts, dashboard, filled_in, panels, promtool, running
 
 from export.bundle import Bundle
 from service.client import Client
@@ -80,7 +80,7 @@ def ask(server: ServerProcess, samples: dict[str, list[bytes]], received: Receiv
 def run(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[bytes]]) -> Iterator[Run]:
     begun = time.time()
     server = start_server(MODELS, "--shadow-fraction", "0.5")
-    target = {"steervit": urlsplit(server.metrics_url).netloc}
+    target = {JOB: urlsplit(server.metrics_url).netloc}
     with running(tmp_path_factory.mktemp("prometheus"), target) as prometheus:
         until(lambda: bool(prometheus.query("steervit_images_total")))
         received = Received()
@@ -156,7 +156,7 @@ def test_every_variable_has_values_to_choose_from(name: str, run: Run) -> None:
         metric, _, label = variable["query"].removeprefix("label_values(").removesuffix(")").rpartition(", ")
         match = filled_in(metric, "Shirt", run.seconds)
         found[variable["name"]] = run.prometheus.get(f"label/{label}/values", **{"match[]": match})
-    assert found["job"] == ["steervit"]
+    assert found["job"] == [JOB]
     assert found["model"] == ["fashion_mnist"]
     if name == "heads":
         assert set(found["profile"]) >= {"none", "custom", "Shirt", "footwear"}

@@ -105,9 +105,11 @@ def test_faults_raise_their_alerts(
             try:
                 targets = {"steervit-ill": ill, "steervit-idle": idle}
                 addresses = {job: urlsplit(server.metrics_url).netloc for job, server in targets.items()}
-                prometheus.watch({"steervit-dead": dead, **addresses})
+                watched = {"steervit-dead": dead, **addresses}
+                prometheus.watch(watched)
                 until(lambda: "SteervitNoTraffic" in prometheus.raised(job="steervit-idle"), 40)
-                assert "SteervitAllTargetsDown" not in prometheus.raised()
+                dead_alone = {job: "SteervitAllTargetsDown" in prometheus.raised(job=job) for job in watched}
+                assert dead_alone == {"steervit-dead": True, "steervit-ill": False, "steervit-idle": False}
 
                 version = repository / "fashion_mnist" / "4"  # a version that does not work
                 shutil.copytree(bundle.folder, version)

@@ -182,6 +182,14 @@ def test_rules_and_dashboards_in_the_cluster_are_those_of_deploy() -> None:
         assert sum(map(len, each["data"].values())) < 2**20, "a ConfigMap holds 1 MiB"
 
 
+def test_each_namespace_is_a_job_of_its_own_whose_name_the_rules_know() -> None:
+    """Without a jobLabel the operator's label `job` is <namespace>/<name of the PodMonitor>."""
+    (monitor,) = of_kind(objects("components/monitoring"), "PodMonitor")
+    assert "jobLabel" not in monitor["spec"]
+    assert not any(end.get("relabelings") for end in monitor["spec"]["podMetricsEndpoints"])
+    assert re.fullmatch(".*steervit.*", monitor["metadata"]["name"])
+
+
 def test_the_example_of_a_profile_fits_the_committed_bundle(bundle: Bundle) -> None:
     folder = ProfileFolder(KUBERNETES / "components" / "profiles", Metrics(CollectorRegistry(), 0))
     assert folder.refresh([bundle])
