@@ -26,8 +26,8 @@ from training.steering import SteeringProfile, SteeringTerm, profiles_to_json
 RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text()
 CAUSED = {
     "SteervitTargetDown", "SteervitAllTargetsDown", "SteervitErrorBudgetBurnsFast", "SteervitErrorBudgetBurnsSlowly",
-    "SteervitSlow", "SteervitQueueSaturated", "SteervitImagesDropped", "SteervitNoTraffic", "SteervitModelNotLoaded",
-    "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
+    "SteervitSlow", "SteervitQueueSaturated", "SteervitImagesDropped", "SteervitImagesExpired", "SteervitNoTraffic",
+    "SteervitModelNotLoaded", "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
 }  # fmt: skip
 """By test_faults_raise_their_alerts. The others need hardware or days: tests.yaml alone tries them."""
 
@@ -59,18 +59,18 @@ def test_rules_fire_and_do_not_fire_in_made_up_histories() -> None:
 
 @contextmanager
 def load(server: ServerProcess, images: NDArray[np.uint8], calls: int) -> Iterator[None]:
-    """The images in so many calls at a time, refused or not."""
+    """The images in so many calls at a time, refused or not; every other one has a second to be answered in."""
     done = threading.Event()
 
-    def ask() -> None:
-        with Client(server.address) as client:
+    def ask(number: int) -> None:
+        with Client(server.address, timeout=1 if number % 2 else 30) as client:
             while not done.is_set():
                 try:
                     client.predict(list(images))
                 except grpc.RpcError:
                     time.sleep(0.1)
 
-    threads = [threading.Thread(target=ask) for _ in range(calls)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(calls)]
     for thread in threads:
         thread.start()
     try:
