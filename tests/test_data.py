@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,29 @@ def test_a_mapped_file_is_complete_or_absent(folder: Path, of_folder: Settings) 
     pixels.write_bytes(pixels.read_bytes()[:-1])
     with pytest.raises(DataError, match="was cut short: remove it"):
         load(settings, 0)
+
+
+def test_what_was_found_is_the_same_wherever_it_lies_until_an_image_or_label_is_another(
+    folder: Path, of_folder: Settings, tmp_path: Path
+) -> None:
+    found = load(of_folder(), 0).found
+    assert list(found) == ["training images"]
+    assert found["training images"].startswith("24 with the digest ")
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
+    for changes in ({"memory": "lazy"}, {"memory": "map"}, {"root": tmp_path / "copy"}, {"image_size": 12}):
+        assert load(of_folder(**changes), 1).found == found, changes
+    added = folder / "a" / "new.png"
+    picture(1).save(added)
+    assert load(of_folder(), 0).found["training images"].startswith("25 with the digest ")
+    added.unlink()
+    (folder / "a" / "03.bmp").rename(folder / "b" / "03.bmp")
+    assert load(of_folder(), 0).found != found
+    shards = write_shards(tmp_path / "shards")
+    of_both = load(of_shards(shards), 0).found
+    assert list(of_both) == ["training images", "test images"]
+    (shards / "validation-0.tar").write_bytes((shards / "validation-0.tar").read_bytes() + bytes(1024))
+    again = load(of_shards(shards), 0).found
+    assert (again["training images"] == of_both["training images"], again == of_both) == (True, False)
 
 
 def write_shards(root: Path, count: int = 20, said: int | None = None, broken: int | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from processes import ROOT, run_module
 
 from training import fit_vit, phases
-from training.__main__ import parse
+from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
 from training.controls import narrower
@@ -87,6 +88,39 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
         fit_vit.fit_vit(settings, data, Run(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["vit.json"]
     assert old.read_text() == '{"settings": {}, "result": {}}'
+
+
+def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An added image moves the split, so that images of the training would be in the test."""
+    settings = tiny(tmp_path)
+    data = load(settings.data, settings.seed)
+    more = replace(data, found={**data.found, "training images": "60001 with the digest 0"})
+    images = r"training images: 60000 with the digest \w{16} there, 60001 with the digest 0 now"
+    part = Run(tmp_path / "part")
+    model = fit_vit.build(TINY, data.spec, len(data.labels))
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    meta = {"phase": 3, "step": 0, "curves": [], "data": data.found}
+    part.write_tensors("backbone", model.state_dict())
+    part.write_state("vit", settings.fingerprint("vit"), tensors, meta)
+    with pytest.raises(RunError, match=rf"part/vit\.state\.safetensors was made with other images \({images}\)"):
+        fit_vit.fit_vit(settings, more, part)
+    fit_vit.fit_vit(settings, data, part)
+    fit_vit.check_images(part, data)
+    with pytest.raises(RunError, match=rf"part/vit\.json was made with other images \({images}\)\. Give the same"):
+        fit_vit.fit_vit(settings, more, part)
+    with pytest.raises(RunError, match=r"labels: 10 there, 11 now; not the same: 'Hat'"):
+        fit_vit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
+    old = part.info("vit")
+    old["result"]["data"] = more.found
+    part.write_json("vit.json", old)
+    for step in ("sae", "profiles", "controls", "evaluate"):
+        assert main([step, "--preset=smoke", "--out", str(part.folder)]) == 1
+        assert "vit.json was made with other images (training images: 60001" in capsys.readouterr().err
+    del old["result"]["data"]
+    part.write_json("vit.json", old)
+    fit_vit.check_images(part, more)
 
 
 def test_offsets_spare_the_first_image_and_most_others() -> None:

@@ -13,7 +13,7 @@ from training.config import STEPS, Settings
 from training.controls import fit_controls
 from training.fit_profiles import fit_profiles, load_profiles, targets_of
 from training.fit_sae import fit_sae, load_sae
-from training.fit_vit import fit_vit, load_vit
+from training.fit_vit import check_images, fit_vit, load_vit
 from training.gated_vit import UnsupportedModel
 from training.protocol import evaluate
 from training.report import write_report
@@ -55,6 +55,7 @@ def parse(arguments: list[str]) -> Settings:
 
 def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> None:
     """One step, in every process; the ones before it must be finished in the run folder."""
+    check_images(run, images)
     match step:
         case "vit":
             fit_vit(settings, images, run)

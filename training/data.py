@@ -4,7 +4,9 @@ Letters: B images, H height, W width, C channels.
 """
 
 import functools
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
@@ -32,6 +34,9 @@ class Data:
     """Held out of train: profiles are chosen on it."""
     test: Split
     """Read by `evaluate` alone."""
+    found: Mapping[str, str] = field(default_factory=dict)
+    """What was there before it was split: number and digest of the training images, and of the test images if the set
+    has its own. With the settings and the seed they decide which image is in which split."""
 
 
 def load(settings: DataSettings, seed: int) -> Data:
@@ -43,6 +48,11 @@ def load(settings: DataSettings, seed: int) -> Data:
     """
     labels, train, test = find(settings)
     _check_classes(settings, labels, train, test)
+    found = {
+        f"{name} images": f"{len(split)} with the digest {_digest(split)}"
+        for name, split in {"training": train, "test": test}.items()
+        if split is not None
+    }
     if test is None:
         held_out, rest = balanced(train.classes, settings.test_fraction, seed)
         train, test = train.take(rest), train.take(held_out)
@@ -66,7 +76,7 @@ def load(settings: DataSettings, seed: int) -> Data:
         measured = _mean_and_std(settings, splits["train"])
         mean, std = mean or measured[0], std or measured[1]
     try:
-        return Data(labels, image_spec(settings, mean, std), **splits)
+        return Data(labels, image_spec(settings, mean, std), found=found, **splits)
     except ValueError as error:
         raise DataError(f"data.mean, data.std: {error}") from error
 
@@ -89,6 +99,13 @@ def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split
                 f"{settings.dataset!r} has no {name} image of {', '.join(map(repr, empty[:5]))}{more}; "
                 "allowed: images of every label"
             )
+
+
+def _digest(split: Split) -> str:
+    """Of a whole data set; no file is read for it."""
+    digest = hashlib.sha256(split.classes.numpy())
+    digest.update(split.images.numpy() if isinstance(split.images, torch.Tensor) else split.contents.encode())
+    return digest.hexdigest()[:16]
 
 
 def _held(settings: DataSettings, split: Split, name: str) -> Split:

@@ -40,6 +40,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
     """Train, or go on training, the gated ViT; the finished model is in the run folder and is returned."""
     vit, fingerprint = settings.vit, settings.fingerprint("vit")
     if run.finished("vit", fingerprint):
+        check_images(run, data)
         return load_vit(run)
     phases = (
         Phase(0, "backbone", vit.backbone_epochs, vit.learning_rate, 0.0),
@@ -49,8 +50,10 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
     torch.manual_seed(settings.seed)
     model = build(vit, data.spec, len(data.labels)).to(processes.device())
     state = run.read_state("vit", fingerprint)
+    if state:
+        _check_images(run.folder / "vit.state.safetensors", state[1], data)
     if state is None and vit.backbone is not None:
-        model.load_state_dict(_shared_backbone(vit.backbone, settings), strict=False)
+        model.load_state_dict(_shared_backbone(vit.backbone, settings, data), strict=False)
     first = state[1]["phase"] if state else int(vit.backbone is not None)
     curves: list[dict[str, Any]] = state[1]["curves"] if state else []
     if state:  # it may have been saved after the last phase
@@ -64,7 +67,8 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
         if phase.index == 0:
             run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-        run.write_state("vit", fingerprint, tensors, {"phase": phase.index + 1, "step": 0, "curves": curves})
+        meta = {"phase": phase.index + 1, "step": 0, "curves": curves, "data": dict(data.found)}
+        run.write_state("vit", fingerprint, tensors, meta)
         processes.wait()
         state = run.read_state("vit", fingerprint)  # every process goes on from what process 0 has written
         assert state is not None
@@ -101,7 +105,30 @@ def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes
     return model.to(processes.device()).eval().requires_grad_(False)
 
 
-def _shared_backbone(folder: Path, settings: Settings) -> dict[str, Tensor]:
+def check_images(run: Run, data: Data) -> None:
+    """Raises RunError when the model of the run was trained on other images or labels: images that it has seen could
+    be in the test split. A run that has no model yet, or that was made before the images were written down, passes."""
+    if run.has("vit"):
+        _check_images(run.folder / "vit.json", run.info("vit")["result"], data)
+
+
+def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
+    """made: has `data` and `labels`, where they were written down."""
+    there, now = made.get("data", data.found), data.found
+    different = [name for name in sorted(there | now) if there.get(name) != now.get(name)]
+    changed = [f"{name}: {there.get(name)} there, {now.get(name)} now" for name in different]
+    labels = made.get("labels", list(data.labels))
+    if labels != list(data.labels):
+        apart = ", ".join(map(repr, sorted(set(labels) ^ set(data.labels))[:5])) or "their order"
+        changed.append(f"labels: {len(labels)} there, {len(data.labels)} now; not the same: {apart}")
+    if changed:
+        raise RunError(
+            f"{path} was made with other images ({'; '.join(changed)}). "
+            "Give the same images and labels, another --out, or remove that stage and those after it"
+        )
+
+
+def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, Tensor]:
     """The ungated model of another run. Raises RunError unless it was trained as this run would train its own."""
     run = Run(folder)
     stored = run.read_tensors("backbone")
@@ -111,6 +138,7 @@ def _shared_backbone(folder: Path, settings: Settings) -> dict[str, Tensor]:
     different = sorted(name for name in ours if theirs.get(name) != ours[name])
     if different:
         raise RunError(f"vit.backbone is {folder}, trained with another {', '.join(different)}")
+    check_images(run, data)
     # gates are the run's own: it may gate other blocks
     return {key: value for key, value in stored[0].items() if key.startswith("vit.")}
 
@@ -139,6 +167,7 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
     run.write_tensors("vit", model.state_dict())
     result = {
         "labels": list(data.labels),
+        "data": dict(data.found),
         "image": data.spec.to_json(),
         "gated_blocks": list(model.gated_blocks),
         "heads": model.heads,

@@ -71,7 +71,7 @@ def run_phase(
     )  # fmt: skip
     for step, batch in stream:
         if time.monotonic() - saved > settings.save_every:
-            meta = {"phase": phase.index, "step": step, "curves": curves}
+            meta = {"phase": phase.index, "step": step, "curves": curves, "data": dict(data.found)}
             run.write_state("vit", settings.fingerprint("vit"), _state(model, average.module, optimizer), meta)
             saved = time.monotonic()
         # a resumed step draws what it would have drawn; each process its own gate noise

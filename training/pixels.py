@@ -37,6 +37,8 @@ class Source(Protocol):
 
     def name(self, row: int) -> str: ...
 
+    def contents(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Pixels(ABC):
@@ -129,6 +131,8 @@ class Split:
     """uint8 (B, H, W, C): pixels as they enter the model. Pixels that are not in memory are read when indexed."""
     classes: torch.Tensor
     """int64 (B,): index into the labels."""
+    contents: str = ""
+    """Of a whole data set: a digest of what its images are, the same wherever they lie. Those in memory need none."""
 
     def __len__(self) -> int:
         return len(self.classes)

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,12 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
         raise DataError(f"data.memory is 'lazy'; allowed for {settings.dataset!r}: auto, map, memory")
     reader = dataset.reader
     shards = hasattr(reader, "split_info") and hasattr(reader.split_info, "filenames")
+    source: list[Any] = _shard_files(reader) if shards else [str(settings.root), reader.num_samples]
     made_for: dict[str, Any] = {
         "dataset": settings.dataset,
         "split": split,
         "keys": [settings.image_key, settings.label_key],
-        "source": _shard_files(reader) if shards else [str(settings.root), reader.num_samples],
+        "source": source,
     }
     spec = image_spec(settings)
     transform = eval_transform(spec)
@@ -59,7 +61,8 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
         if total is not None and count != total:
             raise DataError(f"{settings.dataset}, {split}: {count} images were read where the set says {total}")
 
-    return mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows())
+    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows())
+    return replace(found, contents=json.dumps([file[:2] for file in source] if shards else reader.num_samples))
 
 
 def _shard_files(reader: Any) -> list[list[Any]]:

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class Files:
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
+    def contents(self) -> str:
+        """A digest that changes with the files' sizes, and with their names below the folder that holds all."""
+        digest, root = hashlib.sha256(), os.path.commonpath(self.paths)
+        for path in self.paths:
+            digest.update(os.fsencode(f"{path.removeprefix(root)}\0{os.stat(path).st_size}\n"))
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -83,16 +90,21 @@ class Rows:
         reader = getattr(self.dataset, "reader", None)
         return str(reader.dataset._fingerprint if reader else len(self.dataset))
 
+    def contents(self) -> str:
+        """Their number: a fingerprint changes when the same set is downloaded again."""
+        return str(len(self.dataset))
+
 
 def _split(settings: DataSettings, split: str, source: Files | Rows, classes: torch.Tensor) -> Split:
     spec = image_spec(settings)
     pixels = LazyPixels(torch.arange(len(classes)), spec, source)
     if settings.memory != "map":
-        return Split(pixels, classes)
+        return Split(pixels, classes, source.contents())
     labelled = hashlib.sha256(classes.numpy().tobytes()).hexdigest()
     made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
     rows = zip(pixels.decoded(f"data: {split}"), classes.tolist(), strict=True)
-    return mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
+    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
+    return replace(found, contents=source.contents())
 
 
 def _folder(settings: DataSettings) -> Found:
