@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -476,6 +477,12 @@ def test_unusable_folders_are_named(folder: Path, of_folder: Settings, tmp_path:
         nonsense.write_bytes(b"nonsense")
         refused(r"a/nonsense\.jpg is not a readable image: cannot identify", memory=memory)
         nonsense.unlink()
+        for mode in ("I;16", "I", "F"):
+            deep = folder / "a" / "deep.png"
+            Image.new(mode, (20, 20), 40_000).save(deep, "TIFF")
+            wanted = re.escape(f"a/deep.png is not a readable image: the pixel format is {mode}; allowed: 8 bits")
+            refused(wanted, memory=memory)
+            deep.unlink()
     refused(r"label 'a' has too few images: none is left for the train split", test_fraction=0.89, max_train=10)
     refused(r"data\.mean, data\.std: image\.mean has 1 values; allowed: one per channel \(3\)", mean=(0.5,))
     refused(r"data\.root is nowhere; allowed: a folder of images", root=Path("nowhere"))

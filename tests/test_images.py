@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.errors import InvalidRequest
-from service.images import Limits, decode, from_raw
+from service.images import MODES, Limits, decode, from_raw
 from training.data import eval_transform
 from training.image_spec import ImageSpec
 
@@ -90,6 +90,16 @@ def test_what_is_not_a_usable_image_is_named(file: bytes, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode(file, spec(16, 16, 3, "bicubic"), LIMITS, "photo")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I;16B", "I", "F", "LAB"])
+def test_both_refuse_the_same_pixel_formats(mode: str) -> None:
+    image = Image.new(mode, (20, 20))
+    if mode in MODES:
+        assert eval_transform(spec(16, 16, 3, "bicubic"))(image).shape == (16, 16, 3)
+        return
+    with pytest.raises(ValueError, match=f"the pixel format is {mode}; allowed: 8 bits a channel"):
+        eval_transform(spec(16, 16, 3, "bicubic"))(image)
 
 
 def test_raw_pixels_must_have_the_models_size() -> None:

@@ -7,6 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+"""Pillow's names of the pixel formats that are read. Of more than 8 bits a channel it would make white."""
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError unless images of this pixel format are read."""
+    if mode not in MODES:
+        raise ValueError(f"the pixel format is {mode}; allowed: 8 bits a channel ({', '.join(MODES)})")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from tqdm import tqdm
 
 from training.config import DataSettings
-from training.image_spec import ImageSpec
+from training.image_spec import ImageSpec, check_mode
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -92,7 +92,7 @@ class LazyPixels(Pixels):
     def check(self, title: str) -> None:
         """Open every image without decoding it. Raises DataError with the name of the first that is none."""
         bar = tqdm(self.rows.tolist(), desc=title, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
-        deque(in_threads(self._decoder(lambda image: None), bar), maxlen=0)
+        deque(in_threads(self._decoder(lambda image: check_mode(image.mode)), bar), maxlen=0)
 
     def _decoder(self, transform: Callable[[Image.Image], R]) -> Callable[[int], R]:
         def decode(row: int) -> R:
@@ -207,7 +207,9 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """Turned as its EXIF says; grey (1 channel) or RGB (3), whatever it was."""
+    """Turned as its EXIF says; grey (1 channel) or RGB (3), whatever it was. Raises ValueError when it has more than 8
+    bits a channel."""
+    check_mode(image.mode)
     image = ImageOps.exif_transpose(image)
     if image.mode == "P" and "transparency" in image.info:  # as Pillow advises
         image = image.convert("RGBA")
