@@ -36,6 +36,7 @@ SCHEMA_VERSION = 2
 ATTENTIONS = ("dispatch", "masked", "compact")
 PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
 MOST = 2**53
 """Of what is counted: every whole number up to it is a float too."""
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
@@ -247,9 +248,11 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
 
 
 def load_golden(folder: Path, precision: str) -> Golden:
-    """Of the graphs of one precision. Raises BundleError when golden.npz cannot be read."""
+    """Of the graphs of one precision. Raises BundleError when golden.npz cannot be read or has no rows."""
     try:
         with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
+            if not len(arrays["image"]):
+                raise BundleError(f"{folder / 'golden.npz'}: image has 0 rows; allowed: 1 or more")
             return Golden(
                 {name: arrays[name] for name in INPUTS},
                 {name: arrays[f"{precision}.{name}"] for name in ("logits", "gate_logit")},
@@ -279,49 +282,52 @@ def is_bundle(folder: Path) -> bool:
 def versions(model_folder: Path) -> list[int]:
     """The versions in a model's folder, rising. Only folders whose name is a positive integer count."""
     names = [path.name for path in model_folder.iterdir() if path.is_dir()] if model_folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch(r"[1-9][0-9]{0,17}", name))
+    return sorted(int(name) for name in names if VERSION.fullmatch(name))
+
+
+def new_folder(repository: Path, name: str, version: int) -> Path:
+    """Where a new bundle goes. Raises BundleError unless name and version are allowed and that version is not there."""
+    if not NAME.fullmatch(name):
+        raise BundleError(f"name is {name!r}; allowed: {NAME.pattern}")
+    if not VERSION.fullmatch(str(version)):
+        raise BundleError(f"version is {version}; allowed: a positive integer of at most 18 digits")
+    folder = repository / name / str(version)
+    if folder.exists():
+        raise BundleError(f"{folder} is there already; allowed: another version")
+    return folder
 
 
 def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Write a new bundle; it appears under its name only when it is whole. Returns its folder.
 
-    manifest.files is filled in here. Raises BundleError when that version is there already.
+    manifest.files is filled in here. One writer of a model at a time: others wait. Raises BundleError when that version
+    is there already.
     """
-    folder = repository / manifest.name / str(manifest.version)
-    if folder.exists():
-        raise BundleError(f"{folder} is there already; allowed: another version")
+    folder = new_folder(repository, manifest.name, manifest.version)
     entries = {name: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
     value = {**manifest.to_json(), "files": {name: asdict(entry) for name, entry in entries.items()}}
     Manifest.from_json(json.loads(json.dumps(value)))
-    _remove_abandoned(folder)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    lock = os.open(temporary, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent, os.O_RDONLY)
     try:
-        for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
-            with open(temporary / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        os.rename(temporary, folder)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when a writer dies
+        new_folder(repository, manifest.name, manifest.version)  # not written by another one meanwhile
+        for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a writer that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+        temporary.mkdir()
+        try:
+            for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
+                with open(temporary / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
     return folder
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """What writers of this version left that were killed. A writer that lives holds a lock."""
-    for temporary in folder.parent.glob(f".{folder.name}.*"):
-        lock = os.open(temporary, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(temporary, ignore_errors=True)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(lock)
 
 
 def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int]) -> str:

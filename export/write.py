@@ -23,6 +23,7 @@ from export.bundle import (
     gates_sae_digest,
     golden_bytes,
     load_bundle,
+    new_folder,
     versions,
     write_bundle,
 )
@@ -80,10 +81,14 @@ class _Source:
 
 
 def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
-    """Write the bundle of a run and read it back. Raises ExportError when a graph does not match PyTorch."""
+    """Write the bundle of a run and read it back.
+
+    Raises BundleError when name or version are not allowed or taken, ExportError when a graph does not match PyTorch.
+    """
+    version = max(versions(repository / wanted.name), default=0) + 1 if wanted.version is None else wanted.version
+    new_folder(repository, wanted.name, version)  # known to be free before any work
     source = _read(run, wanted)
     model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
-    version = wanted.version or max(versions(repository / wanted.name), default=0) + 1
     metadata = {"model": wanted.name, "version": str(version), "labels": json.dumps(source.labels)}
     with TemporaryDirectory() as folder:
         graphs, golden = _graphs(source, wanted, metadata, Path(folder))

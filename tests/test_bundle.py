@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,35 @@ def test_an_existing_version_is_not_overwritten(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="is there already; allowed: another version"):
         write_bundle(bundle.folder.parent.parent, bundle.manifest, files)
     assert load_bundle(bundle.folder).digest == before
+
+
+def test_of_many_writers_of_one_version_one_writes_it_and_the_others_are_told(bundle: Bundle, tmp_path: Path) -> None:
+    files = {name: (bundle.folder / name).read_bytes() for name in bundle.manifest.files}
+    start = threading.Barrier(4)
+
+    def write(_: int) -> str:
+        start.wait()
+        try:
+            return str(write_bundle(tmp_path, bundle.manifest, files))
+        except BundleError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        said = sorted(pool.map(write, range(4)))
+    folder = tmp_path / "fashion_mnist" / str(bundle.manifest.version)
+    assert said == [str(folder), *[f"{folder} is there already; allowed: another version"] * 3]
+    assert load_bundle(folder).digest == bundle.digest
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_golden_rows_there_must_be(copy: Path) -> None:
+    golden = dict(np.load(copy / "golden.npz"))
+    rows = {name: value[:0] if value.ndim else value for name, value in golden.items()}
+    np.savez(copy / "golden.npz", **rows)
+    replace_file(copy, "golden.npz", (copy / "golden.npz").read_bytes())
+    for check in (verify, lambda folder: Engine(load_bundle(folder), "cpu", 1)):
+        with pytest.raises(BundleError, match=r"golden\.npz: image has 0 rows; allowed: 1 or more"):
+            check(copy)
 
 
 def test_a_written_bundle_is_read_back_and_nothing_else_is_left(bundle: Bundle, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from processes import run_module
+from processes import MODELS, run_module
 
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, FileEntry, load_bundle
@@ -96,6 +96,22 @@ def test_unknown_graphs_are_refused_before_anything_is_done(
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--name", "../x"), "name is '../x'; allowed: [A-Za-z0-9]"),
+        (("--name", "x", "--version", "0"), "version is 0; allowed: a positive integer"),
+        (("--name", "fashion_mnist", "--version", "3"), "fashion_mnist/3 is there already; allowed: another version"),
+    ],
+)
+def test_names_and_versions_are_refused_before_the_run_is_read(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = run_module("export", str(tmp_path / "no-run"), str(MODELS), *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) -> None:
