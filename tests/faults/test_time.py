@@ -25,8 +25,7 @@ from tests.processes import MODELS, ROOT, ServerProcess, start_server, stop_serv
 from training.steering import SteeringTerm
 
 BATCH = 32
-FLAGS = ("--max-batch", str(BATCH), "--threads", "1", "--max-images", "300", "--max-queue", "4096")
-FLAGS += ("--max-message-mb", "4")
+FLAGS = ("--max-batch", str(BATCH), "--threads=1", "--max-images=300", "--max-queue=4096", "--max-message-mb=4")
 
 
 def both(name: str, sees: str) -> Any:
