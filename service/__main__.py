@@ -72,7 +72,7 @@ async def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
     print(
-        f"ready: grpc {settings.host}:{server.port}, metrics http://{settings.host}:{server.metrics_port}/metrics",
+        f"ready: grpc {settings.url_host}:{server.port}, metrics http://{settings.url_host}:{server.metrics_port}/metrics",
         flush=True,
     )
     logging.getLogger("steervit").info(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     versions: str = Field("latest", pattern=r"^(latest|latest:[1-9][0-9]?|all|[1-9][0-9]*(,[1-9][0-9]*)*)$")
     """Versions of each model to serve: `latest`, `latest:2`, `all` or `1,3`; and those that labels.json names."""
     host: str = "127.0.0.1"
-    """Address to listen on, of both ports."""
+    """Address to listen on, of both ports; IPv6 too, such as ::1, or :: for all."""
     port: int = Field(8001, ge=0, le=65535)
     """gRPC; 0: any free port."""
     metrics_port: int = Field(8002, ge=0, le=65535)
@@ -91,6 +91,16 @@ class Settings(BaseSettings):
     """Of the log on standard error; debug: with a line for each request."""
     log_format: Literal["text", "json"] = "text"
     """json: an object a line, that of a request with its method, status, seconds and request_id (x-request-id)."""
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host.removeprefix("[").removesuffix("]")
+
+    @property
+    def url_host(self) -> str:
+        """In front of a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> "Settings":

@@ -1,6 +1,7 @@
 """The HTTP pages beside gRPC: /metrics, /livez, /readyz."""
 
 import logging
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable
@@ -25,6 +26,10 @@ class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 128
     """Connections that wait to be accepted; of the 5 that are the default, probes would be turned away."""
+
+
+class _Version6(_ThreadingWSGIServer):
+    address_family = socket.AF_INET6
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -52,8 +57,9 @@ class Pages:
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [f"{status[4:]}\n".encode()]
 
+        kind = _Version6 if ":" in host else _ThreadingWSGIServer
         try:
-            self._http = make_server(host, port, app, _ThreadingWSGIServer, _QuietHandler)
+            self._http = make_server(host, port, app, kind, _QuietHandler)
         except OSError as error:
             raise OSError(f"metrics port {port} of {host} cannot be listened on: {error.strerror}") from error
         self.port = self._http.server_port

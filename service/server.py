@@ -97,7 +97,7 @@ class Server:
             self._server,
         )
         try:
-            address = f"{settings.host}:{settings.port}"
+            address = f"{settings.url_host}:{settings.port}"
             if settings.tls_certificate:
                 self.port = self._server.add_secure_port(address, Certificates(settings).credentials())
             else:

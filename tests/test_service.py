@@ -1,5 +1,6 @@
 """The real server process with the committed bundle, over real channels."""
 
+import socket
 import subprocess
 import sys
 
@@ -172,6 +173,22 @@ def test_a_single_bundle_folder_is_served_and_settings_come_from_the_environment
             assert len(client.predict(samples["Bag"][:2]).predictions) == 2
             with pytest.raises(grpc.RpcError, match="images has 3 entries; allowed: 1 to 2"):
                 client.predict(samples["Bag"][:3])
+    finally:
+        assert stop_server(server) == 0
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_the_server_listens_on_an_address_of_ipv6(host: str, samples: dict[str, list[bytes]]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    server = start_server(MODELS, "--host", host)
+    try:
+        assert server.address.startswith("[::1]:")
+        assert server.page("readyz") == "OK\n"
+        with Client(server.address) as client:
+            assert len(client.predict(samples["Bag"][:2]).predictions) == 2
     finally:
         assert stop_server(server) == 0
 
