@@ -84,7 +84,7 @@ class Server:
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
-        """Raises OSError when a port is taken."""
+        """Raises OSError when a port is taken, or a TLS file is of no use."""
         settings = self._settings
         self._server = grpc.aio.server(options=_options(settings))
         typed = SteeringService(self._repository, settings)
@@ -96,13 +96,16 @@ class Server:
             (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
         )
+        address = f"{settings.url_host}:{settings.port}"
+        certificates = Certificates(settings) if settings.tls_certificate else None
         try:
-            address = f"{settings.url_host}:{settings.port}"
-            if settings.tls_certificate:
-                self.port = self._server.add_secure_port(address, Certificates(settings).credentials())
+            if certificates:
+                self.port = self._server.add_secure_port(address, certificates.credentials())
             else:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
+            if certificates:
+                certificates.check()
             raise OSError(f"port {settings.port} of {settings.host} cannot be listened on: {error}") from error
         self._pages = Pages(settings.host, settings.metrics_port, self._registry, self)
         self.metrics_port = self._pages.port

@@ -1,6 +1,7 @@
 """The server's side of TLS: certificates from files that may be replaced while it runs."""
 
 import logging
+import ssl
 
 import grpc
 
@@ -20,6 +21,18 @@ class Certificates:
             settings.tls_certificate, settings.tls_key, settings.tls_client_ca,
         )  # fmt: skip
         self._current = self._read()
+
+    def check(self) -> None:
+        """gRPC does not say what is wrong with them. Raises OSError that names the files."""
+        files = f"--tls-certificate {self._certificate}, --tls-key {self._key}"
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self._certificate, self._key, password="")
+            if self._client_ca:
+                files = f"--tls-client-ca {self._client_ca}"
+                context.load_verify_locations(self._client_ca)
+        except ssl.SSLError as error:
+            raise OSError(f"{files} cannot be used: {error}; allowed: PEM files that belong together") from error
 
     def credentials(self) -> grpc.ServerCredentials:
         """They look at the files at every new connection; files that do not fit together are passed over."""

@@ -190,3 +190,17 @@ def test_half_a_setting_or_a_missing_file_is_refused(flags: tuple[str, ...], mes
     done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0", *flags)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["server.pem", "server.key", "clients.pem"])
+def test_a_file_of_no_use_is_named_and_no_port_is_blamed(name: str, folder: Path, ca: trustme.CA) -> None:
+    ca.cert_pem.write_to_path(str(folder / "clients.pem"))
+    (folder / name).write_text("garbage")
+    flags = {"--tls-certificate": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "clients.pem"}
+    tls = [part for flag, file in flags.items() for part in (flag, str(folder / file))]
+    done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0", *tls)
+    assert done.returncode == 1
+    assert f"{folder / name}" in done.stderr.splitlines()[-1]
+    assert "allowed: PEM files that belong together" in done.stderr
+    assert "cannot be listened on" not in done.stderr
+    assert "Traceback" not in done.stderr
