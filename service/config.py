@@ -12,6 +12,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="STEERVIT_",
+        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         cli_prog_name="python -m service",

@@ -167,8 +167,10 @@ def test_a_single_bundle_folder_is_served_and_settings_come_from_the_environment
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, samples: dict[str, list[bytes]]
 ) -> None:
     monkeypatch.setenv("STEERVIT_MAX_IMAGES", "2")
+    monkeypatch.setenv("STEERVIT_PROFILES_DIR", "")  # as an empty value in a manifest: none, not the working directory
     server = start_server(bundle.folder)
     try:
+        assert server.count("steervit_profile_reads_total") == 0
         with Client(server.address) as client:
             assert len(client.predict(samples["Bag"][:2]).predictions) == 2
             with pytest.raises(grpc.RpcError, match="images has 3 entries; allowed: 1 to 2"):
