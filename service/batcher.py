@@ -187,7 +187,8 @@ class Batcher:
                 self._run([piece])
             return
         count = sum(map(len, images))
-        self._seconds_an_image += 0.1 * (outputs.seconds / count - self._seconds_an_image)
+        weight = 0.1 if self._seconds_an_image else 1.0  # the first one is taken as it is
+        self._seconds_an_image += weight * (outputs.seconds / count - self._seconds_an_image)
         waited = tuple(start - piece.arrived for piece in batch)
         self._on_batch(BatchStats(count, outputs.seconds, waited))
         results: list[tuple[_Piece, Result]] = []

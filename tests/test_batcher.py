@@ -140,6 +140,27 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
     assert parts.batcher.queued == 0
 
 
+def test_the_first_batch_tells_how_long_a_full_queue_will_take(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> float:
+        await parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf)
+        parts.engine.open.clear()
+        parts.engine.entered.clear()
+        calls = [asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))]
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        calls.append(asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf)))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+        parts.engine.open.set()
+        await asyncio.gather(*calls)
+        return caught.value.retry_after_seconds
+
+    advised = asyncio.run(scenario())
+    assert advised == pytest.approx(0.05 + 1.5 * 20 * parts.batches[0].seconds / 8)
+
+
 def test_cancelled_and_expired_calls_are_dropped_before_inference(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
