@@ -17,7 +17,7 @@ from training.steering import SteeringProfile
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NONE, CUSTOM, OTHER = "none", "custom", "other"
-"""Values of the label `profile` for images without steering, with inline terms, and under profiles past the cap."""
+"""Values of the label `profile` for images that nothing steers, with inline terms, and under profiles past the cap."""
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",

@@ -191,7 +191,7 @@ class Model:
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
-        if not self._shadow_fraction or not (steering.profile or steering.custom):
+        if not self._shadow_fraction or _label(steering) == NONE:
             return []
         if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
             return []
@@ -209,5 +209,5 @@ def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def _label(steering: Steering) -> str:
-    """What metrics call the steering."""
-    return steering.profile or (CUSTOM if steering.custom else NONE)
+    """What metrics call the steering: a profile at strength 0 is none."""
+    return NONE if steering.off else steering.profile or (CUSTOM if steering.custom else NONE)

@@ -36,6 +36,8 @@ class Steering:
     """Inline terms."""
     digest: str
     """Of the terms, strength included."""
+    off: bool = False
+    """Strength 0: whatever the terms, nothing is steered."""
 
     def rows(self, part: slice) -> "Steering":
         """Of some images of the call."""
@@ -69,9 +71,9 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
         applied = at_strength(terms, strength) if strength else NEUTRAL
     except SteeringError as error:
         raise InvalidRequest(f"steering.terms at steering.strength {strength:g}: {error}") from error
-    return Steering(
-        to_arrays([applied], len(bundle.manifest.sites)), profile, bool(terms) and not profile, digest(applied)
-    )
+    custom = bool(terms) and not profile
+    arrays = to_arrays([applied], len(bundle.manifest.sites))
+    return Steering(arrays, profile, custom, digest(applied), not strength)
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:

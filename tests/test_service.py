@@ -106,11 +106,13 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
                         kept += [list(block.kept) for block in prediction.head_mask]
             client.predict(samples["Bag"][:3])
             client.predict(samples["Bag"][:2], terms={0: (SteeringTerm(1, 2.0),)})
+            client.predict(samples["Shirt"][:4], profile="Shirt", strength=0.0)
+            client.predict(samples["Shirt"][:1], terms={0: (SteeringTerm(1, 2.0),)}, strength=0.0)
             with pytest.raises(grpc.RpcError):
                 client.predict([b"broken"])
         for label in samples:
             assert server.count("steervit_images_total", profile=label) == 10
-        assert server.count("steervit_images_total", profile="none") == 3
+        assert server.count("steervit_images_total", profile="none") == 3 + 4 + 1
         assert server.count("steervit_images_total", profile="custom") == 2
         for index, block in enumerate(bundle.manifest.gated_blocks):
             for head in range(bundle.manifest.heads):
@@ -120,12 +122,12 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
         assert server.count("steervit_macs_dense_total", profile="Shirt") == 10 * bundle.manifest.macs.dense
         assert server.count("steervit_macs_spent_total", profile="Shirt") == 10 * bundle.manifest.macs.dense - closed
         method = {"method": "/steering.v1.SteeringService/Predict"}
-        assert server.count("steervit_requests_total", code="OK", **method) == 12
+        assert server.count("steervit_requests_total", code="OK", **method) == 14
         assert server.count("steervit_requests_total", code="INVALID_ARGUMENT", **method) == 1
-        assert server.count("steervit_request_duration_seconds_count", **method) == 13
+        assert server.count("steervit_request_duration_seconds_count", **method) == 15
         assert server.count("steervit_requests_in_flight") == 0
-        assert server.count("steervit_batch_size_images_sum") == 105
-        assert server.count("steervit_queue_duration_seconds_count") == 12
+        assert server.count("steervit_batch_size_images_sum") == 110
+        assert server.count("steervit_queue_duration_seconds_count") == 14
         assert server.count("steervit_inference_duration_seconds_count") >= 12
     finally:
         assert stop_server(server) == 0
