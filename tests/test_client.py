@@ -44,6 +44,47 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
     assert names == [profile.name for profile in client.profiles()]
 
 
+def test_terms_are_applied_only_by_the_model_that_they_were_made_for(
+    server: ServerProcess, client: Client, samples: dict[str, list[bytes]]
+) -> None:
+    found = client.profile("Shirt")
+    terms: dict[int, tuple[SteeringTerm, ...]] = {}
+    for term in found.terms:
+        terms[term.site] = (*terms.get(term.site, ()), SteeringTerm(term.latent, term.scale, term.shift))
+    images = samples["Shirt"][:2]
+    answer = client.predict(images, terms=terms, gates_sae_digest=found.gates_sae_digest)
+    assert answer.receipt.steering_digest == client.predict(images, profile="Shirt").receipt.steering_digest
+    with pytest.raises(grpc.RpcError, match="gates_sae_digest is '0123'") as caught:
+        client.predict(images, terms=terms, gates_sae_digest="0123")
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+    async def ask() -> pb.GetProfileResponse:
+        async with AsyncClient(server.address) as other:
+            with pytest.raises(grpc.RpcError, match="gates_sae_digest is '0123'"):
+                await other.compare(images, terms=terms, gates_sae_digest="0123")
+            return await other.profile("Shirt")
+
+    assert asyncio.run(ask()) == found
+
+
+def test_each_call_may_have_its_own_timeout_and_name(samples: dict[str, list[bytes]]) -> None:
+    """A batch waits a second for more images."""
+    server = start_server(MODELS, "--max-delay-ms", "1000", "--log-format", "json", "--log-level", "debug")
+    with Client(server.address) as client:
+        with pytest.raises(grpc.RpcError) as caught:
+            client.predict(samples["Bag"][:1], timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        client.predict(samples["Bag"][:1], request_id="order-66")
+    image = str(next((SAMPLES / "Bag").glob("*.png")))
+    done = run_module("service.client", "predict", "--address", server.address, "--timeout", "0.2", image)
+    assert (done.returncode, done.stderr[:17]) == (1, "DEADLINE_EXCEEDED")
+    server.process.send_signal(signal.SIGTERM)
+    _, errors = server.process.communicate(timeout=60)
+    said = [json.loads(line) for line in errors.splitlines()]
+    (named,) = (line for line in said if line.get("request_id") == "order-66")
+    assert named["code"] == "OK"
+
+
 @pytest.mark.parametrize("padding", [0, 10_000], ids=["small requests", "requests over 256 KiB"])
 def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(
     samples: dict[str, list[bytes]], padding: int
@@ -55,14 +96,15 @@ def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(
 
         async def both(attempts: int) -> list[object]:
             async with AsyncClient(server.address, attempts=attempts) as client:
-                calls = (client.predict(images) for _ in range(3))
+                calls = (client.predict(images) for _ in range(2))
                 return await asyncio.gather(*calls, return_exceptions=True)
 
         once = asyncio.run(both(1))
         refused = [error.code() for error in once if isinstance(error, grpc.RpcError)]
         assert refused
         assert set(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert all(isinstance(answer, pb.PredictResponse) for answer in asyncio.run(both(5)))
+        answered = asyncio.run(both(5))
+        assert all(isinstance(answer, pb.PredictResponse) for answer in answered), answered
     finally:
         assert stop_server(server) == 0
 

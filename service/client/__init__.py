@@ -1,12 +1,15 @@
 """Clients of steering.v1, blocking and asyncio. On the command line: python -m service.client"""
+# mypy: no-warn-return-any
+# (gRPC's stubs have no types)
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from service.pb import steering_pb2 as pb
@@ -16,6 +19,7 @@ from training.steering import Terms
 Images = Sequence[bytes | NDArray[np.uint8]]
 """Encoded files, or uint8 arrays (height, width, channels) of the model's own size."""
 Request = TypeVar("Request", pb.PredictRequest, pb.CompareRequest, pb.ExplainRequest)
+Answer = TypeVar("Answer")
 
 
 class Asked(TypedDict, total=False):
@@ -26,10 +30,16 @@ class Asked(TypedDict, total=False):
     terms: Terms
     strength: float
     """0: no steering, 1: as it is, the default."""
+    gates_sae_digest: str
+    """That the terms were made for; a server with other gates or autoencoders refuses them."""
     model: str
     """Needed when several are served."""
     version: str
     """A number or a label; by default the one that is served."""
+    timeout: float
+    """Seconds, with all attempts; by default the client's."""
+    request_id: str
+    """What the server's log is to call this one."""
 
 
 def service_config(attempts: int) -> dict[str, Any]:
@@ -75,31 +85,32 @@ class Client:
 
     def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """top_k: classes to return; 0: five."""
-        request = filled(pb.PredictRequest(top_k=top_k), images, asked)
-        answer: pb.PredictResponse = self._stub.Predict(request, timeout=self._timeout)
-        return answer
+        return self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
 
     def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         """The images unsteered and steered, side by side."""
-        request = filled(pb.CompareRequest(top_k=top_k), images, asked)
-        answer: pb.CompareResponse = self._stub.Compare(request, timeout=self._timeout)
-        return answer
+        return self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
     def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
         """Which latents are active, and what each does to the gates. latents: of each site; 0: ten."""
-        request = filled(pb.ExplainRequest(latents=latents), images, asked)
-        answer: pb.ExplainResponse = self._stub.Explain(request, timeout=self._timeout)
-        return answer
+        return self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
+
+    def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
+        """With its terms, and the gates_sae_digest that they were made for."""
+        return self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
 
     def profiles(self, model: str = "", version: str = "") -> Iterator[pb.Profile]:
         """All profiles, by name."""
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
-            page: pb.ListProfilesResponse = self._stub.ListProfiles(request, timeout=self._timeout)
+            page: pb.ListProfilesResponse = self._ask(self._stub.ListProfiles, request, {})
             yield from page.profiles
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def _ask(self, call: Callable[..., Any], request: Message, asked: Asked) -> Any:
+        return call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     def close(self) -> None:
         self._channel.close()
@@ -126,29 +137,29 @@ class AsyncClient:
         self._timeout = timeout
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
-        request = filled(pb.PredictRequest(top_k=top_k), images, asked)
-        answer: pb.PredictResponse = await self._stub.Predict(request, timeout=self._timeout)
-        return answer
+        return await self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
 
     async def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
-        request = filled(pb.CompareRequest(top_k=top_k), images, asked)
-        answer: pb.CompareResponse = await self._stub.Compare(request, timeout=self._timeout)
-        return answer
+        return await self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
     async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
-        request = filled(pb.ExplainRequest(latents=latents), images, asked)
-        answer: pb.ExplainResponse = await self._stub.Explain(request, timeout=self._timeout)
-        return answer
+        return await self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
+
+    async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
+        return await self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
 
     async def profiles(self, model: str = "", version: str = "") -> AsyncIterator[pb.Profile]:
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
-            page: pb.ListProfilesResponse = await self._stub.ListProfiles(request, timeout=self._timeout)
+            page: pb.ListProfilesResponse = await self._ask(self._stub.ListProfiles, request, {})
             for profile in page.profiles:
                 yield profile
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    async def _ask(self, call: Callable[..., Awaitable[Answer]], request: Message, asked: Asked) -> Answer:
+        return await call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     async def close(self) -> None:
         await self._channel.close()
@@ -169,9 +180,14 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
         else:
             request.images.add(pixels=np.ascontiguousarray(image, np.uint8).tobytes())
     request.steering.profile = asked.get("profile", "")
+    request.steering.gates_sae_digest = asked.get("gates_sae_digest", "")
     for site, of_site in asked.get("terms", {}).items():
         for term in of_site:
             request.steering.terms.add(site=site, latent=term.latent, scale=term.scale, shift=term.shift)
     if "strength" in asked:
         request.steering.strength = asked["strength"]
     return request
+
+
+def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:
+    return (("x-request-id", asked["request_id"]),) if "request_id" in asked else ()

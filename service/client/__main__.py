@@ -56,13 +56,14 @@ def main(arguments: Sequence[str]) -> int:
             "--tls-certificate", type=Path, help="PEM file with a certificate of yours, with --tls-key"
         )
         command.add_argument("--tls-key", type=Path, help="PEM file with its key")
+        command.add_argument("--timeout", type=float, default=30.0, help="seconds a call (default %(default)s)")
         command.add_argument("--model", default="", help="needed when several models are served")
         command.add_argument("--version", default="", help="default: the version that is served")
     options = parser.parse_args(arguments)
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
         parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
     try:
-        with Client(options.address, credentials=_credentials(options)) as client:
+        with Client(options.address, options.timeout, _credentials(options)) as client:
             if options.command == "profiles":
                 print(profiles_table(list(client.profiles(options.model, options.version))))
                 return 0
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             if options.command == "load":
                 load = Load(
                     options.concurrency, options.seconds, options.images_per_call, tuple(options.profile.split(",")),
-                    options.model, options.version, options.rate,
+                    options.model, options.version, options.rate, options.timeout,
                 )  # fmt: skip
                 report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
                 print(report.to_json() if options.json else f"{report}")

@@ -30,6 +30,8 @@ class Load:
     version: str = ""
     rate: float = 0.0
     """Calls a second, begun at even times whether or not others are answered; 0: by `concurrency`."""
+    timeout: float = 60.0
+    """Seconds a call."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ async def run(
     errors: Counter[str] = Counter()
     async with opened(grpc.aio, address, credentials, attempts=1) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
-        await stub.Predict(next(following), timeout=60)  # connected, and the right kind of image
+        await stub.Predict(next(following), timeout=load.timeout)  # connected, and the right kind of image
         begun = time.perf_counter()
 
         async def call(due: float) -> None:
             try:
-                await stub.Predict(next(following), timeout=60)
+                await stub.Predict(next(following), timeout=load.timeout)
                 latencies.append(time.perf_counter() - due)
             except grpc.aio.AioRpcError as error:
                 failed.append(time.perf_counter() - due)
