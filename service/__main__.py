@@ -15,7 +15,7 @@ from pydantic_settings import CliApp
 from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
-from service.config import Settings
+from service.config import PREFIX, Settings, unknown_in_environment
 from service.engine import EngineError
 from service.server import Server
 
@@ -26,8 +26,13 @@ def main(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(map(str, problem["loc"])).replace("_", "-")
-            shown = f"--{name} is {problem['input']!r}: {problem['msg']}" if name else problem["msg"]
+            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
+            shown = f"--{name} is {found}: {problem['msg']}" if name else problem["msg"]
             print(shown.removeprefix("Value error, "), file=sys.stderr)
+        return 2
+    if unknown := unknown_in_environment(os.environ):
+        names = ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
+        print(f"{', '.join(unknown)} in the environment is no setting; allowed: {names}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler()
     handler.setFormatter(

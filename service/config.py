@@ -1,17 +1,20 @@
 """Settings of the server: flags of `python -m service`, each also as STEERVIT_<NAME> in the environment."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+PREFIX = "STEERVIT_"
+
 
 class Settings(BaseSettings):
     """Serve bundles over gRPC, with a steering profile per request. Flags win over STEERVIT_* in the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="STEERVIT_",
+        env_prefix=PREFIX,
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
@@ -110,3 +113,9 @@ class Settings(BaseSettings):
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("--tls-client-ca is given without --tls-certificate and --tls-key; allowed: with them")
         return self
+
+
+def unknown_in_environment(names: Iterable[str]) -> list[str]:
+    """Those that begin like a setting and are none: a mistyped one would go unnoticed."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)

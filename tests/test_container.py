@@ -142,9 +142,9 @@ def unresolved(site: Path, inside: str) -> set[str]:
     return {line.split()[0] for line in done.stdout.splitlines() if "not found" in line}
 
 
-@pytest.fixture(scope="module", params=os.environ.get("STEERVIT_IMAGES", "cpu").split(","))
+@pytest.fixture(scope="module", params=os.environ.get("CONTAINER_IMAGES", "cpu").split(","))
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The folders that the image's own install steps made. STEERVIT_IMAGES=cpu,cuda: of CUDA too, a large download."""
+    """The folders that the image's own install steps made. CONTAINER_IMAGES=cpu,cuda: of CUDA too, a large download."""
     if os.geteuid() != 0:
         pytest.skip("only root can rehearse the image's users")
     if subprocess.run([sys.base_prefix + "/bin/python3", "-m", "pip", "--version"], capture_output=True).returncode:

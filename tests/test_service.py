@@ -205,7 +205,7 @@ def test_the_server_listens_on_an_address_of_ipv6(host: str, samples: dict[str, 
         (["--repository", str(MODELS), "--provider", "cuda"], "provider 'cuda' was asked for but"),
         (["--repository", str(MODELS), "--port", "70000"], "--port is '70000'"),
         (["--repository", str(MODELS), "--log-level", "loud"], "loud"),
-        ([], "--repository"),
+        ([], "--repository is missing: Field required"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(flags: list[str], message: str) -> None:
@@ -213,6 +213,13 @@ def test_a_server_that_cannot_start_says_why(flags: list[str], message: str) -> 
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_mistyped_setting_in_the_environment_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERVIT_MAX_BACTH", "8")
+    done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("STEERVIT_MAX_BACTH in the environment is no setting; allowed: STEERVIT_REPOSITORY")
 
 
 def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bundle) -> None:
