@@ -28,8 +28,9 @@ class DataSettings(Group):
     """The images, and how they are split."""
 
     dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds|hfids|wds)/.+)$")
-    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (or val/); or a data
-    set of timm: `torch/cifar100`, `wds/<any name>` (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
+    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (or val/,
+    valid/, validation/); or a data set of timm: `torch/cifar100`, `wds/<any name>` (shards in root), `hfds/<name or
+    folder>`, `hfids/<name>`."""
     root: Path | None = None
     """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
     download: bool = False

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
+from training import processes
 from training.config import DataSettings
 from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
@@ -23,6 +25,8 @@ from training.pixels import DataError, LazyPixels, Source, Split, image_spec
 from training.shards import streamed
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+TESTS = ("test", "val", "valid", "validation")
+"""Folders of test images, beside train/. The first that is there is read."""
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
 Found = tuple[tuple[str, ...], Split, Split | None]
@@ -111,26 +115,48 @@ def _folder(settings: DataSettings) -> Found:
     """Read by ourselves: timm's reader takes the innermost folder for the label and passes over empty ones."""
     if settings.root is None or not settings.root.is_dir():
         raise DataError(f"data.root is {settings.root}; allowed: a folder of images, one sub-folder a label")
-    names = ("test", "val", "validation")
-    tests = [settings.root / name for name in names if (settings.root / name).is_dir()]
-    train_root = settings.root / "train"
-    own_test = train_root.is_dir() and bool(tests)
-    root = train_root if own_test else settings.root
-    labels = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    root, splits = settings.root, [name for name in ("train", *TESTS) if _folders(settings.root / name)]
+    own_test = splits[1:] if "train" in splits else []
+    if splits and not own_test:  # a label of that name has images, not folders
+        raise DataError(
+            f"{root / splits[0]} has folders of its own; allowed: in {root} one sub-folder a label, or train/<label>/ "
+            f"and one of {', '.join(f'{name}/<label>/' for name in TESTS)}"
+        )
+    root = root / "train" if own_test else root
+    labels = _folders(root)
     if len(labels) < 2:
         raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
     train = _split(settings, "train", *_files(root, labels, least=2 if own_test else 3))
-    return labels, train, _split(settings, "test", *_files(tests[0], labels, least=1)) if own_test else None
+    if not own_test:
+        return labels, train, None
+    test_root = settings.root / own_test[0]
+    unknown = sorted(set(_folders(test_root)) - set(labels))
+    if unknown:
+        raise DataError(f"{test_root} has the folder {unknown[0]!r}, which {root} has not; allowed: the same labels")
+    return labels, train, _split(settings, "test", *_files(test_root, labels, least=1))
+
+
+def _folders(root: Path) -> tuple[str, ...]:
+    """Names of the sub-folders that are not hidden, sorted; none where there is no such folder."""
+    found = root.iterdir() if root.is_dir() else ()
+    return tuple(sorted(path.name for path in found if path.is_dir() and not path.name.startswith(".")))
 
 
 def _files(root: Path, labels: tuple[str, ...], least: int) -> tuple[Files, torch.Tensor]:
-    paths, classes = [], []
+    """The images of every label. Says how many files are passed over."""
+    paths, classes, others = [], [], Counter[str]()
     for index, label in enumerate(labels):
-        found = sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        inside = list((root / label).rglob("*"))
+        found = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
+        others.update(path.suffix.lower() or path.name for path in set(inside).difference(found) if path.is_file())
         if len(found) < least:
             raise DataError(f"{root / label} has {len(found)} images; allowed: at least {least} a label")
         paths += [str(path) for path in found]
         classes += [index] * len(found)
+    if others and processes.is_main():
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
+        print(f"data: {root}: {others.total()} files are not read ({shown}); read are {allowed}", flush=True)
     return Files(tuple(paths)), torch.tensor(classes)
 
 
