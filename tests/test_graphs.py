@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,18 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from timm.layers import GluMlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from export.bundle import INPUTS, OUTPUTS
+from export.bundle import INPUTS, OUTPUTS, BundleError
 from export.calibration import calibrate
-from export.certify import LIMITS, run_onnx, run_torch
+from export.certify import LIMITS, Reference, run_onnx, run_torch
 from export.compact import compact
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8
 from export.session import Arrays, inputs_of, open_session
+from export.verify import check_golden
 from training.data import Split
 from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
@@ -171,6 +176,57 @@ def test_int8_stays_close_and_its_rows_are_independent(steered: SteeredVit, atte
     alone = run_onnx(session, {name: value[:1] for name, value in inputs.items()})
     np.testing.assert_allclose(alone["logits"][0], found["logits"][0], atol=1e-5)
     assert len(graph) < len(build(steered, SPEC, attention, {}).SerializeToString())
+
+
+class MatMulIntegerToFloat(OpRun):
+    """uint8 x int8, exactly: what it should be."""
+
+    op_domain = "com.microsoft"
+
+    def products(self, x: NDArray[np.int64], w: NDArray[np.int64]) -> NDArray[np.int64]:
+        """x (..., in / 2, 2) and w (in / 2, 2, out) -> sums of two products each, (..., in / 2, out)."""
+        return np.einsum("...kp,kpo->...ko", x, w)
+
+    def _run(self, *inputs: Any) -> tuple[NDArray[np.float32]]:
+        x, w, x_scale, w_scale, x_zero, _, *bias = inputs
+        pairs = x.astype(np.int64).reshape(*x.shape[:-1], -1, 2)
+        wide = w.astype(np.int64)
+        total = self.products(pairs, wide.reshape(-1, 2, w.shape[1])).sum(-2) - x_zero.astype(np.int64) * wide.sum(0)
+        return ((total * (x_scale * w_scale) + sum(bias)).astype(np.float32),)
+
+
+class Saturating(MatMulIntegerToFloat):
+    """As a CPU with AVX2 and without VNNI has it: two products are added in 16 bits (VPMADDUBSW)."""
+
+    op_domain = "com.microsoft"
+
+    def products(self, x: NDArray[np.int64], w: NDArray[np.int64]) -> NDArray[np.int64]:
+        return super().products(x, w).clip(-(2**15), 2**15 - 1)
+
+
+Saturating.__name__ = MatMulIntegerToFloat.__name__  # by which it is found
+
+
+def test_golden_rows_of_int8_tell_a_machine_that_saturates() -> None:
+    steered = model_of(KINDS["distilled"]())
+    ranges = calibrate(steered, SPEC, [rows(64)])
+    graphs = {name: build(steered, SPEC, name, {}, Int8(ranges)) for name in ("masked", "dispatch")}
+    reference = Reference(steered, images(24), [{}, STEERED], images(2), np.zeros(2, np.int64))
+    golden = reference.golden({"int8": graphs["masked"].SerializeToString()})["int8"]
+    assert golden.tolerance < 0.5 * LIMITS["int8"].logit
+    path = Path("masked.int8.onnx")
+    dispatch = open_session(graphs["dispatch"].SerializeToString(), "dispatch")
+    assert check_golden(partial(run_onnx, dispatch), golden, path) < 0.5 * golden.tolerance
+    exact, saturating = (
+        ReferenceEvaluator(graphs["masked"], new_ops=[product]) for product in (MatMulIntegerToFloat, Saturating)
+    )
+
+    def run(evaluator: ReferenceEvaluator, inputs: Arrays) -> Arrays:
+        return dict(zip(OUTPUTS, evaluator.run(list(OUTPUTS), inputs), strict=True))
+
+    assert check_golden(partial(run, exact), golden, path) < 0.5 * golden.tolerance
+    with pytest.raises(BundleError, match=r"differ from golden.npz by .* may saturate here \(a CPU without VNNI\)"):
+        check_golden(partial(run, saturating), golden, path)
 
 
 def test_float16_decides_as_float32_but_near_the_threshold(steered: SteeredVit) -> None:
