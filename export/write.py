@@ -41,7 +41,7 @@ from training.fit_profiles import load_profiles
 from training.fit_sae import load_sae
 from training.fit_vit import load_vit
 from training.image_spec import ImageSpec
-from training.steering import SteeringProfile, Terms, profiles_to_json
+from training.steering import SteeringProfile, Terms, digest, profiles_to_json
 
 CALIBRATION_IMAGES = 256
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
@@ -197,8 +197,20 @@ def _show(compacted: Compact, profile: SteeringProfile, heads: int) -> None:
 
 
 def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProfile]) -> list[SteeringProfile]:
-    """The profiles with what `evaluate` measured of them on the test split."""
+    """The profiles with what `evaluate` measured of them on the test split.
+
+    Raises RunError when a profile's terms are not those that were measured. (Older runs do not say which were.)
+    """
     measured = {entry["name"]: entry for entry in results["profiles"]}
+    for profile in profiles:
+        if profile.name not in measured:
+            raise RunError(f"results.json has no profile {profile.name!r}: evaluate again")
+        found, allowed = measured[profile.name].get("digest"), digest(profile.terms)
+        if found not in (None, allowed):
+            raise RunError(
+                f"results.json measured other terms of profile {profile.name!r}: digest is {found!r}; "
+                f"allowed: {allowed!r}, so evaluate again"
+            )
     kept = ("images", "before", "after", "head_usage_before", "head_usage_after")
     return [
         replace(p, evaluation={"split": results["split"], **{key: measured[p.name][key] for key in kept}})

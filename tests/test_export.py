@@ -1,6 +1,7 @@
 """python -m export on a run that was trained here: every kind of graph, compact bundles, the server's choice."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from processes import MODELS, run_module
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, FileEntry, load_bundle
 from service.engine import Engine, EngineError, choose_graph
-from training.steering import to_arrays
+from training.steering import digest, profiles_from_json, to_arrays
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,29 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert done.returncode == 1
     assert "--compact-for is 'Hat'; allowed: 'T-shirt', 'Trouser'" in done.stderr
     assert not (models / "x").exists()
+
+
+def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    results = json.loads((run / "results.json").read_text())
+    terms = {p.name: p.terms for p in profiles_from_json(json.loads((run / "profiles.json").read_text()))}
+
+    def export(digests: dict[str, str]) -> str:
+        """What is said of an export for a profile that is not there, which is looked at later than evaluations."""
+        for entry in results["profiles"]:
+            entry["digest"] = digests[entry["name"]]
+        (run / "results.json").write_text(json.dumps(results))
+        done = run_module("export", str(run), str(tmp_path / "models"), "--name", "x", "--compact-for", "Hat")
+        assert done.returncode == 1
+        return done.stderr
+
+    right = {name: digest(of_profile) for name, of_profile in terms.items()}
+    assert "--compact-for is 'Hat'" in export(right)
+    said = export({**right, "Coat": right["Bag"]})
+    assert f"measured other terms of profile 'Coat': digest is '{right['Bag']}'; allowed: '{right['Coat']}'" in said
+    assert "evaluate again" in said
+    results["profiles"] = [entry for entry in results["profiles"] if entry["name"] != "Bag"]
+    assert "results.json has no profile 'Bag': evaluate again" in export(right)
 
 
 @pytest.mark.parametrize(
