@@ -188,7 +188,7 @@ class Batcher:
             return
         count = sum(map(len, images))
         weight = 0.1 if self._seconds_an_image else 1.0  # the first one is taken as it is
-        self._seconds_an_image += weight * (outputs.seconds / count - self._seconds_an_image)
+        self._seconds_an_image += weight * ((time.monotonic() - start) / count - self._seconds_an_image)
         waited = tuple(start - piece.arrived for piece in batch)
         self._on_batch(BatchStats(count, outputs.seconds, waited))
         results: list[tuple[_Piece, Result]] = []
