@@ -19,6 +19,7 @@ from service.metrics import Metrics
 log = logging.getLogger("steervit.requests")
 MAX_SENTENCE = 620
 """Characters; at 12 bytes each, percent-encoded, they fit the 8 kB that gRPC allows."""
+REQUEST_ID = "x-request-id"
 SLACK = 0.05, 0.01
 """Seconds, and share of the time that a call has: by so much gRPC may round its deadline up on the way here."""
 Call = Callable[[Any, Any], Awaitable[Any]]
@@ -48,19 +49,20 @@ class Guard:
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         async def guarded(message: bytes, context: Any) -> Any:
             start, code, answered = time.perf_counter(), "OK", True
-            allowed = context.time_remaining()
+            allowed, name = context.time_remaining(), _request_id(context)
+            context.set_trailing_metadata(_named(name))
             self.accepted += 1
             self._metrics.in_flight.inc()
             try:
                 return await call(_parsed(message, kind), context)
             except RequestError as error:
                 code = STATUS[type(error)].name
-                await context.abort(STATUS[type(error)], _sentence(error), _trailers(error))
+                await context.abort(STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error)))
             except asyncio.CancelledError:
                 code, answered = "DEADLINE_EXCEEDED" if _is_over(context, allowed) else "CANCELLED", False
                 raise
             except Exception:
-                code, name = "INTERNAL", _request_id(context)
+                code = "INTERNAL"
                 log.exception("%s failed, request %s", path, name, extra={"method": path, "request_id": name})
                 message_ = f"the server failed on this request; its log says more of request {name}"
                 await context.abort(grpc.StatusCode.INTERNAL, message_)
@@ -70,7 +72,7 @@ class Guard:
                 self.answered += answered
                 self._metrics.request(path, code, seconds)
                 if log.isEnabledFor(logging.DEBUG):
-                    said = {"method": path, "code": code, "seconds": seconds, "request_id": _request_id(context)}
+                    said = {"method": path, "code": code, "seconds": seconds, "request_id": name}
                     log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", said, extra=said)
 
         return guarded
@@ -104,8 +106,14 @@ def _sentence(error: RequestError) -> str:
 
 def _request_id(context: Any) -> str:
     """What the client calls its request (metadata x-request-id), or a name for it."""
-    given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
-    return given if isinstance(given, str) and 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex[:16]
+    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
+    fits = isinstance(given, str) and 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+    return given if fits else uuid.uuid4().hex[:16]
+
+
+def _named(name: str) -> tuple[tuple[str, str | bytes], ...]:
+    """The trailer by which the client can name its request."""
+    return ((REQUEST_ID, name),)
 
 
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:

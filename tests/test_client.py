@@ -135,8 +135,10 @@ def test_json_logs_name_each_request_by_the_id_that_the_client_gave(samples: dic
     with grpc.insecure_channel(server.address) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
         good, bad = (pb.PredictRequest(images=[pb.Image(encoded=file)]) for file in (samples["Bag"][0], b"no image"))
-        stub.Predict(good, metadata=(("x-request-id", "order-66"), ("authorization", "Bearer secret")))
-        with pytest.raises(grpc.RpcError):
+        named = (("x-request-id", "order-66"), ("authorization", "Bearer secret"))
+        _, call = stub.Predict.with_call(good, metadata=named)
+        assert dict(call.trailing_metadata())["x-request-id"] == "order-66"
+        with pytest.raises(grpc.RpcError) as caught:
             stub.Predict(bad, metadata=(("x-request-id", "x" * 200),))
     server.process.send_signal(signal.SIGTERM)
     _, errors = server.process.communicate(timeout=60)
@@ -146,6 +148,7 @@ def test_json_logs_name_each_request_by_the_id_that_the_client_gave(samples: dic
     assert (first["method"], first["code"]) == ("/steering.v1.SteeringService/Predict", "OK")
     assert second["code"] == "INVALID_ARGUMENT"
     assert len(second["request_id"]) == 16
+    assert dict(caught.value.trailing_metadata())["x-request-id"] == second["request_id"]
     assert "secret" not in errors
     assert any("grpc on port" in line["message"] for line in lines)
 

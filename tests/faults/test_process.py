@@ -131,6 +131,8 @@ def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
                 assert caught.value.details().startswith(
                     "the server failed on this request; its log says more of request "
                 )
+                name = dict(caught.value.trailing_metadata())["x-request-id"]
+                assert caught.value.details().endswith(name)
                 other.check()
             resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             answer = V1.read(V1.call(channel)(greedy, timeout=60), bundle)
