@@ -8,6 +8,7 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
 TARGET ?= cpu
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
 .PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench soak crash audit faults lock image manifests deploy-check clean system-python system-test
@@ -64,9 +65,9 @@ soak: .venv/.dev  ## 50,000 calls and 50 stops, every answer compared with that 
 faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
 	$(RUN) -m tests.faults.table
 
-image:  ## Build the image steervit:TARGET (cpu, cuda or demo) with docker
-	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(TARGET) \
-		--build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git rev-parse HEAD) .
+image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with docker
+	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(VERSION)-$(TARGET) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 # The CPU image runs the release of onnxruntime that the CUDA image and the tests run, without CUDA.
 lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases that pyproject.toml admits, with hashes

@@ -1,8 +1,10 @@
 """The borders of the project: who may import what, and generated files that match their sources."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,18 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
     assert {"demo", "test"} <= targets
     for target in targets:
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_tags_of_images_have_the_projects_version() -> None:
+    """What nodes have pulled they keep (IfNotPresent), so a tag must not be moved to another version."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    files = [path for path in (ROOT / "deploy").rglob("*") if path.suffix == ".yaml" or path.name == "Dockerfile"]
+    tags = {str(path): re.findall(r"(?:newTag: |\bsteervit:)([\w.-]+)", path.read_text()) for path in files}
+    assert sum(map(len, tags.values())) >= 8
+    for path, found in tags.items():
+        assert set(found) <= {f"{version}-{target}" for target in ("cpu", "cuda", "demo")}, path
+    built = subprocess.run(["make", "-n", "image"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f" -t steervit:{version}-cpu " in built
 
 
 def test_the_readmes_table_is_what_the_committed_bundle_records(bundle: Bundle) -> None:
