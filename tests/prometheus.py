@@ -133,6 +133,6 @@ def filled_in(expr: str, profile: str, seconds: float) -> str:
     """An expression with the variables as Grafana fills them in: a job, a profile, a time range; `All` of the rest."""
     values = {
         "__range": f"{seconds:.0f}s", "__rate_interval": "4s",
-        "job": JOB, "model": "fashion_mnist", "version": ".*", "profile": profile,
+        "job": JOB, "instance": ".*", "model": "fashion_mnist", "version": ".*", "profile": profile,
     }  # fmt: skip
     return re.sub(r"\$(\w+)", lambda found: values[found[1]], expr)

@@ -65,6 +65,14 @@ def test_variables_are_declared_and_used(name: str) -> None:
     assert Dashboard.from_json(board).uid == board["uid"] == f"steervit-{name}"
 
 
+def test_the_runbook_names_panels_and_variables_that_there_are() -> None:
+    titles = {panel["title"].partition(":")[0] for name in NAMES for panel in panels(name)}
+    labels = {variable["label"] for name in NAMES for variable in dashboard(name)["templating"]["list"]}
+    named = set(re.findall(r"(?<![*\w])\*([^*]+)\*(?!\*)", (ROOT / "deploy" / "RUNBOOK.md").read_text()))
+    assert len(named) > 10
+    assert named <= titles | labels | {"no steering"}
+
+
 def metrics_asked_for(text: str) -> set[str]:
     return set(re.findall(r"(?<![:\w])steervit_\w+", text))
 

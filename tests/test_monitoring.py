@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from processes import MODELS, ServerProcess, start_server, stop_server, until
+from processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
 from prometheus import JOB, RULE_FILES, Prometheus, alerts, dashboard, filled_in, panels, promtool, running
 
 from export.bundle import Bundle
@@ -171,6 +171,25 @@ def test_every_rule_is_evaluated_and_a_healthy_server_raises_no_alert(run: Run) 
     assert {rule["name"] for rule in rules(run) if rule["type"] == "alerting"} == set(alerts())
     assert run.prometheus.raised() <= set(MAY_BE_RAISED)
     assert run.received.rejected > 0, "and what clients did wrong is not taken for the server's failure"
+
+
+def test_panels_tell_servers_apart_where_the_runbook_compares_them(run: Run, bundle: Bundle) -> None:
+    found = {}
+    for panel in panels("service"):
+        if panel["title"] in ("Models", "Images by model"):
+            (target,) = panel["targets"]
+            ((labels, value),) = run.prometheus.query(filled_in(target["expr"], "", run.seconds)).items()
+            found[panel["title"]] = dict(labels), value
+            assert dict(labels)["instance"] == urlsplit(run.server.metrics_url).netloc
+    served, profiles = found["Models"]
+    assert (served["job"], served["provider"], profiles) == (JOB, "cpu", len(bundle.profiles))
+
+
+def test_the_readmes_query_tells_models_and_versions_apart(run: Run) -> None:
+    expr = (ROOT / "README.md").read_text().partition("Watch it")[2].split("```")[1]
+    found = run.prometheus.query(expr)
+    wanted = {"model", "version", "profile", "block", "head"}
+    assert {frozenset(dict(labels)) for labels in found} == {frozenset(wanted)}
 
 
 def rules(run: Run) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ from deploy.dashboards.panels import (
     dashboard,
     limits,
     lines,
-    merged,
     number,
     over_time,
     rows,
@@ -13,8 +12,8 @@ from deploy.dashboards.panels import (
     variable,
 )
 
-JOB = 'job=~"$job"'
-MODEL = 'job=~"$job", model=~"$model"'
+JOB = 'job=~"$job", instance=~"$instance"'
+MODEL = f'{JOB}, model=~"$model"'
 IMAGES = f'{JOB}, method=~".+/(Predict|Compare|Explain|ModelInfer)"'
 """Calls with images."""
 FAILED = 'code=~"UNKNOWN|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|UNAVAILABLE"'
@@ -38,6 +37,10 @@ def quantiles(title: str, description: str, metric: str, labels: str):
 
 VARIABLES = [
     variable("job", "Job", "label_values(steervit_build_info, job)", "Scrape jobs, such as one a deployment."),
+    variable(
+        "instance", "Server", 'label_values(steervit_build_info{job=~"$job"}, instance)',
+        "Servers of the jobs, to look at one alone.",
+    ),
     variable(
         "model", "Model", "label_values(steervit_model_info{" + JOB + "}, model)",
         "Models that are served. Calls as such (rate, errors, latency) are counted for all models together.",
@@ -115,8 +118,9 @@ LATENCY = [
 
 BATCHES = [
     (8, stacked(lines(
-        "Images by model", "Images answered a second.", "cps",
-        (f"sum by (model, version) (rate(steervit_images_total{{{MODEL}}}{STEP}))", "{{model}} {{version}}"),
+        "Images by model", "Images answered a second, by each server.", "cps",
+        (f"sum by (instance, model, version) (rate(steervit_images_total{{{MODEL}}}{STEP}))",
+         "{{instance}} {{model}} {{version}}"),
     ))),
     (8, over_time(
         "Batch size", "How many batches had how many images. Full batches: a load that --max-batch limits.", "short",
@@ -155,15 +159,15 @@ SATURATION = [
 
 MODELS = [
     (14, rows(
-        "Models", "What is served now. Servers of one job that differ here are being changed, or should not.", "none",
+        "Models",
+        "What each server serves now. Servers of one job that differ here are being changed, or should not.", "none",
         (
-            f"count by (model, version, graph, provider, digest) (steervit_model_info{{{MODEL}}})",
-            "max by (model, version) (steervit_profiles)",
+            "sum by (job, instance, model, version, graph, provider, digest) ("
+            f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left () steervit_profiles)",
         ),
-        merged(),
         columns({
-            "model": "model", "version": "version", "graph": "graph", "provider": "provider", "digest": "bundle",
-            "Value #A": "servers", "Value #B": "profiles",
+            "job": "job", "instance": "server", "model": "model", "version": "version", "graph": "graph",
+            "provider": "provider", "digest": "bundle", "Value": "profiles",
         }),
     )),
     (10, lines(
