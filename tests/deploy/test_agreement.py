@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from processes import MODELS, ROOT, start_server, stop_server
 from prometheus_client import CollectorRegistry
 
 from deploy.kubernetes.prometheus_rules import WRITTEN, prometheus_rules
-from export.bundle import SCHEMA_VERSION, Bundle
+from export.bundle import SCHEMA_VERSION, Bundle, BundleError
+from service.catalogue import scan
 from service.config import Settings
 from service.metrics import Metrics
 from service.profiles import ProfileFolder
@@ -212,3 +214,14 @@ def test_the_readme_names_files_that_exist_and_every_component() -> None:
         assert f"`{folder.name}`" in readme
     for path in re.findall(r"deploy/[\w./-]+\w", readme):
         assert (ROOT / path).exists(), path
+def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+    commands = (KUBERNETES / "README.md").read_text()
+    assert "models:/models/.incoming/fashion_mnist\n" in commands
+    assert "mv /models/.incoming/fashion_mnist /models\n" in commands
+    shutil.copytree(MODELS / "fashion_mnist", tmp_path / ".incoming" / "fashion_mnist")
+    with pytest.raises(BundleError):
+        scan(tmp_path)
+    shutil.move(tmp_path / ".incoming" / "fashion_mnist", tmp_path)
+    assert set(scan(tmp_path)) == {"fashion_mnist"}
+
+
