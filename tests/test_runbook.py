@@ -37,8 +37,8 @@ def test_every_alert_tells_what_it_is_and_the_runbook_what_to_do() -> None:
     assert headings == {name.lower() for name in alerts()}
     for name, rule in alerts().items():
         assert rule["labels"]["severity"] in ("critical", "warning")
-        assert set(rule["annotations"]) == {"summary", "description", "runbook"}
-        assert rule["annotations"]["runbook"] == f"deploy/RUNBOOK.md#{name.lower()}"
+        assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+        assert rule["annotations"]["runbook_url"] == f"deploy/RUNBOOK.md#{name.lower()}"
         entry = RUNBOOK.split(f"### {name}\n")[1].split("\n### ")[0]
         for part in ("**Means**", "**Look at**", "**Do**"):
             assert part in entry, f"{name}: {part}"

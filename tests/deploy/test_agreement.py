@@ -11,6 +11,7 @@ import pytest
 import yaml
 from manifests import KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
 from processes import MODELS, ROOT, start_server, stop_server
+from prometheus import alerts
 from prometheus_client import CollectorRegistry
 
 from deploy.kubernetes.prometheus_rules import WRITTEN, prometheus_rules
@@ -196,6 +197,14 @@ def test_the_example_of_a_profile_fits_the_committed_bundle(bundle: Bundle) -> N
     folder = ProfileFolder(KUBERNETES / "components" / "profiles", Metrics(CollectorRegistry(), 0))
     assert folder.refresh([bundle])
     assert list(folder.of(bundle)) == ["example"]
+
+
+def test_a_server_that_is_still_starting_is_no_target_that_is_down() -> None:
+    waits = int(alerts()["SteervitTargetDown"]["for"].removesuffix("m")) * 60
+    for target in OVERLAYS:
+        (pod,) = pods(objects(target))
+        probe = pod.server["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] < waits
 
 
 def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_serves(bundle: Bundle) -> None:
