@@ -120,7 +120,7 @@ def test_selectors_choose_the_servers_pods_and_ports_go_by_names_that_these_have
         assert "replicas" not in deployment["spec"]
 
 
-@pytest.mark.parametrize("target", OVERLAYS)
+@pytest.mark.parametrize("target", [*OVERLAYS, "components/profiles"])
 def test_a_server_with_these_settings_answers_the_probes_and_the_scrape(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +215,11 @@ def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_
     assert model["modelFormat"].items() <= runtime["spec"]["supportedModelFormats"][0].items()
     assert [model["protocolVersion"]] == runtime["spec"]["protocolVersions"]
     assert model["storageUri"] == f"pvc://steervit-models/{bundle.manifest.name}/{bundle.manifest.version}"
+@pytest.mark.parametrize("target", OVERLAYS)
+def test_no_overlay_serves_the_example_of_a_profile(target: str) -> None:
+    assert "steervit-profiles" not in {each["metadata"]["name"] for each in of_kind(objects(target), "ConfigMap")}
+
+
 
 
 def test_the_readme_names_files_that_exist_and_every_component() -> None:
