@@ -19,6 +19,7 @@ from export.bundle import SCHEMA_VERSION, Bundle, BundleError
 from service.catalogue import scan
 from service.config import Settings
 from service.metrics import Metrics
+from service.pb import steering_pb2 as pb
 from service.profiles import ProfileFolder
 
 ADAPTER = KUBERNETES / "components" / "autoscaling" / "adapter.yaml"
@@ -58,6 +59,19 @@ def test_settings_are_settings_of_the_server_and_their_values_are_allowed(
         assert of_server.host == "0.0.0.0"
         assert of_server.max_connection_age_seconds > 0
         assert not pod.spec["enableServiceLinks"], "a Service named steervit would set STEERVIT_PORT"
+
+
+@pytest.mark.parametrize("target", ["base", *OVERLAYS])
+def test_a_message_may_hold_a_full_call_of_ordinary_images_and_little_more(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a message can do to the memory grows with its size: SECURITY.md."""
+    found = objects(target)
+    for pod in pods(found):
+        of_server = settings_of(pod, found, monkeypatch)
+        image = pb.Image(pixels=bytes(224 * 224 * 3))
+        largest = pb.PredictRequest(images=[image] * of_server.max_images).ByteSize()
+        assert largest < of_server.max_message_mb * 2**20 < 1.2 * largest
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -185,6 +199,14 @@ def test_rules_and_dashboards_in_the_cluster_are_those_of_deploy() -> None:
         assert sum(map(len, each["data"].values())) < 2**20, "a ConfigMap holds 1 MiB"
 
 
+def test_a_server_that_is_still_starting_is_no_target_that_is_down() -> None:
+    waits = int(alerts()["SteervitTargetDown"]["for"].removesuffix("m")) * 60
+    for target in OVERLAYS:
+        (pod,) = pods(objects(target))
+        probe = pod.server["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] < waits
+
+
 def test_each_namespace_is_a_job_of_its_own_whose_name_the_rules_know() -> None:
     """Without a jobLabel the operator's label `job` is <namespace>/<name of the PodMonitor>."""
     (monitor,) = of_kind(objects("components/monitoring"), "PodMonitor")
@@ -193,18 +215,15 @@ def test_each_namespace_is_a_job_of_its_own_whose_name_the_rules_know() -> None:
     assert re.fullmatch(".*steervit.*", monitor["metadata"]["name"])
 
 
+@pytest.mark.parametrize("target", OVERLAYS)
+def test_no_overlay_serves_the_example_of_a_profile(target: str) -> None:
+    assert "steervit-profiles" not in {each["metadata"]["name"] for each in of_kind(objects(target), "ConfigMap")}
+
+
 def test_the_example_of_a_profile_fits_the_committed_bundle(bundle: Bundle) -> None:
     folder = ProfileFolder(KUBERNETES / "components" / "profiles", Metrics(CollectorRegistry(), 0))
     assert folder.refresh([bundle])
     assert list(folder.of(bundle)) == ["example"]
-
-
-def test_a_server_that_is_still_starting_is_no_target_that_is_down() -> None:
-    waits = int(alerts()["SteervitTargetDown"]["for"].removesuffix("m")) * 60
-    for target in OVERLAYS:
-        (pod,) = pods(objects(target))
-        probe = pod.server["startupProbe"]
-        assert probe["periodSeconds"] * probe["failureThreshold"] < waits
 
 
 def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_serves(bundle: Bundle) -> None:
@@ -215,19 +234,8 @@ def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_
     assert model["modelFormat"].items() <= runtime["spec"]["supportedModelFormats"][0].items()
     assert [model["protocolVersion"]] == runtime["spec"]["protocolVersions"]
     assert model["storageUri"] == f"pvc://steervit-models/{bundle.manifest.name}/{bundle.manifest.version}"
-@pytest.mark.parametrize("target", OVERLAYS)
-def test_no_overlay_serves_the_example_of_a_profile(target: str) -> None:
-    assert "steervit-profiles" not in {each["metadata"]["name"] for each in of_kind(objects(target), "ConfigMap")}
 
 
-
-
-def test_the_readme_names_files_that_exist_and_every_component() -> None:
-    readme = (KUBERNETES / "README.md").read_text()
-    for folder in (*(KUBERNETES / "components").iterdir(), *(KUBERNETES / "overlays").iterdir()):
-        assert f"`{folder.name}`" in readme
-    for path in re.findall(r"deploy/[\w./-]+\w", readme):
-        assert (ROOT / path).exists(), path
 def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
     commands = (KUBERNETES / "README.md").read_text()
     assert "models:/models/.incoming/fashion_mnist\n" in commands
@@ -239,3 +247,9 @@ def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_who
     assert set(scan(tmp_path)) == {"fashion_mnist"}
 
 
+def test_the_readme_names_files_that_exist_and_every_component() -> None:
+    readme = (KUBERNETES / "README.md").read_text()
+    for folder in (*(KUBERNETES / "components").iterdir(), *(KUBERNETES / "overlays").iterdir()):
+        assert f"`{folder.name}`" in readme
+    for path in re.findall(r"deploy/[\w./-]+\w", readme):
+        assert (ROOT / path).exists(), path
