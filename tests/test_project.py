@@ -91,3 +91,13 @@ def test_the_readmes_table_is_what_the_committed_bundle_records(bundle: Bundle) 
             *(f"{before[key]:.3f} → {after[key]:.3f}" for key in ("recall", "precision", "overall_accuracy")),
             *(f"{before[key]:.2f} → {after[key]:.2f}" for key in ("head_usage", "compute_fraction")),
         ]
+
+
+def test_the_readme_of_the_tests_names_only_files_that_exist_and_every_one_at_the_top() -> None:
+    tests = ROOT / "tests"
+    head = (tests / "README.md").read_text().partition("# What can go wrong")[0]
+    named = set(re.findall(r"[\w/*]+\.py", head))
+    for name in named:
+        assert any(any(folder.glob(name)) for folder in (tests, ROOT)), name
+    covered = {path for name in named for path in tests.glob(name)}
+    assert set(tests.glob("test_*.py")) <= covered

@@ -15,7 +15,40 @@ from tests.faults.listed import FAULTS
 
 TESTS = Path(__file__).parents[1]
 README = TESTS / "README.md"
-HEAD = """# What can go wrong, what a client sees, and the test that shows it
+HEAD = """# The tests
+
+Real parts throughout: server processes on free ports (processes.py), the committed bundle, a run that is trained here
+(conftest.py), a Prometheus (prometheus.py). `make test` runs all but deploy/, `make test-fast` those that take seconds.
+
+- **Journeys**, images to answers: test_journeys.py, test_reproduce.py, test_container.py, test_rolling_restart.py
+- **Properties**, whatever comes: test_property_requests.py, test_property_images.py, test_property_files.py
+- **Hand-worked numbers**: test_gated_vit.py, test_sae.py, test_strategies.py, test_evaluation.py, test_last_block.py
+- **Faults**, what a client sees of each: faults/, listed below. **Kills and soaks**: test_crash_safety.py,
+  faults/sigterm.py, perf/soak.py. **Benches**: perf/; what they rest on: test_perf.py
+- **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py
+
+| module | its tests |
+|---|---|
+| training/ | the numbers above, test_data.py, test_training.py, test_steering.py, test_report.py |
+| export/ | test_export.py, test_graphs.py, test_bundle.py |
+| service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
+| service/: that it answers alike | test_determinism.py, test_batcher.py |
+| service/: what it serves | test_repository.py, test_profiles.py |
+| service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py |
+| service/client/ | test_client.py |
+| deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |
+
+To touch for something new:
+
+- **A flag**: a field with its docstring in service/config.py, which makes the flag and the variable; a test through a
+  server; deploy/kubernetes/base/settings.env where clusters need another value than the default.
+- **An RPC**: proto/ and `make proto`, service/steering_api.py, both clients in service/client/; its wrong requests in
+  faults/test_bad_requests.py, and test_property_requests.py.
+- **A metric**: service/metrics.py; a panel in deploy/dashboards (`make dashboards`), or a rule in deploy/alerts with a
+  case in tests.yaml and an entry in RUNBOOK.md (`make manifests`).
+- **A fault**: its name in faults/listed.py, the mark `fault` on the test, `make faults`.
+
+# What can go wrong, what a client sees, and the test that shows it
 
 Made by `make faults` from the marks of the tests; the list is in [faults/listed.py](faults/listed.py), and a test holds
 the two together. Each of these tests talks to a real server process over real channels; beside most of them another
