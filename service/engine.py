@@ -263,6 +263,7 @@ def _open(
     graph: Path, provider: str, options: onnxruntime.SessionOptions, device: int, gpu_memory_mb: int
 ) -> onnxruntime.InferenceSession:
     of_gpu = {"device_id": str(device), "arena_extend_strategy": "kSameAsRequested"}
+    of_gpu["use_tf32"] = "0"  # its 10 bits would decide other gates than the certificate's; fp16 is for speed
     if gpu_memory_mb:
         of_gpu["gpu_mem_limit"] = str(gpu_memory_mb * 2**20)
     names: list[Any] = [PROVIDERS["cpu"]]
