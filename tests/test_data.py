@@ -296,6 +296,20 @@ def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:
         load(DataSettings(dataset="torch/cifar100", root=tmp_path), 0)
 
 
+def test_labels_of_imagenet_are_told_apart(tmp_path: Path) -> None:
+    """In the format on disk of torch/imagenet: names of a class are synonyms, and two classes may share the first."""
+    names = {"n1": ("crane",), "n2": ("maillot",), "n3": ("crane",), "n4": ("ox", "cattle")}
+    torch.save((names, []), tmp_path / "meta.bin")
+    for split in ("train", "val"):
+        for index, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            for copy in range(3):
+                picture(5 * index + copy).save(tmp_path / split / name / f"{copy}.png")
+    found = load(DataSettings(dataset="torch/imagenet", root=tmp_path, channels=3, image_size=16), 0)
+    assert found.labels == ("crane (0)", "maillot", "crane (2)", "ox")
+    assert found.found["test images"].startswith("12 with the digest ")
+
+
 def test_mean_and_deviation_are_those_of_the_training_pixels() -> None:
     found = load(DataSettings(max_train=2500), 0)
     pixels = found.train.images[:].double() / 255
@@ -521,9 +535,7 @@ def test_every_layout_of_folders_is_read_as_it_is_meant_or_refused(
         load(of_folder(root=root), 0)
     for known, unknown, left in (("train", "training", "valid"), ("valid", "dev", "train")):
         (root / known).rename(root / unknown)
-        with pytest.raises(
-            DataError, match=rf"split/{left} has folders of its own; allowed: in .*split one sub"
-        ):
+        with pytest.raises(DataError, match=rf"split/{left} has folders of its own; allowed: in .*split one sub"):
             load(of_folder(root=root), 0)
         (root / unknown).rename(root / known)
     (folder / "c").rename(folder / "train")
@@ -535,6 +547,8 @@ def test_unusable_classes_are_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     for lines, message in (
         ("even\n", r"'wds/own' has 1 label \(even\); allowed: at least 2"),
+        ("even\nodd\todd\n", r"a label of 'wds/own': name is 'odd\\todd'; allowed: no control characters"),
+        ("even\nodd\neven\n", r"'wds/own' has the label 'even' more than once; allowed: once"),
         ("even\nodd\nnone\n", r"'wds/own' has no training image of 'none'; allowed: images of every label"),
     ):
         (tmp_path / "labels.txt").write_text(lines)

@@ -170,3 +170,5 @@ def test_contexts_are_sets_of_labels() -> None:
         targets_of(labels, {"x": ("a", "d")})
     with pytest.raises(RunError, match=r"profiles\.contexts has 'a', which is a label"):
         targets_of(labels, {"a": ("b",)})
+    with pytest.raises(RunError, match=r"profiles\.contexts: name is ''; allowed: a string of 1 to 200 characters"):
+        targets_of(labels, {"": ("b",)})

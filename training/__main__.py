@@ -17,6 +17,7 @@ from training.fit_vit import check_images, fit_vit, load_vit
 from training.gated_vit import UnsupportedModel
 from training.protocol import evaluate
 from training.report import write_report
+from training.steering import SteeringError
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
         targets_of(images.labels, settings.profiles.contexts)  # before hours of training
         for step in STEPS if settings.step == "all" else (settings.step,):
             run_step(step, settings, images, Run(settings.out))
-    except (data.DataError, RunError, UnsupportedModel) as error:
+    except (data.DataError, RunError, SteeringError, UnsupportedModel) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

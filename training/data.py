@@ -16,6 +16,7 @@ from training.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.image_spec import ImageSpec
 from training.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory
 from training.sources import find
+from training.steering import SteeringError, check_name
 
 __all__ = (
     "DEBIAN_FASHION_MNIST", "FASHION_MNIST_LABELS", "Data", "DataError", "Split", "augment", "balanced",
@@ -84,6 +85,14 @@ def load(settings: DataSettings, seed: int) -> Data:
 def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None) -> None:
     if len(labels) < 2:
         raise DataError(f"{settings.dataset!r} has {len(labels)} label ({', '.join(labels)}); allowed: at least 2")
+    for label in labels:
+        try:
+            check_name(label)
+        except SteeringError as error:
+            raise DataError(f"a label of {settings.dataset!r}: {error}") from error
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise DataError(f"{settings.dataset!r} has the label {twice!r} more than once; allowed: once")
     for name, split in {"training": train, "test": test}.items():
         if split is None:
             continue

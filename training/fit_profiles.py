@@ -26,9 +26,11 @@ from training.learned import gate_bias, learned
 from training.macs import Macs, count
 from training.sae import Sae
 from training.steering import (
+    SteeringError,
     SteeringProfile,
     Terms,
     at_strength,
+    check_name,
     profiles_from_json,
     profiles_to_json,
     terms_from_json,
@@ -61,10 +63,14 @@ class Candidate:
 def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]]) -> dict[str, Target]:
     """Class indices by profile name: every label, and every context.
 
-    Raises RunError when a context names a label that is not there, or bears a label's name.
+    Raises RunError when a context names a label that is not there, or bears a label's name or one that is not allowed.
     """
     targets: dict[str, Target] = {label: (index,) for index, label in enumerate(labels)}
     for name, members in contexts.items():
+        try:
+            check_name(name)
+        except SteeringError as error:
+            raise RunError(f"profiles.contexts: {error}") from error
         unknown = [label for label in members if label not in labels]
         if unknown or not members:
             raise RunError(f"profiles.contexts[{name!r}] names {unknown}; allowed: one or more of {', '.join(labels)}")

@@ -220,7 +220,8 @@ def _labels(settings: DataSettings, dataset: Any, classes: torch.Tensor) -> tupl
             raise DataError(f"data.labels is {settings.labels}: {error}") from error
     if getattr(dataset, "classes", None):
         named = [name if isinstance(name, str) else name[0] for name in dataset.classes]  # ImageNet has synonyms
-        return tuple(named)
+        shared = {name for name, count in Counter(named).items() if count > 1}  # and two cranes, a bird and a machine
+        return tuple(f"{name} ({index})" if name in shared else name for index, name in enumerate(named))
     numbered = getattr(dataset, "class_to_idx", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     if numbered:
         return tuple(str(name) for name, _ in sorted(numbered.items(), key=lambda item: item[1]))
