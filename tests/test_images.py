@@ -1,6 +1,7 @@
 """The server's pixels are the evaluation transform's pixels, exactly."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from PIL import Image
 
 from service.errors import InvalidRequest
 from service.images import MODES, Limits, decode, from_raw
+from training.config import DataSettings
 from training.data import eval_transform
 from training.image_spec import ImageSpec
+from training.pixels import image_spec
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 
@@ -56,6 +59,21 @@ def test_pixels_equal_the_evaluation_transform(
     assert found.dtype == np.uint8
     assert found.shape == (size, size, channels)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_both_resize_alike_for_every_size_and_crop() -> None:
+    """A gradient: another resize shows in every pixel. Of the sizes and fractions, all that give another resize."""
+    ramp = Image.linear_gradient("L").resize((61, 47))
+    specs = {
+        image_spec(DataSettings(image_size=size, crop_fraction=fraction / 100))
+        for size in (*range(8, 257), 299, 384, 1024)
+        for fraction in (50, 80, 85, 87.5, 90, 95, 100)
+    }
+    floored = [s for s in specs if math.floor(s.height / (s.height / s.resize)) != s.resize]
+    assert (192, 225) in [(s.height, s.resize) for s in floored], "192 / (192 / 225) is below 225"
+    for wanted in [*floored, *sorted(specs, key=lambda s: (s.height, s.resize))[::40]]:
+        found = decode(encoded(ramp), wanted, LIMITS, "image")
+        np.testing.assert_array_equal(found, eval_transform(wanted)(ramp), str(wanted))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

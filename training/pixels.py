@@ -196,7 +196,7 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
         is_training=False,
         use_prefetcher=True,  # stop at uint8: scaling and normalisation are in the model
         interpolation=spec.interpolation,
-        crop_pct=spec.height / spec.resize,
+        crop_pct=spec.height / (spec.resize + 0.5),  # timm floors height / crop_pct
     )
 
     def transform(image: Image.Image) -> np.ndarray:
