@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import ROOT, run_module
 
-from training import fit_vit, phases
+from training import fit_vit, phases, reproduce
 from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
@@ -160,6 +160,34 @@ def test_effect_by_hand() -> None:
     assert found.f1 == pytest.approx(3 / 4)
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data.root /typo", "data.root is /typo; allowed: the folder of Fashion-MNIST's four files, or none"),
+        ("--vit.weights file", "vit.weights is file with vit.model 'conv_stem'; allowed: a timm model"),
+        ("--vit.pretrained", "vit.pretrained is True with vit.model 'conv_stem'; allowed: a timm model"),
+        (
+            "--vit.model deit_tiny_patch16_224 --vit.depth 4",
+            "vit.depth is 4 with vit.model 'deit_tiny_patch16_224', wh",
+        ),
+        ("--vit.dim 50", "vit.dim is 50 with 3 heads; allowed: a multiple of 12"),
+        ("--vit.dim 18", "vit.dim is 18 with 3 heads; allowed: a multiple of 12"),
+        ("--vit.patch 16 --vit.unpadded 1", "vit.patch is 16 and vit.unpadded 1, which leave no token of 28 pixels"),
+    ],
+)
+def test_no_setting_is_passed_over(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vit", "--preset=smoke", "--out", str(tmp_path), *flags.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_seed_is_not_taken_for_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        reproduce.main(["--out", "run", "--seed", "5"])
+    assert "--seed is not a flag here; allowed: --seeds, how many from 0 on" in capsys.readouterr().err
 
 
 def test_contexts_that_are_given_replace_those_of_the_preset() -> None:

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource
 
 from training import data, processes
+from training.backbone import check_given
 from training.checkpoint import Run, RunError
 from training.config import STEPS, Settings
 from training.controls import fit_controls
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
+        check_given(settings)
         images = data.load(settings.data, settings.seed)
         targets_of(images.labels, settings.profiles.contexts)  # before hours of training
         for step in STEPS if settings.step == "all" else (settings.step,):

@@ -3,6 +3,7 @@
 Letters: B images, N tokens, D residual width.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from timm.models import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from training.config import VitSettings
+from training.config import Settings, VitSettings
 from training.gated_vit import UnsupportedModel, check_supported
 from training.image_spec import ImageSpec
+from training.presets import PRESETS
+
+OF_CONV_STEM = ("dim", "depth", "heads", "patch", "unpadded", "mlp_ratio")
+"""The settings of VitSettings that other models have of their own."""
 
 
 class ConvStem(nn.Module):
@@ -56,6 +61,7 @@ class ConvStem(nn.Module):
 def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTransformer:
     """The ungated backbone. Raises UnsupportedModel when timm does not know it or it cannot be gated."""
     if settings.model == "conv_stem":
+        _check_conv_stem(settings, spec)
         vit = VisionTransformer(
             img_size=spec.height,
             patch_size=settings.patch,
@@ -83,10 +89,38 @@ def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTr
             img_size=spec.height,
             **local,
         )
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise UnsupportedModel(f"vit.model is {settings.model!r}: {error}") from error
     check_supported(vit)
     return vit
+
+
+def check_given(settings: Settings) -> None:
+    """Raises UnsupportedModel when a setting of conv_stem alone was changed from the preset's for another model."""
+    preset = VitSettings(**PRESETS[settings.preset].get("vit", {}))
+    for name in OF_CONV_STEM if settings.vit.model != "conv_stem" else ():
+        value = getattr(settings.vit, name)
+        if value != getattr(preset, name):
+            raise UnsupportedModel(
+                f"vit.{name} is {value} with vit.model {settings.vit.model!r}, which has its own; allowed: conv_stem"
+            )
+
+
+def _check_conv_stem(settings: VitSettings, spec: ImageSpec) -> None:
+    for name in ("weights", "pretrained"):
+        if getattr(settings, name):
+            raise UnsupportedModel(
+                f"vit.{name} is {getattr(settings, name)} with vit.model 'conv_stem'; allowed: a timm model"
+            )
+    step = math.lcm(4, settings.heads)  # four numbers a sin-cos position, as many a head for every head
+    if settings.dim % step:
+        raise UnsupportedModel(f"vit.dim is {settings.dim} with {settings.heads} heads; allowed: a multiple of {step}")
+    side = -(-spec.height // settings.patch) - 2 * settings.unpadded
+    if side < 1:
+        raise UnsupportedModel(
+            f"vit.patch is {settings.patch} and vit.unpadded {settings.unpadded}, which leave no token of "
+            f"{spec.height} pixels; allowed: smaller ones"
+        )
 
 
 def _check_weights(path: Path, model: str) -> None:

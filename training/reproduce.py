@@ -47,7 +47,9 @@ class Job:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.reproduce", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.reproduce", description=__doc__.split("\n\n")[1], allow_abbrev=False
+    )
     parser.add_argument("--preset", default="fashion-mnist", help="as of python -m training (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: %(default)s)")
@@ -56,6 +58,8 @@ def main(arguments: list[str]) -> int:
     options, flags = parser.parse_known_args(arguments)
     if options.seeds < 1 or options.jobs < 1:
         parser.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
+    if any(flag.partition("=")[0] == "--seed" for flag in flags):
+        parser.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
     jobs = [Job(seed, name) for seed in range(options.seeds) for name in ORDER]
     threads = max(1, cores // options.jobs)
     begun = time.monotonic()
