@@ -277,6 +277,13 @@ def test_cifar100_is_read_lazily_where_its_resized_pixels_outgrow_the_limit(
     larger = Image.fromarray(images["test"][7].transpose(1, 2, 0)).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(resized.test.images[7].numpy(), np.asarray(larger))
     assert resized.train.picture(0).size == (32, 32), "augmentation starts from the stored pixels"
+    other = tmp_path / "other"
+    shutil.copytree(base, other / base.name)
+    for root in (tmp_path, other, other):
+        mapped = DataSettings(**{**settings, "root": root}, image_size=32, memory="map", cache=tmp_path / "cache")
+        assert_same(load(mapped, 0), native)
+    made = [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(made) == 4, "a file for each split of each root, made once"
 
 
 def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:

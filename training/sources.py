@@ -92,7 +92,11 @@ class Rows:
 
     def identity(self) -> str:
         reader = getattr(self.dataset, "reader", None)
-        return str(reader.dataset._fingerprint if reader else len(self.dataset))
+        if reader:
+            return str(reader.dataset._fingerprint)
+        root = Path(self.dataset.root, getattr(self.dataset, "base_folder", "")).resolve()
+        files = Files(tuple(sorted(str(path) for path in root.rglob("*") if path.is_file())))
+        return f"{len(self.dataset)} images of {root}: {files.identity()}"
 
     def contents(self) -> str:
         """Their number: a fingerprint changes when the same set is downloaded again."""
