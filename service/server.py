@@ -88,7 +88,7 @@ class Server:
         settings = self._settings
         self._server = grpc.aio.server(options=_options(settings))
         typed = SteeringService(self._repository, settings)
-        open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready)
+        open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready and self.alive)
         handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
         self._server.add_generic_rpc_handlers((*handlers, NotServed()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -115,6 +115,7 @@ class Server:
         watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watching.append(asyncio.create_task(self._follow_threads()))
         self.ready = True
 
     @property
@@ -153,6 +154,17 @@ class Server:
         log.info("stopped: %d calls accepted, %d answered, %d cancelled", accepted, answered, accepted - answered)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()
+
+    async def _follow_threads(self) -> None:
+        """While an inference thread is gone, calls would wait for ever: clients are told to turn to other servers."""
+        alive = True
+        while True:
+            await asyncio.sleep(1)
+            if alive != self.alive:
+                alive = not alive
+                log.warning("all inference threads run again" if alive else "an inference thread has ended")
+                status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
+                await self._set_health(status)
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for service in ("", *SERVICES):

@@ -8,11 +8,15 @@ import time
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from numpy.typing import NDArray
 from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
 
 from service.client import AsyncClient, Client
+from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from training.steering import SteeringTerm
 
@@ -168,6 +172,37 @@ def test_calls_are_taken_while_clients_hear_that_the_server_goes(samples: dict[s
         server.process.communicate(timeout=60)
         assert server.process.returncode == 0
         assert time.monotonic() - asked > 3
+
+
+MORTAL = """
+import ctypes, signal, sys, threading
+from service.__main__ import main
+def end(*_):
+    for thread in threading.enumerate():
+        if thread.name.startswith("batcher-"):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+signal.signal(signal.SIGUSR1, end)
+sys.exit(main(sys.argv[1:]))
+"""
+"""The server, whose inference threads end at SIGUSR1 (when they next have something to do)."""
+
+
+def test_clients_hear_that_an_inference_thread_is_gone(samples: dict[str, list[bytes]]) -> None:
+    server = start_server(MODELS, program=("-c", MORTAL))
+    try:
+        with Client(server.address, timeout=1, attempts=1) as client, grpc.insecure_channel(server.address) as channel:
+            health, ready = HealthStub(channel), GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert health.Check(HealthCheckRequest()).status == HealthCheckResponse.SERVING
+            server.process.send_signal(signal.SIGUSR1)
+            with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+                client.predict(samples["Bag"])
+            until(lambda: health.Check(HealthCheckRequest()).status == HealthCheckResponse.NOT_SERVING)
+            assert not ready.ServerReady(oi.ServerReadyRequest()).ready
+            assert not ready.ModelReady(oi.ModelReadyRequest(name="fashion_mnist")).ready
+            assert "503" in _status(server)
+    finally:
+        server.process.kill()
+        server.process.communicate()
 
 
 def _status(server: ServerProcess) -> str:
