@@ -39,7 +39,7 @@ from training.config import DataSettings
 from training.data import Split
 from training.fit_profiles import load_profiles
 from training.fit_sae import load_sae
-from training.fit_vit import load_vit
+from training.fit_vit import check_images, load_vit
 from training.image_spec import ImageSpec
 from training.steering import SteeringProfile, Terms, digest, profiles_to_json
 
@@ -124,7 +124,9 @@ def _read(run: Run, wanted: Wanted) -> _Source:
     model, sae = load_vit(run).cpu(), load_sae(run).cpu()
     profiles = _with_evaluation(results, load_profiles(run))
     evaluation = {"split": results["split"], "images": results["images"], **results["neutral"]}
-    selection = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"]).selection
+    images = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"])
+    check_images(run, images)
+    selection = images.selection
     compacted = None
     if wanted.compact_for is not None:
         profile = _named(profiles, wanted.compact_for)

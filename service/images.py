@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from service.errors import InvalidRequest
-from training.image_spec import ImageSpec
+from training.image_spec import MODES, ImageSpec
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
