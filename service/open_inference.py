@@ -3,7 +3,7 @@
 - Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] with JPEG,
   PNG, WebP, BMP or GIF files; and, accepted though not listed in the metadata (clients that make up data for every
   listed input would steer at random), `steering_latent` INT64, `steering_scale` FP32 and `steering_shift` FP32, all
-  three [images, sites, terms]. Raw or typed contents, not both.
+  three [images, sites, terms]. Raw or typed contents, not both; typed ones of at most 2^18 elements a tensor.
 - Parameters: `profile` (string), `strength` (double, int, or a string with a number).
 - Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, when it is asked for, `residual` FP32; raw contents.
   With the parameter `classification` N, `logits` are BYTES [images, N] `logit:index:label`, the largest first.
@@ -18,7 +18,6 @@ from itertools import chain
 from typing import Any
 
 import grpc
-import numpy as np
 
 from export.bundle import OUTPUTS
 from service.batcher import Answer
@@ -277,7 +276,7 @@ def _response(
             continue
         value = getattr(answer.outputs, name)
         response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
-        response.raw_output_contents.append(np.ascontiguousarray(value).astype(DTYPES[OUTPUT_TYPES[name]][0]).tobytes())
+        response.raw_output_contents.append(value.astype(DTYPES[OUTPUT_TYPES[name]][0], copy=False).tobytes())
     for field, said in receipt(model, steering, answer).ListFields():
         parameter = response.parameters[field.name]
         if isinstance(said, str):

@@ -29,6 +29,8 @@ INPUT_TYPES = {
 }
 MAX_RANK = 4
 """Sizes in a shape."""
+MAX_TYPED = 2**18
+"""Elements of a tensor that are not raw: each becomes a Python object on the event loop (0.02 us a pixel)."""
 RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*")
 """Parameters of the protocol and of its clients that mean nothing here."""
 
@@ -86,11 +88,18 @@ def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str, most:
         raise InvalidRequest(f"{where} has {', '.join(sorted(others))}; allowed: {field} for {tensor.datatype}")
     elements: Sequence[Any] = getattr(tensor.contents, field)
     _check_count(elements, tensor, where, most)
-    values = list(elements)
+    if len(elements) > MAX_TYPED:
+        raise InvalidRequest(
+            f"{where} has {len(elements)} elements in {field}; allowed: {MAX_TYPED}, or raw_input_contents"
+        )
+    values = elements[:]  # a list; faster than list(elements)
     if tensor.datatype == "BYTES":
         return np.array(values, object).reshape(tensor.shape)
-    if tensor.datatype == "UINT8" and max(values, default=0) > 255:
-        raise InvalidRequest(f"{where} has the value {max(values)}; allowed: 0 to 255")
+    if tensor.datatype == "UINT8":
+        try:
+            return np.frombuffer(bytes(values), np.uint8).reshape(tensor.shape)
+        except ValueError:  # of bytes
+            raise InvalidRequest(f"{where} has the value {max(values)}; allowed: 0 to 255") from None
     return np.array(values, DTYPES[tensor.datatype][0]).reshape(tensor.shape)
 
 

@@ -203,6 +203,23 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
     assert bundle.manifest.labels[int(logits.argmax())] == "Bag"
 
 
+def test_what_is_large_comes_as_raw_contents() -> None:
+    """Typed contents would keep the event loop."""
+    server, shape = start_server(MODELS, "--max-images", "400"), (400, 28, 28, 1)
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.ModelInfer(typed(request(shape), uint_contents=bytes(400 * 784)), timeout=30)
+            sentence = "has 313600 elements in uint_contents; allowed: 262144, or raw_input_contents"
+            assert (caught.value.code(), caught.value.details()) == (
+                grpc.StatusCode.INVALID_ARGUMENT, f"inputs[0] 'image' {sentence}",
+            )  # fmt: skip
+            assert stub.ModelInfer(raw(request(shape), bytes(400 * 784)), timeout=60).outputs[0].shape[0] == 400
+    finally:
+        assert stop_server(server) == 0
+
+
 def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> None:
     made = raw(request(), bytes(784))
     made.parameters["triton_enable_empty_final_response"].bool_param = False
