@@ -57,15 +57,15 @@ class Guard:
                 return await call(_parsed(message, kind), context)
             except RequestError as error:
                 code = STATUS[type(error)].name
-                await context.abort(STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error)))
+                refusal = STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error))
             except asyncio.CancelledError:
                 code, answered = "DEADLINE_EXCEEDED" if _is_over(context, allowed) else "CANCELLED", False
                 raise
             except Exception:
                 code = "INTERNAL"
                 log.exception("%s failed, request %s", path, name, extra={"method": path, "request_id": name})
-                message_ = f"the server failed on this request; its log says more of request {name}"
-                await context.abort(grpc.StatusCode.INTERNAL, message_)
+                sentence = f"the server failed on this request; its log says more of request {name}"
+                refusal = grpc.StatusCode.INTERNAL, sentence, _named(name)
             finally:
                 seconds = time.perf_counter() - start
                 self._metrics.in_flight.dec()
@@ -74,6 +74,9 @@ class Guard:
                 if log.isEnabledFor(logging.DEBUG):
                     said = {"method": path, "code": code, "seconds": seconds, "request_id": name}
                     log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", said, extra=said)
+            # here, and without the message: what abort raises would keep both until cycles are looked for
+            del message
+            return await context.abort(*refusal)
 
         return guarded
 

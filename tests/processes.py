@@ -38,6 +38,10 @@ class ServerProcess:
                     total += float(found[2])
         return total
 
+    def resident_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
 
 def start_server(
     repository: Path,

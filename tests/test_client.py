@@ -48,6 +48,21 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
     assert names == [profile.name for profile in client.profiles()]
 
 
+def test_what_the_client_is_given_by_mistake_is_no_plausible_answer(
+    client: Client, sample_pixels: NDArray[np.uint8]
+) -> None:
+    image = sample_pixels[0]
+    for error, message, images, asked in (
+        (TypeError, "profil is no argument; allowed: profile, terms", [image], {"profil": "Shirt"}),
+        (ValueError, r"images\[1\] is float32 \(28, 28, 1\)", [image, image.astype(np.float32)], {}),
+        (ValueError, r"images\[0\] is uint8 \(784,\); allowed: uint8", [image.ravel()], {}),
+        (TypeError, "images is a bytes; allowed: a list of images", b"\x89PNG", {}),
+        (TypeError, r"images\[0\] is a PosixPath; allowed: bytes", [SAMPLES / "Shirt"], {}),
+    ):
+        with pytest.raises(error, match=message):
+            client.predict(images, **asked)  # type: ignore[arg-type, call-arg]
+
+
 def test_terms_are_applied_only_by_the_model_that_they_were_made_for(
     server: ServerProcess, client: Client, samples: dict[str, list[bytes]]
 ) -> None:

@@ -332,6 +332,21 @@ def test_steering_tensors_have_the_limit_of_terms_too(limited: tuple[ServerProce
     assert said.sentence == "steering tensors have 5 terms an image; allowed: 3"
 
 
+def test_refused_calls_leave_nothing_in_memory() -> None:
+    """Each is 8 MiB of empty images: four million messages once they are parsed."""
+    server = start_server(MODELS)
+    try:
+        before = server.resident_mb()
+        with grpc.insecure_channel(server.address) as channel:
+            predict = channel.unary_unary(PREDICT)
+            for _ in range(2):
+                calls = [predict.future(b"\x1a\x00" * 2**22, timeout=60) for _ in range(4)]
+                assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+            assert server.resident_mb() - before < 120, "a thousand if each kept its message"
+    finally:
+        assert stop_server(server) == 0
+
+
 def test_further_calls_of_a_connection_wait_at_the_client(limited: tuple[ServerProcess, Live]) -> None:
     """Each call waits 0.4 s for others to share its batch with: three at a time, nine take three times as long."""
     server, _ = limited

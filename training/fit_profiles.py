@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from training.steering import (
 )
 from training.strategies import STRATEGIES, STRENGTHS, Target
 
+T = TypeVar("T")
 Trial = tuple[str, float, Terms]
 """(strategy, strength, the terms at that strength)"""
 CONTROLS = ("random", "learned, random latents")
@@ -45,6 +46,8 @@ CONTROLS = ("random", "learned, random latents")
 SCREENING, FINAL = 100, 500
 """Own images (and as many others) that all candidates, and the best of them, are measured on."""
 FINALISTS = 3
+AT_A_TIME = 25
+"""Targets of one search: each has its rows in every step, with their gradients."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,20 @@ def find(
     for name, at_random in (("learned", False), ("learned, random latents", True)):
         found[name] = _learned_once(
             settings, run, name,
-            lambda at_random=at_random: learned(
-                model, sae, stats, targets, pool, unsteered, options, seed, settings.bf16, at_random
+            lambda at_random=at_random: _in_parts(
+                targets, lambda part: learned(
+                    model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random
+                )
             ),
         )  # fmt: skip
-    return found, list(gate_bias(model, targets, pool, unsteered, options, seed, settings.bf16))
+    bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
+    return found, _in_parts(targets, lambda part: list(bias(part)))
+
+
+def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
+    """What a search finds for each target. It depends on no other target, so how many share a search is free."""
+    parts = [targets[start : start + AT_A_TIME] for start in range(0, len(targets), AT_A_TIME)]
+    return [found for part in parts for found in search(part)]
 
 
 def _choose(

@@ -75,7 +75,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # accelerate launch -m training all --preset imagenet-deit-s --data.root imagenet --out runs/imagenet
     # imagenet/train/<synset>/ and imagenet/val/<synset>/; from shards: --data.dataset wds/imagenet (their pixels are
     # cut to 224 px once, a file of 200 GB). Pretrained DeiT-S, gates on all blocks but the first. For 8 GPUs with 12
-    # processor cores each. Not run here: no result, no run time.
+    # processor cores each. Not run here: no result, no run time. The step `evaluate` would hold the answers of
+    # all images under all profiles in memory: 200 GB.
     "imagenet-deit-s": {
         "data": {"dataset": "folder", **DEIT_PIXELS, **DEIT_AUGMENTATION, "selection_fraction": 0.02},
         "vit": {

@@ -172,13 +172,22 @@ class AsyncClient:
 
 
 def filled(request: Request, images: Images, asked: Asked) -> Request:
-    """The request with its images, its steering and its model."""
+    """The request with its images, its steering and its model. Raises TypeError or ValueError for a wrong argument."""
+    if unknown := sorted(asked.keys() - Asked.__annotations__):
+        raise TypeError(f"{unknown[0]} is no argument; allowed: {', '.join(Asked.__annotations__)}")
+    if isinstance(images, bytes | str | np.ndarray):
+        raise TypeError(f"images is a {type(images).__name__}; allowed: a list of images")
     request.model, request.version = asked.get("model", ""), asked.get("version", "")
-    for image in images:
+    for index, image in enumerate(images):
         if isinstance(image, bytes):
             request.images.add(encoded=image)
+        elif isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3:
+                found = f"{image.dtype} {image.shape}"
+                raise ValueError(f"images[{index}] is {found}; allowed: uint8 (height, width, channels)")
+            request.images.add(pixels=image.tobytes())
         else:
-            request.images.add(pixels=np.ascontiguousarray(image, np.uint8).tobytes())
+            raise TypeError(f"images[{index}] is a {type(image).__name__}; allowed: bytes of a file, or a uint8 array")
     request.steering.profile = asked.get("profile", "")
     request.steering.gates_sae_digest = asked.get("gates_sae_digest", "")
     for site, of_site in asked.get("terms", {}).items():

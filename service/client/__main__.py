@@ -5,6 +5,7 @@ python -m service.client profiles
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
-    of_images["predict"].add_argument("--top-k", type=int, default=0, help="classes to return (default 5)")
+    of_images["predict"].add_argument("--top-k", type=int, default=2, help="classes to show (default 2)")
     of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
     load_options = of_images["load"].add_argument
     load_options("--concurrency", type=int, default=16, help="calls at a time (default %(default)s)")
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
     load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
     load_options("--json", action="store_true", help="the report as JSON")
-    profiles = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
-    for command in (*of_images.values(), profiles):
+    listed = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
+    for command in (*of_images.values(), listed):
         command.add_argument("--address", default="127.0.0.1:8001", help="host:port (default %(default)s)")
         command.add_argument("--tls-ca", type=Path, help="PEM file with the server's authority: connect with TLS")
         command.add_argument(
@@ -62,6 +63,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
         parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
+    for name in ("concurrency", "seconds", "images_per_call", "timeout"):
+        if getattr(options, name, 1) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: more than 0")
+    if getattr(options, "rate", 0) < 0:
+        parser.error(f"--rate is {options.rate}; allowed: 0 (by --concurrency) or more")
     try:
         with Client(options.address, options.timeout, _credentials(options)) as client:
             if options.command == "profiles":
@@ -70,8 +76,9 @@ def main(arguments: Sequence[str]) -> int:
             names = [str(path) for path in options.images]
             images = [path.read_bytes() for path in options.images]
             if options.command == "load":
+                profiles = tuple(name.strip() for name in options.profile.split(","))
                 load = Load(
-                    options.concurrency, options.seconds, options.images_per_call, tuple(options.profile.split(",")),
+                    options.concurrency, options.seconds, options.images_per_call, profiles,
                     options.model, options.version, options.rate, options.timeout,
                 )  # fmt: skip
                 report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
@@ -86,11 +93,16 @@ def main(arguments: Sequence[str]) -> int:
                 print(explain_table(names, client.explain(images, latents=options.latents, **asked)))
             else:
                 print(predict_table(names, client.predict(images, top_k=options.top_k, **asked)))
+    except BrokenPipeError:  # who reads the output has seen enough
+        sys.stderr.close()
+        return 1
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except grpc.RpcError as error:
-        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
+        of_file = re.match(r"images\[(\d+)\]", error.details() or "")
+        which = f" ({options.images[int(of_file[1])]})" if of_file and options.command != "load" else ""
+        print(f"{error.code().name}: {error.details()}{which}", file=sys.stderr)
         return 1
     return 0
 

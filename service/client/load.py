@@ -85,7 +85,8 @@ async def run(
     errors: Counter[str] = Counter()
     async with opened(grpc.aio, address, credentials, attempts=1) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
-        await stub.Predict(next(following), timeout=load.timeout)  # connected, and the right kind of image
+        for request in requests[: len(load.profiles)]:  # connected, and the right kind of image and profiles
+            await stub.Predict(request, timeout=load.timeout)
         begun = time.perf_counter()
 
         async def call(due: float) -> None:
@@ -115,6 +116,7 @@ async def run(
         taken = time.perf_counter() - begun
         if shown:
             shown.cancel()
+            print("\r\033[K", end="", file=sys.stderr)
     p50, p90, p99 = (1000 * float(np.percentile(latencies or [0.0], p)) for p in (50, 90, 99))
     count = len(latencies) * load.images_per_call
     error_p99 = 1000 * float(np.percentile(failed or [0.0], 99))

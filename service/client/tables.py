@@ -22,7 +22,7 @@ def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
     rows = []
     for name, prediction in zip(names, answer.predictions, strict=True):
         best, *others = prediction.classes
-        second = f"{others[0].label} {others[0].probability:.2f}" if others else ""
+        second = ", ".join(f"{other.label} {other.probability:.2f}" for other in others)
         kept = sum(sum(block.kept) for block in prediction.head_mask)
         total = sum(len(block.kept) for block in prediction.head_mask)
         heads = f"{kept}/{total}"
@@ -31,10 +31,13 @@ def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
             [name, best.label, f"{best.probability:.2f}", second, heads, f"{prediction.head_usage:.2f}", compute]
         )
     shown = table(["image", "class", "p", "then", "heads", "usage", "compute"], rows)
-    receipt = answer.receipt
+    return f"{shown}\n\n{_served_by(answer.receipt)}"
+
+
+def _served_by(receipt: pb.Receipt) -> str:
     steering = f"profile {receipt.profile}" if receipt.profile else "inline terms or none"
     return (
-        f"{shown}\n\nmodel {receipt.model} version {receipt.version} "
+        f"model {receipt.model} version {receipt.version} "
         f"({receipt.graph}, bundle {receipt.bundle_digest}), {steering}, steering {receipt.steering_digest}\n"
         f"queue {receipt.queue_seconds * 1000:.1f} ms, inference {receipt.inference_seconds * 1000:.1f} ms"
     )
@@ -54,7 +57,8 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
                 f"+{opened} -{len(found.head_changes) - opened}",
             ]
         )  # fmt: skip
-    return table(["image", "unsteered", "steered", "label", "head usage", "compute", "heads"], rows)
+    shown = table(["image", "unsteered", "steered", "label", "head usage", "compute", "heads"], rows)
+    return f"{shown}\n\n{_served_by(answer.receipt)}"
 
 
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
@@ -73,7 +77,7 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
                 changed = f"{latent.steered_value:.2f}" if latent.steered_value != latent.value else ""
                 effects = [f"{v:+.2f}" for v in latent.gate_effects]
                 rows.append([f"latent {latent.latent}", f"{latent.value:.2f}", changed, *effects])
-            parts.append(f"\nblock {site.block}, {site.active_latents} latents active")
+            parts.append(f"\nsite {site.site} (block {site.block}), {site.active_latents} latents active")
             parts.append(table(["", "value", "steered", *heads], rows))
         parts.append("")
     return "\n".join(parts).rstrip()

@@ -162,11 +162,6 @@ def test_a_model_that_is_unloaded_answers_what_it_accepted(
     shutil.rmtree(repository / "other")
 
 
-def resident_mb(server: ServerProcess) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
-
 @fault("bundle: swap under load", "right answers throughout; the memory of the old version is given back")
 def test_a_version_that_was_replaced_leaves_no_memory_behind(
     control: GRPCInferenceServiceStub,
@@ -181,7 +176,7 @@ def test_a_version_that_was_replaced_leaves_no_memory_behind(
             shutil.rmtree(repository / "fashion_mnist" / str(version - 1))
             put(bundle, repository, version)
             control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
-            sizes.append(resident_mb(controlled))
+            sizes.append(controlled.resident_mb())
     graph = (bundle.folder / GRAPH).stat().st_size / 2**20
     assert sizes[-1] - sizes[1] < graph, f"eight versions later: {sizes}"
 
