@@ -1,5 +1,7 @@
 """Statistics and baselines with numbers that can be worked out by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -137,7 +139,7 @@ def test_rivals_are_compared_with_the_profile_image_by_image() -> None:
     by_hand = dict.fromkeys(Effect.__dataclass_fields__, 0.5)
 
     def measured(right: str, recall: float) -> Measured:
-        return Measured(Effect(**{**by_hand, "recall": recall}), np.array([c == "1" for c in right]))
+        return Measured(Effect(**{**by_hand, "recall": recall}), np.array(list(right), np.float64))
 
     first = {"no steering": measured("1100", 0.5), "profile": measured("1110", 0.75), "rival": measured("0010", 0.25)}
     second = {"no steering": measured("1100", 0.5), "profile": measured("1100", 0.5), "rival": measured("0011", 0.5)}
@@ -147,6 +149,16 @@ def test_rivals_are_compared_with_the_profile_image_by_image() -> None:
     assert found["against_profile"]["recall"] == pytest.approx(3 / 8 - 5 / 8)
     assert found["against_profile"]["p"] == pytest.approx(2 * (1 + 6 + 15) / 64)  # 2 gained, 4 lost
     assert compare([first, second])["profile"]["against_profile"]["p"] == 1.0
+
+
+def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
+    """Six images by 0.4 worse, one by 0.6 better: 1.8 in all. Which of the 128 choices of signs are as far off?"""
+    profile, rival = np.array([1.0] * 6 + [0.0]), np.array([0.6] * 6 + [0.6])
+    sums = [sum(signs) for signs in itertools.product(*([(0.4, -0.4)] * 6), (0.6, -0.6))]
+    expected = sum(abs(total) >= 1.8 - 1e-9 for total in sums) / len(sums)
+    assert significance.paired(profile, rival) == pytest.approx(expected)
+    assert significance.paired(profile, profile) == 1.0
+    assert significance.paired(profile, 1 - profile) == significance.mcnemar(profile > 0, profile == 0)
 
 
 def test_gate_diagnostics_by_hand() -> None:
