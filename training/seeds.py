@@ -14,6 +14,8 @@ RIVALS = (
     "gate threshold shift",
     "another class's profile",
     "random heads",
+    "causal",
+    "class-mean",
 )
 """Those that stand in the table; results.json has the others."""
 
@@ -34,7 +36,7 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
         "overall_change": results["mean_change"]["overall_accuracy"],
         "criteria_met": sum(c["met"] for c in results["success"]),
         "criteria": len(results["success"]),
-        "pattern": [entry["name"] for entry in results["pattern"]],
+        "pattern": results["pattern"],
         "rivals": {name: results["rivals"][name] for name in RIVALS if name in results["rivals"]},
     }
     for name, control in results.get("controls", {}).items():
@@ -51,11 +53,24 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
         path = run.folder / "results.json"
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step 'evaluate' there first")
-        rows.append(row(json.loads(path.read_text())))
+        rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
     found: dict[str, Any] = {"seeds": rows, **_over(rows)}
     if all("last_block" in r for r in rows):
         found["last_block"] = _over([r["last_block"] for r in rows])
     return found
+
+
+def _fidelity(run: Run) -> dict[str, float]:
+    """The worst site of a run's autoencoders."""
+    of_sites = run.info("sae")["result"]["fidelity"]
+    worst = (
+        ("fvu", max),
+        ("gate_agreement", min),
+        ("gate_agreement_clear", min),
+        ("dead_training", max),
+        ("dead", max),
+    )
+    return {name: round(choose(site[name] for site in of_sites), 5) for name, choose in worst}
 
 
 def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
