@@ -6,6 +6,7 @@ its end when that is taken. So a small call waits for one batch of each call bef
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -68,6 +69,8 @@ class _Piece:
             piece = piece.following
 
 
+HANGS_AFTER = 300.0
+"""Seconds of one batch after which it is taken to hang."""
 Result = tuple[Outputs, float] | Exception
 """What becomes of a piece: its outputs and the seconds that it waited, or what went wrong."""
 
@@ -100,6 +103,8 @@ class Batcher:
         """Whether a call was, since the queue was last looked through."""
         self._changed = threading.Condition()
         self._closed = False
+        self._batch_started = math.inf
+        """That is being run."""
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
         self._thread.start()
 
@@ -110,7 +115,8 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """Whether the thread is there and gets on."""
+        return self._thread.is_alive() and time.monotonic() - self._batch_started < HANGS_AFTER
 
     async def submit(
         self, images: NDArray[np.uint8], steering: Steering, deadline: float, residual: bool = False
@@ -167,7 +173,9 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._next_batch():
+            self._batch_started = time.monotonic()
             self._run(batch)
+            self._batch_started = math.inf
 
     def _run(self, batch: list[_Piece]) -> None:
         """Run and answer them. When the provider fails, each alone: it may have been too much of one of them only."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import time
 from typing import Any
 
 import grpc
@@ -22,6 +24,8 @@ from service.steering_api import SteeringService
 from service.tls import Certificates
 
 log = logging.getLogger("steervit.server")
+HANGS_AFTER = 60.0
+"""Seconds without a turn of the event loop after which it is taken to hang."""
 DESCRIPTORS = [
     service for file in (steering_pb2, open_inference_pb2) for service in file.DESCRIPTOR.services_by_name.values()
 ]
@@ -81,6 +85,8 @@ class Server:
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._guard = Guard(self._metrics)
+        self._beat = math.inf
+        """When the event loop last came round."""
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
@@ -120,7 +126,8 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        return self._repository.alive
+        """Whether inference threads and, while calls are taken, the event loop get on."""
+        return self._repository.alive and (not self.ready or time.monotonic() - self._beat < HANGS_AFTER)
 
     def _bundles(self) -> list[Bundle]:
         return [model.bundle for model in self._repository.models]
@@ -156,13 +163,14 @@ class Server:
         self._pages.close()
 
     async def _follow_threads(self) -> None:
-        """While an inference thread is gone, calls would wait for ever: clients are told to turn to other servers."""
+        """While an inference thread is gone or hangs, calls would wait: clients are told to turn to other servers."""
         alive = True
         while True:
+            self._beat = time.monotonic()
             await asyncio.sleep(1)
             if alive != self.alive:
                 alive = not alive
-                log.warning("all inference threads run again" if alive else "an inference thread has ended")
+                log.warning("all inference threads get on again" if alive else "an inference thread has ended or hangs")
                 status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
                 await self._set_health(status)
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
+from service import batcher
 from service.batcher import Answer, Batcher, BatchStats
 from service.engine import Engine, Outputs
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
@@ -91,6 +92,25 @@ def test_a_batch_of_mixed_profiles_equals_the_single_requests(
     assert max(stats.images for stats in parts.batches) > 1, "nothing was batched"
     for (image, steering), answer in zip(chosen, answers, strict=True):
         same(answer, engine.run(image, steering.arrays))
+
+
+def test_a_batch_that_does_not_end_is_told_of(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        call = asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf))
+        await asyncio.to_thread(parts.engine.entered.wait)
+        assert parts.batcher.alive
+        monkeypatch.setattr(batcher, "HANGS_AFTER", 0.0)
+        assert not parts.batcher.alive
+        parts.engine.open.set()
+        await call
+        while parts.batcher._batch_started < math.inf:
+            await asyncio.sleep(0.01)
+        assert parts.batcher.alive
+
+    asyncio.run(scenario())
 
 
 def test_neutral_terms_equal_no_steering_exactly(

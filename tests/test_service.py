@@ -1,8 +1,13 @@
 """The real server process with the committed bundle, over real channels."""
 
+import asyncio
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -13,7 +18,9 @@ from numpy.typing import NDArray
 from processes import MODELS, ROOT, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
+from service import server as module
 from service.client import Client
+from service.config import Settings
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from training.steering import SteeringTerm
@@ -213,6 +220,40 @@ def test_a_server_that_cannot_start_says_why(flags: list[str], message: str) -> 
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_livez_sees_an_event_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANGS_AFTER", 2.0)
+
+    async def scenario() -> tuple[int, int, int]:
+        server = module.Server(Settings(repository=MODELS, port=0, metrics_port=0, drain_delay_seconds=0))
+        await server.start()
+        try:
+            url = f"http://127.0.0.1:{server.metrics_port}/livez"
+
+            def later() -> int:
+                time.sleep(2.5)
+                return status(url)
+
+            before = await asyncio.to_thread(status, url)
+            with ThreadPoolExecutor(1) as pool:
+                meanwhile = pool.submit(later)
+                time.sleep(3.5)  # nothing else comes round
+                hung = meanwhile.result()
+            await asyncio.sleep(1.5)
+            return before, hung, await asyncio.to_thread(status, url)
+        finally:
+            await server.stop()
+
+    assert asyncio.run(scenario()) == (200, 503, 200)
+
+
+def status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_a_mistyped_setting_in_the_environment_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
