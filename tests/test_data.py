@@ -432,8 +432,8 @@ def test_mixed_images_and_targets_by_hand() -> None:
 
 
 @given(
-    mixup=st.floats(0.1, 2), cutmix=st.just(0.0) | st.floats(0.01, 2), smoothing=st.floats(0, 0.5), seed=st.integers(-(2**40), 2**40),
-    half=st.integers(1, 6),
+    mixup=st.floats(0.1, 2), cutmix=st.just(0.0) | st.floats(0.01, 2), smoothing=st.floats(0, 0.5),
+    seed=st.integers(-(2**40), 2**40), half=st.integers(1, 6),
 )  # fmt: skip
 @examples(max_examples=30, deadline=None)
 def test_mixed_targets_sum_to_one(mixup: float, cutmix: float, smoothing: float, seed: int, half: int) -> None:
