@@ -27,7 +27,7 @@ class Certificates:
         files = f"--tls-certificate {self._certificate}, --tls-key {self._key}"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self._certificate, self._key, password="")
+            context.load_cert_chain(self._certificate, self._key, password=lambda: "")
             if self._client_ca:
                 files = f"--tls-client-ca {self._client_ca}"
                 context.load_verify_locations(self._client_ca)
