@@ -14,13 +14,15 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def session_options(attention: str, threads: int = 0, spinning: bool = False) -> onnxruntime.SessionOptions:
-    """threads: 0 for all cores. spinning: whether threads spin while they wait: faster, but not beside other work."""
+    """threads: 0 for all cores. spinning: whether they spin while they wait for each other within a run: faster for a
+    small batch, but not beside other work."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_mem_pattern = attention != "dispatch"  # its shapes depend on the data
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # after each run
     return options
 
 

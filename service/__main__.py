@@ -81,8 +81,8 @@ async def serve(settings: Settings) -> None:
         flush=True,
     )
     logging.getLogger("steervit").info(
-        "grpc on port %d%s, pages on port %d, batches of %d, a queue of %d images, model control %s", server.port,
-        " with TLS" if settings.tls_certificate else "", server.metrics_port, settings.max_batch, settings.max_queue,
+        "grpc on port %d%s, pages on port %d, a queue of %d images, model control %s", server.port,
+        " with TLS" if settings.tls_certificate else "", server.metrics_port, settings.max_queue,
         settings.model_control,
     )  # fmt: skip
     await stop.wait()

@@ -1,7 +1,12 @@
-"""A bounded queue of images and one thread that runs them in batches. Images with different steering share a batch.
+"""A bounded queue of images and the threads that run them in batches. Images with different steering share a batch.
 
-Calls take turns: of a call that is larger than a batch, one batch of images stands in the queue, and the next one joins
-its end when that is taken. So a small call waits for one batch of each call before it at most, however large they are.
+A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
+share of all images that wait or run. One that has just answered several images first gives their callers a moment to
+send the next ones: at most a fifth of the time that the batch took, and PATIENCE. (Else a batch of one would start with
+the first of them, and small batches cost more an image.)
+
+Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
+small call waits for at most one batch of each call before it, however large they are.
 """
 
 import asyncio
@@ -10,9 +15,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,69 +49,106 @@ class BatchStats:
     images: int
     seconds: float
     queue_seconds: tuple[float, ...]
-    """Of each piece of a call in the batch."""
+    """Of each call with images in the batch."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Images of one call, at most a batch."""
-
+@dataclass(slots=True, eq=False)
+class _Call:
     images: NDArray[np.uint8]
     steering: Steering
     residual: bool
     deadline: float
     """On the clock of time.monotonic; infinite: none."""
     arrived: float
-    future: "asyncio.Future[tuple[Outputs, float]]"
-    following: "_Piece | None" = None
-    """What comes after it of the same call; not in the queue yet."""
+    future: "asyncio.Future[Answer]"
+    taken: int = 0
+    """Images that have left the queue; the others wait."""
+    parts: "list[tuple[int, Outputs]]" = field(default_factory=list)
+    """The answers so far, each with the position of its first image."""
+    answered: int = 0
+    """Images of the parts."""
 
-    def chain(self) -> "Iterator[_Piece]":
-        """This one and what comes after it."""
-        piece: _Piece | None = self
-        while piece:
-            yield piece
-            piece = piece.following
+    @property
+    def waiting(self) -> int:
+        return len(self.images) - self.taken
+
+    def add(self, first: int, outputs: Outputs, queue_seconds: float) -> Answer | None:
+        """The answer to the whole call, once this was the last part of it."""
+        if len(outputs.logits) == len(self.images):
+            return Answer(outputs, queue_seconds)
+        self.parts.append((first, outputs))
+        self.answered += len(outputs.logits)
+        if self.answered < len(self.images):
+            return None
+        self.parts.sort(key=lambda part: part[0])
+        return Answer(joined([outputs for _, outputs in self.parts]), queue_seconds)
 
 
+class _Piece(NamedTuple):
+    """Images of a call in a batch."""
+
+    call: _Call
+    first: int
+    size: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.size)
+
+
+PATIENCE = 0.002
+"""Seconds that an engine waits at most for as many images as it has just answered."""
 HANGS_AFTER = 300.0
-"""Seconds of one batch after which it is taken to hang."""
-Result = tuple[Outputs, float] | Exception
-"""What becomes of a piece: its outputs and the seconds that it waited, or what went wrong."""
+"""Seconds of one batch after which it counts as hanging."""
+Result = Answer | Exception
 
 
 class Batcher:
-    """`submit` from the event loop; inference happens in a thread of its own.
+    """`submit` from the event loop; inference happens in a thread for each engine.
 
-    on_batch: called from that thread; on_drop(reason, images): from either.
+    on_batch: called from those threads, one at a time; on_drop(reason, images): from any.
     """
 
     def __init__(
         self,
-        engine: Runs,
+        engines: Sequence[Runs],
         max_batch: int,
         max_delay: float,
         max_queue: int,
         on_batch: Callable[[BatchStats], None],
         on_drop: Callable[[str, int], None],
         name: str,
+        lone: Runs | None = None,
     ):
-        """max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up."""
-        self._engine = engine
+        """engines: one for each batch at a time; the same one several times if its `run` may be called from several
+        threads. lone: runs a batch of fewer images than there are engines, while nothing else runs or waits.
+        max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up.
+        """
+        self._lone = lone
         self._max_batch, self._max_delay, self._max_queue = max_batch, max_delay, max_queue
         self._on_batch, self._on_drop = on_batch, on_drop
-        self._queue: deque[_Piece] = deque()
+        self._queue: deque[_Call] = deque()
         self._queued = 0
-        self._seconds_an_image = 0.0
-        """Of late: how long what waits will take."""
+        self._seconds_per_image = 0.0
+        """Recent mean, of all engines together: predicts how long the queue takes."""
         self._cancelled = False
         """Whether a call was, since the queue was last looked through."""
         self._changed = threading.Condition()
+        self._counting = threading.Lock()
+        self._wake_scheduled = False
         self._closed = False
-        self._batch_started = math.inf
-        """That is being run."""
-        self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
-        self._thread.start()
+        self._running = [0] * len(engines)
+        """Images in the batch of each engine."""
+        self._awaited = [0] * len(engines)
+        """Images that each engine, being free, waits for with patience."""
+        self._started = [math.inf] * len(engines)
+        """When the batch of each engine started; infinite: it has none."""
+        self._threads = [
+            threading.Thread(target=self._work, args=(index, engine), name=f"batcher-{name}-{index}", daemon=True)
+            for index, engine in enumerate(engines)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def queued(self) -> int:
@@ -115,8 +157,10 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is there and gets on."""
-        return self._thread.is_alive() and time.monotonic() - self._batch_started < HANGS_AFTER
+        """Whether every thread is there and makes progress."""
+        return (
+            all(thread.is_alive() for thread in self._threads) and time.monotonic() - min(self._started) < HANGS_AFTER
+        )
 
     async def submit(
         self, images: NDArray[np.uint8], steering: Steering, deadline: float, residual: bool = False
@@ -126,143 +170,164 @@ class Batcher:
         Raises InvalidRequest for more images than the queue ever takes, Overloaded when it has no room for all now,
         Expired when the deadline passes first, and Stopping after close.
         """
-        if len(images) > self._max_queue:
+        count = len(images)
+        if count > self._max_queue:
             raise InvalidRequest(
-                f"images are {len(images)} to run (in Compare each twice); allowed: {self._max_queue}, "
-                "as many as may wait"
+                f"{count} images (in Compare each counts twice) exceed the queue limit of {self._max_queue}"
             )
         loop = asyncio.get_running_loop()
-        now = time.monotonic()
-        step = self._max_batch
-        first: _Piece | None = None
-        for start in reversed(range(0, len(images), step)):
-            part = slice(start, start + step)
-            first = _Piece(images[part], steering.rows(part), residual, deadline, now, loop.create_future(), first)
-        assert first, "a call has images"
-        pieces = list(first.chain())
+        call = _Call(images, steering, residual, deadline, time.monotonic(), loop.create_future())
         with self._changed:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
-            if self._queued + len(images) > self._max_queue and self._cancelled:
+            if self._queued + count > self._max_queue and self._cancelled:
                 self._drop_finished()
-            if self._queued + len(images) > self._max_queue:
+            if self._queued + count > self._max_queue:
                 raise Overloaded(
-                    f"{self._queued} images wait already and {len(images)} are given; allowed: {self._max_queue} "
-                    "together. Try again later",
-                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queued * self._seconds_an_image),
+                    f"queue full: {self._queued} queued + {count} new > limit {self._max_queue}. Try again later",
+                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queued * self._seconds_per_image),
                 )
-            self._queue.append(first)
-            self._queued += len(images)
-            self._changed.notify()
-        futures = [piece.future for piece in pieces]
+            self._queue.append(call)
+            self._queued += count
+        if not self._wake_scheduled:  # once for all calls that arrive in this turn of the loop
+            self._wake_scheduled = True
+            loop.call_soon(self._wake)
         try:
-            parts = await asyncio.gather(*futures) if len(futures) > 1 else [await futures[0]]
-        except BaseException:
-            for future in futures:
-                future.cancel()
+            return await call.future
+        except asyncio.CancelledError:
             self._cancelled = True
             raise
-        return Answer(joined([outputs for outputs, _ in parts]), max(waited for _, waited in parts))
 
     def close(self) -> None:
-        """Refuse new images, run those that wait, end the thread."""
+        """Refuse new images, run those that wait, end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
-        while batch := self._next_batch():
-            self._batch_started = time.monotonic()
-            self._run(batch)
-            self._batch_started = math.inf
+    def _wake(self) -> None:
+        self._wake_scheduled = False
+        with self._changed:
+            if self._queued >= sum(self._awaited):
+                self._changed.notify(self._queued)  # as many engines as there are images, at most
 
-    def _run(self, batch: list[_Piece]) -> None:
-        """Run and answer them. When the provider fails, each alone: it may have been too much of one of them only."""
+    def _work(self, index: int, engine: Runs) -> None:
+        patience = 0.0
+        while batch := self._next_batch(index, patience):
+            lone = self._lone if sum(self._running) < len(self._running) and self._running.count(0) else None
+            self._run(lone or engine, batch)
+            patience = min(PATIENCE, (time.monotonic() - self._started[index]) / 5)
+            self._started[index] = math.inf
+
+    def _run(self, engine: Runs, batch: Sequence[_Piece]) -> None:
+        """Run and answer a batch. When the provider fails, each piece alone: one may have been too much for it."""
         start = time.monotonic()
-        images = [piece.images for piece in batch]
+        images = [piece.call.images[piece.rows] for piece in batch]
         try:
-            outputs = self._engine.run(
+            outputs = engine.run(
                 np.concatenate(images) if len(images) > 1 else images[0],
-                stack([piece.steering for piece in batch], [len(piece.images) for piece in batch]),
-                any(piece.residual for piece in batch),
+                stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch]),
+                any(piece.call.residual for piece in batch),
             )
         except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
             if len(batch) == 1:
-                _settle([(batch[0], error)])
+                _settle([(batch[0].call, error)])
                 return
             for piece in batch:
-                self._run([piece])
+                self._run(engine, [piece])
             return
-        count = sum(map(len, images))
-        weight = 0.1 if self._seconds_an_image else 1.0  # the first one is taken as it is
-        self._seconds_an_image += weight * ((time.monotonic() - start) / count - self._seconds_an_image)
-        waited = tuple(start - piece.arrived for piece in batch)
-        self._on_batch(BatchStats(count, outputs.seconds, waited))
-        results: list[tuple[_Piece, Result]] = []
-        first = 0
-        for piece, seconds in zip(batch, waited, strict=True):
-            rows = slice(first, first + len(piece.images))
-            first = rows.stop
-            results.append((piece, (outputs.rows(rows), seconds)))
+        waited = [start - piece.call.arrived for piece in batch]
+        count = len(outputs.logits)
+        results: list[tuple[_Call, Result]] = []
+        with self._counting:
+            seconds = (time.monotonic() - start) / (count * len(self._threads))
+            weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
+            self._seconds_per_image += weight * (seconds - self._seconds_per_image)
+            self._on_batch(BatchStats(count, outputs.seconds, tuple(waited)))
+            first = 0
+            for piece, queue_seconds in zip(batch, waited, strict=True):
+                part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
+                first += piece.size
+                if answer := piece.call.add(piece.first, part, queue_seconds):
+                    results.append((piece.call, answer))
         _settle(results)
 
-    def _next_batch(self) -> list[_Piece]:
-        """Wait for a batch: full, or its oldest piece max_delay old. [] when closed and empty."""
+    def _next_batch(self, index: int, patience: float) -> list[_Piece]:
+        """Wait for images and take them: once there are as many as the engine has just answered or after `patience`
+        seconds; and once the batch is full or its oldest call max_delay old. [] when closed and empty."""
+        patient_until = time.monotonic() + patience
         with self._changed:
+            self._awaited[index], self._running[index] = self._running[index], 0
             while True:
                 self._drop_finished()
+                now = time.monotonic()
+                if now >= patient_until:
+                    self._awaited[index] = 0
+                wait = patient_until - now if self._awaited[index] else None
                 if self._queue:
-                    wait = self._queue[0].arrived + self._max_delay - time.monotonic()
-                    if self._queued >= self._max_batch or wait <= 0 or self._closed:
-                        return self._take()
-                    self._changed.wait(wait)
+                    patient = patient_until - now if self._queued < sum(self._awaited) else 0.0
+                    wait = max(patient, self._queue[0].arrived + self._max_delay - now)
+                    if wait <= 0 or self._queued >= self._max_batch or self._closed:
+                        break
                 elif self._closed:
                     return []
-                else:
-                    self._changed.wait()
+                self._changed.wait(wait)
+            self._awaited[index] = 0
+            batch = self._take(math.ceil((self._queued + sum(self._running)) / len(self._running)))
+            self._running[index] = sum(piece.size for piece in batch)
+            self._started[index] = now
+            if self._queued:
+                self._changed.notify(self._queued)
+            return batch
 
-    def _take(self) -> list[_Piece]:
+    def _take(self, most: int) -> list[_Piece]:
+        """At most so many images, and at most a batch. A call is split only where it is larger than that."""
+        most = min(most, self._max_batch)
         batch: list[_Piece] = []
         count = 0
-        while self._queue and count + len(self._queue[0].images) <= self._max_batch:
-            piece = self._queue.popleft()
-            batch.append(piece)
-            count += len(piece.images)
-            if piece.following:
-                self._queue.append(piece.following)
+        while self._queue and count + (size := min(self._queue[0].waiting, most)) <= most:
+            call = self._queue.popleft()
+            batch.append(_Piece(call, call.taken, size))
+            call.taken += size
+            count += size
+            if call.waiting:
+                self._queue.append(call)
         self._queued -= count
         return batch
 
     def _drop_finished(self) -> None:
-        """Take out what nobody waits for any more: cancelled calls, and those whose deadline has passed."""
+        """Remove cancelled and expired calls, and those of which a part failed."""
         now, self._cancelled = time.monotonic(), False
-        kept: deque[_Piece] = deque()
-        for piece in self._queue:
-            expired = piece.deadline <= now
-            if not expired and not piece.future.cancelled():
-                kept.append(piece)
+        if not any(call.deadline <= now or call.future.done() for call in self._queue):
+            return
+        kept: deque[_Call] = deque()
+        for call in self._queue:
+            expired = call.deadline <= now and not call.future.done()
+            if not expired and not call.future.done():
+                kept.append(call)
                 continue
-            count = sum(len(part.images) for part in piece.chain())
-            self._queued -= count
-            self._on_drop("deadline" if expired else "cancelled", count)
+            self._queued -= call.waiting
+            self._on_drop("deadline" if expired else "cancelled", call.waiting)
             if expired:
                 late = Expired("the deadline passed while the images waited; allow more time or send fewer")
-                _settle([(piece, late)])
+                _settle([(call, late)])
         self._queue = kept
 
 
-def _settle(results: "Sequence[tuple[_Piece, Result]]") -> None:
+def _settle(results: "Sequence[tuple[_Call, Result]]") -> None:
     """Hand results to the event loop, all at once: waking it costs more than an answer."""
+    if not results:
+        return
 
     def settle() -> None:
-        for piece, result in results:
-            if piece.future.done():
+        for call, result in results:
+            if call.future.done():
                 continue
             if isinstance(result, Exception):
-                piece.future.set_exception(result)
+                call.future.set_exception(result)
             else:
-                piece.future.set_result(result)
+                call.future.set_result(result)
 
     # the loop is closed: nobody waits any more
     with contextlib.suppress(RuntimeError):

@@ -49,12 +49,17 @@ class Settings(BaseSettings):
     """GPU memory for each model at most, MiB; 0: no limit."""
     graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact)\.(fp32|int8|fp16))$")
     """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default, on a GPU one without dispatch."""
-    threads: int = Field(0, ge=0)
-    """Threads of an inference; 0: as many as the CPUs this process may use."""
-    max_batch: int = Field(32, ge=1, le=4096)
-    """Images in a batch at most."""
-    max_delay_ms: float = Field(2.0, ge=0, le=1000)
-    """How long a batch that is not full waits for more, milliseconds."""
+    instances: int = Field(0, ge=0, le=1024)
+    """Batches that run at a time; 0: as many as suit the model and the CPUs this process may use."""
+    threads: int = Field(0, ge=0, le=1024)
+    """Threads of each instance; 0: as many as suit them."""
+    max_batch: int = Field(0, ge=0, le=4096)
+    """Images in a batch at most; 0: as many as suit the model, at most 32."""
+    tune: str = Field("auto", pattern=r"^(auto|off|[0-9]{1,3}(\.[0-9]+)?)$")
+    """How to choose what is left open of these three at the start: measure for so many seconds (`auto`: 2) and keep the
+    result beside the bundle, or `off`: an instance of one thread for each CPU, batches of 32."""
+    max_delay_ms: float = Field(0.0, ge=0, le=1000)
+    """How long a batch that is not full waits for more, milliseconds. 0: it starts as soon as an instance is free."""
     max_queue: int = Field(1024, ge=1)
     """Images waiting for inference, for each model, at most; more are refused with RESOURCE_EXHAUSTED."""
     max_images: int = Field(256, ge=1)

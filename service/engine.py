@@ -30,16 +30,16 @@ NEAR_THRESHOLD = 1e-3
 """|gate logit| below which rounding could decide a gate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outputs:
-    """For B images. What is said of a row is worked out once a batch, since small arrays cost as much as large ones."""
+    """For B images. What answers need of a row is computed for a whole batch: that costs as much as one row."""
 
     logits: NDArray[np.float32]
     """(B, classes)"""
     probability: NDArray[np.float32]
-    """(B, classes), the most likely class first."""
+    """(B, classes), the most probable class first."""
     ranking: NDArray[np.int64]
-    """(B, classes): which class each of them belongs to."""
+    """(B, classes): the class of each of them."""
     head_gate: NDArray[np.bool_]
     """(B, gated blocks, heads)"""
     gate_logit: NDArray[np.float32]
@@ -57,27 +57,30 @@ class Outputs:
 
     def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
         """Of some images; the time stays that of all."""
-        arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in ARRAYS}
-        residual = None if self.residual is None else self.residual[index]
-        return Outputs(**arrays, residual=residual, seconds=self.seconds)
-
-
-ARRAYS = ("logits", "probability", "ranking", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
-"""Those of the Outputs that are always there."""
+        return Outputs(
+            self.logits[index], self.probability[index], self.ranking[index], self.head_gate[index],
+            self.gate_logit[index], self.head_usage[index], self.macs[index], self.near_threshold[index],
+            None if self.residual is None else self.residual[index], self.seconds,
+        )  # fmt: skip
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
     """The images of several batches, one after the other; their times added."""
     if len(parts) == 1:
         return parts[0]
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    names = ("logits", "probability", "ranking", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     residuals = [part.residual for part in parts if part.residual is not None]
     residual = np.concatenate(residuals) if residuals else None
     return Outputs(**arrays, residual=residual, seconds=sum(part.seconds for part in parts))
 
 
 class Engine:
-    """A graph of a bundle, loaded, checked against its golden rows and warm. `run` is for one thread at a time."""
+    """A graph of a bundle, loaded, checked against its golden rows and warm.
+
+    On the CPU, `run` may be called from several threads at once: they share the weights. With threads=1 each call runs
+    in its caller's thread alone.
+    """
 
     def __init__(
         self,
@@ -89,22 +92,25 @@ class Engine:
         gpu_memory_mb: int = 0,
         max_batch: int = 1,
         bounded: bool | None = None,
+        spinning: bool = False,
     ):
         """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process; graph: auto, or a name such as
         masked.fp32; device, gpu_memory_mb (0: no limit): of a GPU; max_batch: the largest batch to be warm for;
-        bounded: whether batches are filled up so that only a few shapes occur, by default on a GPU.
+        bounded: whether batches are filled up so that only a few shapes occur, by default on a GPU; spinning: whether
+        threads spin within a run.
 
         Raises EngineError or BundleError.
         """
         check_installation()
         self.bundle = bundle
-        self.provider = _resolve(provider)
+        self._macs_per_head = np.array(bundle.manifest.macs.per_head, np.int64)  # (G,)
+        self.provider = resolve_provider(provider)
         self.graph = choose_graph(bundle, self.provider, graph)
         self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
         check_contained(path, bundle.manifest.files)
         self.threads = threads or usable_cpus()
-        options = session_options(self.graph.attention, self.threads)
+        options = session_options(self.graph.attention, self.threads, spinning)
         self.session = _open(path, self.provider, options, device, gpu_memory_mb)
         golden = load_golden(bundle.folder, self.graph.precision)
         try:
@@ -132,14 +138,16 @@ class Engine:
         start = time.perf_counter()
         logits, head_gate, gate_logit, *others = (value[:count] for value in self._run(names, inputs))
         seconds = time.perf_counter() - start
-        ranking = np.argsort(-logits, axis=1, kind="stable")
-        ranked = np.take_along_axis(logits, ranking, 1)
+        ranking = (-logits).argsort(1, kind="stable")
+        ranked = logits[np.arange(count)[:, None], ranking]
         above = np.exp(ranked - ranked[:, :1])
+        macs = self.bundle.manifest.macs
+        kept = head_gate.sum(2)  # (B, G)
         return Outputs(
             logits, above / above.sum(1, keepdims=True), ranking, head_gate, gate_logit,
-            head_usage=head_gate.mean((1, 2)),
-            macs=self.bundle.manifest.macs.spent(head_gate),
-            near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).sum((1, 2)),
+            head_usage=kept.sum(1) / head_gate[0].size,
+            macs=macs.dense - (head_gate.shape[2] - kept) @ self._macs_per_head,
+            near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).reshape(count, -1).sum(1),
             residual=others[0] if others else None,
             seconds=seconds,
         )  # fmt: skip
@@ -252,7 +260,7 @@ def _read_quota(*paths: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _resolve(provider: str) -> str:
+def resolve_provider(provider: str) -> str:
     if provider == "auto":
         found = PROVIDERS["cuda"] in onnxruntime.get_available_providers() and _has_nvidia_device()
         return "cuda" if found else "cpu"

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
+import random
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -109,9 +109,11 @@ def _sentence(error: RequestError) -> str:
 
 def _request_id(context: Any) -> str:
     """What the client calls its request (metadata x-request-id), or a name for it."""
-    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
-    fits = isinstance(given, str) and 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-    return given if fits else uuid.uuid4().hex[:16]
+    for key, given in context.invocation_metadata() or ():
+        fits = key == REQUEST_ID and isinstance(given, str) and 0 < len(given) <= 128
+        if fits and given.isascii() and given.isprintable():
+            return str(given)
+    return f"{random.getrandbits(64):016x}"
 
 
 def _named(name: str) -> tuple[tuple[str, str | bytes], ...]:

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.batcher import Answer, Batcher, BatchStats
 from service.config import Settings
-from service.engine import Engine
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
 from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
 from service.steering import Steering, from_tensors, joined, resolve
+from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
@@ -38,20 +38,20 @@ Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 class Model:
     """All of its calls raise what a decoder raises (InvalidRequest), and Overloaded, Expired or Stopping."""
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, pool: ThreadPoolExecutor):
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        metrics: Metrics,
+        pool: ThreadPoolExecutor,
+        surroundings: Surroundings,
+    ):
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
         """With the profiles that it is served with: use()."""
         self._own = bundle.profiles
-        self.engine = Engine(
-            bundle,
-            settings.provider,
-            settings.threads,
-            settings.graph,
-            settings.device,
-            settings.gpu_memory_mb,
-            settings.max_batch,
-        )
+        instances = start(bundle, settings, surroundings)
+        self.engine, self.plan = instances.engines[0], instances.plan
         self._explainer = Explainer(bundle.folder)  # now: its file has been checked just before
         self.statistics = Statistics()
         self._in_flight = 0
@@ -67,13 +67,14 @@ class Model:
             statistics.batch(stats.images, stats.seconds)
 
         self.batcher = Batcher(
-            self.engine,
-            settings.max_batch,
+            instances.engines,
+            self.plan.max_batch,
             settings.max_delay_ms / 1000,
             settings.max_queue,
             count_batch,
             self._metrics.dropped,
             bundle.manifest.name,
+            instances.lone,
         )
         batcher = weakref.ref(self.batcher)  # what reads a gauge is part of a cycle, which must not hold the session
 

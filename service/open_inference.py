@@ -12,7 +12,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version as package_version
 from itertools import chain
 from typing import Any
@@ -28,11 +28,11 @@ from service.images import Limits, decode
 from service.model import Images, Model
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
+from service.receipt import Origin, measures, origin
 from service.repository import Repository
 from service.statistics import Duration
 from service.steering import Steering
-from service.steering_api import receipt
-from service.tensors import DTYPES, RESERVED, STEERING, Tensor, packed, read_tensors
+from service.tensors import RESERVED, STEERING, Tensor, packed, read_tensors
 from training.steering import NEUTRAL, SteeringArrays
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -145,7 +145,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             if name not in allowed:
                 raise InvalidRequest(f"parameter {name!r} is not served; allowed: {', '.join(allowed) or 'none'}")
 
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
         model = self._repository.get(request.model_name, request.model_version)
         with model.statistics.failures():
             outputs = _wanted(request)
@@ -265,27 +265,39 @@ def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str
 
 def _response(
     request: pb.ModelInferRequest, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]
-) -> pb.ModelInferResponse:
-    manifest = model.bundle.manifest
-    response = pb.ModelInferResponse(model_name=manifest.name, model_version=str(manifest.version), id=request.id)
+) -> bytes:
+    """The message. Its first part is the same for all calls alike, and messages that follow each other are one."""
+    contents: list[bytes] = []
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name, classes in outputs.items():
         if classes:
-            rows = _classified(answer.outputs, manifest.labels, classes)
-            response.outputs.add(name=name, datatype="BYTES", shape=[len(rows), len(rows[0])])
-            response.raw_output_contents.append(packed(chain.from_iterable(rows)))
-            continue
-        value = getattr(answer.outputs, name)
-        response.outputs.add(name=name, datatype=OUTPUT_TYPES[name], shape=value.shape)
-        response.raw_output_contents.append(value.astype(DTYPES[OUTPUT_TYPES[name]][0], copy=False).tobytes())
-    for field, said in receipt(model, steering, answer).ListFields():
-        parameter = response.parameters[field.name]
-        if isinstance(said, str):
-            parameter.string_param = said
-        elif isinstance(said, int):
-            parameter.int64_param = said
+            rows = _classified(answer.outputs, model.bundle.manifest.labels, classes)
+            tensors.append((name, "BYTES", (len(rows), len(rows[0]))))
+            contents.append(packed(chain.from_iterable(rows)))
         else:
-            parameter.double_param = said
-    return response
+            value = getattr(answer.outputs, name)
+            tensors.append((name, OUTPUT_TYPES[name], value.shape))
+            contents.append(value.tobytes())
+    response = pb.ModelInferResponse(id=request.id, raw_output_contents=contents)
+    parameters = response.parameters
+    for name, number in measures(model, answer)._asdict().items():
+        if isinstance(number, float):
+            parameters[name].double_param = number
+        elif number:  # 0 is left out, as in Receipt
+            parameters[name].int64_param = number
+    return _constant_part(origin(model, steering), tuple(tensors)) + response.SerializeToString()
+
+
+@lru_cache(maxsize=256)
+def _constant_part(came_from: Origin, tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """Of a ModelInferResponse; tensors: the name, datatype and shape of each output."""
+    response = pb.ModelInferResponse(model_name=came_from.model, model_version=came_from.version)
+    for name, datatype, shape in tensors:
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+    for name, value in came_from._asdict().items():
+        if value:
+            response.parameters[name].string_param = value
+    return response.SerializeToString()
 
 
 def _classified(outputs: Outputs, labels: Sequence[str], count: int) -> list[list[bytes]]:

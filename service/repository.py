@@ -25,6 +25,7 @@ from service.errors import InvalidRequest, NotFound, Unavailable
 from service.metrics import Metrics
 from service.model import Model
 from service.profiles import ProfileFolder
+from service.tuning import Surroundings
 from training.steering import SteeringError
 
 log = logging.getLogger("steervit.repository")
@@ -84,6 +85,8 @@ class Repository:
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, Loaded] = {}
         """Models none of whose versions works."""
+        versions_to_load = sum(len(wanted(settings.versions, shelf)) for shelf in self._shelves.values())
+        self._surroundings = Surroundings(serving=False, spinning=versions_to_load == 1)
         for name, shelf in self._shelves.items():
             self._loaded[name] = loaded = Loaded()
             numbers = wanted(settings.versions, shelf)
@@ -92,6 +95,7 @@ class Repository:
                 raise BundleError("; ".join(loaded.failures.values()))
             metrics.failed_versions(name, loaded.failures)
             self._label(name, shelf, loaded)
+        self._surroundings = Surroundings(serving=True, spinning=False)
 
     @property
     def alive(self) -> bool:
@@ -284,7 +288,7 @@ class Repository:
                 f"{folder}: the manifest says {manifest.name!r} version {manifest.version}; "
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
-        return Model(bundle, self._settings, self._metrics, self._pool)
+        return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings)
 
     def _give_profiles(self, model: Model) -> None:
         try:

@@ -124,6 +124,11 @@ def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArray
     first = steerings[0].arrays
     if len(steerings) == 1 and len(first.latent) == counts[0]:
         return first
+    if all(steering.arrays is first for steering in steerings) and len(first.latent) == 1:
+        count = sum(counts)
+        return SteeringArrays(
+            np.repeat(first.latent, count, 0), np.repeat(first.scale, count, 0), np.repeat(first.shift, count, 0)
+        )
     sites = first.latent.shape[1]
     width = max(steering.arrays.latent.shape[2] for steering in steerings)
     shape = (sum(counts), sites, width)

@@ -19,6 +19,7 @@ from service.images import Limits, decode, from_raw
 from service.model import Images, Model
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceServicer
+from service.receipt import measures, origin
 from service.repository import Repository
 from service.steering import Steering, named
 from training.steering import SteeringError, SteeringProfile, SteeringTerm, digest
@@ -254,22 +255,7 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
 
 
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
-    manifest, outputs = model.bundle.manifest, answer.outputs
-    count = len(outputs.logits)
-    return pb.Receipt(
-        model=manifest.name,
-        version=str(manifest.version),
-        bundle_digest=model.bundle.digest,
-        gates_sae_digest=manifest.gates_sae_digest,
-        graph=model.engine.graph_name,
-        profile=steering.profile,
-        steering_digest=steering.digest,
-        queue_seconds=answer.queue_seconds,
-        inference_seconds=outputs.seconds,
-        head_usage=sum(outputs.head_usage.tolist()) / count,
-        compute_fraction=sum(outputs.macs.tolist()) / (count * manifest.macs.dense),
-        gates_near_threshold=sum(outputs.near_threshold.tolist()),
-    )
+    return pb.Receipt(**origin(model, steering)._asdict(), **measures(model, answer)._asdict())
 
 
 def profile_message(profile: SteeringProfile) -> pb.Profile:

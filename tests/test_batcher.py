@@ -47,7 +47,7 @@ class Parts:
         self.batches: list[BatchStats] = []
         self.drops: list[tuple[str, int]] = []
         self.batcher = Batcher(
-            self.engine, 8, 0.01, 20, self.batches.append, lambda reason, count: self.drops.append((reason, count)), "t"
+            [self.engine], 8, 0.01, 20, self.batches.append, lambda reason, count: self.drops.append((reason, count)), "t"
         )
 
 
@@ -106,7 +106,7 @@ def test_a_batch_that_does_not_end_is_told_of(
         assert not parts.batcher.alive
         parts.engine.open.set()
         await call
-        while parts.batcher._batch_started < math.inf:
+        while min(parts.batcher._started) < math.inf:
             await asyncio.sleep(0.01)
         assert parts.batcher.alive
 
@@ -148,9 +148,9 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
         await asyncio.to_thread(parts.engine.entered.wait, 30)
         waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
         await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="20 images wait already and 1 are given; allowed: 20 together"):
+        with pytest.raises(Overloaded, match="queue full: 20 queued \\+ 1 new > limit 20"):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
-        with pytest.raises(InvalidRequest, match=r"images are 21 to run .*; allowed: 20, as many as may wait"):
+        with pytest.raises(InvalidRequest, match=r"21 images .* exceed the queue limit of 20"):
             await parts.batcher.submit(sample_pixels[:21], steerings[0], math.inf)
         parts.engine.open.set()
         assert len((await first).outputs.logits) == 8

@@ -127,7 +127,7 @@ def test_a_call_that_is_cancelled_in_flight_leaves_its_batch_to_the_others(
 
 @both(
     "time: queue full",
-    "RESOURCE_EXHAUSTED: `... images wait already and 60 are given; allowed: 64 together. Try again later`, RetryInfo, "
+    "RESOURCE_EXHAUSTED: `queue full: ... queued + 60 new > limit 64. Try again later`, RetryInfo, "
     "`grpc-retry-pushback-ms`; INVALID_ARGUMENT: `images are 65 to run ...; allowed: 64, as many as may wait` to a "
     "call that never fits",
 )
@@ -142,7 +142,7 @@ def test_a_full_queue_says_when_to_try_again(
             codes = [each.code().name for each in calls]
             assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
             refused = next(each for each in calls if each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
-            assert refused.details().endswith("and 60 are given; allowed: 64 together. Try again later")
+            assert refused.details().endswith("queued + 60 new > limit 64. Try again later")
             trailers = dict(refused.trailing_metadata())
             assert int(trailers["grpc-retry-pushback-ms"]) > 0
             assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
@@ -164,7 +164,7 @@ def test_images_that_are_run_twice_count_twice(many: NDArray[np.uint8], undistur
             with undisturbed(server):
                 never = compare.future(request, timeout=60)
                 assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert never.details().startswith("images are 66 to run (in Compare each twice); allowed: 64")
+                assert never.details().startswith("66 images (in Compare each counts twice) exceed the queue limit of 64")
             del request.images[32]
             calls = [compare.future(request, timeout=60) for _ in range(5)]
             refused = [each.code().name for each in calls].count("RESOURCE_EXHAUSTED")

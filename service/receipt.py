@@ -1,0 +1,54 @@
+"""What an answer says of how it came about, for both protocols: field names here are those that clients see."""
+
+from typing import NamedTuple
+
+from service.batcher import Answer
+from service.model import Model
+from service.steering import Steering
+
+
+class Origin(NamedTuple):
+    """The same for all calls with one steering."""
+
+    model: str
+    version: str
+    bundle_digest: str
+    gates_sae_digest: str
+    graph: str
+    profile: str
+    steering_digest: str
+
+
+class Measures(NamedTuple):
+    """Of the images of one call."""
+
+    queue_seconds: float
+    inference_seconds: float
+    head_usage: float
+    compute_fraction: float
+    gates_near_threshold: int
+
+
+def origin(model: Model, steering: Steering) -> Origin:
+    manifest = model.bundle.manifest
+    return Origin(
+        manifest.name,
+        str(manifest.version),
+        model.bundle.digest,
+        manifest.gates_sae_digest,
+        model.engine.graph_name,
+        steering.profile,
+        steering.digest,
+    )
+
+
+def measures(model: Model, answer: Answer) -> Measures:
+    outputs = answer.outputs
+    count = len(outputs.logits)
+    return Measures(
+        answer.queue_seconds,
+        outputs.seconds,
+        sum(outputs.head_usage.tolist()) / count,
+        sum(outputs.macs.tolist()) / (count * model.bundle.manifest.macs.dense),
+        sum(outputs.near_threshold.tolist()),
+    )

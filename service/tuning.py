@@ -1,0 +1,270 @@
+"""How a model uses the CPUs: how many batches at a time, with how many threads each, and how large.
+
+One session of one thread is run from as many threads as there are CPUs (*instances*), which share its weights. That
+wastes no time on handing small operations between threads, but leaves CPUs idle while there are fewer images than
+instances; so a *lone* session that uses all CPUs runs those. Whether either pays for a bundle on a machine is measured
+at the start, within `seconds`, and kept beside the bundle. On a GPU there is one instance.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
+
+from export.bundle import INPUTS, Bundle, Golden, load_golden
+from service.config import Settings
+from service.engine import Engine, choose_graph, resolve_provider, usable_cpus
+from training.steering import SteeringArrays
+
+log = logging.getLogger("steervit.tuning")
+SIZES = (8, 16, 32)
+"""Of batches, to choose from."""
+MAX_BATCH = SIZES[-1]
+"""Without a choice."""
+TURNS = 2
+"""Of each contestant at least."""
+WORTH = 1.05
+"""How many times as fast something must be to be preferred to what is chosen by default: noise chooses nothing."""
+WORTH_A_SESSION = 1.15
+"""The same for the lone session, which takes memory."""
+
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    instances: Count
+    """Batches that run at a time."""
+    threads: Count
+    """Of each of them."""
+    lone_threads: Annotated[int, Field(ge=0, le=4096)]
+    """Of the session that runs fewer images than there are instances while nothing else runs; 0: there is none."""
+    spinning: bool
+    """Whether the threads of a run spin while they wait for each other."""
+    max_batch: Count
+    """Images in a batch at most."""
+    source: str = "default"
+    """flags, measured, cached, or default: neither measured nor cached."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What stands beside the bundle."""
+
+    measured_for: dict[str, Any]
+    plan: Plan
+    milliseconds_per_image: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What runs the batches of a model."""
+
+    engines: Sequence[Engine]
+    """One for each batch at a time; the same one several times where it has one thread."""
+    lone: Engine | None
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a model shares the CPUs with."""
+
+    serving: bool
+    """Whether calls are being answered: then nothing is measured."""
+    spinning: bool
+    """Whether threads may spin: not where other models use the same CPUs."""
+
+
+def start(bundle: Bundle, settings: Settings, surroundings: Surroundings) -> Instances:
+    """Load the bundle's graph and choose how to run it: by flags, else as measured here or before.
+
+    Raises EngineError or BundleError.
+    """
+    plan = default(settings, surroundings.spinning)
+    if plan.source == "flags":
+        return _load(bundle, settings, plan)
+    path = bundle.folder.with_name(f"{bundle.folder.name}.tuning.json")
+    key = _key(bundle, settings, plan)
+    if settings.tune != "off" and (known := _read(path, key)):
+        return _load(bundle, settings, known)
+    if settings.tune == "off" or surroundings.serving:
+        return _load(bundle, settings, plan)
+    instances, timings = _measured(bundle, settings, plan)
+    _write(path, _Kept(key, instances.plan, timings))
+    return instances
+
+
+def default(settings: Settings, spinning: bool) -> Plan:
+    """What is chosen without measuring anything. Its source is `flags` where these leave nothing to choose."""
+    cpus = usable_cpus()
+    if resolve_provider(settings.provider) == "cuda":
+        return Plan(1, settings.threads or cpus, 0, False, settings.max_batch or MAX_BATCH, "flags")
+    threads = settings.threads or (max(1, cpus // settings.instances) if settings.instances else 1)
+    free = not (settings.threads or settings.instances)
+    return Plan(
+        instances=settings.instances or max(1, cpus // threads),
+        threads=threads,
+        lone_threads=cpus if free and cpus > 1 else 0,
+        spinning=spinning and cpus == os.cpu_count(),
+        max_batch=settings.max_batch or MAX_BATCH,
+        source="default" if free or not settings.max_batch else "flags",
+    )
+
+
+def _load(bundle: Bundle, settings: Settings, plan: Plan) -> Instances:
+    log.info(
+        "%s version %d: %d instances of %d threads, %s, batches of at most %d (%s)",
+        bundle.manifest.name, bundle.manifest.version, plan.instances, plan.threads,
+        f"lone images on {plan.lone_threads} threads" if plan.lone_threads else "no lone session",
+        plan.max_batch, plan.source,
+    )  # fmt: skip
+    return Instances(
+        _engines(bundle, settings, plan),
+        _engine(bundle, settings, plan, plan.lone_threads) if plan.lone_threads else None,
+        plan,
+    )
+
+
+def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> list[Engine]:
+    """A session with threads of its own for each instance; where one thread is enough, one session for all."""
+    sessions = plan.instances if plan.threads > 1 else 1
+    return [_engine(bundle, settings, plan, plan.threads) for _ in range(sessions)] * (plan.instances // sessions)
+
+
+def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Engine:
+    return Engine(
+        bundle, settings.provider, threads, settings.graph, settings.device, settings.gpu_memory_mb, plan.max_batch,
+        spinning=plan.spinning and threads > 1,
+    )  # fmt: skip
+
+
+def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances, dict[str, float]]:
+    """The instances, and milliseconds an image by what was measured.
+
+    The instances are compared with the wide session (all CPUs, one batch at a time), for a lone image and for batches.
+    What would take too long is not measured: the larger the model, the less depends on it.
+    """
+    budget = 2.0 if settings.tune == "auto" else float(settings.tune)
+    end = time.perf_counter() + budget
+    engines = _engines(bundle, settings, plan)
+    wide = _engine(bundle, settings, plan, plan.lone_threads) if plan.lone_threads else None
+    lone = None
+    timings: dict[str, float] = {}
+    race = partial(_raced, load_golden(bundle.folder, engines[0].graph.precision))
+    alone = {"lone image, narrow": (engines[:1], 1)} | ({"lone image, wide": ([wide], 1)} if wide else {})
+    timings |= race(alone, 0.25 * budget)
+    image = timings["lone image, narrow"] / 1000  # of a batch it takes no longer
+
+    def left() -> float:
+        return end - time.perf_counter()
+
+    if wide:
+        if timings["lone image, narrow"] > WORTH_A_SESSION * timings["lone image, wide"]:
+            lone = wide
+        if 2 * TURNS * 8 * image < left():
+            timings |= race({"batches of 8, narrow": (engines, 8), "batches of 8, wide": ([wide], 8)}, 0.5 * left())
+            if timings["batches of 8, narrow"] > WORTH * timings["batches of 8, wide"]:
+                engines, lone = [wide], None
+    max_batch = plan.max_batch
+    if not settings.max_batch:
+        sizes = [size for size in SIZES if TURNS * 2 * size * image < left()]
+        each = race({f"batches of {size}": (engines, size) for size in sizes}, left()) if len(sizes) > 1 else {}
+        timings |= each
+        enough = [size for size, took in zip(sizes, each.values(), strict=False) if took <= WORTH * min(each.values())]
+        max_batch = enough[0] if enough else SIZES[0]
+    chosen = Plan(len(engines), engines[0].threads, lone.threads if lone else 0, plan.spinning, max_batch, "measured")
+    log.info(
+        "%s version %d: %s from milliseconds an image: %s", bundle.manifest.name, bundle.manifest.version, chosen,
+        ", ".join(f"{name} {took:.2f}" for name, took in timings.items()),
+    )  # fmt: skip
+    return Instances(engines, lone, chosen), timings
+
+
+def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int]], seconds: float) -> dict[str, float]:
+    """Milliseconds an image, by contestant: engines, all at a time, each with batches of so many images. The
+    contestants take turns, TURNS or more; the median turn counts."""
+    turns: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(turns[min(turns)]) < TURNS:
+        for name, (engines, batch) in contestants.items():
+            rows = np.arange(batch) % len(golden.inputs["image"])
+            turns[name].append(_timed(engines, *(golden.inputs[key][rows] for key in INPUTS)))
+    return {name: 1000 * float(np.median(times)) for name, times in turns.items()}
+
+
+def _timed(engines: Sequence[Engine], images: NDArray[np.uint8], *terms: NDArray[Any]) -> float:
+    """Seconds an image while each engine runs that batch in a thread of its own, for 20 ms or once."""
+    done = [0] * len(engines)
+    ready = threading.Barrier(len(engines) + 1)
+
+    def work(index: int, engine: Engine) -> None:
+        ready.wait()
+        start = time.perf_counter()
+        while not done[index] or time.perf_counter() < start + 0.02:
+            engine.run(images, SteeringArrays(*terms))
+            done[index] += 1
+
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(engines)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return (time.perf_counter() - start) / (len(images) * sum(done))
+
+
+def _key(bundle: Bundle, settings: Settings, plan: Plan) -> dict[str, Any]:
+    """What a measured plan depends on."""
+    graph = choose_graph(bundle, resolve_provider(settings.provider), settings.graph)
+    return {
+        "bundle_digest": bundle.digest,
+        "graph": f"{graph.attention}.{graph.precision}",
+        "onnxruntime": onnxruntime.__version__,
+        "cpu": _cpu_name(),
+        "cpus": usable_cpus(),
+        "spinning": plan.spinning,
+        "flags": [settings.instances, settings.threads, settings.max_batch],
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Plan | None:
+    """The plan that was measured before, if it was under the same conditions."""
+    with contextlib.suppress(OSError, ValidationError):
+        kept = TypeAdapter(_Kept).validate_json(path.read_bytes(), strict=True)
+        if kept.measured_for == key:
+            return replace(kept.plan, source="cached")
+    return None
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    """Where the folder cannot be written, each start measures."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(asdict(kept), indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        log.info("the measured tuning is not kept: %s", error)
