@@ -98,6 +98,8 @@ class _Piece(NamedTuple):
 
 PATIENCE = 0.002
 """Seconds that an engine waits at most for as many images as it has just answered."""
+LONE_AFTER = 3
+"""Calls in a row that met no other one, after which the lone engine runs those that follow."""
 HANGS_AFTER = 300.0
 """Seconds of one batch after which it counts as hanging."""
 Result = Answer | Exception
@@ -121,7 +123,7 @@ class Batcher:
         lone: Runs | None = None,
     ):
         """engines: one for each batch at a time; the same one several times if its `run` may be called from several
-        threads. lone: runs a batch of fewer images than there are engines, while nothing else runs or waits.
+        threads. lone: runs calls of fewer images than there are engines, once LONE_AFTER in a row met no other one.
         max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up.
         """
         self._lone = lone
@@ -141,6 +143,8 @@ class Batcher:
         """Images in the batch of each engine."""
         self._awaited = [0] * len(engines)
         """Images that each engine, being free, waits for with patience."""
+        self._lone_in_a_row = 0
+        """Calls of late that began and ended without another one in here."""
         self._started = [math.inf] * len(engines)
         """When the batch of each engine started; infinite: it has none."""
         self._threads = [
@@ -187,6 +191,8 @@ class Batcher:
                     f"queue full: {self._queued} queued + {count} new > limit {self._max_queue}. Try again later",
                     retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queued * self._seconds_per_image),
                 )
+            if self._queued or any(self._running):
+                self._lone_in_a_row = 0
             self._queue.append(call)
             self._queued += count
         if not self._wake_scheduled:  # once for all calls that arrive in this turn of the loop
@@ -215,8 +221,8 @@ class Batcher:
     def _work(self, index: int, engine: Runs) -> None:
         patience = 0.0
         while batch := self._next_batch(index, patience):
-            lone = self._lone if sum(self._running) < len(self._running) and self._running.count(0) else None
-            self._run(lone or engine, batch)
+            lone = self._lone_in_a_row > LONE_AFTER and len(batch[0].call.images) < len(self._running)
+            self._run(self._lone if self._lone and lone else engine, batch)
             patience = min(PATIENCE, (time.monotonic() - self._started[index]) / 5)
             self._started[index] = math.inf
 
@@ -275,6 +281,7 @@ class Batcher:
                 self._changed.wait(wait)
             self._awaited[index] = 0
             batch = self._take(math.ceil((self._queued + sum(self._running)) / len(self._running)))
+            self._lone_in_a_row += len(batch) == 1 and not self._queued and not any(self._running)
             self._running[index] = sum(piece.size for piece in batch)
             self._started[index] = now
             if self._queued:

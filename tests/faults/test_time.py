@@ -128,7 +128,7 @@ def test_a_call_that_is_cancelled_in_flight_leaves_its_batch_to_the_others(
 @both(
     "time: queue full",
     "RESOURCE_EXHAUSTED: `queue full: ... queued + 60 new > limit 64. Try again later`, RetryInfo, "
-    "`grpc-retry-pushback-ms`; INVALID_ARGUMENT: `images are 65 to run ...; allowed: 64, as many as may wait` to a "
+    "`grpc-retry-pushback-ms`; INVALID_ARGUMENT: `65 images ... exceed the queue limit of 64` to a "
     "call that never fits",
 )
 def test_a_full_queue_says_when_to_try_again(
@@ -149,7 +149,7 @@ def test_a_full_queue_says_when_to_try_again(
             assert dropped(server, "queue_full") >= 60 * codes.count("RESOURCE_EXHAUSTED")
             never = call.future(protocol.request(many[:65]), timeout=60)
             assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert never.details().startswith("images are 65 to run")
+            assert never.details().startswith("65 images (in Compare")
     finally:
         assert stop_server(server) == 0
 
