@@ -1,9 +1,9 @@
 """A bounded queue of images and the threads that run them in batches. Images with different steering share a batch.
 
 A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
-share of all images that wait or run. One that has just answered several images first gives their callers a moment to
-send the next ones: at most a fifth of the time that the batch took, and PATIENCE. (Else a batch of one would start with
-the first of them, and small batches cost more an image.)
+share of all images in play: those that wait, those that run, and those whose callers have just been answered and are
+about to send the next. It waits for that share, PATIENCE at most: otherwise the first caller to come back would get a
+batch of its own, and small batches cost more per image.
 
 Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
 small call waits for at most one batch of each call before it, however large they are.
@@ -96,8 +96,10 @@ class _Piece(NamedTuple):
         return slice(self.first, self.first + self.size)
 
 
-PATIENCE = 0.002
-"""Seconds that an engine waits at most for as many images as it has just answered."""
+PATIENCE = 0.003
+"""Seconds that images wait at most for those of callers that have just been answered."""
+PATIENT_SHARE = 0.5
+"""The same as a share of the time that the batch before took."""
 LONE_AFTER = 3
 """Calls in a row that met no other one, after which the lone engine runs those that follow."""
 HANGS_AFTER = 300.0
@@ -141,8 +143,12 @@ class Batcher:
         self._closed = False
         self._running = [0] * len(engines)
         """Images in the batch of each engine."""
-        self._awaited = [0] * len(engines)
-        """Images that each engine, being free, waits for with patience."""
+        self._returning = 0
+        """Images of callers that have just been answered: as many are likely to come."""
+        self._returning_until = 0.0
+        """When these are no longer expected."""
+        self._timed = 0
+        """Threads that wait for a limited time."""
         self._lone_in_a_row = 0
         """Calls of late that began and ended without another one in here."""
         self._started = [math.inf] * len(engines)
@@ -195,6 +201,7 @@ class Batcher:
                 self._lone_in_a_row = 0
             self._queue.append(call)
             self._queued += count
+            self._returning = max(0, self._returning - count)
         if not self._wake_scheduled:  # once for all calls that arrive in this turn of the loop
             self._wake_scheduled = True
             loop.call_soon(self._wake)
@@ -215,15 +222,13 @@ class Batcher:
     def _wake(self) -> None:
         self._wake_scheduled = False
         with self._changed:
-            if self._queued >= sum(self._awaited):
+            if not self._timed or self._queued >= self._share(time.monotonic()):
                 self._changed.notify(self._queued)  # as many engines as there are images, at most
 
     def _work(self, index: int, engine: Runs) -> None:
-        patience = 0.0
-        while batch := self._next_batch(index, patience):
+        while batch := self._next_batch(index):
             lone = self._lone_in_a_row > LONE_AFTER and len(batch[0].call.images) < len(self._running)
             self._run(self._lone if self._lone and lone else engine, batch)
-            patience = min(PATIENCE, (time.monotonic() - self._started[index]) / 5)
             self._started[index] = math.inf
 
     def _run(self, engine: Runs, batch: Sequence[_Piece]) -> None:
@@ -247,7 +252,8 @@ class Batcher:
         count = len(outputs.logits)
         results: list[tuple[_Call, Result]] = []
         with self._counting:
-            seconds = (time.monotonic() - start) / (count * len(self._threads))
+            now = time.monotonic()
+            seconds = (now - start) / (count * len(self._threads))
             weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
             self._seconds_per_image += weight * (seconds - self._seconds_per_image)
             self._on_batch(BatchStats(count, outputs.seconds, tuple(waited)))
@@ -257,30 +263,35 @@ class Batcher:
                 first += piece.size
                 if answer := piece.call.add(piece.first, part, queue_seconds):
                     results.append((piece.call, answer))
+        with self._changed:
+            self._returning += sum(len(call.images) for call, _ in results)
+            self._returning_until = max(self._returning_until, now + min(PATIENCE, PATIENT_SHARE * (now - start)))
         _settle(results)
 
-    def _next_batch(self, index: int, patience: float) -> list[_Piece]:
-        """Wait for images and take them: once there are as many as the engine has just answered or after `patience`
-        seconds; and once the batch is full or its oldest call max_delay old. [] when closed and empty."""
-        patient_until = time.monotonic() + patience
+    def _next_batch(self, index: int) -> list[_Piece]:
+        """Wait for images and take this engine's share of them; while the batch is not full, also until its oldest call is
+        max_delay old. [] when closed and empty."""
         with self._changed:
-            self._awaited[index], self._running[index] = self._running[index], 0
+            self._running[index] = 0
+            wait: float | None
             while True:
                 self._drop_finished()
                 now = time.monotonic()
-                if now >= patient_until:
-                    self._awaited[index] = 0
-                wait = patient_until - now if self._awaited[index] else None
+                share = self._share(now)
                 if self._queue:
-                    patient = patient_until - now if self._queued < sum(self._awaited) else 0.0
-                    wait = max(patient, self._queue[0].arrived + self._max_delay - now)
-                    if wait <= 0 or self._queued >= self._max_batch or self._closed:
+                    arrived = self._queue[0].arrived
+                    patience = min(self._returning_until, arrived + PATIENCE) if self._queued < share else now
+                    wait = remaining = max(patience, arrived + self._max_delay) - now
+                    if remaining <= 0 or self._queued >= self._max_batch or self._closed:
                         break
                 elif self._closed:
                     return []
+                else:
+                    wait = self._returning_until - now if self._returning else None
+                self._timed += wait is not None
                 self._changed.wait(wait)
-            self._awaited[index] = 0
-            batch = self._take(math.ceil((self._queued + sum(self._running)) / len(self._running)))
+                self._timed -= wait is not None
+            batch = self._take(share)
             self._lone_in_a_row += len(batch) == 1 and not self._queued and not any(self._running)
             self._running[index] = sum(piece.size for piece in batch)
             self._started[index] = now
@@ -288,9 +299,15 @@ class Batcher:
                 self._changed.notify(self._queued)
             return batch
 
+    def _share(self, now: float) -> int:
+        """Images that an engine takes, at most a batch."""
+        if now >= self._returning_until:
+            self._returning = 0
+        in_play = self._queued + sum(self._running) + self._returning
+        return min(self._max_batch, math.ceil(in_play / len(self._running)))
+
     def _take(self, most: int) -> list[_Piece]:
-        """At most so many images, and at most a batch. A call is split only where it is larger than that."""
-        most = min(most, self._max_batch)
+        """At most so many images. A call is split only where it is larger than that."""
         batch: list[_Piece] = []
         count = 0
         while self._queue and count + (size := min(self._queue[0].waiting, most)) <= most:
