@@ -269,7 +269,7 @@ class Batcher:
         _settle(results)
 
     def _next_batch(self, index: int) -> list[_Piece]:
-        """Wait for images and take this engine's share of them; while the batch is not full, also until its oldest call is
+        """Wait for images and take this engine's share; while the batch is not full, also until its oldest call is
         max_delay old. [] when closed and empty."""
         with self._changed:
             self._running[index] = 0
