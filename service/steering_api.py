@@ -1,6 +1,7 @@
 """The servicer of steering.v1: protobuf in, protobuf out. Everything between knows no protobuf."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,7 @@ class SteeringService(SteeringServiceServicer):
             sites=[pb.Site(block=site.block, latents=site.latents) for site in manifest.sites],
             profiles=len(bundle.profiles),
             macs_dense=manifest.macs.dense,
+            instances=pb.Instances(**asdict(model.plan)),
         )
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:

@@ -239,7 +239,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense", "instances")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +255,7 @@ class GetModelResponse(_message.Message):
     SITES_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
     MACS_DENSE_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -270,7 +271,24 @@ class GetModelResponse(_message.Message):
     sites: _containers.RepeatedCompositeFieldContainer[Site]
     profiles: int
     macs_dense: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ...) -> None: ...
+    instances: Instances
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ...) -> None: ...
+
+class Instances(_message.Message):
+    __slots__ = ("instances", "threads", "lone_threads", "spinning", "max_batch", "source")
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    LONE_THREADS_FIELD_NUMBER: _ClassVar[int]
+    SPINNING_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    instances: int
+    threads: int
+    lone_threads: int
+    spinning: bool
+    max_batch: int
+    source: str
+    def __init__(self, instances: _Optional[int] = ..., threads: _Optional[int] = ..., lone_threads: _Optional[int] = ..., spinning: _Optional[bool] = ..., max_batch: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Site(_message.Message):
     __slots__ = ("block", "latents")
