@@ -3,7 +3,7 @@
 A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
 share of all images in play: those that wait, those that run, and those whose callers have just been answered and are
 about to send the next. It waits for that share, PATIENCE at most: otherwise the first caller to come back would get a
-batch of its own, and small batches cost more per image.
+batch of its own, and small batches cost more per image. Where callers take longer to come back, it learns not to wait.
 
 Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
 small call waits for at most one batch of each call before it, however large they are.
@@ -98,8 +98,10 @@ class _Piece(NamedTuple):
 
 PATIENCE = 0.003
 """Seconds that images wait at most for those of callers that have just been answered."""
-PATIENT_SHARE = 0.5
-"""The same as a share of the time that the batch before took."""
+MOST_PATIENT = 0.5
+"""The same as a share of the time that the batch before took; less after waits that were in vain."""
+LEAST_PATIENT = 1 / 64
+"""Of the same: enough to notice when waiting pays again."""
 LONE_AFTER = 3
 """Calls in a row that met no other one, after which the lone engine runs those that follow."""
 HANGS_AFTER = 300.0
@@ -147,6 +149,8 @@ class Batcher:
         """Images of callers that have just been answered: as many are likely to come."""
         self._returning_until = 0.0
         """When these are no longer expected."""
+        self._patience = MOST_PATIENT
+        """Between LEAST_PATIENT and MOST_PATIENT, as it has paid of late."""
         self._timed = 0
         """Threads that wait for a limited time."""
         self._lone_in_a_row = 0
@@ -228,10 +232,10 @@ class Batcher:
     def _work(self, index: int, engine: Runs) -> None:
         while batch := self._next_batch(index):
             lone = self._lone_in_a_row > LONE_AFTER and len(batch[0].call.images) < len(self._running)
-            self._run(self._lone if self._lone and lone else engine, batch)
+            self._run(index, self._lone if self._lone and lone else engine, batch)
             self._started[index] = math.inf
 
-    def _run(self, engine: Runs, batch: Sequence[_Piece]) -> None:
+    def _run(self, index: int, engine: Runs, batch: Sequence[_Piece]) -> None:
         """Run and answer a batch. When the provider fails, each piece alone: one may have been too much for it."""
         start = time.monotonic()
         images = [piece.call.images[piece.rows] for piece in batch]
@@ -243,10 +247,10 @@ class Batcher:
             )
         except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
             if len(batch) == 1:
-                _settle([(batch[0].call, error)])
+                self._answer(index, 0.0, [(batch[0].call, error)])
                 return
             for piece in batch:
-                self._run(engine, [piece])
+                self._run(index, engine, [piece])
             return
         waited = [start - piece.call.arrived for piece in batch]
         count = len(outputs.logits)
@@ -263,17 +267,23 @@ class Batcher:
                 first += piece.size
                 if answer := piece.call.add(piece.first, part, queue_seconds):
                     results.append((piece.call, answer))
+        self._answer(index, now - start, results)
+
+    def _answer(self, index: int, seconds: float, results: "Sequence[tuple[_Call, Result]]") -> None:
+        """Settle the calls that are complete; seconds: of the engine's last batch."""
         with self._changed:
+            self._running[index] = 0
             self._returning += sum(len(call.images) for call, _ in results)
-            self._returning_until = max(self._returning_until, now + min(PATIENCE, PATIENT_SHARE * (now - start)))
+            until = time.monotonic() + min(PATIENCE, self._patience * seconds)
+            self._returning_until = max(self._returning_until, until)
         _settle(results)
 
     def _next_batch(self, index: int) -> list[_Piece]:
         """Wait for images and take this engine's share; while the batch is not full, also until its oldest call is
         max_delay old. [] when closed and empty."""
         with self._changed:
-            self._running[index] = 0
             wait: float | None
+            waited = False
             while True:
                 self._drop_finished()
                 now = time.monotonic()
@@ -284,6 +294,7 @@ class Batcher:
                     wait = remaining = max(patience, arrived + self._max_delay) - now
                     if remaining <= 0 or self._queued >= self._max_batch or self._closed:
                         break
+                    waited = True
                 elif self._closed:
                     return []
                 else:
@@ -291,6 +302,10 @@ class Batcher:
                 self._timed += wait is not None
                 self._changed.wait(wait)
                 self._timed -= wait is not None
+            if waited and now < self._returning_until:  # for long enough: the share is there
+                self._patience = min(MOST_PATIENT, 2 * self._patience)
+            elif waited:
+                self._patience = max(LEAST_PATIENT, self._patience / 2)
             batch = self._take(share)
             self._lone_in_a_row += len(batch) == 1 and not self._queued and not any(self._running)
             self._running[index] = sum(piece.size for piece in batch)

@@ -268,3 +268,5 @@ def _write(path: Path, kept: _Kept) -> None:
         temporary.replace(path)
     except OSError as error:
         log.info("the measured tuning is not kept: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -14,6 +14,7 @@ from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, 
 from export.bundle import Bundle, load_bundle, versions
 from service.client import Client
 
+os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
     hypothesis.settings.load_profile("ci")

@@ -42,13 +42,15 @@ class HeldEngine:
 
 
 class Parts:
-    def __init__(self, engine: Engine):
-        self.engine = HeldEngine(engine)
+    def __init__(self, engine: Engine, engines: int = 1, max_delay: float = 0.01):
+        self.engines = [HeldEngine(engine) for _ in range(engines)]
+        self.engine, self.lone = self.engines[0], HeldEngine(engine)
         self.batches: list[BatchStats] = []
         self.drops: list[tuple[str, int]] = []
         self.batcher = Batcher(
-            [self.engine], 8, 0.01, 20, self.batches.append, lambda reason, count: self.drops.append((reason, count)), "t"
-        )
+            self.engines, 8, max_delay, 20, self.batches.append,
+            lambda reason, count: self.drops.append((reason, count)), "t", self.lone if engines > 1 else None,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,16 @@ def parts(engine: Engine) -> Iterator[Parts]:
     yield parts
     parts.engine.open.set()
     parts.batcher.close()
+
+
+@pytest.fixture
+def pair(engine: Engine) -> Iterator[Parts]:
+    """Two engines, and a lone one."""
+    pair = Parts(engine, engines=2, max_delay=0.0)
+    yield pair
+    for each in pair.engines:
+        each.open.set()
+    pair.batcher.close()
 
 
 @pytest.fixture(scope="module")
@@ -293,5 +305,75 @@ def test_close_answers_what_waits_and_refuses_what_comes(
         assert len((await waiting).outputs.logits) == 20
         with pytest.raises(Stopping):
             await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+
+    asyncio.run(scenario())
+
+
+def test_free_engines_share_what_waits(
+    pair: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    answer = asyncio.run(pair.batcher.submit(sample_pixels[:7], steerings[2], math.inf))
+    assert sorted(stats.images for stats in pair.batches) == [3, 4]
+    for row in range(7):
+        same(answer, engine.run(sample_pixels[row : row + 1], steerings[2].arrays), row)
+
+
+def test_one_engine_is_busy_and_another_one_answers(
+    pair: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        for each in pair.engines:
+            each.open.clear()
+        slow = asyncio.create_task(pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf))
+        while not any(each.entered.is_set() for each in pair.engines):
+            await asyncio.sleep(0.001)
+        next(each for each in pair.engines if not each.entered.is_set()).open.set()
+        await pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+        assert not slow.done()
+        for each in pair.engines:
+            each.open.set()
+        await slow
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("patience", "batches"), [(30.0, [4, 4]), (0.01, [4, 1, 3])])
+def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
+    engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch,
+    patience: float, batches: list[int],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(batcher, "PATIENCE", patience)
+    monkeypatch.setattr(batcher, "MOST_PATIENT", 1e9)
+    parts = Parts(engine, max_delay=0.0)
+
+    async def scenario() -> None:
+        await parts.batcher.submit(sample_pixels[:4], steerings[0], math.inf)
+        parts.engine.entered.clear()
+        calls = [asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf))]
+        started = await asyncio.to_thread(parts.engine.entered.wait, 0.3)
+        assert started == (patience < 0.3)
+        calls.append(asyncio.create_task(parts.batcher.submit(sample_pixels[1:4], steerings[0], math.inf)))
+        await asyncio.gather(*calls)
+
+    asyncio.run(scenario())
+    parts.batcher.close()
+    assert [stats.images for stats in parts.batches] == batches
+
+
+def test_calls_that_meet_no_others_run_on_the_lone_engine(
+    pair: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def alone(calls: int) -> bool:
+        """Whether the last of so many calls, one after the other, ran on the lone engine."""
+        for _ in range(calls):
+            pair.lone.entered.clear()
+            await pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+        return pair.lone.entered.is_set()
+
+    async def scenario() -> None:
+        assert not await alone(batcher.LONE_AFTER)
+        assert await alone(1)
+        await asyncio.gather(*(pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf) for _ in range(2)))
+        assert not await alone(batcher.LONE_AFTER - 1)
 
     asyncio.run(scenario())

@@ -10,7 +10,7 @@ from processes import MODELS, ServerProcess, run_module, start_server, stop_serv
 
 from export.bundle import Bundle
 from service.client import Client
-from service.engine import Engine
+from service.engine import Engine, usable_cpus
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from training.steering import SteeringTerm, at_strength, to_arrays
@@ -94,6 +94,8 @@ def test_what_a_model_says_of_itself_is_all_that_a_client_needs(server: ServerPr
     model = stub.GetModel(pb.GetModelRequest(), timeout=10)
     assert (model.model, model.bundle_digest) == ("fashion_mnist", bundle.digest)
     assert (model.graph, model.provider, model.profiles) == ("dispatch.fp32", "cpu", len(bundle.profiles))
+    assert model.instances.instances * model.instances.threads == usable_cpus()
+    assert (model.instances.max_batch, model.instances.source) == (32, "default")
     request = pb.PredictRequest(top_k=len(model.labels))
     request.images.add(pixels=bytes(model.height * model.width * model.channels))
     request.steering.gates_sae_digest = model.gates_sae_digest
