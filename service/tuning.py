@@ -2,8 +2,9 @@
 
 One session of one thread is run from as many threads as there are CPUs (*instances*), which share its weights. That
 wastes no time on handing small operations between threads, but leaves CPUs idle while there are fewer images than
-instances; so a *lone* session that uses all CPUs runs those. Whether either pays for a bundle on a machine is measured
-at the start, within `seconds`, and kept beside the bundle. On a GPU there is one instance.
+instances; so there is a *wide* session that uses all CPUs for calls that meet no others, as long as that is faster.
+Whether the instances or the wide session are faster for batches, and how large these should be, is measured at the
+start and kept beside the bundle. On a GPU there is one instance.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from export.bundle import INPUTS, Bundle, Golden, load_golden
 from service.config import Settings
-from service.engine import Engine, choose_graph, resolve_provider, usable_cpus
+from service.engine import Engine, Outputs, choose_graph, resolve_provider, usable_cpus
 from training.steering import SteeringArrays
 
 log = logging.getLogger("steervit.tuning")
@@ -38,8 +39,8 @@ TURNS = 2
 """Of each contestant at least."""
 WORTH = 1.05
 """How many times as fast something must be to be preferred to what is chosen by default: noise chooses nothing."""
-WORTH_A_SESSION = 1.15
-"""The same for the lone session, which takes memory."""
+COMPARE_EVERY = 32
+"""Calls that meet no others, of which one runs on the session that was slower of late."""
 
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -51,8 +52,8 @@ class Plan:
     """Batches that run at a time."""
     threads: Count
     """Of each of them."""
-    lone_threads: Annotated[int, Field(ge=0, le=4096)]
-    """Of the session that runs fewer images than there are instances while nothing else runs; 0: there is none."""
+    wide_threads: Annotated[int, Field(ge=0, le=4096)]
+    """Of the session for calls of few images that meet no others; 0: there is none."""
     spinning: bool
     """Whether the threads of a run spin while they wait for each other."""
     max_batch: Count
@@ -70,13 +71,33 @@ class _Kept:
     milliseconds_per_image: dict[str, float]
 
 
+class Quickest:
+    """Of several engines the one that has been fastest of late; for calls alike, one at a time."""
+
+    def __init__(self, *engines: Engine):
+        self._engines = engines
+        self._seconds = [0.0] * len(engines)
+        """Of a run, by engine: recent mean."""
+        self._runs = 0
+
+    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
+        self._runs += 1
+        ranked = sorted(range(len(self._engines)), key=self._seconds.__getitem__)
+        chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
+        outputs = self._engines[chosen].run(images, steering, residual)
+        before = self._seconds[chosen] or outputs.seconds
+        self._seconds[chosen] = before + (outputs.seconds - before) / 4
+        return outputs
+
+
 @dataclass(frozen=True)
 class Instances:
     """What runs the batches of a model."""
 
     engines: Sequence[Engine]
     """One for each batch at a time; the same one several times where it has one thread."""
-    lone: Engine | None
+    lone: Quickest | None
+    """For calls of few images that meet no others."""
     plan: Plan
 
 
@@ -119,7 +140,7 @@ def default(settings: Settings, spinning: bool) -> Plan:
     return Plan(
         instances=settings.instances or max(1, cpus // threads),
         threads=threads,
-        lone_threads=cpus if free and cpus > 1 else 0,
+        wide_threads=cpus if free and cpus > 1 else 0,
         spinning=spinning and cpus == os.cpu_count(),
         max_batch=settings.max_batch or MAX_BATCH,
         source="default" if free or not settings.max_batch else "flags",
@@ -130,14 +151,12 @@ def _load(bundle: Bundle, settings: Settings, plan: Plan) -> Instances:
     log.info(
         "%s version %d: %d instances of %d threads, %s, batches of at most %d (%s)",
         bundle.manifest.name, bundle.manifest.version, plan.instances, plan.threads,
-        f"lone images on {plan.lone_threads} threads" if plan.lone_threads else "no lone session",
+        f"single calls on {plan.wide_threads} threads" if plan.wide_threads else "no wide session",
         plan.max_batch, plan.source,
     )  # fmt: skip
-    return Instances(
-        _engines(bundle, settings, plan),
-        _engine(bundle, settings, plan, plan.lone_threads) if plan.lone_threads else None,
-        plan,
-    )
+    engines = _engines(bundle, settings, plan)
+    wide = _engine(bundle, settings, plan, plan.wide_threads) if plan.wide_threads else None
+    return Instances(engines, Quickest(engines[0], wide) if wide else None, plan)
 
 
 def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> list[Engine]:
@@ -156,30 +175,23 @@ def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Eng
 def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances, dict[str, float]]:
     """The instances, and milliseconds an image by what was measured.
 
-    The instances are compared with the wide session (all CPUs, one batch at a time), for a lone image and for batches.
     What would take too long is not measured: the larger the model, the less depends on it.
     """
     budget = 2.0 if settings.tune == "auto" else float(settings.tune)
     end = time.perf_counter() + budget
     engines = _engines(bundle, settings, plan)
-    wide = _engine(bundle, settings, plan, plan.lone_threads) if plan.lone_threads else None
-    lone = None
-    timings: dict[str, float] = {}
+    wide = _engine(bundle, settings, plan, plan.wide_threads) if plan.wide_threads else None
     race = partial(_raced, load_golden(bundle.folder, engines[0].graph.precision))
-    alone = {"lone image, narrow": (engines[:1], 1)} | ({"lone image, wide": ([wide], 1)} if wide else {})
-    timings |= race(alone, 0.25 * budget)
-    image = timings["lone image, narrow"] / 1000  # of a batch it takes no longer
+    timings = race({"one image": (engines[:1], 1)}, 0.1 * budget)
+    image = timings["one image"] / 1000  # in a batch it takes no longer
 
     def left() -> float:
         return end - time.perf_counter()
 
-    if wide:
-        if timings["lone image, narrow"] > WORTH_A_SESSION * timings["lone image, wide"]:
-            lone = wide
-        if 2 * TURNS * 8 * image < left():
-            timings |= race({"batches of 8, narrow": (engines, 8), "batches of 8, wide": ([wide], 8)}, 0.5 * left())
-            if timings["batches of 8, narrow"] > WORTH * timings["batches of 8, wide"]:
-                engines, lone = [wide], None
+    if wide and TURNS * 2 * SIZES[0] * image < left():
+        timings |= race({"instances": (engines, SIZES[0]), "wide": ([wide], SIZES[0])}, 0.5 * left())
+        if timings["instances"] > WORTH * timings["wide"]:
+            engines, wide = [wide], None
     max_batch = plan.max_batch
     if not settings.max_batch:
         sizes = [size for size in SIZES if TURNS * 2 * size * image < left()]
@@ -187,12 +199,13 @@ def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances
         timings |= each
         enough = [size for size, took in zip(sizes, each.values(), strict=False) if took <= WORTH * min(each.values())]
         max_batch = enough[0] if enough else SIZES[0]
-    chosen = Plan(len(engines), engines[0].threads, lone.threads if lone else 0, plan.spinning, max_batch, "measured")
+    wide_threads = wide.threads if wide else 0
+    chosen = Plan(len(engines), engines[0].threads, wide_threads, plan.spinning, max_batch, "measured")
     log.info(
         "%s version %d: %s from milliseconds an image: %s", bundle.manifest.name, bundle.manifest.version, chosen,
         ", ".join(f"{name} {took:.2f}" for name, took in timings.items()),
     )  # fmt: skip
-    return Instances(engines, lone, chosen), timings
+    return Instances(engines, Quickest(engines[0], wide) if wide else None, chosen), timings
 
 
 def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int]], seconds: float) -> dict[str, float]:

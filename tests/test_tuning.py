@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from export.bundle import Bundle, load_bundle
 from service.config import Settings
-from service.engine import usable_cpus
+from service.engine import Engine, Outputs, usable_cpus
 from service.steering import resolve, stack
-from service.tuning import Plan, Surroundings, start
+from service.tuning import COMPARE_EVERY, Plan, Quickest, Surroundings, start
 from training.steering import NEUTRAL
 
 STARTING = Surroundings(serving=False, spinning=True)
@@ -38,11 +39,11 @@ def test_what_was_measured_is_kept_beside_the_bundle_and_used_by_the_next_start(
     assert measured.source == "measured"
     assert measured.instances * measured.threads <= usable_cpus()
     kept = json.loads((copied.folder.parent / "3.tuning.json").read_text())
-    assert kept["milliseconds_per_image"]["lone image, narrow"] > 0
-    kept["plan"] |= {"max_batch": 7, "lone_threads": 0}
+    assert kept["milliseconds_per_image"]["one image"] > 0
+    kept["plan"] |= {"max_batch": 7, "wide_threads": 0}
     (copied.folder.parent / "3.tuning.json").write_text(json.dumps(kept))
     cached = plan(copied)
-    assert (cached.source, cached.max_batch, cached.lone_threads) == ("cached", 7, 0)
+    assert (cached.source, cached.max_batch, cached.wide_threads) == ("cached", 7, 0)
     assert plan(copied, max_batch=5).max_batch == 5, "measured for other flags"
 
 
@@ -85,11 +86,34 @@ def test_nothing_is_measured_while_calls_are_answered(copied: Bundle) -> None:
 
 
 def test_all_sessions_of_a_model_give_the_same_answers(bundle: Bundle, sample_pixels: NDArray[np.uint8]) -> None:
-    instances = start(bundle, settings(bundle, tune="off"), STARTING)
-    assert instances.engines[0] is instances.engines[-1], "one session of one thread, run by several"
-    if usable_cpus() == 1:
-        return
-    assert instances.lone
+    engine, wide = Engine(bundle, "cpu", 1), Engine(bundle, "cpu", 2, spinning=True)
     steering = stack([resolve(bundle, "Shirt", NEUTRAL, 1.0)], [len(sample_pixels)])
-    narrow, wide = (engine.run(sample_pixels, steering) for engine in (instances.engines[0], instances.lone))
-    np.testing.assert_allclose(narrow.logits, wide.logits, atol=1e-5)
+    narrow, broad = (each.run(sample_pixels, steering) for each in (engine, wide))
+    np.testing.assert_allclose(narrow.logits, broad.logits, atol=1e-5)
+
+
+class Counted:
+    """An engine of known speed, so that what is chosen can be foretold."""
+
+    def __init__(self, engine: Engine, seconds: float):
+        self.engine, self.seconds, self.runs = engine, seconds, 0
+
+    def run(self, *inputs: Any) -> Outputs:
+        self.runs += 1
+        return replace(self.engine.run(*inputs), seconds=self.seconds)
+
+
+def test_single_calls_run_on_the_session_that_is_faster_of_late(
+    bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    engine = Engine(bundle, "cpu", 1)
+    first, second = Counted(engine, 0.2), Counted(engine, 0.1)
+    quickest = Quickest(first, second)
+    steering = resolve(bundle, "", NEUTRAL, 1.0).arrays
+    for _ in range(2 * COMPARE_EVERY):
+        quickest.run(sample_pixels[:1], steering)
+    assert (first.runs, second.runs) == (3, 2 * COMPARE_EVERY - 3), "each is tried, and the slower one now and then"
+    second.seconds = 1.0
+    for _ in range(COMPARE_EVERY):
+        quickest.run(sample_pixels[:1], steering)
+    assert first.runs > COMPARE_EVERY - 3

@@ -275,20 +275,20 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ...) -> None: ...
 
 class Instances(_message.Message):
-    __slots__ = ("instances", "threads", "lone_threads", "spinning", "max_batch", "source")
+    __slots__ = ("instances", "threads", "wide_threads", "spinning", "max_batch", "source")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
-    LONE_THREADS_FIELD_NUMBER: _ClassVar[int]
+    WIDE_THREADS_FIELD_NUMBER: _ClassVar[int]
     SPINNING_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     instances: int
     threads: int
-    lone_threads: int
+    wide_threads: int
     spinning: bool
     max_batch: int
     source: str
-    def __init__(self, instances: _Optional[int] = ..., threads: _Optional[int] = ..., lone_threads: _Optional[int] = ..., spinning: _Optional[bool] = ..., max_batch: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
+    def __init__(self, instances: _Optional[int] = ..., threads: _Optional[int] = ..., wide_threads: _Optional[int] = ..., spinning: _Optional[bool] = ..., max_batch: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Site(_message.Message):
     __slots__ = ("block", "latents")
