@@ -3,7 +3,7 @@
 A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
 share of all images in play: those that wait, those that run, and those whose callers have just been answered and are
 about to send the next. It waits for that share, PATIENCE at most: otherwise the first caller to come back would get a
-batch of its own, and small batches cost more per image. Where callers take longer to come back, it learns not to wait.
+batch of its own, and small batches cost more per image. Where callers take longer to come back, it does not wait.
 
 Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
 small call waits for at most one batch of each call before it, however large they are.
@@ -98,10 +98,10 @@ class _Piece(NamedTuple):
 
 PATIENCE = 0.003
 """Seconds that images wait at most for those of callers that have just been answered."""
-MOST_PATIENT = 0.5
-"""The same as a share of the time that the batch before took; less after waits that were in vain."""
-LEAST_PATIENT = 1 / 64
-"""Of the same: enough to notice when waiting pays again."""
+PATIENT_SHARE = 0.5
+"""The same as a share of the time that the last batch took."""
+FORGET = 0.1
+"""Seconds after which a caller who was answered is not expected back."""
 LONE_AFTER = 3
 """Calls in a row that met no other one, after which the lone engine runs those that follow."""
 HANGS_AFTER = 300.0
@@ -145,12 +145,12 @@ class Batcher:
         self._closed = False
         self._running = [0] * len(engines)
         """Images in the batch of each engine."""
-        self._returning = 0
-        """Images of callers that have just been answered: as many are likely to come."""
-        self._returning_until = 0.0
-        """When these are no longer expected."""
-        self._patience = MOST_PATIENT
-        """Between LEAST_PATIENT and MOST_PATIENT, as it has paid of late."""
+        self._answered: deque[tuple[float, int]] = deque()
+        """When callers were answered that have not come back, and their images."""
+        self._return_seconds, self._return_deviation = PATIENCE / 2, 0.0
+        """How long callers take to come back: recent mean, and mean deviation from it."""
+        self._patience = 0.0
+        """How long callers are waited for, from their answer."""
         self._timed = 0
         """Threads that wait for a limited time."""
         self._lone_in_a_row = 0
@@ -205,7 +205,7 @@ class Batcher:
                 self._lone_in_a_row = 0
             self._queue.append(call)
             self._queued += count
-            self._returning = max(0, self._returning - count)
+            self._came_back(call.arrived)
         if not self._wake_scheduled:  # once for all calls that arrive in this turn of the loop
             self._wake_scheduled = True
             loop.call_soon(self._wake)
@@ -226,7 +226,7 @@ class Batcher:
     def _wake(self) -> None:
         self._wake_scheduled = False
         with self._changed:
-            if not self._timed or self._queued >= self._share(time.monotonic()):
+            if not self._timed or self._queued >= self._share(self._returning(time.monotonic())[0]):
                 self._changed.notify(self._queued)  # as many engines as there are images, at most
 
     def _work(self, index: int, engine: Runs) -> None:
@@ -273,39 +273,45 @@ class Batcher:
         """Settle the calls that are complete; seconds: of the engine's last batch."""
         with self._changed:
             self._running[index] = 0
-            self._returning += sum(len(call.images) for call, _ in results)
-            until = time.monotonic() + min(PATIENCE, self._patience * seconds)
-            self._returning_until = max(self._returning_until, until)
+            now = time.monotonic()
+            self._answered.extend((now, len(call.images)) for call, _ in results)
+            patience = self._return_seconds + 2 * self._return_deviation
+            self._patience = patience if patience < min(PATIENCE, PATIENT_SHARE * seconds) else 0.0
         _settle(results)
+
+    def _came_back(self, now: float) -> None:
+        """A call arrives: presumably that of the caller who was answered first."""
+        while self._answered:
+            answered, _ = self._answered.popleft()
+            if now - answered < FORGET:
+                off = now - answered - self._return_seconds
+                self._return_seconds += off / 8
+                self._return_deviation += (abs(off) - self._return_deviation) / 8
+                return
 
     def _next_batch(self, index: int) -> list[_Piece]:
         """Wait for images and take this engine's share; while the batch is not full, also until its oldest call is
         max_delay old. [] when closed and empty."""
         with self._changed:
             wait: float | None
-            waited = False
             while True:
                 self._drop_finished()
                 now = time.monotonic()
-                share = self._share(now)
+                returning, patience = self._returning(now)
+                share = self._share(returning)
                 if self._queue:
                     arrived = self._queue[0].arrived
-                    patience = min(self._returning_until, arrived + PATIENCE) if self._queued < share else now
-                    wait = remaining = max(patience, arrived + self._max_delay) - now
+                    patience = min(patience, arrived + PATIENCE - now) if self._queued < share else 0.0
+                    wait = remaining = max(patience, arrived + self._max_delay - now)
                     if remaining <= 0 or self._queued >= self._max_batch or self._closed:
                         break
-                    waited = True
                 elif self._closed:
                     return []
                 else:
-                    wait = self._returning_until - now if self._returning else None
+                    wait = patience if returning else None
                 self._timed += wait is not None
                 self._changed.wait(wait)
                 self._timed -= wait is not None
-            if waited and now < self._returning_until:  # for long enough: the share is there
-                self._patience = min(MOST_PATIENT, 2 * self._patience)
-            elif waited:
-                self._patience = max(LEAST_PATIENT, self._patience / 2)
             batch = self._take(share)
             self._lone_in_a_row += len(batch) == 1 and not self._queued and not any(self._running)
             self._running[index] = sum(piece.size for piece in batch)
@@ -314,12 +320,19 @@ class Batcher:
                 self._changed.notify(self._queued)
             return batch
 
-    def _share(self, now: float) -> int:
+    def _returning(self, now: float) -> tuple[int, float]:
+        """The images of the callers who are waited for, and for how many more seconds."""
+        total, oldest = 0, now
+        for answered, images in reversed(self._answered):
+            if answered + self._patience <= now:
+                break
+            total, oldest = total + images, answered
+        return total, oldest + self._patience - now
+
+    def _share(self, returning: int) -> int:
         """Images that an engine takes, at most a batch."""
-        if now >= self._returning_until:
-            self._returning = 0
-        in_play = self._queued + sum(self._running) + self._returning
-        return min(self._max_batch, math.ceil(in_play / len(self._running)))
+        in_play = self._queued + sum(self._running) + returning
+        return max(1, min(self._max_batch, math.ceil(in_play / len(self._running))))
 
     def _take(self, most: int) -> list[_Piece]:
         """At most so many images. A call is split only where it is larger than that."""

@@ -343,7 +343,7 @@ def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
     patience: float, batches: list[int],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batcher, "PATIENCE", patience)
-    monkeypatch.setattr(batcher, "MOST_PATIENT", 1e9)
+    monkeypatch.setattr(batcher, "PATIENT_SHARE", 1e9)
     parts = Parts(engine, max_delay=0.0)
 
     async def scenario() -> None:
