@@ -19,7 +19,7 @@ from service.batcher import Answer, Batcher, BatchStats
 from service.config import Settings
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
-from service.metrics import CUSTOM, NONE, Metrics, ModelMetrics
+from service.metrics import Group, Label, Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
 from service.steering import Steering, from_tensors, joined, resolve
@@ -27,7 +27,7 @@ from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
-"""Steerings kept: profile x strength."""
+"""Steerings that are kept, of profiles at strengths: those used last."""
 SLICE_SECONDS = 0.01
 """How long a request has a thread of the pool before it is another's turn."""
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider)
+        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, self.plan)
         counted, statistics = self._metrics, self.statistics
 
         def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
@@ -137,14 +137,15 @@ class Model:
         return done
 
     def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-        """What a request asks for, checked (service/steering.py). A profile at a strength is worked out once."""
+        """What a request asks for, checked (service/steering.py). A profile at a strength is computed once."""
+        if terms or made_for:
+            return resolve(self.bundle, profile, terms, strength, made_for)
         key = (profile, strength)
-        if terms or made_for or key not in self._resolved:
-            found = resolve(self.bundle, profile, terms, strength, made_for)
-            if terms or made_for or len(self._resolved) >= MAX_RESOLVED:
-                return found
-            self._resolved[key] = found
-        return self._resolved[key]
+        steering = self._resolved.pop(key, None) or resolve(self.bundle, profile, terms, strength)
+        if len(self._resolved) >= MAX_RESOLVED:
+            del self._resolved[next(iter(self._resolved))]
+        self._resolved[key] = steering  # the last one: the first is the one that has not been used for longest
+        return steering
 
     async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
         """Each image's own terms, checked; in the pool, as they may be very many."""
@@ -192,7 +193,7 @@ class Model:
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
-        if not self._shadow_fraction or _label(steering) == NONE:
+        if not self._shadow_fraction or _label(steering) is Group.NONE:
             return []
         if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
             return []
@@ -209,6 +210,8 @@ def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
     return done
 
 
-def _label(steering: Steering) -> str:
-    """What metrics call the steering: a profile at strength 0 is none."""
-    return NONE if steering.off else steering.profile or (CUSTOM if steering.custom else NONE)
+def _label(steering: Steering) -> Label:
+    """What metrics count the images under: a profile at strength 0 steers nothing."""
+    if steering.off:
+        return Group.NONE
+    return steering.profile or (Group.CUSTOM if steering.custom else Group.NONE)

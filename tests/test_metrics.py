@@ -2,12 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 
 from export.bundle import Bundle
 from service import metrics as module
+from service.counting import Buckets, Histogram
+from service.engine import Engine
 from service.metrics import Metrics, ModelMetrics
+from service.steering import resolve
+from service.tuning import Plan
+from training.steering import NEUTRAL
 
 
 class Page:
@@ -16,7 +23,7 @@ class Page:
         self.metrics = Metrics(self.registry, 200)
 
     def serve(self, bundle: Bundle) -> ModelMetrics:
-        served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu")
+        served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu", Plan(2, 1, 0, False, 32))
         served.follow_queue(lambda: 0, 8)
         return served
 
@@ -25,13 +32,60 @@ class Page:
         return sum(all(part in line for part in parts) for line in page)
 
 
+def test_series_of_an_unloaded_version_go_away_by_themselves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, now = Page(), [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    page.serve(bundle)
+    page.serve(of_version(bundle, 9)).retire()
+    now[0] = module.LINGER_SECONDS - 1
+    assert page.lines("steervit_images_total", 'version="9"') == 15
+    now[0] += 1
+    assert page.lines('version="9"') == 0, "without any further change of the models"
+    assert page.lines("steervit_images_total", 'version="3"') == 15
+
+
+def test_a_profile_called_like_a_group_of_images_has_series_of_its_own(
+    bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    """Groups: images without steering (none), with inline terms (custom), of profiles past the cap (other)."""
+    page = Page()
+    names = ("none", "custom", "other", "profile:none")
+    shirt = bundle.profiles["Shirt"]
+    named = replace(bundle, profiles={name: replace(shirt, name=name) for name in names})
+    served = page.serve(named)
+    outputs = Engine(bundle, "cpu", 1).run(sample_pixels[:1], resolve(bundle, "", NEUTRAL, 1.0).arrays)
+    labels = [*names, *module.Group]
+    for times, label in enumerate(labels, 1):
+        for _ in range(times):
+            served.answered(label, outputs)
+    images = {
+        sample.labels["profile"]: sample.value
+        for family in page.registry.collect()
+        for sample in family.samples
+        if sample.name == "steervit_images_total"
+    }
+    assert images == {
+        "profile:none": 1, "profile:custom": 2, "profile:other": 3, "profile:profile:none": 4,
+        "none": 5, "custom": 6, "other": 7,
+    }  # fmt: skip
+    usage = bundle.manifest.evaluation["head_usage"]
+    assert page.lines('profile="none"', "expected_head_usage", str(usage)) == 1
+    assert (
+        page.lines('profile="profile:none"', "expected_head_usage", str(shirt.evaluation["after"]["head_usage"])) == 1
+    )
+
+
+def test_a_histogram_counts_each_value_in_its_bucket() -> None:
+    histogram = Histogram((1, 2, 4))
+    histogram.observe(0.5, 1, 1.5, 4, 5)
+    assert histogram.read() == Buckets((1, 2, 4), (2, 3, 4, 5), 12.0)
+
+
 def of_version(bundle: Bundle, version: int) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, version=version))
 
 
-def test_series_of_what_is_served_no_more_stay_for_a_while_and_go(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_series_of_what_is_unloaded_are_retained_for_a_while(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Page()
     first = page.serve(of_version(bundle, 1))
     of_one = page.lines('version="1"')

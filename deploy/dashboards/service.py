@@ -100,7 +100,7 @@ LATENCY = [
     ), (None, "transparent"), (0.5, "red"))),
     (8, quantiles(
         "Time in the queue",
-        "From the arrival of a call's images to the start of their batch; it has --max-delay-ms in it.",
+        "From the arrival of a call's images to the start of their batch.",
         "steervit_queue_duration_seconds", MODEL,
     )),
     (8, lines(
@@ -134,9 +134,10 @@ BATCHES = [
 SATURATION = [
     (6, limits(lines(
         "Inference busy",
-        "Share of the time in which a model's batches were running. Near 100% it cannot do more: the queue grows next. "
+        "Share of the time in which a model's instances ran batches. Near 100% it cannot do more: the queue grows next. "
         "More servers, or fewer heads.", "percentunit",
-        (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))",
+        (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))"
+         " / sum by (instance, model, version) (steervit_instances)",
          "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.9, "orange")).max(1)),
     (6, limits(lines(

@@ -1,0 +1,117 @@
+"""The metrics page: its families and how their values are written. The only file that knows Prometheus."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
+
+from service.counting import Buckets
+
+Row = tuple[Sequence[str], float | Buckets]
+"""The values of a series' labels, and its value."""
+Rows = Mapping[str, Iterable[Row]]
+"""By the name of their family."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Series of one name. `_total` of a counter, `_bucket`, `_count` and `_sum` of a histogram are added to it."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    def metric(self, rows: Iterable[Row]) -> Metric:
+        """The family as Prometheus's client library writes it."""
+        if self.kind == "histogram":
+            histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
+            for labels, value in rows:
+                assert isinstance(value, Buckets)
+                bounds = [*map(floatToGoString, value.bounds), "+Inf"]
+                histogram.add_metric(labels, list(zip(bounds, value.cumulative, strict=True)), value.total)
+            return histogram
+        plain = (CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily)(
+            self.name, self.help, labels=self.labels
+        )
+        for labels, value in rows:
+            assert not isinstance(value, Buckets)
+            plain.add_metric(labels, value)
+        return plain
+
+
+MODEL = ("model", "version")
+PROFILE = (*MODEL, "profile")
+FAMILIES = (
+    Family("counter", "steervit_requests", "RPCs answered.", ("method", "code")),
+    Family(
+        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",)
+    ),
+    Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family("counter", "steervit_images", "Images answered.", PROFILE),
+    Family(
+        "counter", "steervit_heads_kept",
+        "Images for which a head ran. Head usage: rate of this / rate of steervit_images_total.",
+        (*PROFILE, "block", "head"),
+    ),
+    Family("counter", "steervit_macs_spent", "Multiply-accumulates of the heads that ran and of all else.", PROFILE),
+    Family("counter", "steervit_macs_dense", "Multiply-accumulates with every head on.", PROFILE),
+    Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
+    Family(
+        "gauge", "steervit_profile_expected_head_usage",
+        "Head usage that the evaluation measured, on the images of the profile's classes; `none`: on all images.",
+        PROFILE,
+    ),
+    Family("gauge", "steervit_gated_heads", "Heads with a gate, in all blocks.", MODEL),
+    Family("counter", "steervit_shadow_images", "Steered images that were also run unsteered.", PROFILE),
+    Family("counter", "steervit_shadow_agreed", "Those of them that got the same label.", PROFILE),
+    Family(
+        "counter", "steervit_shadow_heads_kept", "Heads that ran for them, in all blocks, steered and unsteered.",
+        (*PROFILE, "steering"),
+    ),
+    Family("counter", "steervit_images_dropped", "Images that were not run.", (*MODEL, "reason")),
+    Family("histogram", "steervit_batch_size_images", "Images in a batch.", MODEL),
+    Family("histogram", "steervit_inference_duration_seconds", "Inference of a batch.", MODEL),
+    Family("histogram", "steervit_queue_duration_seconds", "Wait of a call's images for their batch.", MODEL),
+    Family("histogram", "steervit_decode_duration_seconds", "Decoding of a call's images.", MODEL),
+    Family("gauge", "steervit_queue_images", "Images that wait.", MODEL),
+    Family("gauge", "steervit_queue_limit_images", "Images that may wait.", MODEL),
+    Family(
+        "gauge", "steervit_model_info", "1 for each model that is served.",
+        (*MODEL, "digest", "gates_sae_digest", "graph", "provider"),
+    ),
+    Family(
+        "gauge", "steervit_tuning_info", "1 for each model that is served: how its batches use the CPUs.",
+        (*MODEL, "instances", "threads", "wide_threads", "spinning", "max_batch", "source"),
+    ),
+    Family("gauge", "steervit_instances", "Batches of a model that run at a time.", MODEL),
+    Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
+    Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
+    Family(
+        "gauge", "steervit_profiles_last_read_successful",
+        "0 while the profile folder is wrong and its last right state is served; else 1.",
+    ),
+    Family("counter", "steervit_model_load_failures", "Attempts to load a version that failed.", MODEL),
+    Family(
+        "gauge", "steervit_model_load_failed", "1 for each version that is there and could not be loaded.", MODEL
+    ),
+    Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
+)  # fmt: skip
+
+
+class Page:
+    """What a registry of Prometheus's client library collects: every family, with the series that exist now."""
+
+    def __init__(self, rows: Callable[[], Rows]):
+        self._rows = rows
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without series, by which a registry knows their names."""
+        return (family.metric(()) for family in FAMILIES)
+
+    def collect(self) -> Iterator[Metric]:
+        rows = self._rows()
+        return (family.metric(rows[family.name]) for family in FAMILIES)
