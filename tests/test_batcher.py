@@ -346,14 +346,17 @@ def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
     monkeypatch.setattr(batcher, "PATIENT_SHARE", 1e9)
     parts = Parts(engine, max_delay=0.0)
 
+    def calls(count: int) -> "list[asyncio.Task[Answer]]":
+        submit = parts.batcher.submit
+        return [asyncio.create_task(submit(sample_pixels[:1], steerings[0], math.inf)) for _ in range(count)]
+
     async def scenario() -> None:
-        await parts.batcher.submit(sample_pixels[:4], steerings[0], math.inf)
+        await asyncio.gather(*calls(4))
         parts.engine.entered.clear()
-        calls = [asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf))]
+        early = calls(1)
         started = await asyncio.to_thread(parts.engine.entered.wait, 0.3)
         assert started == (patience < 0.3)
-        calls.append(asyncio.create_task(parts.batcher.submit(sample_pixels[1:4], steerings[0], math.inf)))
-        await asyncio.gather(*calls)
+        await asyncio.gather(*early, *calls(3))
 
     asyncio.run(scenario())
     parts.batcher.close()
