@@ -3,7 +3,8 @@
 A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
 share of all images in play: those that wait, those that run, and those whose callers have just been answered and are
 about to send the next. It waits for that share, PATIENCE at most: otherwise the first caller to come back would get a
-batch of its own, and small batches cost more per image. Where callers take longer to come back, it does not wait.
+batch of its own, and small batches cost more per image. It does not wait where callers take longer to come back, or
+where the CPU would be idle meanwhile.
 
 Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
 small call waits for at most one batch of each call before it, however large they are.
@@ -96,10 +97,13 @@ class _Piece(NamedTuple):
         return slice(self.first, self.first + self.size)
 
 
-PATIENCE = 0.003
+PATIENCE = 0.01
 """Seconds that images wait at most for those of callers that have just been answered."""
-PATIENT_SHARE = 0.5
+PATIENT_SHARE = 0.75
 """The same as a share of the time that the last batch took."""
+CONTENDED = 1.15
+"""Seconds that a batch takes for a second of its thread's CPU time, from which on engines wait: where they do not have
+the CPUs to themselves, the event loop, which brings the images, makes good use of them meanwhile."""
 FORGET = 0.1
 """Seconds after which a caller who was answered is not expected back."""
 LONE_AFTER = 3
@@ -147,8 +151,10 @@ class Batcher:
         """Images in the batch of each engine."""
         self._answered: deque[tuple[float, int]] = deque()
         """When callers were answered that have not come back, and their images."""
-        self._return_seconds, self._return_deviation = PATIENCE / 2, 0.0
+        self._return_seconds, self._return_deviation = PATIENCE / 5, 0.0
         """How long callers take to come back: recent mean, and mean deviation from it."""
+        self._contention = 1.0
+        """Recent mean of seconds per second of CPU time, in batches."""
         self._patience = 0.0
         """How long callers are waited for, from their answer."""
         self._timed = 0
@@ -237,7 +243,7 @@ class Batcher:
 
     def _run(self, index: int, engine: Runs, batch: Sequence[_Piece]) -> None:
         """Run and answer a batch. When the provider fails, each piece alone: one may have been too much for it."""
-        start = time.monotonic()
+        start, cpu = time.monotonic(), time.thread_time()
         images = [piece.call.images[piece.rows] for piece in batch]
         try:
             outputs = engine.run(
@@ -260,6 +266,8 @@ class Batcher:
             seconds = (now - start) / (count * len(self._threads))
             weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
             self._seconds_per_image += weight * (seconds - self._seconds_per_image)
+            contention = (now - start) / max(time.thread_time() - cpu, 1e-6)
+            self._contention += (min(contention, 2 * CONTENDED) - self._contention) / 8
             self._on_batch(BatchStats(count, outputs.seconds, tuple(waited)))
             first = 0
             for piece, queue_seconds in zip(batch, waited, strict=True):
@@ -275,8 +283,9 @@ class Batcher:
             self._running[index] = 0
             now = time.monotonic()
             self._answered.extend((now, len(call.images)) for call, _ in results)
-            patience = self._return_seconds + 2 * self._return_deviation
-            self._patience = patience if patience < min(PATIENCE, PATIENT_SHARE * seconds) else 0.0
+            patience = self._return_seconds + self._return_deviation
+            pays = self._contention > CONTENDED and patience < min(PATIENCE, PATIENT_SHARE * seconds)
+            self._patience = patience if pays else 0.0
         _settle(results)
 
     def _came_back(self, now: float) -> None:

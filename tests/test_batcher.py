@@ -337,13 +337,16 @@ def test_one_engine_is_busy_and_another_one_answers(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("patience", "batches"), [(30.0, [4, 4]), (0.01, [4, 1, 3])])
+@pytest.mark.parametrize(
+    ("patience", "contended", "batches"), [(30.0, 0.0, [4, 4]), (0.01, 0.0, [4, 1, 3]), (30.0, 1e9, [4, 1, 3])]
+)
 def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch,
-    patience: float, batches: list[int],
+    patience: float, contended: float, batches: list[int],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batcher, "PATIENCE", patience)
     monkeypatch.setattr(batcher, "PATIENT_SHARE", 1e9)
+    monkeypatch.setattr(batcher, "CONTENDED", contended)
     parts = Parts(engine, max_delay=0.0)
 
     def calls(count: int) -> "list[asyncio.Task[Answer]]":
@@ -355,7 +358,7 @@ def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
         parts.engine.entered.clear()
         early = calls(1)
         started = await asyncio.to_thread(parts.engine.entered.wait, 0.3)
-        assert started == (patience < 0.3)
+        assert started == (len(batches) > 2)
         await asyncio.gather(*early, *calls(3))
 
     asyncio.run(scenario())
