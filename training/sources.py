@@ -6,7 +6,6 @@ Nothing is decoded here that can wait: sets with random access come as LazyPixel
 
 import hashlib
 import importlib.util
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from training import processes
 from training.config import DataSettings
 from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
-from training.pixels import DataError, LazyPixels, Source, Split, image_spec
+from training.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
 from training.shards import streamed
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -52,7 +51,7 @@ class Files:
     paths: tuple[str, ...]
 
     def open(self, row: int) -> Image.Image:
-        return Image.open(self.paths[row])
+        return open_image(Path(self.paths[row]).read_bytes())
 
     def name(self, row: int) -> str:
         return self.paths[row]
@@ -85,7 +84,7 @@ class Rows:
         if not hasattr(self.dataset, "reader"):
             return self.dataset[row][0]
         with self.dataset.reader[row][0] as file:
-            return Image.open(io.BytesIO(file.read()))
+            return open_image(file.read())
 
     def name(self, row: int) -> str:
         return f"{self.title}: image {row}"
@@ -106,11 +105,18 @@ class Rows:
 def _split(settings: DataSettings, split: str, source: Files | Rows, classes: torch.Tensor) -> Split:
     spec = image_spec(settings)
     pixels = LazyPixels(torch.arange(len(classes)), spec, source)
+    skip, title = settings.skip_unreadable, f"data: {split}"
     if settings.memory != "map":
+        if skip:  # before the images are dealt out to the splits
+            reasons = pixels.check(f"{title}: check")
+            settle([reason for reason in reasons if reason], skip, title)
+            kept = torch.tensor([reason is None for reason in reasons])
+            pixels, classes = replace(pixels, rows=pixels.rows[kept]), classes[kept]
         return Split(pixels, classes, source.contents())
     labelled = hashlib.sha256(classes.numpy().tobytes()).hexdigest()
     made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
-    rows = zip(pixels.decoded(f"data: {split}"), classes.tolist(), strict=True)
+    made_for |= {"skip_unreadable": True} if skip else {}
+    rows = readable(zip(pixels.decoded(title), classes.tolist(), strict=True), skip, title)
     found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
     return replace(found, contents=source.contents())
 
