@@ -24,6 +24,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image upright, by its EXIF orientation."""
+SIZES = {1: 1, 3: 2, 4: 4}
+"""Bytes of a number, by its type in EXIF."""
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 KINDS = {
     rb"\xff\xd8\xff": "a broken JPEG",
@@ -56,6 +58,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 def kind(content: bytes) -> str:
     """What a file that cannot be read seems to be; "" where its beginning says nothing."""
+    if not content:
+        return "empty"
     start = content[:512]
     return next((name for pattern, name in KINDS.items() if re.match(pattern, start, re.DOTALL)), "")
 
@@ -99,11 +103,28 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """1 to 8, as EXIF counts; 1, upright, where it is missing or cannot be read. No other tag is looked at."""
     image.load()  # a PNG may have its EXIF after its pixels
-    try:
-        value = image.getexif().get(ORIENTATION)
+    try:  # Pillow finds it in XMP too, but stops at the first broken entry of an EXIF block
+        value = _in_exif(image.info.get("exif", b"")) or image.getexif().get(ORIENTATION)
         return int(value) if value in TURNS else 1
     except Exception:  # Pillow raises many kinds for broken EXIF
         return 1
+
+
+def _in_exif(block: bytes) -> int:
+    """The orientation; 0: none. Broken entries are passed over. TIFF 6.0, section 2:
+    https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf"""
+    block = block.removeprefix(b"Exif\0\0")
+    if block[:4] not in (b"II*\0", b"MM\0*"):
+        return 0
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(block[at : at + size], "little" if block[:1] == b"I" else "big")
+
+    first = number(4, 4) + 2
+    for at in range(first, min(first + 12 * number(first - 2, 2), len(block) - 11), 12):
+        if number(at, 2) == ORIENTATION:
+            return number(at + 8, SIZES.get(number(at + 2, 2), 0))
+    return 0
 
 
 def without_metadata(content: bytes) -> bytes:
