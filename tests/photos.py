@@ -114,6 +114,7 @@ OTHERS: Mapping[str, bytes] = {
     "JPEG XL": b"\xff\x0a" + bytes(30),
     "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    "base64": b"/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAg",
     "nothing but zeros": bytes(500),
 }
 """Files that are named like photos, by what they are."""

@@ -602,6 +602,28 @@ def test_every_layout_of_folders_is_read_as_it_is_meant_or_refused(
     assert load(of_folder(), 0).labels == ("a", "b", "train"), "a label may bear that name"
 
 
+def test_a_label_in_two_unicode_forms_is_one_label_or_refused(
+    folder: Path, of_folder: Settings, tmp_path: Path
+) -> None:
+    composed, decomposed = "caf\xe9", "cafe\u0301"
+    for part, name in (("train", composed), ("test", decomposed)):
+        shutil.copytree(folder, tmp_path / "split" / part)
+        (tmp_path / "split" / part / "c").rename(tmp_path / "split" / part / name)
+    found = load(of_folder(root=tmp_path / "split"), 0)
+    assert found.labels == ("a", "b", composed)
+    assert (found.test.classes == 2).sum() == 8
+    (folder / "c").rename(folder / decomposed)
+    assert load(of_folder(), 0).labels == ("a", "b", composed)
+    shutil.copytree(folder / "a", folder / composed)
+    with pytest.raises(
+        DataError, match=r"images has the folder 'caf\xe9' twice, as 'cafe\\u0301' and 'caf\\xe9'; allowed"
+    ):
+        load(of_folder(), 0)
+    (tmp_path / "labels.txt").write_text(f"{composed}\n{decomposed}\n")
+    with pytest.raises(DataError, match="'wds/own' has the label 'caf\xe9' more than once; allowed: once"):
+        load(of_shards(write_shards(tmp_path / "shards"), labels=tmp_path / "labels.txt"), 0)
+
+
 def test_unusable_classes_are_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     for lines, message in (

@@ -48,7 +48,7 @@ def load(settings: DataSettings, seed: int) -> Data:
     that are no images.
     """
     labels, train, test = find(settings)
-    _check_classes(settings, labels, train, test)
+    labels = _check_classes(settings, labels, train, test)
     found = {
         f"{name} images": f"{len(split)} with the digest {_digest(split)}"
         for name, split in {"training": train, "test": test}.items()
@@ -84,14 +84,16 @@ def load(settings: DataSettings, seed: int) -> Data:
         raise DataError(f"data.mean, data.std: {error}") from error
 
 
-def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None) -> None:
+def _check_classes(
+    settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None
+) -> tuple[str, ...]:
+    """The labels in their canonical form."""
     if len(labels) < 2:
         raise DataError(f"{settings.dataset!r} has {len(labels)} label ({', '.join(labels)}); allowed: at least 2")
-    for label in labels:
-        try:
-            check_name(label)
-        except SteeringError as error:
-            raise DataError(f"a label of {settings.dataset!r}: {error}") from error
+    try:
+        labels = tuple(map(check_name, labels))
+    except SteeringError as error:
+        raise DataError(f"a label of {settings.dataset!r}: {error}") from error
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise DataError(f"{settings.dataset!r} has the label {twice!r} more than once; allowed: once")
@@ -110,6 +112,7 @@ def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split
                 f"{settings.dataset!r} has no {name} image of {', '.join(map(repr, empty[:5]))}{more}; "
                 "allowed: images of every label"
             )
+    return labels
 
 
 def _digest(split: Split) -> str:

@@ -48,6 +48,7 @@ KINDS = {
     rb"version\x20https://git-lfs": "a Git LFS pointer",
     rb"PK\x03\x04": "a ZIP archive",
     rb"\x1f\x8b": "gzip",
+    rb"/9j/|iVBORw0KGgo|UklGR|data:image/": "base64",
     rb"\0*\Z": "nothing but zeros",
 }
 """What a file that is not read is, by how it begins (regular expressions)."""

@@ -22,6 +22,7 @@ from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
 from training.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
 from training.shards import streamed
+from training.steering import canonical
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TESTS = ("test", "val", "valid", "validation")
@@ -133,7 +134,7 @@ def _folder(settings: DataSettings) -> Found:
             f"and one of {', '.join(f'{name}/<label>/' for name in TESTS)}"
         )
     root = root / "train" if own_test else root
-    labels = _folders(root)
+    labels = tuple(_folders(root))
     if len(labels) < 2:
         raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
     train = _split(settings, "train", *_files(root, labels, least=2 if own_test else 3))
@@ -146,17 +147,30 @@ def _folder(settings: DataSettings) -> Found:
     return labels, train, _split(settings, "test", *_files(test_root, labels, least=1))
 
 
-def _folders(root: Path) -> tuple[str, ...]:
-    """Names of the sub-folders that are not hidden, sorted; none where there is no such folder."""
-    found = root.iterdir() if root.is_dir() else ()
-    return tuple(sorted(path.name for path in found if path.is_dir() and not path.name.startswith(".")))
+def _folders(root: Path) -> dict[str, Path]:
+    """The sub-folders that are not hidden by their names in canonical form, sorted; none where there is no such folder.
+
+    Raises DataError when two have the same name.
+    """
+    folders: dict[str, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        other = folders.setdefault(canonical(path.name), path)
+        if other != path:
+            raise DataError(
+                f"{root} has the folder {canonical(path.name)!r} twice, as {other.name!a} and {path.name!a}; "
+                "allowed: one folder a label"
+            )
+    return dict(sorted(folders.items()))
 
 
 def _files(root: Path, labels: tuple[str, ...], least: int) -> tuple[Files, torch.Tensor]:
     """The images of every label. Says how many files are passed over."""
     paths, classes, others = [], [], Counter[str]()
+    folders = _folders(root)
     for index, label in enumerate(labels):
-        inside = list((root / label).rglob("*"))
+        inside = list(folders.get(label, root / label).rglob("*"))
         found = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
         others.update(path.suffix.lower() or path.name for path in set(inside).difference(found) if path.is_file())
         if len(found) < least:

@@ -32,6 +32,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "request: unknown model": BOTH,
     "request: unknown version": BOTH,
     "request: unknown profile": BOTH,
+    "request: profile name in another Unicode form": BOTH,
     "request: unknown input": (OPEN_INFERENCE,),
     "request: unknown output": (OPEN_INFERENCE,),
     "request: unknown parameter": (OPEN_INFERENCE,),
