@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from export.arguments import with_names
 from export.bundle import PRECISIONS, Bundle, BundleError
 
 COMMANDS = "python -m export"
@@ -74,7 +75,7 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
     add("--accuracy-images", type=int, default=2000, help="images to compare accuracy on; default: %(default)s")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_names(arguments, "--compact-for"))
     from export.certify import ExportError  # torch: not before it is needed
     from export.write import Wanted, write
     from training.checkpoint import Run, RunError

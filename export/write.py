@@ -41,7 +41,7 @@ from training.fit_profiles import load_profiles
 from training.fit_sae import load_sae
 from training.fit_vit import check_images, load_vit
 from training.image_spec import ImageSpec
-from training.steering import SteeringProfile, Terms, digest, profiles_to_json
+from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
 
 CALIBRATION_IMAGES = 256
 FLOATS = {"fp32": np.float32, "fp16": np.float16}
@@ -107,7 +107,7 @@ def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
         macs=source.macs,
         graphs=tuple(graphs),
         evaluation=source.evaluation,
-        compact=compacted.to_json() | {"profile": wanted.compact_for} if compacted else None,
+        compact=compacted.to_json() | {"profile": source.profiles[0].name} if compacted else None,
         gates_sae_digest=gates_sae_digest(weights, model.gated_blocks),
         files={},
     )
@@ -184,7 +184,7 @@ def _spread(of: int, count: int) -> torch.Tensor:
 
 def _named(profiles: Sequence[SteeringProfile], name: str) -> SteeringProfile:
     for profile in profiles:
-        if profile.name == name:
+        if profile.name == canonical(name):
             return profile
     raise BundleError(f"--compact-for is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
 

@@ -1,16 +1,15 @@
 """Encoded images -> the uint8 pixels that a model reads, the same as the evaluation transform in training gives."""
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from service.errors import InvalidRequest
+from training.image_files import FORMATS, kind, load, upright
 from training.image_spec import MODES, ImageSpec
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,29 +37,28 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
         raise InvalidRequest(f"{where} is empty; allowed: {', '.join(FORMATS)}")
     if len(encoded) > limits.max_bytes:
         raise InvalidRequest(f"{where} has {len(encoded)} bytes; allowed: at most {limits.max_bytes}")
+
+    def check(image: Image.Image) -> None:
+        width, height = image.size
+        if width * height > limits.max_pixels:
+            raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
+        if image.mode not in MODES:
+            raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
+
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
-            if image.mode not in MODES:
-                raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
-            return to_pixels(image, spec, where)
+        return to_pixels(load(encoded, check), spec, where)
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files; all of them are the sender's
         raise InvalidRequest(
-            f"{where} is not a readable image ({len(encoded)} bytes, {type(error).__name__}); "
+            f"{where} is not a readable image ({len(encoded)} bytes, {kind(encoded) or type(error).__name__}); "
             f"allowed: {', '.join(FORMATS)}"
         ) from error
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec, where: str) -> NDArray[np.uint8]:
     """Upright, converted to grey or RGB, shorter side resized, centre cut out: uint8 (height, width, channels)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    image = image.convert("L" if spec.channels == 1 else "RGB")
+    image = upright(image, spec.channels)
     width, height = image.size
     shorter, longer = min(width, height), max(width, height)
     if shorter != spec.resize:

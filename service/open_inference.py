@@ -1,9 +1,10 @@
 """The servicer of the Open Inference Protocol: tensors in, tensors out. What it means here:
 
-- Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] with JPEG,
-  PNG, WebP, BMP or GIF files; and, accepted though not listed in the metadata (clients that make up data for every
-  listed input would steer at random), `steering_latent` INT64, `steering_scale` FP32 and `steering_shift` FP32, all
-  three [images, sites, terms]. Raw or typed contents, not both; typed ones of at most 2^18 elements a tensor.
+- Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] or
+  [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and, accepted though not listed in the metadata (clients that make
+  up data for every listed input would steer at random), `steering_latent` INT64, `steering_scale` FP32 and
+  `steering_shift` FP32, all three [images, sites, terms]. Raw or typed contents, not both; typed ones of at most 2^18
+  elements a tensor.
 - Parameters: `profile` (string), `strength` (double, int, or a string with a number).
 - Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, when it is asked for, `residual` FP32; raw contents.
   With the parameter `classification` N, `logits` are BYTES [images, N] `logit:index:label`, the largest first.
@@ -166,13 +167,10 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         if len(given) != 1:
             raise InvalidRequest(f"inputs are {sorted(inputs)}; allowed: one of image and encoded_image")
         images, spec = inputs[given[0]], model.bundle.manifest.image
-        shape = (len(images), *spec.shape) if given == ["image"] else (len(images),)
-        if images.shape != shape:
-            allowed = list(spec.shape) if given == ["image"] else []
-            raise InvalidRequest(
-                f"input {given[0]!r} has the shape {list(images.shape)}; allowed: "
-                f"[{', '.join(['images', *map(str, allowed)])}]"
-            )
+        sizes = [spec.shape] if given == ["image"] else [(), (1,)]
+        if images.shape[1:] not in sizes:
+            allowed = " or ".join(f"[{', '.join(['images', *map(str, size)])}]" for size in sizes)
+            raise InvalidRequest(f"input {given[0]!r} has the shape {list(images.shape)}; allowed: {allowed}")
         if not 1 <= len(images) <= self._settings.max_images:
             raise InvalidRequest(
                 f"input {given[0]!r} has {len(images)} images; allowed: 1 to {self._settings.max_images}"
@@ -181,7 +179,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             return images
         return [
             partial(decode, bytes(image), spec, self._limits, f"encoded_image[{index}]")
-            for index, image in enumerate(images.tolist())
+            for index, image in enumerate(images.ravel().tolist())
         ]
 
     async def _steering(

@@ -16,6 +16,7 @@ from training.steering import (
     SteeringTerm,
     Terms,
     at_strength,
+    canonical,
     check,
     digest,
     to_arrays,
@@ -61,7 +62,8 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     if profile:
-        terms = named(bundle, profile, "steering.profile").terms
+        asked = named(bundle, profile, "steering.profile")
+        profile, terms = asked.name, asked.terms
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
@@ -77,10 +79,17 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
-    """Raises NotFound, naming the field, when the bundle has no such profile."""
-    if name not in bundle.profiles:
-        raise NotFound(f"{field} is {name!r}; allowed: {_some(sorted(bundle.profiles))}")
-    return bundle.profiles[name]
+    """Raises NotFound, naming the field, when the bundle has no such profile; names that differ in case and spaces
+    alone come first among those it has."""
+    found = bundle.profiles.get(canonical(name))
+    if found is None:
+        nearest = sorted(bundle.profiles, key=lambda other: (_folded(other) != _folded(name), other))
+        raise NotFound(f"{field} is {name!r}; allowed: {_some(nearest)}")
+    return found
+
+
+def _folded(name: str) -> str:
+    return "".join(canonical(name).casefold().split())
 
 
 def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:

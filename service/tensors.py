@@ -31,7 +31,7 @@ MAX_RANK = 4
 """Sizes in a shape."""
 MAX_TYPED = 2**18
 """Elements of a tensor that are not raw: each becomes a Python object on the event loop (0.02 us a pixel)."""
-RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*")
+RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*|content_type")
 """Parameters of the protocol and of its clients that mean nothing here."""
 
 

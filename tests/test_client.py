@@ -133,7 +133,8 @@ def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[
     server = start_server(MODELS)
     try:
         files = [str(path) for path in sorted((SAMPLES / "Shirt").glob("*.png"))]
-        flags = ["--seconds", "2", "--images-per-call", "2", "--profile", "Shirt,Coat,", "--json", *how]
+        profiles = ["--profile", "Shirt", "--profile", "Coat", "--profile", ""]
+        flags = ["--seconds", "2", "--images-per-call", "2", *profiles, "--json", *how]
         done = run_module("service.client", "load", "--address", server.address, *flags, *files)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from processes import MODELS, run_module
 
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, FileEntry, load_bundle
+from export.write import _named
 from service.engine import Engine, EngineError, choose_graph
-from training.steering import digest, profiles_from_json, to_arrays
+from training.steering import SteeringProfile, digest, profiles_from_json, to_arrays
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,9 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert outputs.head_gate[:, ~removed].any()
     assert made["after"]["head_usage"] <= made["before"]["head_usage"]
     assert whole.manifest.macs == bundle.manifest.macs  # closed heads are counted as closed, of the same whole
-    done = run_module("export", str(smoke_run), str(models), "--name", "x", "--compact-for", "Hat")
+    done = run_module("export", str(smoke_run), str(models), "--name", "x", "--compact-for", "-rf")
     assert done.returncode == 1
-    assert "--compact-for is 'Hat'; allowed: 'T-shirt', 'Trouser'" in done.stderr
+    assert "--compact-for is '-rf'; allowed: 'T-shirt', 'Trouser'" in done.stderr
     assert not (models / "x").exists()
 
 
@@ -104,6 +106,12 @@ def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path
     assert "evaluate again" in said
     results["profiles"] = [entry for entry in results["profiles"] if entry["name"] != "Bag"]
     assert "results.json has no profile 'Bag': evaluate again" in export(right)
+
+
+@pytest.mark.parametrize("name", ["caf\xe9", "\uac00", "\u1e69"])
+def test_a_compact_bundle_finds_its_profile_in_either_unicode_form(name: str) -> None:
+    profile = SteeringProfile(name, (name,), "by hand", {})
+    assert _named([profile], unicodedata.normalize("NFD", name)) is _named([profile], name) is profile
 
 
 @pytest.mark.parametrize(

@@ -7,26 +7,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from photos import IN_JPEG, IN_PNG, OTHERS, TURNED, UPRIGHT, Change, encoded, with_exif
+from PIL import Image, UnidentifiedImageError
 
 from service.errors import InvalidRequest
 from service.images import MODES, Limits, decode, from_raw
 from training.config import DataSettings
 from training.data import eval_transform
 from training.image_spec import ImageSpec
-from training.pixels import image_spec
+from training.pixels import image_spec, open_image
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 
 
 def spec(size: int, resize: int, channels: int, interpolation: str) -> ImageSpec:
     return ImageSpec(size, size, channels, resize, interpolation, (0.5,) * channels, (0.5,) * channels)
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def picture(width: int, height: int, mode: str, seed: int) -> Image.Image:
@@ -52,7 +47,7 @@ def test_pixels_equal_the_evaluation_transform(
     width: int, height: int, mode: str, channels: int, size: int, margin: int, interpolation: str, seed: int
 ) -> None:
     wanted = spec(size, size + margin, channels, interpolation)
-    file = encoded(picture(width, height, mode, seed))
+    file = encoded(picture(width, height, mode, seed), "PNG")
     with Image.open(io.BytesIO(file)) as image:
         expected = eval_transform(wanted)(image)
     found = decode(file, wanted, LIMITS, "image")
@@ -72,7 +67,7 @@ def test_both_resize_alike_for_every_size_and_crop() -> None:
     floored = [s for s in specs if math.floor(s.height / (s.height / s.resize)) != s.resize]
     assert (192, 225) in [(s.height, s.resize) for s in floored], "192 / (192 / 225) is below 225"
     for wanted in [*floored, *sorted(specs, key=lambda s: (s.height, s.resize))[::40]]:
-        found = decode(encoded(ramp), wanted, LIMITS, "image")
+        found = decode(encoded(ramp, "PNG"), wanted, LIMITS, "image")
         np.testing.assert_array_equal(found, eval_transform(wanted)(ramp), str(wanted))
 
 
@@ -91,17 +86,100 @@ def test_a_rotated_photograph_is_turned_upright_by_both(orientation: int) -> Non
     assert np.array_equal(found, upright) == (orientation == 1)
 
 
+def assert_both_read(file: bytes, expected: Image.Image) -> None:
+    wanted = spec(24, 28, 3, "bicubic")
+    pixels = eval_transform(wanted)(expected)
+    np.testing.assert_array_equal(decode(file, wanted, LIMITS, "image"), pixels)
+    np.testing.assert_array_equal(eval_transform(wanted)(open_image(file)), pixels)
+
+
+def as_stored(image: Image.Image, kind: str) -> Image.Image:
+    return Image.open(io.BytesIO(with_exif(image, kind, b"II*\0"))).convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("broken", TURNED)
+def test_the_orientation_is_read_whatever_the_other_tags_hold(broken: str, kind: str) -> None:
+    image = picture(41, 29, "RGB", 1)
+    upright = as_stored(image, kind).transpose(Image.Transpose.ROTATE_270)
+    assert_both_read(with_exif(image, kind, TURNED[broken]), upright)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("broken", UPRIGHT)
+def test_a_photo_without_a_readable_orientation_is_upright(broken: str, kind: str) -> None:
+    image = picture(41, 29, "RGB", 1)
+    assert_both_read(with_exif(image, kind, UPRIGHT[broken]), as_stored(image, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(pytest.param("PNG", change, id=f"PNG-{name}") for name, change in IN_PNG.items()),
+        *(pytest.param("JPEG", change, id=f"JPEG-{name}") for name, change in IN_JPEG.items()),
+    ],
+)
+def test_metadata_never_make_a_photo_unreadable(kind: str, change: Change) -> None:
+    plain = encoded(picture(41, 29, "RGB", 1), kind)
+    assert change(plain) != plain
+    assert_both_read(change(plain), Image.open(io.BytesIO(plain)))
+
+
+def test_the_first_of_several_pictures_in_a_file_is_read() -> None:
+    """As phones write them (MPO); and when the second one is cut short."""
+    image = picture(41, 29, "RGB", 1)
+    file = encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)])
+    first = file[: file.index(b"\xff\xd8\xff", 2)]
+    for content in (file, file[:-20]):
+        assert_both_read(content, Image.open(io.BytesIO(first)))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "progressive"])
+def test_broken_metadata_leave_colours_and_orientation_as_they_are(mode: str) -> None:
+    """Of CMYK, whether its inks are inverted stands in Adobe's segment, which is kept."""
+    image = picture(41, 29, "RGB", 1).convert("RGB" if mode == "progressive" else mode)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain = encoded(image, "JPEG", quality=95, progressive=mode == "progressive", exif=turned)
+    broken = IN_JPEG["short colour profile"](plain)
+    with pytest.raises(UnidentifiedImageError):
+        Image.open(io.BytesIO(broken))
+    stored = Image.open(io.BytesIO(plain))
+    stored.load()
+    assert_both_read(broken, stored)
+    assert open_image(broken).mode == open_image(plain).mode
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_kind_is_called_by_its_name(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(OTHERS[name], spec(16, 16, 3, "bicubic"), LIMITS, "photo")
+    size = len(OTHERS[name])
+    assert str(caught.value) == (
+        f"photo is not a readable image ({size} bytes, {name}); allowed: JPEG, PNG, WEBP, BMP, GIF"
+    )
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_that_is_cut_short_stays_refused(kind: str) -> None:
+    """Its missing pixels would be made up."""
+    file = encoded(picture(41, 29, "RGB", 1), kind)
+    name = {"WEBP": "WebP"}.get(kind, kind)
+    with pytest.raises(InvalidRequest, match=rf"photo is not a readable image \(.* bytes, a broken {name}\); allowed"):
+        decode(file[: len(file) * 2 // 3], spec(16, 16, 3, "bicubic"), LIMITS, "photo")
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
         (b"", "photo is empty; allowed: JPEG, PNG, WEBP, BMP, GIF"),
         (b"not an image", "photo is not a readable image (12 bytes, UnidentifiedImageError)"),
-        (encoded(picture(40, 40, "RGB", 0))[:300], "photo is not a readable image (300 bytes"),
+        (encoded(picture(40, 40, "RGB", 0), "PNG")[:300], "photo is not a readable image (300 bytes"),
         (encoded(picture(40, 40, "RGB", 0), "TIFF"), "photo is not a readable image"),
-        (encoded(Image.new("RGB", (1001, 1000))), "photo has 1001 x 1000 pixels; allowed: at most 1000000"),
+        (encoded(Image.new("RGB", (1001, 1000)), "PNG"), "photo has 1001 x 1000 pixels; allowed: at most 1000000"),
         (b"x" * 1_000_001, "photo has 1000001 bytes; allowed: at most 1000000"),
-        (encoded(Image.new("I;16", (8, 8))), "photo has the pixel format I;16; allowed: 8 bits a channel"),
-        (encoded(Image.new("L", (2, 5000))), "allowed: sides that differ at most a hundredfold"),
+        (encoded(Image.new("I;16", (8, 8)), "PNG"), "photo has the pixel format I;16; allowed: 8 bits a channel"),
+        (encoded(Image.new("L", (2, 5000)), "PNG"), "allowed: sides that differ at most a hundredfold"),
     ],
 )
 def test_what_is_not_a_usable_image_is_named(file: bytes, message: str) -> None:

@@ -17,6 +17,7 @@ from export.bundle import Bundle
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.tensors import packed
 from training.steering import SteeringTerm
 
 TRITON_CLIENT = "tritonclient[grpc]==2.73.0"
@@ -225,7 +226,32 @@ def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> 
     made.parameters["triton_enable_empty_final_response"].bool_param = False
     made.parameters["priority"].int64_param = 1
     made.inputs[0].parameters["binary_data_size"].int64_param = 784
-    assert len(stub.ModelInfer(made, timeout=10).outputs) == 3
+    made.outputs.add(name="logits")
+    for part in (made, made.inputs[0], made.outputs[0]):
+        part.parameters["content_type"].string_param = "np"  # of MLServer's clients
+    assert len(stub.ModelInfer(made, timeout=10).outputs) == 1
+
+
+def test_encoded_images_come_in_one_or_two_dimensions(stub: GRPCInferenceServiceStub) -> None:
+    files = [path.read_bytes() for path in sorted((SAMPLES / "Shirt").glob("*.png"))[:3]]
+
+    def encoded(*shape: int, typed: bool = False) -> pb.ModelInferRequest:
+        made = pb.ModelInferRequest(model_name="fashion_mnist")
+        made.inputs.add(name="encoded_image", datatype="BYTES", shape=shape)
+        if typed:
+            made.inputs[0].contents.bytes_contents.extend(files)
+            return made
+        return raw(made, packed(files))
+
+    flat = stub.ModelInfer(encoded(3), timeout=10).raw_output_contents
+    for request in (encoded(3, 1), encoded(3, 1, typed=True), encoded(3, typed=True)):
+        assert stub.ModelInfer(request, timeout=10).raw_output_contents == flat
+    for shape in ((1, 3), (3, 1, 1)):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(encoded(*shape), timeout=10)
+        assert caught.value.details() == (
+            f"input 'encoded_image' has the shape {list(shape)}; allowed: [images] or [images, 1]"
+        )
 
 
 def test_more_classes_than_there_are_give_all(stub: GRPCInferenceServiceStub) -> None:

@@ -2,17 +2,21 @@
 
 import json
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from processes import MODELS, ServerProcess, run_module, start_server, stop_server, until
+from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service.client import Client
-from tests.faults.listed import fault
+from service.client.__main__ import main
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
+from tests.faults.protocols import OIP
 from training.steering import SteeringProfile, SteeringTerm, digest, profiles_to_json
 
 DARK = {1: (SteeringTerm(7, 0.0, 40.0),), 3: (SteeringTerm(2, 2.0, -3.0),)}
@@ -72,6 +76,54 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
     assert server.count("steervit_profile_reads_total", result="failed") == 0
 
 
+ODD = (
+    "caf\xe9",
+    "cr\xe8me br\xfbl\xe9e",
+    "\uac00\ub098",
+    "-rf",
+    'a, "b"',
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\U0001f469\u200d\U0001f52c",
+    "a/b",
+    " x ",
+    "x" * 200,
+)
+
+
+@fault("request: profile name in another Unicode form", "the answer, which names the composed form", STEERING)
+@fault("request: profile name in another Unicode form", "the answer, which names the composed form", OPEN_INFERENCE)
+def test_a_profile_is_found_by_its_name_in_either_form(
+    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of profiles that are written in decomposed form (NFD), as a file system may have it."""
+    decomposed = [unicodedata.normalize("NFD", name) for name in ODD]
+    assert sum(map(str.__ne__, ODD, decomposed)) == 3
+    (tmp_path / "odd.json").write_text(content(bundle, *map(profile, decomposed)))
+    until(lambda: names(client) == {*bundle.profiles, *ODD})
+    image = SAMPLES / "Bag" / "00134.png"
+    stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    for name, other in zip(ODD, decomposed, strict=True):
+        for form in {name, other}:
+            receipt = client.predict([image.read_bytes()], profile=form).receipt
+            assert (receipt.profile, receipt.steering_digest) == (name, digest(DARK))
+            assert client.profile(form).profile.name == name
+            request = OIP.request([image.read_bytes()], form)
+            assert stub.ModelInfer(request, timeout=10).parameters["profile"].string_param == name
+            assert main(["predict", "--address", server.address, "--profile", form, str(image)]) == 0
+            assert f"profile {name}, steering {digest(DARK)}" in capsys.readouterr().out
+    flags = [flag for name in decomposed for flag in ("--profile", name)]
+    few = ["--seconds", "0.3", "--concurrency", "2", "--json"]
+    assert main(["load", "--address", server.address, *flags, *few, str(image)]) == 0
+    assert json.loads(capsys.readouterr().out)["errors"] == {}
+    for name in ODD:
+        label = name.replace('"', r"\"")
+        assert server.count("steervit_images_total", profile=label) >= 4, name
+    for name, nearest in (("CAF\xc9", "caf\xe9"), ("x", " x "), ("shirt ", "Shirt")):
+        with pytest.raises(grpc.RpcError) as caught:
+            client.profile(name)
+        assert caught.value.details().startswith(f"name is {name!r}; allowed: {nearest!r}, ")
+
+
 WRONG: dict[str, Callable[[Bundle], str]] = {
     "not JSON": lambda _: "{",
     "no digest": lambda bundle: content(bundle, profile("x"), gates_sae_digest=""),
@@ -79,6 +131,7 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
     "a latent that is not there": lambda bundle: content(bundle, profile("x", {0: (SteeringTerm(512, 0.0, 1.0),)})),
     "a site that is not there": lambda bundle: content(bundle, profile("x", {5: (SteeringTerm(1, 0.0, 1.0),)})),
     "a name twice": lambda bundle: content(bundle, profile("night")),
+    "a name in two forms": lambda bundle: content(bundle, profile("caf\xe9"), profile("cafe\u0301")),
     "a number that is none": lambda bundle: content(bundle, profile("x")).replace("40.0", "NaN"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from training.steering import (
     Terms,
     at_strength,
     check,
+    check_name,
     digest,
     profiles_from_json,
     profiles_to_json,
@@ -25,6 +27,42 @@ from training.steering import (
 numbers = st.floats(-1000, 1000, width=32)
 terms_of_site = st.lists(st.builds(SteeringTerm, st.integers(0, 99), numbers, numbers), max_size=4).map(tuple)
 terms = st.dictionaries(st.integers(0, 2), terms_of_site, max_size=3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "caf\xe9",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\U0001f469\u200d\U0001f52c",
+        "a/b",
+        "-rf",
+        'a, "b"',
+        "none",
+        " x ",
+        "x" * 200,
+    ],
+)
+def test_names_are_kept_in_one_form(name: str) -> None:
+    for form in ("NFC", "NFD"):
+        assert check_name(unicodedata.normalize(form, name)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "allowed: a string of 1 to 200 characters"),
+        ("x" * 201, "allowed: a string of 1 to 200 characters"),
+        ("a\tb", r"name is 'a\tb'; allowed: no control characters"),
+        ("a\u2028b", r"name is 'a\u2028b'; allowed: no control characters, no line separators"),
+        ("\udcff", r"name is '\udcff'; allowed: no control characters, no line separators, no halves of surrogate"),
+        (" \xa0", "allowed: at least one character that is no space"),
+    ],
+)
+def test_names_that_a_line_of_text_cannot_carry_are_refused(name: str, message: str) -> None:
+    with pytest.raises(SteeringError) as caught:
+        check_name(name)
+    assert message in str(caught.value)
 
 
 def test_strength_by_hand() -> None:

@@ -52,6 +52,9 @@ class DataSettings(Group):
     """Bytes of pixels of one split, above which `auto` leaves it out of memory."""
     cache: Path | None = None
     """Folder of the mapped files. By default steervit in the user's cache folder."""
+    skip_unreadable: bool = Field(False, exclude=True)
+    """Leave out images that cannot be read, and name them; by default they are an error. Reads every image once more,
+    before training, unless it is mapped."""
     workers: int = Field(0, ge=0, le=256, exclude=True)
     """Processes that prepare training batches (each); 0: the training process itself."""
     image_size: int = Field(28, ge=8, le=1024)

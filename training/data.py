@@ -14,7 +14,7 @@ from tqdm import tqdm
 from training.config import DataSettings
 from training.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.image_spec import ImageSpec
-from training.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory
+from training.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory, settle
 from training.sources import find
 from training.steering import SteeringError, check_name
 
@@ -44,11 +44,11 @@ def load(settings: DataSettings, seed: int) -> Data:
     """Find, split and, where they fit, read the images. The same settings and seed give the same splits and pixels,
     wherever the pixels are held.
 
-    Raises DataError with what is missing and where it was looked for, the label that has too few images, or the file
-    that is no image.
+    Raises DataError with what is missing and where it was looked for, the label that has too few images, or all files
+    that are no images.
     """
     labels, train, test = find(settings)
-    _check_classes(settings, labels, train, test)
+    labels = _check_classes(settings, labels, train, test)
     found = {
         f"{name} images": f"{len(split)} with the digest {_digest(split)}"
         for name, split in {"training": train, "test": test}.items()
@@ -71,7 +71,9 @@ def load(settings: DataSettings, seed: int) -> Data:
                 f"label {short!r} has too few images: none is left for the {name} split; allowed: at least 1 in each "
                 "of train, selection and test (data.test_fraction, data.selection_fraction)"
             )
-    splits = {name: _held(settings, split, name) for name, split in splits.items()}
+    errors: list[DataError] = []
+    splits = {name: _held(settings, split, name, errors) for name, split in splits.items()}
+    settle(errors)
     mean, std = settings.mean, settings.std
     if mean is None or std is None:
         measured = _mean_and_std(settings, splits["train"])
@@ -82,14 +84,16 @@ def load(settings: DataSettings, seed: int) -> Data:
         raise DataError(f"data.mean, data.std: {error}") from error
 
 
-def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None) -> None:
+def _check_classes(
+    settings: DataSettings, labels: tuple[str, ...], train: Split, test: Split | None
+) -> tuple[str, ...]:
+    """The labels in their canonical form."""
     if len(labels) < 2:
         raise DataError(f"{settings.dataset!r} has {len(labels)} label ({', '.join(labels)}); allowed: at least 2")
-    for label in labels:
-        try:
-            check_name(label)
-        except SteeringError as error:
-            raise DataError(f"a label of {settings.dataset!r}: {error}") from error
+    try:
+        labels = tuple(map(check_name, labels))
+    except SteeringError as error:
+        raise DataError(f"a label of {settings.dataset!r}: {error}") from error
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         raise DataError(f"{settings.dataset!r} has the label {twice!r} more than once; allowed: once")
@@ -108,6 +112,7 @@ def _check_classes(settings: DataSettings, labels: tuple[str, ...], train: Split
                 f"{settings.dataset!r} has no {name} image of {', '.join(map(repr, empty[:5]))}{more}; "
                 "allowed: images of every label"
             )
+    return labels
 
 
 def _digest(split: Split) -> str:
@@ -117,13 +122,13 @@ def _digest(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _held(settings: DataSettings, split: Split, name: str) -> Split:
-    """The split in memory if it is to be there; else, its files looked at."""
+def _held(settings: DataSettings, split: Split, name: str, errors: list[DataError]) -> Split:
+    """The split in memory if it is to be there; else, its files checked. Appends to `errors` what cannot be read."""
     one = settings.image_size**2 * settings.channels  # bytes
     if settings.memory == "memory" or (settings.memory == "auto" and len(split) * one <= settings.memory_limit):
-        return in_memory(split, f"data: {name}")
-    if isinstance(split.images, LazyPixels):
-        split.images.check(f"data: check {name}")
+        return in_memory(split, f"data: {name}", errors)
+    if isinstance(split.images, LazyPixels) and not settings.skip_unreadable:  # else they have been checked
+        errors += filter(None, split.images.check(f"data: {name}: check"))
     return split
 
 

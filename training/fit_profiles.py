@@ -30,6 +30,7 @@ from training.steering import (
     SteeringProfile,
     Terms,
     at_strength,
+    canonical,
     check_name,
     profiles_from_json,
     profiles_to_json,
@@ -69,16 +70,17 @@ def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]])
     Raises RunError when a context names a label that is not there, or bears a label's name or one that is not allowed.
     """
     targets: dict[str, Target] = {label: (index,) for index, label in enumerate(labels)}
-    for name, members in contexts.items():
+    for given, of_context in contexts.items():
         try:
-            check_name(name)
+            name, members = check_name(given), [canonical(member) for member in of_context]
         except SteeringError as error:
             raise RunError(f"profiles.contexts: {error}") from error
         unknown = [label for label in members if label not in labels]
         if unknown or not members:
             raise RunError(f"profiles.contexts[{name!r}] names {unknown}; allowed: one or more of {', '.join(labels)}")
-        if name in labels:
-            raise RunError(f"profiles.contexts has {name!r}, which is a label; allowed: another name")
+        if name in targets:
+            what = "a label" if name in labels else "there already"
+            raise RunError(f"profiles.contexts has {name!r}, which is {what}; allowed: another name")
         targets[name] = tuple(labels.index(label) for label in members)
     return targets
 

@@ -6,7 +6,7 @@ Letters: B images, H height, W width, C channels.
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +14,19 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from tqdm import tqdm
 
+from training import image_files, processes
 from training.config import DataSettings
 from training.image_spec import ImageSpec, check_mode
 
 T = TypeVar("T")
 R = TypeVar("R")
 AHEAD = 64  # images that may wait, decoded, for their turn
+SHOWN = 100
+"""Images that one message names."""
 
 
 class DataError(Exception):
@@ -83,16 +86,17 @@ class LazyPixels(Pixels):
     def picture(self, index: int) -> Image.Image:
         return self._decoder(lambda image: upright(image, self.spec.channels))(int(self.rows[index]))
 
-    def decoded(self, title: str) -> Iterator[np.ndarray]:
-        """Every image, uint8 (H, W, C), in order; with a progress bar."""
-        transformed = self._decoder(eval_transform(self.spec))
-        bar = tqdm(self.rows.tolist(), desc=title, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
-        return in_threads(transformed, bar)
+    def decoded(self, title: str) -> Iterator[np.ndarray | DataError]:
+        """Every image, uint8 (H, W, C), in order, or why it cannot be read; with a progress bar."""
+        return self._every(eval_transform(self.spec), title)
 
-    def check(self, title: str) -> None:
-        """Open every image without decoding it. Raises DataError with the name of the first that is none."""
+    def check(self, title: str) -> list[DataError | None]:
+        """Why each image cannot be read; None: it can. Decodes all of them."""
+        return list(self._every(lambda image: check_mode(image.mode), title))
+
+    def _every(self, transform: Callable[[Image.Image], R], title: str) -> Iterator[R | DataError]:
         bar = tqdm(self.rows.tolist(), desc=title, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
-        deque(in_threads(self._decoder(lambda image: check_mode(image.mode)), bar), maxlen=0)
+        return in_threads(caught(self._decoder(transform)), bar)
 
     def _decoder(self, transform: Callable[[Image.Image], R]) -> Callable[[int], R]:
         def decode(row: int) -> R:
@@ -149,19 +153,59 @@ class Split:
         return self.images.picture(index) if isinstance(self.images, Pixels) else as_picture(self.images[index])
 
 
-def in_memory(split: Split, title: str) -> Split:
-    """The same split, its images read into one uint8 tensor."""
+def in_memory(split: Split, title: str, errors: list[DataError]) -> Split:
+    """The same split, its images read into one uint8 tensor. Appends to `errors` why any of them cannot be read."""
     images = split.images
     if isinstance(images, torch.Tensor):
         return split
     found = torch.empty(images.shape, dtype=torch.uint8)
     if isinstance(images, LazyPixels):
         for row, pixels in enumerate(images.decoded(title)):
-            found[row] = torch.from_numpy(pixels)
+            if isinstance(pixels, DataError):
+                errors.append(pixels)
+            else:
+                found[row] = torch.from_numpy(pixels)
     else:
         for start in range(0, len(images), 4096):
             found[start : start + 4096] = images[start : start + 4096]
     return Split(found, split.classes)
+
+
+def caught(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """The same function; a DataError that it raises becomes what it returns."""
+
+    def call(item: T) -> R | DataError:
+        try:
+            return function(item)
+        except DataError as error:
+            return error
+
+    return call
+
+
+def readable(rows: Iterable[tuple[R | DataError, int]], skip: bool, title: str) -> Iterator[tuple[R, int]]:
+    """The rows whose image could be read; then settles those that could not."""
+    errors = []
+    for image, index in rows:
+        if isinstance(image, DataError):
+            errors.append(image)
+        else:
+            yield image, index
+    settle(errors, skip, title)
+
+
+def settle(errors: Sequence[DataError], skip: bool = False, title: str = "data") -> None:
+    """Raise DataError with all images that cannot be read; skip: print them, as they are left out."""
+    if not errors:
+        return
+    number = "1 image is" if len(errors) == 1 else f"{len(errors)} images are"
+    lines = [f"  {error}" for error in errors[:SHOWN]]
+    if len(errors) > SHOWN:
+        lines.append(f"  and {len(errors) - SHOWN} more")
+    if not skip:
+        raise DataError("\n".join([f"{number} not readable (--data.skip-unreadable leaves out such images):", *lines]))
+    if processes.is_main():
+        print("\n".join([f"{title}: {number} not readable and left out:", *lines]), flush=True)
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -207,13 +251,14 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """Turned as its EXIF says; grey (1 channel) or RGB (3), whatever it was. Raises ValueError when it has more than 8
-    bits a channel."""
+    """As image_files.upright. Raises ValueError when it has more than 8 bits a channel."""
     check_mode(image.mode)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" and "transparency" in image.info:  # as Pillow advises
-        image = image.convert("RGBA")
-    return image.convert("L" if channels == 1 else "RGB")
+    return image_files.upright(image, channels)
+
+
+def open_image(content: bytes) -> Image.Image:
+    """The decoded image of a file. Raises ValueError, or what Pillow raises for a broken file."""
+    return image_files.load(content, lambda image: check_mode(image.mode))
 
 
 def as_picture(pixels: torch.Tensor) -> Image.Image:

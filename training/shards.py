@@ -3,7 +3,6 @@
 They are read once, strictly: timm's own reading of shards passes over what it cannot decode, with a line in the log.
 """
 
-import io
 import json
 import os
 import tarfile
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from training.config import DataSettings
 from training.pixel_map import default_cache, mapped
-from training.pixels import DataError, Split, eval_transform, image_spec, in_threads
+from training.pixels import DataError, Split, eval_transform, image_spec, in_threads, open_image, readable
 
 Sample = tuple[str, bytes | Image.Image, int]
 """Name, encoded or decoded image, class."""
@@ -43,15 +42,14 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
     spec = image_spec(settings)
     transform = eval_transform(spec)
 
-    def decode(sample: Sample) -> tuple[np.ndarray, int]:
+    def decode(sample: Sample) -> tuple[np.ndarray | DataError, int]:
         name, image, index = sample
         try:
-            with Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image as opened:
-                return transform(opened), index
+            return transform(open_image(image) if isinstance(image, bytes) else image), index
         except Exception as error:  # Pillow raises many kinds
-            raise DataError(f"{name} is not a readable image: {error}") from error
+            return DataError(f"{name} is not a readable image: {error}"), index
 
-    def rows() -> Iterator[tuple[np.ndarray, int]]:
+    def decoded() -> Iterator[tuple[np.ndarray | DataError, int]]:
         samples = _of_shards(reader) if shards else _of_stream(reader, f"{settings.dataset}, {split}")
         total, count = reader.num_samples or None, 0
         bar = tqdm(samples, f"data: {split}", total, unit="image", mininterval=5, delay=2, dynamic_ncols=True)
@@ -61,7 +59,9 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
         if total is not None and count != total:
             raise DataError(f"{settings.dataset}, {split}: {count} images were read where the set says {total}")
 
-    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows())
+    made_for |= {"skip_unreadable": True} if settings.skip_unreadable else {}
+    rows = readable(decoded(), settings.skip_unreadable, f"data: {split}")
+    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
     return replace(found, contents=json.dumps([file[:2] for file in source] if shards else reader.num_samples))
 
 

@@ -6,7 +6,6 @@ Nothing is decoded here that can wait: sets with random access come as LazyPixel
 
 import hashlib
 import importlib.util
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ from training import processes
 from training.config import DataSettings
 from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
-from training.pixels import DataError, LazyPixels, Source, Split, image_spec
+from training.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
 from training.shards import streamed
+from training.steering import canonical
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TESTS = ("test", "val", "valid", "validation")
@@ -52,7 +52,7 @@ class Files:
     paths: tuple[str, ...]
 
     def open(self, row: int) -> Image.Image:
-        return Image.open(self.paths[row])
+        return open_image(Path(self.paths[row]).read_bytes())
 
     def name(self, row: int) -> str:
         return self.paths[row]
@@ -85,7 +85,7 @@ class Rows:
         if not hasattr(self.dataset, "reader"):
             return self.dataset[row][0]
         with self.dataset.reader[row][0] as file:
-            return Image.open(io.BytesIO(file.read()))
+            return open_image(file.read())
 
     def name(self, row: int) -> str:
         return f"{self.title}: image {row}"
@@ -106,11 +106,18 @@ class Rows:
 def _split(settings: DataSettings, split: str, source: Files | Rows, classes: torch.Tensor) -> Split:
     spec = image_spec(settings)
     pixels = LazyPixels(torch.arange(len(classes)), spec, source)
+    skip, title = settings.skip_unreadable, f"data: {split}"
     if settings.memory != "map":
+        if skip:  # before the images are dealt out to the splits
+            reasons = pixels.check(f"{title}: check")
+            settle([reason for reason in reasons if reason], skip, title)
+            kept = torch.tensor([reason is None for reason in reasons])
+            pixels, classes = replace(pixels, rows=pixels.rows[kept]), classes[kept]
         return Split(pixels, classes, source.contents())
     labelled = hashlib.sha256(classes.numpy().tobytes()).hexdigest()
     made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
-    rows = zip(pixels.decoded(f"data: {split}"), classes.tolist(), strict=True)
+    made_for |= {"skip_unreadable": True} if skip else {}
+    rows = readable(zip(pixels.decoded(title), classes.tolist(), strict=True), skip, title)
     found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
     return replace(found, contents=source.contents())
 
@@ -127,7 +134,7 @@ def _folder(settings: DataSettings) -> Found:
             f"and one of {', '.join(f'{name}/<label>/' for name in TESTS)}"
         )
     root = root / "train" if own_test else root
-    labels = _folders(root)
+    labels = tuple(_folders(root))
     if len(labels) < 2:
         raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
     train = _split(settings, "train", *_files(root, labels, least=2 if own_test else 3))
@@ -140,17 +147,30 @@ def _folder(settings: DataSettings) -> Found:
     return labels, train, _split(settings, "test", *_files(test_root, labels, least=1))
 
 
-def _folders(root: Path) -> tuple[str, ...]:
-    """Names of the sub-folders that are not hidden, sorted; none where there is no such folder."""
-    found = root.iterdir() if root.is_dir() else ()
-    return tuple(sorted(path.name for path in found if path.is_dir() and not path.name.startswith(".")))
+def _folders(root: Path) -> dict[str, Path]:
+    """The sub-folders that are not hidden by their names in canonical form, sorted; none where there is no such folder.
+
+    Raises DataError when two have the same name.
+    """
+    folders: dict[str, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        other = folders.setdefault(canonical(path.name), path)
+        if other != path:
+            raise DataError(
+                f"{root} has the folder {canonical(path.name)!r} twice, as {other.name!a} and {path.name!a}; "
+                "allowed: one folder a label"
+            )
+    return dict(sorted(folders.items()))
 
 
 def _files(root: Path, labels: tuple[str, ...], least: int) -> tuple[Files, torch.Tensor]:
     """The images of every label. Says how many files are passed over."""
     paths, classes, others = [], [], Counter[str]()
+    folders = _folders(root)
     for index, label in enumerate(labels):
-        inside = list((root / label).rglob("*"))
+        inside = list(folders.get(label, root / label).rglob("*"))
         found = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
         others.update(path.suffix.lower() or path.name for path in set(inside).difference(found) if path.is_file())
         if len(found) < least:

@@ -52,12 +52,23 @@ class SteeringTerm:
         return SteeringTerm(self.latent, 1 + strength * (self.scale - 1), strength * self.shift)
 
 
+def canonical(name: str) -> str:
+    """The form that names are kept and compared in (Unicode's NFC): an accent is part of its letter, not a character of
+    its own, as file systems and keyboards may have it."""
+    return unicodedata.normalize("NFC", name)
+
+
 def check_name(name: object) -> str:
-    """A name that every file, message and metric can carry. Raises SteeringError."""
+    """A name that every file, message and metric can carry, in its canonical form. Raises SteeringError."""
+    name = canonical(name) if isinstance(name, str) else name
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
         raise SteeringError(f"name is {str(name)[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        raise SteeringError(f"name is {name!a}; allowed: no control characters, no halves of surrogate pairs")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        raise SteeringError(
+            f"name is {name!a}; allowed: no control characters, no line separators, no halves of surrogate pairs"
+        )
+    if not name.strip():
+        raise SteeringError(f"name is {name!r}; allowed: at least one character that is no space")
     return name
 
 

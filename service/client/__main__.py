@@ -9,9 +9,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from export.arguments import with_names
 from service.client import Asked, Client
 from service.client.load import Load, run
 from service.client.tables import compare_table, explain_table, predict_table, profiles_table
@@ -35,9 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     }
     for name, command in of_images.items():
         command.add_argument("images", nargs="+", type=Path, help="JPEG, PNG, WebP, BMP or GIF files")
-        several = "; several, with commas between, are taken in turn" if name == "load" else ""
+        several: dict[str, Any] = {"action": "append"} if name == "load" else {"default": ""}
+        turns = "; given several times, they are taken in turn, '' for no steering" if name == "load" else ""
         command.add_argument(
-            "--profile", default="", help=f"steering profile, such as a class name (default: none){several}"
+            "--profile", **several, help=f"steering profile, such as a class name (default: none){turns}"
         )
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--timeout", type=float, default=30.0, help="seconds a call (default %(default)s)")
         command.add_argument("--model", default="", help="needed when several models are served")
         command.add_argument("--version", default="", help="default: the version that is served")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_names(arguments, "--profile"))
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
         parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
     for name in ("concurrency", "seconds", "images_per_call", "timeout"):
@@ -76,9 +79,8 @@ def main(arguments: Sequence[str]) -> int:
             names = [str(path) for path in options.images]
             images = [path.read_bytes() for path in options.images]
             if options.command == "load":
-                profiles = tuple(name.strip() for name in options.profile.split(","))
                 load = Load(
-                    options.concurrency, options.seconds, options.images_per_call, profiles,
+                    options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
                     options.model, options.version, options.rate, options.timeout,
                 )  # fmt: skip
                 report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))

@@ -4,7 +4,6 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 import numpy as np
@@ -16,15 +15,10 @@ from export.bundle import Bundle
 from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, Protocol
 from tests.faults.traffic import Traffic
+from tests.photos import IN_PNG, OTHERS, TURNED, encoded, with_exif
 
 Picture = NDArray[np.uint8]
 """(28, 28)"""
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def large(picture: Picture) -> Image.Image:
@@ -66,6 +60,7 @@ def deep(picture: Picture) -> bytes:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Picture], bytes], str]] = {
+    "HEIC": ("image of a kind that is not read", lambda _: OTHERS["HEIC"], "is not a readable image (123 bytes, HEIC)"),
     "truncated": ("truncated JPEG", truncated, "is not a readable image ("),
     "overstated": ("lying JPEG", lying, "has 65500 x 65500 pixels; allowed: at most 50000000"),
     "bomb": ("decompression bomb", bomb, "has 30000 x 30000 pixels; allowed: at most 50000000"),
@@ -115,6 +110,21 @@ def rotated(picture: Picture) -> tuple[bytes, Picture]:
     return file, np.rot90(np.asarray(Image.open(io.BytesIO(file))), -1)
 
 
+def with_broken_exif(picture: Picture) -> tuple[bytes, Picture]:
+    """To be turned by a quarter; the width is given as text."""
+    return with_exif(Image.fromarray(np.rot90(picture)), "PNG", TURNED["width as ASCII"]), picture
+
+
+def with_large_text(picture: Picture) -> tuple[bytes, Picture]:
+    return IN_PNG["compressed text over the limit"](encoded(Image.fromarray(picture), "PNG")), picture
+
+
+def several(picture: Picture) -> tuple[bytes, Picture]:
+    image = Image.fromarray(picture)
+    file = encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)], quality=100)
+    return file, np.asarray(Image.open(io.BytesIO(file)))
+
+
 def boasting(picture: Picture) -> tuple[bytes, Picture]:
     """Its header says 1,120 x 1,120 pixels, within the limit; there are 280 x 280."""
     file = with_size(picture, 1_120)
@@ -126,6 +136,12 @@ TAKEN: dict[str, tuple[Callable[[Picture], tuple[bytes, Picture]], str]] = {
     "animated image": (animated, "the answer to the first frame"),
     "CMYK image": (cmyk, "the answer to its grey (or RGB) pixels"),
     "EXIF-rotated image": (rotated, "the answer to the image turned upright"),
+    "photo with broken EXIF": (with_broken_exif, "the answer to the image turned upright, where that much can be read"),
+    "photo with broken metadata": (
+        with_large_text,
+        "the answer to its pixels, such as those of a PNG with 1 MiB of text or a wrong checksum of it",
+    ),
+    "several pictures in a JPEG": (several, "the answer to the first"),
 }
 
 
