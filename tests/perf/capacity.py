@@ -62,8 +62,7 @@ def throughput(seconds: float) -> list[list[str]]:
     for processes in (1, 2):
         for name, profiles in (("DeiT-S, all heads", ("all",)), ("DeiT-S, a third of the heads", thirds)):
             asked = Load(16, 2 * seconds, 1, profiles)
-            flags = ("--max-batch", "8", "--max-delay-ms", "20")
-            rows.append(line(name, processes, asked, measure(repository, processes, large, asked, *flags)))
+            rows.append(line(name, processes, asked, measure(repository, processes, large, asked)))
     return rows
 
 
@@ -72,7 +71,7 @@ def overload(seconds: float) -> list[list[str]]:
     repository = deit_bundle()
     spec = load_bundle(repository / "deit_s" / "1").manifest.image
     images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
-    flags = ("--max-batch", "8", "--max-delay-ms", "20", "--max-queue", "64")
+    flags = ("--max-queue", "64")
     capacity = measure(repository, 1, images, Load(16, 2 * seconds, 1, ("all",)), *flags)[0].images_per_second
     rows = [["capacity", f"{capacity:.1f}", "1.00", "", "", ""]]
     for times in (2, 10):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +35,8 @@ from export.bundle import (
 )
 from export.certify import Reference, steerings
 from service.client.load import Load, Report, run
-from service.engine import Engine
+from service.config import Settings
+from service.tuning import Surroundings, start
 from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, deit_s
 from training.steering import SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 
@@ -118,19 +120,30 @@ def load(address: str, images: list[bytes], asked: Load) -> Report:
     return asyncio.run(run(address, images, asked, raw=True))
 
 
-def alone(engine: Engine, images: list[bytes], batch: int, profiles: tuple[str, ...], seconds: float) -> float:
-    """Images a second of onnxruntime at a batch size."""
-    bundle = engine.bundle
+def alone(
+    repository: Path, graph: str, images: list[bytes], batch: int, profiles: tuple[str, ...], seconds: float
+) -> float:
+    """Images a second of onnxruntime at a batch size, with as many instances and threads as the server chooses."""
+    bundle = load_bundle(repository / str(versions(repository)[-1]))
+    engines = start(bundle, Settings(repository=repository, graph=graph), Surroundings(False, True)).engines
     pixels = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
     terms = [bundle.profiles[profiles[i % len(profiles)]].terms if profiles[0] else {} for i in range(batch)]
     rows = to_arrays(terms, len(bundle.manifest.sites))
     shaped = pixels.reshape(batch, *bundle.manifest.image.shape)
-    engine.run(shaped, rows)
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        engine.run(shaped, rows)
-        count += batch
-    return count / (time.perf_counter() - begun)
+    counts = [0] * len(engines)
+    begun = time.perf_counter()
+
+    def run(index: int) -> None:
+        while time.perf_counter() - begun < seconds:
+            engines[index].run(shaped, rows)
+            counts[index] += batch
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(engines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - begun)
 
 
 def own_cpu_ms(images: list[bytes], concurrency: int, seconds: float) -> float:
@@ -161,10 +174,8 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
     seen: dict[str, list[tuple[float, Report]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, (graph, profiles) in kinds.items():
-            engine = Engine(load_bundle(repository / "deit_s" / "1"), "cpu", 0, graph)
-            rate = alone(engine, images, 8, profiles, seconds)
-            del engine
-            with server(repository, "--graph", graph, "--max-batch", "8", "--max-delay-ms", "20") as (address, *_):
+            rate = alone(repository / "deit_s", graph, images, 8, profiles, seconds)
+            with server(repository, "--graph", graph) as (address, *_):
                 seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
     found: dict[str, object] = {}
     for kind, pairs in seen.items():
@@ -191,9 +202,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
     own: dict[int, list[float]] = {1: [], 8: []}
     p50: dict[int, list[float]] = {10: [], 10_000: []}
     for _ in range(rounds):
-        engine = Engine(bundle, "cpu", 0)
-        alone_16 = alone(engine, images, 16, ("Shirt",), seconds)
-        del engine
+        alone_16 = alone(BUNDLE, "auto", images, 16, ("Shirt",), seconds)
         with server(ROOT / "deploy" / "models") as (address, _, start):
             starts.append(start)
             report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
