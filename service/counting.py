@@ -1,0 +1,172 @@
+"""Counts in plain numbers and arrays; every method may be called from any thread."""
+
+import threading
+from bisect import bisect_left
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Outputs
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DROP_REASONS = ("cancelled", "deadline", "queue_full")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class NoProfile(Enum):
+    """What images are counted under when it is no profile of their own; the value is that of the label `profile`.
+
+    Not strings, so that no name of a profile is mistaken for one of them.
+    """
+
+    NONE = "none"
+    """Without steering."""
+    CUSTOM = "custom"
+    """With inline terms."""
+    OTHER = "other"
+    """Under a profile past the cap."""
+    __hash__ = object.__hash__  # each is one object; Enum's own hash is a call of Python in every lookup
+
+
+NONE, CUSTOM, OTHER = NoProfile
+Key = str | NoProfile
+"""A profile's name, or what there is instead."""
+
+
+class Tally:
+    """A number that is added to."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._lock = threading.Lock()
+
+    def inc(self, amount: int = 1) -> None:
+        with self._lock:
+            self.value += amount
+
+    def dec(self) -> None:
+        self.inc(-1)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A histogram at one moment."""
+
+    bounds: tuple[float, ...]
+    """The largest value of each bucket but the last, which has no bound."""
+    cumulative: tuple[int, ...]
+    """Values in this bucket and those before it."""
+    total: float
+    """The sum of all values."""
+
+
+class Histogram:
+    def __init__(self, bounds: tuple[float, ...]):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+        self._lock = threading.Lock()
+
+    def observe(self, *values: float) -> None:
+        with self._lock:
+            for value in values:
+                self._counts[bisect_left(self._bounds, value)] += 1
+                self._total += value
+
+    def read(self) -> Buckets:
+        with self._lock:
+            return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total)
+
+
+@dataclass(frozen=True)
+class ProfileTotals:
+    """The counts of a profile at one moment."""
+
+    images: int
+    heads_kept: list[list[int]]
+    """By gated block and head."""
+    macs_spent: int
+    macs_dense: int
+    near_threshold: int
+    shadow_images: int
+    shadow_agreed: int
+    shadow_heads: tuple[int, int]
+    """Steered, unsteered."""
+
+
+class ProfileCounts:
+    """What was answered under one profile of a model."""
+
+    def __init__(self, blocks: tuple[int, ...], heads: int):
+        """blocks: those with gates; heads: of each."""
+        self.layout = blocks, heads
+        self._lock = threading.Lock()
+        self._heads: NDArray[np.int64] = np.zeros((len(blocks), heads), np.int64)
+        self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
+        self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
+
+    def answered(self, outputs: Outputs, dense: int) -> None:
+        """dense: multiply-accumulates of an image with every head on."""
+        gates = outputs.head_gate
+        count = len(gates)
+        kept = gates[0] if count == 1 else gates.sum(0)  # (G, H)
+        spent, near = sum(outputs.macs.tolist()), sum(outputs.near_threshold.tolist())
+        with self._lock:
+            self._images += count
+            self._heads += kept
+            self._macs_spent += spent
+            self._macs_dense += dense * count
+            self._near_threshold += near
+
+    def shadowed(self, steered: Outputs, unsteered: Outputs) -> None:
+        """The same images with and without steering."""
+        agreed = int((steered.logits.argmax(1) == unsteered.logits.argmax(1)).sum())
+        kept = int(np.count_nonzero(steered.head_gate)), int(np.count_nonzero(unsteered.head_gate))
+        with self._lock:
+            self._shadow_images += len(steered.logits)
+            self._shadow_agreed += agreed
+            self._shadow_steered += kept[0]
+            self._shadow_unsteered += kept[1]
+
+    def read(self) -> ProfileTotals:
+        with self._lock:
+            return ProfileTotals(
+                self._images, self._heads.tolist(), self._macs_spent, self._macs_dense, self._near_threshold,
+                self._shadow_images, self._shadow_agreed, (self._shadow_steered, self._shadow_unsteered),
+            )  # fmt: skip
+
+
+class VersionCounts:
+    """What was counted of a version, whatever the profile."""
+
+    def __init__(self) -> None:
+        self.batch_size = Histogram(SIZES)
+        self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+        self.dropped = {reason: Tally() for reason in DROP_REASONS}
+
+
+class Retained(Generic[K, V]):
+    """Values by key. One that is out of use is retained for some time, so that its last counts are still read.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[K, V] = {}
+        self._unused: dict[K, float] = {}
+        """Since when."""
+
+    def sweep(self, used: Collection[K], now: float, seconds: float) -> None:
+        """Forget what has been out of use for so many seconds."""
+        for key in self.values.keys() - used:
+            if now - self._unused.setdefault(key, now) >= seconds:
+                del self.values[key], self._unused[key]
+        for key in self._unused.keys() & used:
+            del self._unused[key]

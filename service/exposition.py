@@ -1,0 +1,151 @@
+"""The metrics page: its families and how their values are written. The only file that knows Prometheus."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
+
+from service.counting import Buckets, Key, NoProfile, ProfileCounts, VersionCounts
+
+Row = tuple[Sequence[str], float | Buckets]
+"""The values of a series' labels, and its value."""
+Rows = Mapping[str, Iterable[Row]]
+"""By the name of their family."""
+Lists = Mapping[str, list[Row]]
+"""Rows while they are put together."""
+Version = tuple[str, str]
+"""Model and version."""
+RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoProfile)))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Series of one name. `_total` of a counter, `_bucket`, `_count` and `_sum` of a histogram are added to it."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    def metric(self, rows: Iterable[Row]) -> Metric:
+        """The family as Prometheus's client library writes it."""
+        if self.kind == "histogram":
+            histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
+            for labels, value in rows:
+                assert isinstance(value, Buckets)
+                bounds = [*map(floatToGoString, value.bounds), "+Inf"]
+                histogram.add_metric(labels, list(zip(bounds, value.cumulative, strict=True)), value.total)
+            return histogram
+        plain = (CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily)(
+            self.name, self.help, labels=self.labels
+        )
+        for labels, value in rows:
+            assert not isinstance(value, Buckets)
+            plain.add_metric(labels, value)
+        return plain
+
+
+MODEL = ("model", "version")
+PROFILE = (*MODEL, "profile")
+FAMILIES = (
+    Family("counter", "steervit_requests", "RPCs answered.", ("method", "code")),
+    Family(
+        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",)
+    ),
+    Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family("counter", "steervit_images", "Images answered.", PROFILE),
+    Family(
+        "counter", "steervit_heads_kept",
+        "Images for which a head ran. Head usage: rate of this / rate of steervit_images_total.",
+        (*PROFILE, "block", "head"),
+    ),
+    Family("counter", "steervit_macs_spent", "Multiply-accumulates of the heads that ran and of all else.", PROFILE),
+    Family("counter", "steervit_macs_dense", "Multiply-accumulates with every head on.", PROFILE),
+    Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
+    Family(
+        "gauge", "steervit_profile_expected_head_usage",
+        "Head usage that the evaluation measured, on the images of the profile's classes; `none`: on all images.",
+        PROFILE,
+    ),
+    Family("gauge", "steervit_gated_heads", "Heads with a gate, in all blocks.", MODEL),
+    Family("counter", "steervit_shadow_images", "Steered images that were also run unsteered.", PROFILE),
+    Family("counter", "steervit_shadow_agreed", "Those of them that got the same label.", PROFILE),
+    Family(
+        "counter", "steervit_shadow_heads_kept", "Heads that ran for them, in all blocks, steered and unsteered.",
+        (*PROFILE, "steering"),
+    ),
+    Family("counter", "steervit_images_dropped", "Images that were not run.", (*MODEL, "reason")),
+    Family("histogram", "steervit_batch_size_images", "Images in a batch.", MODEL),
+    Family("histogram", "steervit_inference_duration_seconds", "Inference of a batch.", MODEL),
+    Family("histogram", "steervit_queue_duration_seconds", "Wait of a call's images for their batch.", MODEL),
+    Family("histogram", "steervit_decode_duration_seconds", "Decoding of a call's images.", MODEL),
+    Family("gauge", "steervit_queue_images", "Images that wait.", MODEL),
+    Family("gauge", "steervit_queue_limit_images", "Images that may wait.", MODEL),
+    Family(
+        "gauge", "steervit_model_info", "1 for each model that is served.",
+        (*MODEL, "digest", "gates_sae_digest", "graph", "provider"),
+    ),
+    Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
+    Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
+    Family(
+        "gauge", "steervit_profiles_last_read_successful",
+        "0 while the profile folder is wrong and its last right state is served; else 1.",
+    ),
+    Family("counter", "steervit_model_load_failures", "Attempts to load a version that failed.", MODEL),
+    Family(
+        "gauge", "steervit_model_load_failed", "1 for each version that is there and could not be loaded.", MODEL
+    ),
+    Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
+)  # fmt: skip
+
+
+def profile_label(key: Key) -> str:
+    """The value of the label `profile`. A profile whose name would be mistaken for one of NoProfile gets a prefix, as
+    in `profile:none`, and so does one whose name would be mistaken for that."""
+    if isinstance(key, NoProfile):
+        return str(key.value)
+    return f"profile:{key}" if RESERVED.fullmatch(key) else key
+
+
+def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
+    for reason, images in counts.dropped.items():
+        rows["steervit_images_dropped"].append(((*names, reason), images.value))
+    rows["steervit_batch_size_images"].append((names, counts.batch_size.read()))
+    rows["steervit_inference_duration_seconds"].append((names, counts.inference.read()))
+    rows["steervit_queue_duration_seconds"].append((names, counts.queue.read()))
+    rows["steervit_decode_duration_seconds"].append((names, counts.decode.read()))
+
+
+def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
+    labels, totals = (*names, profile_label(profile)), counts.read()
+    rows["steervit_images"].append((labels, totals.images))
+    rows["steervit_macs_spent"].append((labels, totals.macs_spent))
+    rows["steervit_macs_dense"].append((labels, totals.macs_dense))
+    rows["steervit_gates_near_threshold"].append((labels, totals.near_threshold))
+    rows["steervit_shadow_images"].append((labels, totals.shadow_images))
+    rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))
+    for steering, kept in zip(("steered", "unsteered"), totals.shadow_heads, strict=True):
+        rows["steervit_shadow_heads_kept"].append(((*labels, steering), kept))
+    blocks, _ = counts.layout
+    for block, of_block in zip(blocks, totals.heads_kept, strict=True):
+        for head, images in enumerate(of_block):
+            rows["steervit_heads_kept"].append(((*labels, str(block), str(head)), images))
+
+
+class Page:
+    """What a registry of Prometheus's client library collects: every family, with the series that exist now."""
+
+    def __init__(self, rows: Callable[[], Rows]):
+        self._rows = rows
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without series, by which a registry knows their names."""
+        return (family.metric(()) for family in FAMILIES)
+
+    def collect(self) -> Iterator[Metric]:
+        rows = self._rows()
+        return (family.metric(rows[family.name]) for family in FAMILIES)
