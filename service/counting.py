@@ -4,6 +4,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate
 from typing import Generic, TypeVar
 
@@ -12,8 +13,31 @@ from numpy.typing import NDArray
 
 from service.engine import Outputs
 
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DROP_REASONS = ("cancelled", "deadline", "queue_full")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+class NoProfile(Enum):
+    """What images are counted under when it is no profile of their own; the value is that of the label `profile`.
+
+    Not strings, so that no name of a profile is mistaken for one of them.
+    """
+
+    NONE = "none"
+    """Without steering."""
+    CUSTOM = "custom"
+    """With inline terms."""
+    OTHER = "other"
+    """Under a profile past the cap."""
+    __hash__ = object.__hash__  # each is one object; Enum's own hash is a call of Python in every lookup
+
+
+NONE, CUSTOM, OTHER = NoProfile
+Key = str | NoProfile
+"""A profile's name, or what there is instead."""
 
 
 class Tally:
@@ -119,6 +143,15 @@ class ProfileCounts:
             )  # fmt: skip
 
 
+class VersionCounts:
+    """What was counted of a version, whatever the profile."""
+
+    def __init__(self) -> None:
+        self.batch_size = Histogram(SIZES)
+        self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+        self.dropped = {reason: Tally() for reason in DROP_REASONS}
+
+
 class Retained(Generic[K, V]):
     """Values by key. One that is out of use is retained for some time, so that its last counts are still read.
 
@@ -130,13 +163,10 @@ class Retained(Generic[K, V]):
         self._unused: dict[K, float] = {}
         """Since when."""
 
-    def sweep(self, used: Collection[K], now: float, seconds: float) -> list[K]:
-        """Forget what has been out of use for so many seconds. Returns what was forgotten."""
-        forgotten = []
+    def sweep(self, used: Collection[K], now: float, seconds: float) -> None:
+        """Forget what has been out of use for so many seconds."""
         for key in self.values.keys() - used:
             if now - self._unused.setdefault(key, now) >= seconds:
                 del self.values[key], self._unused[key]
-                forgotten.append(key)
         for key in self._unused.keys() & used:
             del self._unused[key]
-        return forgotten

@@ -1,5 +1,6 @@
 """The metrics page: its families and how their values are written. The only file that knows Prometheus."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +9,17 @@ from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-from service.counting import Buckets
+from service.counting import Buckets, Key, NoProfile, ProfileCounts, VersionCounts
 
 Row = tuple[Sequence[str], float | Buckets]
 """The values of a series' labels, and its value."""
 Rows = Mapping[str, Iterable[Row]]
 """By the name of their family."""
+Lists = Mapping[str, list[Row]]
+"""Rows while they are put together."""
+Version = tuple[str, str]
+"""Model and version."""
+RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoProfile)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,39 @@ FAMILIES = (
     ),
     Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
 )  # fmt: skip
+
+
+def profile_label(key: Key) -> str:
+    """The value of the label `profile`. A profile whose name would be mistaken for one of NoProfile gets a prefix, as
+    in `profile:none`, and so does one whose name would be mistaken for that."""
+    if isinstance(key, NoProfile):
+        return str(key.value)
+    return f"profile:{key}" if RESERVED.fullmatch(key) else key
+
+
+def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
+    for reason, images in counts.dropped.items():
+        rows["steervit_images_dropped"].append(((*names, reason), images.value))
+    rows["steervit_batch_size_images"].append((names, counts.batch_size.read()))
+    rows["steervit_inference_duration_seconds"].append((names, counts.inference.read()))
+    rows["steervit_queue_duration_seconds"].append((names, counts.queue.read()))
+    rows["steervit_decode_duration_seconds"].append((names, counts.decode.read()))
+
+
+def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
+    labels, totals = (*names, profile_label(profile)), counts.read()
+    rows["steervit_images"].append((labels, totals.images))
+    rows["steervit_macs_spent"].append((labels, totals.macs_spent))
+    rows["steervit_macs_dense"].append((labels, totals.macs_dense))
+    rows["steervit_gates_near_threshold"].append((labels, totals.near_threshold))
+    rows["steervit_shadow_images"].append((labels, totals.shadow_images))
+    rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))
+    for steering, kept in zip(("steered", "unsteered"), totals.shadow_heads, strict=True):
+        rows["steervit_shadow_heads_kept"].append(((*labels, steering), kept))
+    blocks, _ = counts.layout
+    for block, of_block in zip(blocks, totals.heads_kept, strict=True):
+        for head, images in enumerate(of_block):
+            rows["steervit_heads_kept"].append(((*labels, str(block), str(head)), images))
 
 
 class Page:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.batcher import Answer, Batcher, BatchStats
 from service.config import Settings
+from service.counting import CUSTOM, NONE, Key
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
-from service.metrics import Group, Label, Metrics, ModelMetrics
+from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
 from service.steering import Steering, from_tensors, joined, resolve
@@ -27,7 +28,7 @@ from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
-"""Steerings that are kept, of profiles at strengths: those used last."""
+"""Steerings that a model keeps, those used last: profile x strength."""
 SLICE_SECONDS = 0.01
 """How long a request has a thread of the pool before it is another's turn."""
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Model:
         self._explainer = Explainer(bundle.folder)  # now: its file has been checked just before
         self.statistics = Statistics()
         self._in_flight = 0
-        self._resolved: dict[tuple[str, float], Steering] = {}
+        self._resolved = _resolver(bundle)
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
@@ -140,12 +141,7 @@ class Model:
         """What a request asks for, checked (service/steering.py). A profile at a strength is computed once."""
         if terms or made_for:
             return resolve(self.bundle, profile, terms, strength, made_for)
-        key = (profile, strength)
-        steering = self._resolved.pop(key, None) or resolve(self.bundle, profile, terms, strength)
-        if len(self._resolved) >= MAX_RESOLVED:
-            del self._resolved[next(iter(self._resolved))]
-        self._resolved[key] = steering  # the last one: the first is the one that has not been used for longest
-        return steering
+        return self._resolved(profile, strength)
 
     async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
         """Each image's own terms, checked; in the pool, as they may be very many."""
@@ -159,7 +155,7 @@ class Model:
     def use(self, profiles: Profiles) -> None:
         """Serve these beside the bundle's own from now on; calls that are in here already are not disturbed."""
         self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
-        self._resolved = {}
+        self._resolved = _resolver(self.bundle)
         self._metrics.use(self.bundle.profiles)
 
     async def retire(self) -> None:
@@ -193,11 +189,16 @@ class Model:
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
-        if not self._shadow_fraction or _label(steering) is Group.NONE:
+        if not self._shadow_fraction or _label(steering) is NONE:
             return []
         if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
+
+
+def _resolver(bundle: Bundle) -> Callable[[str, float], Steering]:
+    """From a profile and a strength to the steering."""
+    return lru_cache(MAX_RESOLVED)(lambda profile, strength: resolve(bundle, profile, NEUTRAL, strength))
 
 
 def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -210,8 +211,6 @@ def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
     return done
 
 
-def _label(steering: Steering) -> Label:
-    """What metrics count the images under: a profile at strength 0 steers nothing."""
-    if steering.off:
-        return Group.NONE
-    return steering.profile or (Group.CUSTOM if steering.custom else Group.NONE)
+def _label(steering: Steering) -> Key:
+    """What the steering is counted under: a profile at strength 0 as NONE."""
+    return NONE if steering.off else steering.profile or (CUSTOM if steering.custom else NONE)

@@ -1,26 +1,30 @@
-"""The series that the metrics page has, as models and profiles come and go."""
+"""The series that the metrics page has, as models and profiles come and go, and as threads count at once."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 
 from export.bundle import Bundle
 from service import metrics as module
-from service.counting import Buckets, Histogram
-from service.engine import Engine
+from service.batcher import BatchStats
+from service.config import Settings
+from service.counting import CUSTOM, NONE, OTHER, Key
+from service.engine import Outputs
+from service.exposition import profile_label
 from service.metrics import Metrics, ModelMetrics
-from service.steering import resolve
-from service.tuning import Plan
-from training.steering import NEUTRAL
+from service.model import MAX_RESOLVED, Model
+from service.tuning import Plan, Surroundings
 
 
 class Page:
-    def __init__(self) -> None:
+    def __init__(self, max_profile_series: int = 200) -> None:
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, 200)
+        self.metrics = Metrics(self.registry, max_profile_series)
 
     def serve(self, bundle: Bundle) -> ModelMetrics:
         served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu", Plan(2, 1, 0, False, 32))
@@ -31,97 +35,115 @@ class Page:
         page = generate_latest(self.registry).decode().splitlines()
         return sum(all(part in line for part in parts) for line in page)
 
-
-def test_series_of_an_unloaded_version_go_away_by_themselves(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, now = Page(), [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    page.serve(bundle)
-    page.serve(of_version(bundle, 9)).retire()
-    now[0] = module.LINGER_SECONDS - 1
-    assert page.lines("steervit_images_total", 'version="9"') == 15
-    now[0] += 1
-    assert page.lines('version="9"') == 0, "without any further change of the models"
-    assert page.lines("steervit_images_total", 'version="3"') == 15
+    def value(self, name: str, **labels: str) -> float:
+        """Sum of the samples with these labels."""
+        samples = [sample for metric in self.registry.collect() for sample in metric.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
-def test_a_profile_called_like_a_group_of_images_has_series_of_its_own(
-    bundle: Bundle, sample_pixels: NDArray[np.uint8]
-) -> None:
-    """Groups: images without steering (none), with inline terms (custom), of profiles past the cap (other)."""
-    page = Page()
-    names = ("none", "custom", "other", "profile:none")
-    shirt = bundle.profiles["Shirt"]
-    named = replace(bundle, profiles={name: replace(shirt, name=name) for name in names})
-    served = page.serve(named)
-    outputs = Engine(bundle, "cpu", 1).run(sample_pixels[:1], resolve(bundle, "", NEUTRAL, 1.0).arrays)
-    labels = [*names, *module.Group]
-    for times, label in enumerate(labels, 1):
-        for _ in range(times):
-            served.answered(label, outputs)
-    images = {
-        sample.labels["profile"]: sample.value
-        for family in page.registry.collect()
-        for sample in family.samples
-        if sample.name == "steervit_images_total"
-    }
-    assert images == {
-        "profile:none": 1, "profile:custom": 2, "profile:other": 3, "profile:profile:none": 4,
-        "none": 5, "custom": 6, "other": 7,
-    }  # fmt: skip
-    usage = bundle.manifest.evaluation["head_usage"]
-    assert page.lines('profile="none"', "expected_head_usage", str(usage)) == 1
-    assert (
-        page.lines('profile="profile:none"', "expected_head_usage", str(shirt.evaluation["after"]["head_usage"])) == 1
-    )
-
-
-def test_a_histogram_counts_each_value_in_its_bucket() -> None:
-    histogram = Histogram((1, 2, 4))
-    histogram.observe(0.5, 1, 1.5, 4, 5)
-    assert histogram.read() == Buckets((1, 2, 4), (2, 3, 4, 5), 12.0)
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the metrics."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    return clock
 
 
 def of_version(bundle: Bundle, version: int) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, version=version))
 
 
-def test_series_of_what_is_unloaded_are_retained_for_a_while(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def answers(bundle: Bundle, count: int) -> Outputs:
+    """With every head on."""
+    manifest = bundle.manifest
+    shape = count, len(manifest.gated_blocks), manifest.heads
+    scores, macs = np.zeros((count, 10), np.float32), np.full(count, manifest.macs.dense)
+    return Outputs(
+        scores, scores, scores.astype(np.int64), np.ones(shape, bool), np.ones(shape, np.float32),
+        np.ones(count), macs, np.ones(count, np.int64), None, 0.01,
+    )  # fmt: skip
+
+
+def test_series_of_an_unloaded_version_are_retained_and_then_go_by_themselves(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     first = page.serve(of_version(bundle, 1))
     of_one = page.lines('version="1"')
     assert of_one > 13 * 30, "a series for each head and profile"
     page.serve(of_version(bundle, 2))
     first.retire()
-    assert page.lines("steervit_heads_kept_total", 'version="1"') == 15 * 30, "its counts are there still"
-    assert page.lines("steervit_model_info", 'version="1"') == 0
-    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
-    page.serve(of_version(bundle, 3)).retire()
+    for seconds in (1, 119):
+        now[0] = seconds
+        assert page.lines("steervit_heads_kept_total", 'version="1"') == 15 * 30, "its counts are there still"
+        assert page.lines("steervit_model_info", 'version="1"') == 0
+    now[0] = 120
     assert page.lines('version="1"') == 0
     assert page.lines('version="2"') == of_one
-    for version in range(4, 20):  # whatever comes and goes, no more is there than two versions have
+
+
+def test_series_do_not_grow_with_swaps_that_nobody_scrapes(bundle: Bundle, now: list[float]) -> None:
+    page = Page()
+    page.serve(of_version(bundle, 1))
+    of_one = page.lines(f'model="{bundle.manifest.name}"')
+    for version in range(2, 20):
         page.serve(of_version(bundle, version)).retire()
-        assert page.lines(f'model="{bundle.manifest.name}"') <= 2 * of_one
+        now[0] += 121
+    assert len(page.metrics._versions.values) <= 2
+    assert page.lines(f'model="{bundle.manifest.name}"') == of_one
 
 
-def test_a_version_that_is_replaced_takes_along_what_the_new_one_lacks(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+def test_counts_go_on_when_a_version_is_loaded_again_in_time(bundle: Bundle, now: list[float]) -> None:
+    page = Page()
+    for images, seconds in ((3, 100), (6, 221), (3, 400)):
+        served = page.serve(bundle)
+        served.answered("Bag", answers(bundle, 3))
+        assert page.value("steervit_images_total", profile="Bag") == images
+        served.retire()
+        now[0] = seconds
+
+
+def test_failed_loads_of_a_version_that_is_gone_are_forgotten(bundle: Bundle, now: list[float]) -> None:
+    page = Page()
+    page.metrics.load_failed("m", 7)
+    page.metrics.failed_versions("m", [7])
+    for seconds, failed, left in ((1000, [7], 1), (1001, [], 1), (1120, [], 1), (1121, [], 0)):
+        now[0] = seconds
+        page.metrics.failed_versions("m", failed)
+        assert page.lines("steervit_model_load_failures_total", 'version="7"') == left
+        assert page.lines("steervit_model_load_failed{", 'version="7"') == len(failed)
+
+
+def test_a_replaced_version_takes_along_what_the_new_one_lacks(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     first = page.serve(bundle)
+    first.answered("Bag", answers(bundle, 1))
     others = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
-    page.serve(replace(bundle, profiles=others))
+    second = page.serve(replace(bundle, profiles=others))
+    assert page.lines("steervit_model_info{") == 1, "a series twice would spoil the page"
+    first.answered("Bag", answers(bundle, 1))
+    second.answered("Bag", answers(bundle, 1))
     first.retire()
+    assert page.lines("steervit_model_info{") == 1
     assert page.lines("steervit_profile_expected_head_usage", 'profile="Shirt"') == 0
     assert page.lines("steervit_profile_expected_head_usage", 'profile="Bag"') == 1
-    page.serve(of_version(bundle, 9)).retire()
+    now[0] = 120
     assert page.lines('profile="Shirt"') == 0
-    assert page.lines("steervit_images_total", 'profile="Bag"') == 1
+    assert page.value("steervit_images_total", profile="Bag") == 3
 
 
-def test_a_profile_that_goes_again_stays_as_long_again(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, now = Page(), [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+def test_heads_start_anew_when_a_version_comes_with_other_blocks(bundle: Bundle, now: list[float]) -> None:
+    page = Page()
+    first = page.serve(bundle)
+    first.answered("Bag", answers(bundle, 1))
+    fewer = replace(bundle, manifest=replace(bundle.manifest, gated_blocks=bundle.manifest.gated_blocks[1:]))
+    second = page.serve(fewer)
+    first.answered("Bag", answers(bundle, 1))
+    second.answered("Bag", answers(fewer, 1))
+    assert page.lines("steervit_heads_kept_total", 'profile="Bag"') == 24
+    assert page.value("steervit_heads_kept_total", profile="Bag") == 24
+
+
+def test_a_profile_that_goes_again_is_retained_as_long_again(bundle: Bundle, now: list[float]) -> None:
+    page = Page()
     served = page.serve(bundle)
     without = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
     for seconds, profiles in ((0, without), (100, bundle.profiles), (110, without)):
@@ -129,20 +151,118 @@ def test_a_profile_that_goes_again_stays_as_long_again(bundle: Bundle, monkeypat
         served.use(profiles)
     for seconds, lines in ((125, 1), (235, 0)):
         now[0] = seconds
-        page.serve(of_version(bundle, 2)).retire()
         assert page.lines("steervit_images_total", 'profile="Shirt"', 'version="3"') == lines
 
 
-def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LINGER_SECONDS", 0.0)
+def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     served = page.serve(bundle)
     without = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
-    for profiles in (without, bundle.profiles, {"Bag": bundle.profiles["Bag"]}, bundle.profiles):
+    for number, profiles in enumerate((without, bundle.profiles, {"Bag": bundle.profiles["Bag"]}, bundle.profiles)):
+        now[0] += 200
         served.use(profiles)
-        assert page.lines("steervit_heads_kept_total", 'profile="Bag"') == 30
+        served.answered("Bag", answers(bundle, 1))
+        assert page.value("steervit_heads_kept_total", profile="Bag") == 30 * (number + 1)
         if "Shirt" in profiles:
             assert page.lines("steervit_heads_kept_total", 'profile="Shirt"') == 30
-    served.use(without)
     served.use({"Bag": bundle.profiles["Bag"]})
+    served.answered("Shirt", answers(bundle, 2))
+    assert page.value("steervit_images_total", profile="other") == 2, "its call was under way"
+    now[0] += 120
     assert page.lines('profile="Shirt"') == 0
+
+
+@pytest.mark.parametrize("name", ["none", "custom", "other", "profile:none", "profile:profile:other"])
+def test_a_profile_with_a_reserved_name_has_series_of_its_own(name: str, bundle: Bundle) -> None:
+    page = Page()
+    odd = replace(bundle.profiles["Bag"], name=name, evaluation={"after": {"head_usage": 0.125}})
+    served = page.serve(replace(bundle, profiles={"Bag": bundle.profiles["Bag"], name: odd}))
+    keys: dict[Key, int] = {name: 1, NONE: 2, CUSTOM: 4, "not served": 8}
+    for key, images in keys.items():
+        served.answered(key, answers(bundle, images))
+        served.shadowed(key, answers(bundle, images), answers(bundle, images))
+    for metric in ("steervit_images_total", "steervit_shadow_images_total"):
+        labels = {f"profile:{name}": 1, "none": 2, "custom": 4, "other": 8}
+        assert {label: page.value(metric, profile=label) for label in labels} == labels
+    assert page.value("steervit_profile_expected_head_usage", profile=f"profile:{name}") == 0.125
+    stated = bundle.manifest.evaluation["head_usage"]
+    assert page.value("steervit_profile_expected_head_usage", profile="none") == stated
+    assert page.lines("steervit_profile_expected_head_usage{", 'profile="other"') == 0
+
+
+def test_no_two_profiles_share_a_label() -> None:
+    names = ["none", "custom", "other", "Bag", "None", "no", "", "profile", ":none"]
+    keys = [NONE, CUSTOM, OTHER, *(f"{prefix}{name}" for prefix in ("", "profile:", "profile:" * 2) for name in names)]
+    assert len({profile_label(key) for key in keys}) == len(keys)
+    assert profile_label("Bag") == "Bag"
+
+
+def test_nothing_is_lost_when_threads_count_at_once_beside_swaps_and_scrapes(bundle: Bundle) -> None:
+    """Two inference threads, two that answer, one that swaps models and profiles; the page is read all the while."""
+    page, rounds = Page(), 400
+    served, steered = page.serve(bundle), answers(bundle, 2)
+    profiles = [bundle.profiles, {"Bag": bundle.profiles["Bag"]}]
+
+    def run() -> None:
+        for _ in range(rounds):
+            served.batch(BatchStats(2, 0.003, (0.5, 100.0)))
+
+    def answer() -> None:
+        for _ in range(rounds):
+            page.metrics.in_flight.inc()
+            served.answered("Shirt", steered)
+            served.decoded(0.2)
+            page.metrics.request("/a/Predict", "OK", 0.01)
+            page.metrics.in_flight.dec()
+
+    def swap() -> None:
+        for number in range(60):
+            served.use(profiles[number % 2])
+            page.serve(of_version(bundle, 100 + number)).retire()
+
+    before, done = sys.getswitchinterval(), 0
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            threads = [pool.submit(work) for work in (run, run, answer, answer, swap)]
+            while not all(thread.done() for thread in threads):
+                generate_latest(page.registry)
+                done += 1
+            for thread in threads:
+                thread.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert done > 1
+    version = str(bundle.manifest.version)
+    assert page.value("steervit_images_total", version=version) == 4 * rounds
+    assert page.value("steervit_heads_kept_total", version=version) == 4 * rounds * 30
+    assert page.value("steervit_gates_near_threshold_total", version=version) == 4 * rounds
+    assert page.value("steervit_macs_dense_total", version=version) == 4 * rounds * bundle.manifest.macs.dense
+    for name, bound, below, every in (
+        ("steervit_batch_size_images", "2.0", 2, 2), ("steervit_queue_duration_seconds", "0.5", 2, 4),
+        ("steervit_decode_duration_seconds", "0.1", 0, 2),
+    ):  # fmt: skip
+        assert page.value(f"{name}_bucket", version=version, le=bound) == below * rounds
+        assert page.value(f"{name}_count", version=version) == every * rounds
+    assert page.value("steervit_queue_duration_seconds_sum", version=version) == pytest.approx(201 * rounds)
+    assert page.value("steervit_requests_total", code="OK") == 2 * rounds
+    assert page.value("steervit_request_duration_seconds_count", method="/a/Predict") == 2 * rounds
+    assert page.value("steervit_requests_in_flight") == 0
+
+
+def test_strengths_that_clients_choose_do_not_fill_the_cache_for_good(bundle: Bundle) -> None:
+    settings = Settings(repository=Path("unused"), threads=1)
+    with ThreadPoolExecutor(1) as pool:
+        model = Model(bundle, settings, Metrics(CollectorRegistry(), 1), pool, Surroundings(True, False))
+        try:
+            first, often = (model.steering("Bag", {}, strength) for strength in (0.5, 1.0))
+            for number in range(MAX_RESOLVED + 10):
+                model.steering("Shirt", {}, number / 1000)
+                assert model.steering("Bag", {}, 1.0) is often, "used again and again"
+            late = model.steering("Coat", {}, 1.0)
+            assert model.steering("Coat", {}, 1.0) is late, "there is room for what comes late"
+            assert model.steering("Bag", {}, 0.5) is not first, "used longest ago"
+            model.use({"Bag": replace(bundle.profiles["Bag"], terms={})})
+            assert model.steering("Bag", {}, 1.0).digest != often.digest, "of the profile before"
+        finally:
+            model.batcher.close()

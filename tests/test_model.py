@@ -1,4 +1,4 @@
-"""A model in process: what it keeps, and what it counts under which name."""
+"""A model in process: what it counts under which name."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle
-from service import model as module
 from service.config import Settings
 from service.metrics import Metrics
 from service.model import Model
@@ -34,16 +33,6 @@ def model(bundle: Bundle, registry: CollectorRegistry) -> Iterator[Model]:
         model = Model(served, settings, Metrics(registry, 200), pool, Surroundings(serving=False, spinning=False))
         yield model
         model.batcher.close()
-
-
-def test_steerings_used_last_are_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_RESOLVED", 3)
-    kept = {strength: model.steering("Shirt", NEUTRAL, strength) for strength in (1.0, 2.0, 3.0)}
-    assert model.steering("Shirt", NEUTRAL, 1.0) is kept[1.0]
-    for strength in (4.0, 5.0):
-        model.steering("Shirt", NEUTRAL, strength)
-    assert model.steering("Shirt", NEUTRAL, 1.0) is kept[1.0], "whatever strengths clients choose"
-    assert model.steering("Shirt", NEUTRAL, 2.0) is not kept[2.0]
 
 
 def test_a_profile_called_none_is_shadowed_and_counted_as_a_profile(

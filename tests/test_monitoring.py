@@ -1,10 +1,11 @@
 """Both dashboards and every rule, asked of a real Prometheus that watched a real run."""
 
+import json
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import grpc
@@ -17,7 +18,7 @@ from prometheus import JOB, RULE_FILES, Prometheus, alerts, dashboard, filled_in
 from export.bundle import Bundle
 from service.client import Client
 from service.pb import steering_pb2 as pb
-from training.steering import SteeringTerm
+from training.steering import SteeringTerm, profiles_to_json
 
 pytestmark = pytest.mark.slow
 SECONDS = 8.0
@@ -68,6 +69,8 @@ def ask(server: ServerProcess, samples: dict[str, list[bytes]], received: Receiv
             compared = client.compare(samples["Sandal"], profile="footwear").comparisons
             received.add("none", [found.unsteered for found in compared])
             received.add("footwear", [found.steered for found in compared])
+            odd = client.predict(samples["Bag"], profile="none").predictions
+            received.add("profile:none", odd)
             explained = client.explain(samples["Coat"][:2], profile="Coat").explanations
             received.add("Coat", [found.prediction for found in explained])
             with pytest.raises(grpc.RpcError, match="is not a readable image"):
@@ -77,9 +80,13 @@ def ask(server: ServerProcess, samples: dict[str, list[bytes]], received: Receiv
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[bytes]]) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[bytes]], bundle: Bundle) -> Iterator[Run]:
+    """One of the profiles is named `none`."""
     begun = time.time()
-    server = start_server(MODELS, "--shadow-fraction", "0.5")
+    folder = tmp_path_factory.mktemp("profiles")
+    odd = profiles_to_json([replace(bundle.profiles["Bag"], name="none")])
+    (folder / "odd.json").write_text(json.dumps({**odd, "gates_sae_digest": bundle.manifest.gates_sae_digest}))
+    server = start_server(MODELS, "--shadow-fraction", "0.5", "--profiles-dir", str(folder))
     target = {JOB: urlsplit(server.metrics_url).netloc}
     with running(tmp_path_factory.mktemp("prometheus"), target) as prometheus:
         until(lambda: bool(prometheus.query("steervit_images_total")))
@@ -108,7 +115,7 @@ def by_head(found: dict[frozenset[tuple[str, str]], float], bundle: Bundle) -> N
 
 
 def test_the_head_matrix_is_the_sum_of_the_masks_that_clients_received(run: Run, bundle: Bundle) -> None:
-    assert set(run.received.masks) >= {"none", "custom", "footwear", "Shirt", "Bag"}
+    assert set(run.received.masks) >= {"none", "profile:none", "custom", "footwear", "Shirt", "Bag"}
     of_chosen, of_none = (panel for panel in panels("heads") if panel["title"].startswith("Heads that ran"))
     for profile, masks in run.received.masks.items():
         counted = run.prometheus.query(f'sum by (block, head) (steervit_heads_kept_total{{profile="{profile}"}})')
@@ -131,9 +138,17 @@ def test_the_table_of_profiles_says_what_clients_received(run: Run, bundle: Bund
         assert usage[profile] == pytest.approx(np.mean(masks))
         assert saved[profile] == pytest.approx(1 - macs.spent(np.array(masks)).mean() / macs.dense)
         if profile not in ("none", "custom"):
-            assert expected[profile] == bundle.profiles[profile].evaluation["after"]["head_usage"]
+            evaluation = bundle.profiles["Bag" if profile == "profile:none" else profile].evaluation
+            assert expected[profile] == evaluation["after"]["head_usage"]
             assert difference[profile] == pytest.approx(usage[profile] - expected[profile])
     assert expected["none"] == bundle.manifest.evaluation["head_usage"]
+
+
+def test_the_share_of_steered_images_is_that_of_the_clients(run: Run) -> None:
+    (panel,) = (panel for panel in panels("heads") if panel["title"] == "Images steered")
+    (share,) = run.prometheus.query(filled_in(panel["targets"][0]["expr"], "", run.seconds)).values()
+    images = {label: len(masks) for label, masks in run.received.masks.items()}
+    assert share == pytest.approx(1 - images["none"] / sum(images.values()))
 
 
 @pytest.mark.parametrize("name", ["service", "heads"])
@@ -159,7 +174,7 @@ def test_every_variable_has_values_to_choose_from(name: str, run: Run) -> None:
     assert found["job"] == [JOB]
     assert found["model"] == ["fashion_mnist"]
     if name == "heads":
-        assert set(found["profile"]) >= {"none", "custom", "Shirt", "footwear"}
+        assert set(found["profile"]) >= {"none", "profile:none", "custom", "Shirt", "footwear"}
 
 
 def test_every_rule_is_evaluated_and_a_healthy_server_raises_no_alert(run: Run) -> None:
@@ -182,7 +197,7 @@ def test_panels_tell_servers_apart_where_the_runbook_compares_them(run: Run, bun
             found[panel["title"]] = dict(labels), value
             assert dict(labels)["instance"] == urlsplit(run.server.metrics_url).netloc
     served, profiles = found["Models"]
-    assert (served["job"], served["provider"], profiles) == (JOB, "cpu", len(bundle.profiles))
+    assert (served["job"], served["provider"], profiles) == (JOB, "cpu", len(bundle.profiles) + 1)
 
 
 def test_the_readmes_query_tells_models_and_versions_apart(run: Run) -> None:

@@ -210,6 +210,35 @@ def test_a_mounted_config_map_is_followed_through_its_links(
     assert "one" not in names(client)
 
 
+def test_profiles_named_like_the_values_of_the_label_are_told_apart_from_them(
+    bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+) -> None:
+    usages = {"none": 0.11, "custom": 0.22, "other": 0.33}
+    named = [profile(name, head_usage=usage) for name, usage in usages.items()]
+    (tmp_path / "a.json").write_text(content(bundle, *named))
+    flags = ("--shadow-fraction", "1", "--max-profile-series", str(len(bundle.profiles) + 3))
+    running = start_server(MODELS, "--profiles-dir", str(tmp_path), *flags)
+    try:
+        with Client(running.address) as client:
+            for count, name in enumerate(usages, 1):
+                answer = client.predict(samples["Bag"][:count], profile=name)
+                assert answer.receipt.steering_digest == digest(DARK)
+            client.predict(samples["Bag"][:7])
+            client.predict(samples["Bag"][:6], terms=DARK)
+            client.predict(samples["Bag"][:5], profile="none", strength=0.0)
+        images = {"none": 12, "custom": 6, "other": 0, "profile:none": 1, "profile:custom": 2, "profile:other": 3}
+        for label, count in images.items():
+            assert running.count("steervit_images_total", profile=label) == count
+            shadowed = 0 if label == "none" else count
+            assert running.count("steervit_shadow_images_total", profile=label) == shadowed
+        for name, usage in usages.items():
+            assert running.count("steervit_profile_expected_head_usage", profile=f"profile:{name}") == usage
+        stated = bundle.manifest.evaluation["head_usage"]
+        assert running.count("steervit_profile_expected_head_usage", profile="none") == stated
+    finally:
+        assert stop_server(running) == 0
+
+
 def test_thousands_of_profiles_do_not_make_thousands_of_series(
     server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:

@@ -65,7 +65,8 @@ VARIABLES = [
     variable(
         "profile", "Profile", f"label_values(steervit_images_total{{{MODEL}}}, profile)",
         "The profile of the row `Chosen profile`. none: images without steering; custom: with terms of their own; "
-        "other: under profiles past --max-profile-series.", every=False,
+        "other: under profiles past --max-profile-series; profile:none: under a profile that is named none.",
+        every=False,
     ),
 ]  # fmt: skip
 

@@ -44,8 +44,9 @@ To touch for something new:
   server; deploy/kubernetes/base/settings.env where clusters need another value than the default.
 - **An RPC**: proto/ and `make proto`, service/steering_api.py, both clients in service/client/; its wrong requests in
   faults/test_bad_requests.py, and test_property_requests.py.
-- **A metric**: service/metrics.py; a panel in deploy/dashboards (`make dashboards`), or a rule in deploy/alerts with a
-  case in tests.yaml and an entry in RUNBOOK.md (`make manifests`).
+- **A metric**: its family in service/exposition.py, its value in service/metrics.py; a panel in deploy/dashboards
+  (`make dashboards`), or a rule in deploy/alerts with a case in tests.yaml and an entry in RUNBOOK.md
+  (`make manifests`).
 - **A fault**: its name in faults/listed.py, the mark `fault` on the test, `make faults`.
 
 # What can go wrong, what a client sees, and the test that shows it
