@@ -50,7 +50,7 @@ class BatchStats:
     images: int
     seconds: float
     queue_seconds: tuple[float, ...]
-    """Of each call with images in the batch."""
+    """Of each call that this batch completes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -261,6 +261,7 @@ class Batcher:
         waited = [start - piece.call.arrived for piece in batch]
         count = len(outputs.logits)
         results: list[tuple[_Call, Result]] = []
+        complete: list[float] = []
         with self._counting:
             now = time.monotonic()
             seconds = (now - start) / (count * len(self._threads))
@@ -268,13 +269,14 @@ class Batcher:
             self._seconds_per_image += weight * (seconds - self._seconds_per_image)
             contention = (now - start) / max(time.thread_time() - cpu, 1e-6)
             self._contention += (min(contention, 2 * CONTENDED) - self._contention) / 8
-            self._on_batch(BatchStats(count, outputs.seconds, tuple(waited)))
             first = 0
             for piece, queue_seconds in zip(batch, waited, strict=True):
                 part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
                 first += piece.size
                 if answer := piece.call.add(piece.first, part, queue_seconds):
                     results.append((piece.call, answer))
+                    complete.append(queue_seconds)
+            self._on_batch(BatchStats(count, outputs.seconds, tuple(complete)))
         self._answer(index, now - start, results)
 
     def _answer(self, index: int, seconds: float, results: "Sequence[tuple[_Call, Result]]") -> None:
