@@ -334,8 +334,15 @@ def _statistics(model: Model) -> pb.ModelStatistics:
             queue=duration(seen.queue),
             compute_input=duration(seen.decode),
             compute_infer=duration(seen.inference),
+            compute_output=duration(seen.output),
         ),
         batch_stats=[
-            pb.InferBatchStatistics(batch_size=size, compute_infer=duration(value)) for size, value in batches
+            pb.InferBatchStatistics(
+                batch_size=size,
+                compute_input=pb.StatisticDuration(count=value.count),
+                compute_infer=duration(value),
+                compute_output=pb.StatisticDuration(count=value.count),
+            )
+            for size, value in batches
         ],
     )

@@ -26,10 +26,13 @@ class Statistics:
     """Calls, from their arrival at the model to their answer."""
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
-    """This and the next two: of the calls that were answered."""
+    """This and the next three: of the calls that were answered."""
     decode: Duration = field(default_factory=Duration)
+    """Raw pixels take no time, and are counted."""
     inference: Duration = field(default_factory=Duration)
     """Of each call the time of its batches, which are others' too."""
+    output: Duration = field(default_factory=Duration)
+    """The rest of a call: from inference to its answer."""
     batches: dict[int, Duration] = field(default_factory=dict)
     """By their size, images."""
     last: float = 0.0
@@ -44,6 +47,8 @@ class Statistics:
         self.queue.add(answer.queue_seconds)
         self.decode.add(decoded)
         self.inference.add(answer.outputs.seconds)
+        # A call of several batches waits for its last one while the first ones run: the parts can exceed the whole.
+        self.output.add(max(0.0, seconds - decoded - answer.queue_seconds - answer.outputs.seconds))
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:

@@ -62,8 +62,9 @@ class SteeringService(SteeringServiceServicer):
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> bytes:
         model, images, steering, top_k = self._read(request)
-        if not 0 <= request.latents <= MAX_LATENTS:
-            raise InvalidRequest(f"latents is {request.latents}; allowed: 0 (10) to {MAX_LATENTS}")
+        with model.statistics.failures():
+            if not 0 <= request.latents <= MAX_LATENTS:
+                raise InvalidRequest(f"latents is {request.latents}; allowed: 0 (10) to {MAX_LATENTS}")
         answer, explained = await model.explain(images, steering, context.time_remaining(), request.latents or 10)
         manifest, outputs = model.bundle.manifest, answer.outputs
 
@@ -136,10 +137,11 @@ class SteeringService(SteeringServiceServicer):
         """What all calls with images have: the model, the images, their steering, and top_k."""
         model = self._repository.get(request.model, request.version)
         labels = model.bundle.manifest.labels
-        if not 0 <= request.top_k <= len(labels):
-            raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
-        steering = self._steering(model, request.steering)
-        return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
+        with model.statistics.failures():
+            if not 0 <= request.top_k <= len(labels):
+                raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
+            steering = self._steering(model, request.steering)
+            return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
 
     def _images(self, model: Model, request: Request) -> Images:
         count = len(request.images)

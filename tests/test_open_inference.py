@@ -128,10 +128,65 @@ def test_statistics_count_calls_and_batches_as_triton_does() -> None:
         assert stop_server(server) == 0
     stats, (batch,) = model.inference_stats, model.batch_stats
     assert (model.inference_count, model.execution_count, batch.batch_size, batch.compute_infer.count) == (8, 1, 8, 1)
-    counts = [stats.success.count, stats.queue.count, stats.compute_input.count, stats.compute_infer.count]
-    assert counts == [8, 8, 8, 8]
+    assert counts(stats) == {8}
     assert stats.compute_infer.ns == pytest.approx(8 * batch.compute_infer.ns)
     assert stats.fail.count == 2
+
+
+def counts(stats: pb.InferStatistics) -> set[int]:
+    """Of the calls that were answered, and of each part of them."""
+    parts = (stats.success, stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
+    return {part.count for part in parts}
+
+
+def test_every_kind_of_call_counts_once_in_each_part_of_the_statistics(
+    stub: GRPCInferenceServiceStub, client: Client
+) -> None:
+    """perf_analyzer aborts when the counts differ."""
+
+    def statistics() -> pb.ModelStatistics:
+        (model,) = stub.ModelStatistics(pb.ModelStatisticsRequest(name="fashion_mnist"), timeout=30).model_stats
+        return model
+
+    file = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
+    steered = raw(request(), bytes(784), struct.pack("<5q", *range(5)), bytes(20), bytes(20))
+    for name, kind in (("latent", "INT64"), ("scale", "FP32"), ("shift", "FP32")):
+        steered.inputs.add(name=f"steering_{name}", datatype=kind, shape=[1, 5, 1])
+    profile = raw(request((256, 28, 28, 1)), bytes(256 * 784))
+    profile.parameters["profile"].string_param = "Shirt"
+    answered = [
+        raw(request(), bytes(784)), typed(request(), uint_contents=bytes(784)), steered, profile,
+        raw(request((1,), "encoded_image", "BYTES"), struct.pack("<I", len(file)) + file),
+        typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[file]),
+    ]  # fmt: skip
+    unknown = raw(request(), bytes(784))
+    unknown.parameters["profile"].string_param = "Hat"
+    refused = [
+        raw(request(), bytes(783)),
+        unknown,
+        typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[b"x"]),
+    ]
+    before = statistics().inference_stats
+    for call in answered:
+        stub.ModelInfer(call, timeout=30)
+    client.predict([file])
+    client.compare([np.zeros((28, 28, 1), np.uint8)], profile="Shirt")
+    client.explain([file])
+    for call in refused:
+        with pytest.raises(grpc.RpcError):
+            stub.ModelInfer(call, timeout=30)
+    for wrong in ({"profile": "Hat"}, {"top_k": 11}):
+        with pytest.raises(grpc.RpcError):
+            client.predict([file], **wrong)
+    model = statistics()
+    stats = model.inference_stats
+    assert counts(stats) == {before.success.count + len(answered) + 3}
+    assert stats.fail.count == before.fail.count + len(refused) + 2
+    assert stats.compute_output.ns > before.compute_output.ns
+    for batch in model.batch_stats:
+        assert batch.compute_input.count == batch.compute_output.count == batch.compute_infer.count > 0
+    parts = (stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
+    assert stats.success.ns <= sum(part.ns for part in parts) + 1000 * stats.success.count
 
 
 SEEN = {
