@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +38,7 @@ class Runs(Protocol):
 @dataclass(frozen=True)
 class Answer:
     outputs: Outputs
-    """Of the images of one call; seconds: of its batches together."""
+    """Of the images of one call; seconds: during which its batches ran, those that ran side by side counted once."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
 
@@ -64,8 +64,8 @@ class _Call:
     future: "asyncio.Future[Answer]"
     taken: int = 0
     """Images that have left the queue; the others wait."""
-    parts: "list[tuple[int, Outputs]]" = field(default_factory=list)
-    """The answers so far, each with the position of its first image."""
+    parts: "list[tuple[int, float, Outputs]]" = field(default_factory=list)
+    """The answers so far: the position of the first image, when its batch started, and the outputs."""
     answered: int = 0
     """Images of the parts."""
 
@@ -73,16 +73,21 @@ class _Call:
     def waiting(self) -> int:
         return len(self.images) - self.taken
 
-    def add(self, first: int, outputs: Outputs, queue_seconds: float) -> Answer | None:
+    def add(self, first: int, started: float, outputs: Outputs) -> Answer | None:
         """The answer to the whole call, once this was the last part of it."""
+        waited = started - self.arrived
         if len(outputs.logits) == len(self.images):
-            return Answer(outputs, queue_seconds)
-        self.parts.append((first, outputs))
+            return Answer(outputs, waited)
+        self.parts.append((first, started, outputs))
         self.answered += len(outputs.logits)
         if self.answered < len(self.images):
             return None
-        self.parts.sort(key=lambda part: part[0])
-        return Answer(joined([outputs for _, outputs in self.parts]), queue_seconds)
+        whole = joined([outputs for _, _, outputs in sorted(self.parts, key=lambda part: part[0])])
+        seconds, until = 0.0, 0.0
+        for _, begun, part in sorted(self.parts, key=lambda part: part[1]):
+            seconds += max(0.0, begun + part.seconds - max(begun, until))
+            until = max(until, begun + part.seconds)
+        return Answer(replace(whole, seconds=seconds), waited)
 
 
 class _Piece(NamedTuple):
@@ -258,10 +263,8 @@ class Batcher:
             for piece in batch:
                 self._run(index, engine, [piece])
             return
-        waited = [start - piece.call.arrived for piece in batch]
         count = len(outputs.logits)
-        results: list[tuple[_Call, Result]] = []
-        complete: list[float] = []
+        results: list[tuple[_Call, Answer]] = []
         with self._counting:
             now = time.monotonic()
             seconds = (now - start) / (count * len(self._threads))
@@ -270,13 +273,13 @@ class Batcher:
             contention = (now - start) / max(time.thread_time() - cpu, 1e-6)
             self._contention += (min(contention, 2 * CONTENDED) - self._contention) / 8
             first = 0
-            for piece, queue_seconds in zip(batch, waited, strict=True):
+            for piece in batch:
                 part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
                 first += piece.size
-                if answer := piece.call.add(piece.first, part, queue_seconds):
+                if answer := piece.call.add(piece.first, start, part):
                     results.append((piece.call, answer))
-                    complete.append(queue_seconds)
-            self._on_batch(BatchStats(count, outputs.seconds, tuple(complete)))
+            waited = tuple(answer.queue_seconds for _, answer in results)
+            self._on_batch(BatchStats(count, outputs.seconds, waited))
         self._answer(index, now - start, results)
 
     def _answer(self, index: int, seconds: float, results: "Sequence[tuple[_Call, Result]]") -> None:

@@ -113,7 +113,7 @@ def test_statistics_are_true(triton: dict[str, Any]) -> None:
 
 
 def test_statistics_count_calls_and_batches_as_triton_does() -> None:
-    server = start_server(MODELS, "--max-batch", "8", "--max-delay-ms", "1000")
+    server = start_server(MODELS, "--instances", "1", "--max-batch", "8", "--max-delay-ms", "1000")
     try:
         with grpc.insecure_channel(server.address) as channel:
             stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
