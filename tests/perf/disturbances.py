@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from export.bundle import Bundle
+from export.bundle import Bundle, versions
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from tests.perf.heads import ROOT
@@ -105,7 +105,7 @@ class Disturbances:
     async def swap_model(self) -> None:
         """The next version, and the one before goes."""
         model = self.repository / self.bundle.manifest.name
-        last = max(int(folder.name) for folder in model.iterdir())
+        last = versions(model)[-1]
         put_version(self.bundle, self.repository, last + 1)
         await asyncio.sleep(5)
         shutil.rmtree(model / str(last))
