@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -154,15 +155,19 @@ def _load(bundle: Bundle, settings: Settings, plan: Plan) -> Instances:
         f"single calls on {plan.wide_threads} threads" if plan.wide_threads else "no wide session",
         plan.max_batch, plan.source,
     )  # fmt: skip
-    engines = _engines(bundle, settings, plan)
-    wide = _engine(bundle, settings, plan, plan.wide_threads) if plan.wide_threads else None
+    engines, wide = _engines(bundle, settings, plan)
     return Instances(engines, Quickest(engines[0], wide) if wide else None, plan)
 
 
-def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> list[Engine]:
-    """A session with threads of its own for each instance; where one thread is enough, one session for all."""
+def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[list[Engine], Engine | None]:
+    """The instances: a session each with threads of its own, or one for all where one thread is enough. And the wide
+    session. They are loaded side by side."""
     sessions = plan.instances if plan.threads > 1 else 1
-    return [_engine(bundle, settings, plan, plan.threads) for _ in range(sessions)] * (plan.instances // sessions)
+    threads = [plan.threads] * sessions + ([plan.wide_threads] if plan.wide_threads else [])
+    with ThreadPoolExecutor(len(threads)) as pool:
+        loaded = list(pool.map(partial(_engine, bundle, settings, plan), threads))
+    wide = loaded.pop() if plan.wide_threads else None
+    return loaded * (plan.instances // sessions), wide
 
 
 def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Engine:
@@ -179,8 +184,7 @@ def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances
     """
     budget = 2.0 if settings.tune == "auto" else float(settings.tune)
     end = time.perf_counter() + budget
-    engines = _engines(bundle, settings, plan)
-    wide = _engine(bundle, settings, plan, plan.wide_threads) if plan.wide_threads else None
+    engines, wide = _engines(bundle, settings, plan)
     race = partial(_raced, load_golden(bundle.folder, engines[0].graph.precision))
     timings = race({"one image": (engines[:1], 1)}, 0.1 * budget)
     image = timings["one image"] / 1000  # in a batch it takes no longer
