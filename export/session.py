@@ -20,7 +20,8 @@ def session_options(attention: str, threads: int = 0, spinning: bool = False) ->
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.enable_mem_pattern = attention != "dispatch"  # its shapes depend on the data
+    # shapes within `dispatch` depend on the data; for a single image a plan pays all the same (1.58 instead of 1.75 ms)
+    options.enable_mem_pattern = attention != "dispatch" or spinning
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.force_spinning_stop", "1")  # after each run
     return options

@@ -86,8 +86,8 @@ class Quickest:
         ranked = sorted(range(len(self._engines)), key=self._seconds.__getitem__)
         chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
         outputs = self._engines[chosen].run(images, steering, residual)
-        before = self._seconds[chosen] or outputs.seconds
-        self._seconds[chosen] = before + (outputs.seconds - before) / 4
+        off = outputs.seconds - (before := self._seconds[chosen] or outputs.seconds)
+        self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # what delays a run says little of the session
         return outputs
 
 
