@@ -108,7 +108,8 @@ class VitSettings(Group):
     model: str = "conv_stem"
     """The name of a timm VisionTransformer, or `conv_stem`: convolutional stem and fixed sin-cos positions."""
     weights: Path | None = None
-    """Start from this file of weights (timm models; a classifier of another size is left out)."""
+    """Start from this file of weights (timm models): safetensors, or a PyTorch checkpoint of tensors. A classifier of
+    as many classes as there are labels is kept, one of another size is left out."""
     backbone: Path | None = Field(None, exclude=True)
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     dim: int = Field(192, ge=8)
