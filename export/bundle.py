@@ -104,7 +104,7 @@ class Manifest:
     graphs: tuple[Graph, ...]
     """The first is the default."""
     evaluation: Mapping[str, Any]
-    """Of the unsteered model on the test split; empty when it was not measured there (compact)."""
+    """Of the unsteered model on the test split, not in a compact bundle; and the `warnings` of its run, if any."""
     compact: Mapping[str, Any] | None
     """Of a compact bundle: its profile, the heads that are left, and what leaving out the others did on held-out
     images."""

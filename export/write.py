@@ -33,7 +33,7 @@ from export.compact import Compact, compact
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
 from export.session import inputs_of
-from training import data
+from training import data, soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings
 from training.data import Split
@@ -126,6 +126,9 @@ def _read(run: Run, wanted: Wanted) -> _Source:
     evaluation = {"split": results["split"], "images": results["images"], **results["neutral"]}
     images = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"])
     check_images(run, images)
+    of_run = [*soundness.of_vit(info), *soundness.of_sae(run.info("sae")), *soundness.of_results(results)]
+    soundness.show("export", of_run)
+    warnings = {"warnings": [*images.warnings, *of_run]} if images.warnings or of_run else {}
     selection = images.selection
     compacted = None
     if wanted.compact_for is not None:
@@ -134,6 +137,7 @@ def _read(run: Run, wanted: Wanted) -> _Source:
         profiles = [replace(profile, evaluation={"split": "selection", "after": compacted.after.to_json()})]
         model, evaluation = compacted.model, {}
         _show(compacted, profile, model.heads)
+    evaluation |= warnings
     spec, steered = ImageSpec.from_json(made["image"]), SteeredVit(model, sae).eval()
     return _Source(spec, labels, macs, steered, profiles, evaluation, selection, compacted)
 

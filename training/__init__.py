@@ -7,7 +7,7 @@ their vendors is turned off here, before any of them is imported. A value in the
 import os
 
 TELEMETRY_OFF = {
-    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime looks up a host of its vendor, and writes an id and events into ~/.cache
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime looks up its vendor's host, and writes an id and events into ~/.cache
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 for _name, _value in TELEMETRY_OFF.items():

@@ -5,19 +5,19 @@ Letters: B images, N tokens, D residual width.
 
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from training import processes
 from training.config import Settings, VitSettings
 from training.gated_vit import UnsupportedModel, check_supported
 from training.image_spec import ImageSpec
 from training.presets import PRESETS
+from training.weights import load_weights
 
 OF_CONV_STEM = ("dim", "depth", "heads", "patch", "unpadded", "mlp_ratio")
 """The settings of VitSettings that other models have of their own."""
@@ -77,22 +77,36 @@ def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTr
         vit.pos_embed.data = torch.cat([torch.zeros(1, settings.dim), positions])[None]
         vit.pos_embed.requires_grad_(False)
         return vit
-    local = {} if settings.weights is None else {"pretrained_cfg_overlay": {"file": str(settings.weights)}}
-    if settings.weights is not None:
-        _check_weights(settings.weights, settings.model)
     try:
         vit = create_model(
             settings.model,
-            pretrained=settings.pretrained or bool(local),
+            pretrained=settings.pretrained and settings.weights is None,
             num_classes=classes,
             in_chans=spec.channels,
             img_size=spec.height,
-            **local,
         )
     except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise UnsupportedModel(f"vit.model is {settings.model!r}: {error}") from error
     check_supported(vit)
+    _start(vit, settings, classes)
     return vit
+
+
+def _start(vit: VisionTransformer, settings: VitSettings, classes: int) -> None:
+    """Load vit.weights, if any. Says which classifier the model starts with, if it starts from weights."""
+    if settings.weights is not None:
+        random, sentences = load_weights(vit, settings.weights, settings.model)
+    elif settings.pretrained:
+        there = vit.pretrained_cfg["num_classes"]
+        random = ["head"] if there != classes else []
+        kept = "starts from random numbers" if random else "is kept; its classes must be in the order of the labels"
+        sentences = [f"pretrained weights: the classifier {kept} ({there} classes there, {classes} here)"]
+    else:
+        return
+    if random and settings.backbone_epochs == 0:
+        sentences.append("warning: vit.backbone_epochs is 0, so the random classifier is the teacher of the gates")
+    if processes.is_main():
+        print("\n".join(f"vit: {sentence}" for sentence in sentences), flush=True)
 
 
 def check_given(settings: Settings) -> None:
@@ -120,21 +134,4 @@ def _check_conv_stem(settings: VitSettings, spec: ImageSpec) -> None:
         raise UnsupportedModel(
             f"vit.patch is {settings.patch} and vit.unpadded {settings.unpadded}, which leave no token of "
             f"{spec.height} pixels; allowed: smaller ones"
-        )
-
-
-def _check_weights(path: Path, model: str) -> None:
-    """timm loads what fits and passes over the rest: a file of another model would leave this one untrained."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UnsupportedModel(f"vit.weights is {path}: {error}; allowed: a safetensors file") from error
-    with torch.device("meta"):
-        wanted = {name for name in create_model(model).state_dict() if name.startswith("blocks.")}
-    if wanted - found:
-        missing = sorted(wanted - found)
-        raise UnsupportedModel(
-            f"vit.weights is {path}, which lacks {missing[0]} and {len(missing) - 1} others; "
-            f"allowed: timm's weights of {model}"
         )

@@ -28,9 +28,9 @@ class DataSettings(Group):
     """The images, and how they are split."""
 
     dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds|hfids|wds)/.+)$")
-    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (or val/,
-    valid/, validation/); or a data set of timm: `torch/cifar100`, `wds/<any name>` (shards in root), `hfds/<name or
-    folder>`, `hfids/<name>`."""
+    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (also training/;
+    testing/, val/, valid/, validation/; in any case); or a data set of timm: `torch/cifar100`, `wds/<any name>`
+    (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
     root: Path | None = None
     """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
     download: bool = False
@@ -44,7 +44,11 @@ class DataSettings(Group):
     label_key: str | None = None
     """Where a sample has its class number (hfds: label; wds: the .cls file, else a field of the .json)."""
     labels: Path | None = None
-    """A file of labels in the order of the class numbers, one a line (timm data sets that do not name theirs)."""
+    """A file of labels in the order of the class numbers, one a line, in UTF-8 (timm data sets that do not name
+    theirs)."""
+    copies: Literal["refuse", "drop", "keep"] = Field("refuse", exclude_if=lambda value: value == "refuse")
+    """Dataset `folder`: exact copies, of which one could be in training and one in the test. `drop` leaves those of
+    test images out of training; without a folder of test images, all but the first."""
     memory: Literal["auto", "memory", "lazy", "map"] = Field("auto", exclude=True)
     """Where pixels are: in memory; decoded at each use; or decoded once, into a mapped file. `auto`: in memory up to
     the limit, above it mapped for data sets that stream and lazy for others."""
@@ -111,7 +115,8 @@ class VitSettings(Group):
     model: str = "conv_stem"
     """The name of a timm VisionTransformer, or `conv_stem`: convolutional stem and fixed sin-cos positions."""
     weights: Path | None = None
-    """Start from this file of weights (timm models; a classifier of another size is left out)."""
+    """Start from this file of weights (timm models): safetensors, or a PyTorch checkpoint of tensors. A classifier of
+    as many classes as there are labels is kept, one of another size is left out."""
     backbone: Path | None = Field(None, exclude=True)
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     dim: int = Field(192, ge=8)

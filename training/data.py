@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from training import processes, soundness
 from training.config import DataSettings
 from training.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.image_spec import ImageSpec
@@ -38,6 +39,8 @@ class Data:
     found: Mapping[str, str] = field(default_factory=dict)
     """What was there before it was split: number and digest of the training images, and of the test images if the set
     has its own. With the settings and the seed they decide which image is in which split."""
+    warnings: tuple[str, ...] = ()
+    """Of what may spoil a model or its evaluation."""
 
 
 def load(settings: DataSettings, seed: int) -> Data:
@@ -47,7 +50,7 @@ def load(settings: DataSettings, seed: int) -> Data:
     Raises DataError with what is missing and where it was looked for, the label that has too few images, or all files
     that are no images.
     """
-    labels, train, test = find(settings)
+    labels, train, test, warnings = find(settings)
     labels = _check_classes(settings, labels, train, test)
     found = {
         f"{name} images": f"{len(split)} with the digest {_digest(split)}"
@@ -71,6 +74,11 @@ def load(settings: DataSettings, seed: int) -> Data:
                 f"label {short!r} has too few images: none is left for the {name} split; allowed: at least 1 in each "
                 "of train, selection and test (data.test_fraction, data.selection_fraction)"
             )
+    classes = {name: split.classes for name, split in splits.items()}
+    warnings = (*warnings, *soundness.of_data(labels, classes))
+    if processes.is_main():
+        print("data: " + ", ".join(f"{len(split)} {name}" for name, split in splits.items()), flush=True)
+        soundness.show("data", warnings)
     errors: list[DataError] = []
     splits = {name: _held(settings, split, name, errors) for name, split in splits.items()}
     settle(errors)
@@ -79,7 +87,7 @@ def load(settings: DataSettings, seed: int) -> Data:
         measured = _mean_and_std(settings, splits["train"])
         mean, std = mean or measured[0], std or measured[1]
     try:
-        return Data(labels, image_spec(settings, mean, std), found=found, **splits)
+        return Data(labels, image_spec(settings, mean, std), found=found, warnings=warnings, **splits)
     except ValueError as error:
         raise DataError(f"data.mean, data.std: {error}") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from training import processes
+from training import processes, soundness
 from training.activations import moments, residuals
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
@@ -69,6 +69,7 @@ def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
             result["stability"].append(stability(_stored(run), sae))
         _save(run, made_with, index + 1, result, {}, {})
     run.finish("sae", made_with, result)
+    soundness.show("sae", soundness.of_sae(run.info("sae")))
 
 
 def _save(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import processes
+from training import processes, soundness
 from training.backbone import create_vit
 from training.checkpoint import Run, RunError
 from training.config import Settings, VitSettings
@@ -161,6 +161,7 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
         "ungated_accuracy": accuracy(ungated),
         "accuracy": accuracy(gated),
         "head_usage": gated.head_gate.double().mean().item(),
+        "most_common_label": soundness.most_common(selection.classes),
     }
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
     print(f"vit: on the selection slice: {shown}", flush=True)
@@ -173,8 +174,9 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
         "heads": model.heads,
         "dim": model.dim,
         "macs": count(model).to_json(),
-        "selection": measured,
+        "selection": {**measured, "images": len(selection)},
         "diagnostics": gate_diagnostics(gated, selection.classes),
         "curves": curves,
     }
     run.finish("vit", settings.fingerprint("vit"), result)
+    soundness.show("vit", soundness.of_vit(run.info("vit")))

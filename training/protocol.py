@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training import significance
+from training import significance, soundness
 from training.baselines import by_predicted_class, prior_bias
 from training.checkpoint import Run
 from training.config import Settings
@@ -49,6 +49,10 @@ def evaluate(
     if plain:
         dense = count(model).dense
         results["controls"] = {name: _control(control, data, dense) for name, control in plain.items()}
+    of_results = soundness.of_results(results)
+    soundness.show("evaluate", of_results)
+    of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
+    results["warnings"] = [*data.warnings, *of_stages, *of_results]
     run.write_json("results.json", results)
     return results
 
@@ -85,6 +89,7 @@ def _protocol(
     return {
         "split": "test",
         "images": len(test),
+        "most_common_label": soundness.most_common(test.classes),
         "labels": list(data.labels),
         "seed": settings.seed,
         "gated_blocks": list(model.gated_blocks),

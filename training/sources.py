@@ -4,9 +4,11 @@ Nothing is decoded here that can wait: sets with random access come as LazyPixel
 `data.memory` is `map`; sets that stream (`wds/`, `hfids/`) always come through the mapped file.
 """
 
+import codecs
 import hashlib
 import importlib.util
 import os
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,21 +18,17 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from training import processes
+from training import folders
 from training.config import DataSettings
 from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
 from training.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
 from training.shards import streamed
-from training.steering import canonical
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-TESTS = ("test", "val", "valid", "validation")
-"""Folders of test images, beside train/. The first that is there is read."""
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
-Found = tuple[tuple[str, ...], Split, Split | None]
-"""Labels, training images, and test images if the set has its own."""
+Found = tuple[tuple[str, ...], Split, Split | None, tuple[str, ...]]
+"""Labels, training images, test images if the set has its own, and warnings."""
 
 
 def find(settings: DataSettings) -> Found:
@@ -39,7 +37,7 @@ def find(settings: DataSettings) -> Found:
         if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
             raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
         train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-        return FASHION_MNIST_LABELS, train, test
+        return FASHION_MNIST_LABELS, train, test, ()
     if settings.dataset == "folder":
         return _folder(settings)
     return _timm(settings)
@@ -62,7 +60,7 @@ class Files:
         digest = hashlib.sha256()
         for path in self.paths:
             status = os.stat(path)
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"))
         return digest.hexdigest()
 
     def contents(self) -> str:
@@ -123,65 +121,14 @@ def _split(settings: DataSettings, split: str, source: Files | Rows, classes: to
 
 
 def _folder(settings: DataSettings) -> Found:
-    """Read by ourselves: timm's reader takes the innermost folder for the label and passes over empty ones."""
     if settings.root is None or not settings.root.is_dir():
         raise DataError(f"data.root is {settings.root}; allowed: a folder of images, one sub-folder a label")
-    root, splits = settings.root, [name for name in ("train", *TESTS) if _folders(settings.root / name)]
-    own_test = splits[1:] if "train" in splits else []
-    if splits and not own_test:  # a label of that name has images, not folders
-        raise DataError(
-            f"{root / splits[0]} has folders of its own; allowed: in {root} one sub-folder a label, or train/<label>/ "
-            f"and one of {', '.join(f'{name}/<label>/' for name in TESTS)}"
-        )
-    root = root / "train" if own_test else root
-    labels = tuple(_folders(root))
-    if len(labels) < 2:
-        raise DataError(f"{root} has {len(labels)} sub-folders; allowed: one a label, at least 2")
-    train = _split(settings, "train", *_files(root, labels, least=2 if own_test else 3))
-    if not own_test:
-        return labels, train, None
-    test_root = settings.root / own_test[0]
-    unknown = sorted(set(_folders(test_root)) - set(labels))
-    if unknown:
-        raise DataError(f"{test_root} has the folder {unknown[0]!r}, which {root} has not; allowed: the same labels")
-    return labels, train, _split(settings, "test", *_files(test_root, labels, least=1))
+    train, test, warnings = folders.find(settings.root, settings.copies)
 
+    def split(name: str, part: folders.Part) -> Split:
+        return _split(settings, name, Files(part.paths), torch.tensor(part.classes))
 
-def _folders(root: Path) -> dict[str, Path]:
-    """The sub-folders that are not hidden by their names in canonical form, sorted; none where there is no such folder.
-
-    Raises DataError when two have the same name.
-    """
-    folders: dict[str, Path] = {}
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
-        if not path.is_dir() or path.name.startswith("."):
-            continue
-        other = folders.setdefault(canonical(path.name), path)
-        if other != path:
-            raise DataError(
-                f"{root} has the folder {canonical(path.name)!r} twice, as {other.name!a} and {path.name!a}; "
-                "allowed: one folder a label"
-            )
-    return dict(sorted(folders.items()))
-
-
-def _files(root: Path, labels: tuple[str, ...], least: int) -> tuple[Files, torch.Tensor]:
-    """The images of every label. Says how many files are passed over."""
-    paths, classes, others = [], [], Counter[str]()
-    folders = _folders(root)
-    for index, label in enumerate(labels):
-        inside = list(folders.get(label, root / label).rglob("*"))
-        found = sorted(path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES)
-        others.update(path.suffix.lower() or path.name for path in set(inside).difference(found) if path.is_file())
-        if len(found) < least:
-            raise DataError(f"{root / label} has {len(found)} images; allowed: at least {least} a label")
-        paths += [str(path) for path in found]
-        classes += [index] * len(found)
-    if others and processes.is_main():
-        shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
-        print(f"data: {root}: {others.total()} files are not read ({shown}); read are {allowed}", flush=True)
-    return Files(tuple(paths)), torch.tensor(classes)
+    return train.labels, split("train", train), split("test", test) if test else None, warnings
 
 
 def _timm(settings: DataSettings) -> Found:
@@ -207,7 +154,7 @@ def _timm(settings: DataSettings) -> Found:
             raise DataError(f"{where}: {error}") from error
         splits.append(found)
         labels = labels or _labels(settings, dataset, found.classes)
-    return labels, splits[0], splits[1]
+    return labels, splits[0], splits[1], ()
 
 
 def _create(settings: DataSettings, split: str) -> Any:
@@ -238,10 +185,7 @@ def _rows(dataset: Any, where: str) -> tuple[Files | Rows, torch.Tensor]:
 
 def _labels(settings: DataSettings, dataset: Any, classes: torch.Tensor) -> tuple[str, ...]:
     if settings.labels is not None:
-        try:
-            return tuple(line.strip() for line in settings.labels.read_text().splitlines() if line.strip())
-        except OSError as error:
-            raise DataError(f"data.labels is {settings.labels}: {error}") from error
+        return _read_labels(settings.labels)
     if getattr(dataset, "classes", None):
         named = [name if isinstance(name, str) else name[0] for name in dataset.classes]  # ImageNet has synonyms
         shared = {name for name, count in Counter(named).items() if count > 1}  # and two cranes, a bird and a machine
@@ -250,3 +194,26 @@ def _labels(settings: DataSettings, dataset: Any, classes: torch.Tensor) -> tupl
     if numbered:
         return tuple(str(name) for name, _ in sorted(numbered.items(), key=lambda item: item[1]))
     return tuple(str(number) for number in range(int(classes.max()) + 1))
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    """One label a line, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"data.labels is {path}: {error}") from error
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16: its mark begins alike
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)
+        if "\0" in text:
+            raise UnicodeError("null characters")
+    except UnicodeError as error:
+        guess = ("UTF-16BE" if content[:1] == b"\0" else "UTF-16LE") if b"\0" in content else "ISO-8859-1"
+        command = f"iconv -f {guess} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(f'{path}.utf8')}"
+        raise DataError(
+            f"data.labels is {path}, which is not {encoding.removesuffix('-sig').upper()} ({error}); allowed: UTF-8, "
+            f"or UTF-16 with a byte-order mark. If it is {guess}: {command}"
+        ) from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
