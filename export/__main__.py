@@ -8,11 +8,13 @@ from pathlib import Path
 
 from export.arguments import with_names
 from export.bundle import PRECISIONS, Bundle, BundleError
+from training.terminal import print_anything
 
 COMMANDS = "python -m export"
 
 
 def main(arguments: Sequence[str]) -> int:
+    print_anything()
     try:
         bundle = _verify(arguments[1:]) if arguments[:1] == ["verify"] else _export(arguments)
     except BundleError as error:

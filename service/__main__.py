@@ -21,6 +21,7 @@ from service.server import Server
 
 
 def main(arguments: Sequence[str]) -> int:
+    _open_standard_streams()
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments))
     except ValidationError as error:
@@ -50,6 +51,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _open_standard_streams() -> None:
+    """Where a standard stream is closed, the next file or socket would get its number, and what is printed."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _signals_reach_process_1() -> None:
     """A signal without a handler ends any process but a container's first: the kernel keeps it from that one."""
     if os.getpid() == 1:
@@ -76,10 +86,12 @@ async def serve(settings: Settings) -> None:
     await server.start()
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
-    print(
-        f"ready: grpc {settings.url_host}:{server.port}, metrics http://{settings.url_host}:{server.metrics_port}/metrics",
-        flush=True,
-    )
+    where = f"http://{settings.url_host}:{server.metrics_port}/metrics"
+    try:
+        print(f"ready: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
+    except OSError as error:  # a full disk, or a terminal that is gone: the server outlives both
+        logging.getLogger("steervit").warning("standard output cannot be written: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     logging.getLogger("steervit").info(
         "grpc on port %d%s, pages on port %d, a queue of %d images, model control %s", server.port,
         " with TLS" if settings.tls_certificate else "", server.metrics_port, settings.max_queue,

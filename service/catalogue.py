@@ -7,13 +7,16 @@
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from export.bundle import BundleError, check_inside, is_bundle, versions
 
+log = logging.getLogger("steervit.catalogue")
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
 """The version that is served where a request names none, if there is this label; else the newest."""
@@ -45,14 +48,24 @@ def scan(repository: Path) -> dict[str, Shelf]:
     if not repository.is_dir():
         raise BundleError(f"repository is {repository}, which is not a folder")
     shelves = {}
-    for model in sorted(path for path in repository.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        folders = {number: model / str(number) for number in versions(model)}
+    for model in sorted(path for path in repository.iterdir() if not path.name.startswith(".")):
+        try:
+            folders = {number: model / str(number) for number in versions(model)}
+        except OSError as error:  # of another owner, such as lost+found
+            _skip(model, str(error.strerror))
+            continue
         found = {number: Found(folder, _fingerprint(folder)) for number, folder in folders.items()}
         if found:
             shelves[model.name] = Shelf(found, *_labels(repository, model, found))
     if not shelves:
         raise BundleError(f"repository is {repository}; allowed: a bundle, or folders <model>/<version>/ with bundles")
     return shelves
+
+
+@lru_cache
+def _skip(folder: Path, reason: str) -> None:
+    """Said once, however often the folder is looked at."""
+    log.warning("%s is skipped: %s", folder, reason)
 
 
 def wanted(policy: str, shelf: Shelf) -> list[int]:
@@ -101,7 +114,11 @@ def _single(folder: Path) -> tuple[str, int]:
 
 def _fingerprint(folder: Path) -> Fingerprint:
     found = []
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:  # loading it says what is wrong
+        return ()
+    for path in paths:
         try:
             stat = path.stat()
         except OSError:  # a link to nowhere, or removed since

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from service.client import Client
 from service.client.tables import table
 from service.pb import steering_pb2 as pb
+from training.terminal import print_anything
 
 MODELS = Path("deploy/models")
 SAMPLES = Path("deploy/samples")
-SHADES = " ░▒▓█"
+SHADES = " ░▒▓█" if (sys.stdout.encoding or "").lower().startswith("utf") else " .:*#"
 READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics (?P<metrics>\S+)")
 
 
@@ -44,6 +45,7 @@ def running_server(*flags: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
+    print_anything()
     start = time.monotonic()
     with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:
         print(f"A server is up on {address} after {time.monotonic() - start:.1f} s, with the bundle of {MODELS}.\n")
@@ -66,7 +68,8 @@ def main() -> int:
         print("\nA class profile presumes that the class is known: precision shows what other images pay for it.\n")
         if shown:
             print(_heads("Shirt", *shown))
-        with urllib.request.urlopen(metrics, timeout=10) as page:  # nosec B310  # of the server started here
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+        with direct.open(metrics, timeout=10) as page:
             lines = [
                 line for line in page.read().decode().splitlines() if re.match(r'steervit_.*profile="Shirt"', line)
             ]

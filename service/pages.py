@@ -48,6 +48,15 @@ class Pages:
         metrics_page = make_wsgi_app(registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            method, said = environ["REQUEST_METHOD"], list[Any]()
+            if method == "HEAD":  # the client library of Prometheus answers GET alone
+                environ = {**environ, "REQUEST_METHOD": "GET"}
+            body = b"".join(answer(environ, lambda status, headers: said.extend((status, headers))))
+            status, headers = said
+            start_response(status, [*headers, ("Content-Length", str(len(body)))])
+            return [] if method == "HEAD" else [body]
+
+        def answer(environ: dict[str, Any], start_response: Callable[[str, list[Any]], Any]) -> Iterable[bytes]:
             path = environ["PATH_INFO"]
             if path == "/metrics":
                 page: Iterable[bytes] = metrics_page(environ, start_response)
@@ -61,7 +70,7 @@ class Pages:
         try:
             self._http = make_server(host, port, app, kind, _QuietHandler)
         except OSError as error:
-            raise OSError(f"metrics port {port} of {host} cannot be listened on: {error.strerror}") from error
+            raise OSError(f"metrics port {port} of {host} cannot be bound: {error.strerror}") from error
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, name="pages", daemon=True)
         self._thread.start()

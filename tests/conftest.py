@@ -1,6 +1,7 @@
 """Real parts for the tests: the committed bundle, a run trained here, a server process."""
 
 import os
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, 
 from export.bundle import Bundle, load_bundle, versions
 from service.client import Client
 
+urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # pages of this machine
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones

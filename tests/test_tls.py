@@ -202,5 +202,5 @@ def test_a_file_of_no_use_is_named_and_no_port_is_blamed(name: str, folder: Path
     assert done.returncode == 1
     assert f"{folder / name}" in done.stderr.splitlines()[-1]
     assert "allowed: PEM files that belong together" in done.stderr
-    assert "cannot be listened on" not in done.stderr
+    assert "cannot be bound" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -19,9 +19,11 @@ from training.gated_vit import UnsupportedModel
 from training.protocol import evaluate
 from training.report import write_report
 from training.steering import SteeringError
+from training.terminal import print_anything
 
 
 def main(arguments: list[str]) -> int:
+    print_anything()
     try:
         settings = parse(arguments)
     except ValidationError as error:

@@ -134,7 +134,7 @@ BATCHES = [
 SATURATION = [
     (6, limits(lines(
         "Inference busy",
-        "Share of the time in which a model's instances ran batches. Near 100% it cannot do more: the queue grows next. "
+        "Share of the time in which a model's instances ran batches. Near 100% it can do no more: the queue grows. "
         "More servers, or fewer heads.", "percentunit",
         (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))"
          " / sum by (instance, model, version) (steervit_instances)",

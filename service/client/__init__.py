@@ -2,8 +2,11 @@
 # mypy: no-warn-return-any
 # (gRPC's stubs have no types)
 
+import ipaddress
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -53,6 +56,18 @@ def service_config(attempts: int) -> dict[str, Any]:
     return config
 
 
+def is_loopback(address: str) -> bool:
+    """Whether a gRPC address, such as 127.0.0.1:8001, [::1]:8001 or dns:///localhost:8001, is on this machine."""
+    target = re.sub(r"^(dns:(//[^/]*/)?|ipv[46]:)", "", address)
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = target.partition("]")[0].removeprefix("[") if target.startswith("[") else target.rpartition(":")[0] or target
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None, attempts: int) -> Any:
     """A channel of `kind`: grpc or grpc.aio."""
     options = [
@@ -62,6 +77,8 @@ def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None,
         ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # only what is kept is tried again; the default is 256 KiB
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))  # other addresses follow http_proxy, no_proxy and their like
     if credentials:
         return kind.secure_channel(address, credentials, options)
     return kind.insecure_channel(address, options)
@@ -123,7 +140,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio."""
+    """The same for asyncio. It belongs to the event loop in which its first call is made."""
 
     def __init__(
         self,
@@ -132,9 +149,17 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
         attempts: int = 4,
     ):
-        self._channel = opened(grpc.aio, address, credentials, attempts)
-        self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._open = partial(opened, grpc.aio, address, credentials, attempts)
         self._timeout = timeout
+
+    @cached_property
+    def _channel(self) -> Any:
+        """Opened late: gRPC binds it to the loop that runs now, and this object may be older than the loop."""
+        return self._open()
+
+    @cached_property
+    def _stub(self) -> Any:
+        return SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         return await self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
@@ -162,7 +187,8 @@ class AsyncClient:
         return await call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     async def close(self) -> None:
-        await self._channel.close()
+        if "_channel" in self.__dict__:
+            await self._channel.close()
 
     async def __aenter__(self) -> "AsyncClient":
         return self

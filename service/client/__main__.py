@@ -5,11 +5,13 @@ python -m service.client profiles
 
 import argparse
 import asyncio
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -17,6 +19,12 @@ from export.arguments import with_names
 from service.client import Asked, Client
 from service.client.load import Load, run
 from service.client.tables import compare_table, explain_table, predict_table, profiles_table
+from service.pb import steering_pb2 as pb
+from training.terminal import print_anything
+
+IMAGES_PER_CALL = 64
+"""A call with more files than this is made as several."""
+Answer = TypeVar("Answer", pb.PredictResponse, pb.CompareResponse, pb.ExplainResponse)
 
 
 def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
@@ -27,6 +35,7 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m service.client", description="Ask a running server.")
     commands = parser.add_subparsers(dest="command", required=True)
     of_images = {
@@ -77,8 +86,8 @@ def main(arguments: Sequence[str]) -> int:
                 print(profiles_table(list(client.profiles(options.model, options.version))))
                 return 0
             names = [str(path) for path in options.images]
-            images = [path.read_bytes() for path in options.images]
             if options.command == "load":
+                images = [path.read_bytes() for path in options.images]
                 load = Load(
                     options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
                     options.model, options.version, options.rate, options.timeout,
@@ -90,23 +99,63 @@ def main(arguments: Sequence[str]) -> int:
             if options.strength is not None:
                 asked["strength"] = options.strength
             if options.command == "compare":
-                print(compare_table(names, client.compare(images, **asked)))
+                print(compare_table(names, in_calls(client.compare, options.images, asked)))
             elif options.command == "explain":
-                print(explain_table(names, client.explain(images, latents=options.latents, **asked)))
+                explain = partial(client.explain, latents=options.latents)
+                print(explain_table(names, in_calls(explain, options.images, asked)))
             else:
-                print(predict_table(names, client.predict(images, top_k=options.top_k, **asked)))
+                predict = partial(client.predict, top_k=options.top_k)
+                print(predict_table(names, in_calls(predict, options.images, asked)))
+        sys.stdout.flush()
     except BrokenPipeError:  # who reads the output has seen enough
-        sys.stderr.close()
+        _discard_output()
         return 1
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        _discard_output()
+        return 1
+    except Refused as refused:
+        print(refused, file=sys.stderr)
         return 1
     except grpc.RpcError as error:
-        of_file = re.match(r"images\[(\d+)\]", error.details() or "")
-        which = f" ({options.images[int(of_file[1])]})" if of_file and options.command != "load" else ""
-        print(f"{error.code().name}: {error.details()}{which}", file=sys.stderr)
+        print(f"{error.code().name}: {error.details()}", file=sys.stderr)
         return 1
     return 0
+
+
+class Refused(Exception):
+    """The status and sentence of a call with images, and the file that it names."""
+
+
+def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -> Answer:
+    """The answers for all images as one, with the receipt of the last call: no call has more than a server takes.
+
+    Raises Refused.
+    """
+    whole: Answer | None = None
+    for first in range(0, len(paths), IMAGES_PER_CALL):
+        part = paths[first : first + IMAGES_PER_CALL]
+        try:
+            answer = call([path.read_bytes() for path in part], **asked)
+        except grpc.RpcError as error:
+            of_file = re.match(r"images\[(\d+)\]", error.details() or "")
+            which = f" ({part[int(of_file[1])]})" if of_file else ""
+            raise Refused(f"{error.code().name}: {error.details()}{which}") from error
+        if whole is None:
+            whole = answer
+        else:
+            whole.MergeFrom(answer)
+        if len(paths) > IMAGES_PER_CALL and sys.stderr.isatty():
+            done = first + len(part)
+            end = "\n" if done == len(paths) else ""
+            print(f"\r{done} of {len(paths)} images", end=end, file=sys.stderr, flush=True)
+    assert whole is not None, "the command line has at least one image"
+    return whole
+
+
+def _discard_output() -> None:
+    """What Python would still write at its end, to where nothing can be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -197,9 +197,7 @@ def answers(client: Client, images: NDArray[np.uint8]) -> bool:
         return False
 
 
-@fault(
-    "process: port in use", "nothing: the server exits with 1 and says `port ... of 127.0.0.1 cannot be listened on`"
-)
+@fault("process: port in use", "nothing: the server exits with 1 and says `port ... of 127.0.0.1 cannot be bound`")
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
 def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
     flag: str, server: ServerProcess, undisturbed: Undisturbed
@@ -211,7 +209,7 @@ def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
     with undisturbed(server):
         done = run_module("service", "--repository", str(MODELS), *(part for pair in flags.items() for part in pair))
     assert done.returncode == 1
-    assert f"port {taken} of 127.0.0.1 cannot be listened on" in done.stderr
+    assert f"port {taken} of 127.0.0.1 cannot be bound" in done.stderr
     assert "Traceback" not in done.stderr
 
 
