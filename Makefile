@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'

@@ -276,12 +276,12 @@ def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
 
 
 def is_bundle(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
+    return os.path.isfile(folder / "manifest.json")  # False too where the folder may not be read
 
 
 def versions(model_folder: Path) -> list[int]:
     """The versions in a model's folder, rising. Only folders whose name is a positive integer count."""
-    names = [path.name for path in model_folder.iterdir() if path.is_dir()] if model_folder.is_dir() else []
+    names = [path.name for path in model_folder.iterdir() if os.path.isdir(path)] if model_folder.is_dir() else []
     return sorted(int(name) for name in names if VERSION.fullmatch(name))
 
 

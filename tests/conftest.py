@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import strace
 from numpy.typing import NDArray
 from PIL import Image
 from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server
@@ -62,8 +63,9 @@ def sample_pixels(samples: dict[str, list[bytes]]) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder trained here and now with the preset `smoke`."""
+    """A run folder trained here and now with the preset `smoke`; beside it `trace`, by strace where that is installed."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    done = run_module("training", "all", "--preset", "smoke", "--out", str(folder))
+    prefix = strace.prefix(folder.parent / "trace")
+    done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

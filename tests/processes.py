@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "deploy" / "models"
 SAMPLES = ROOT / "deploy" / "samples"
+# Clients that are not ours reach the servers here without the proxy that a machine may have.
+os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost,::1")))
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,13 @@ def stop_server(server: ServerProcess) -> int:
     return server.process.returncode
 
 
-def run_module(*arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
-    """python -m ..., from the root, its output captured."""
+def run_module(
+    *arguments: str, timeout: float = 600, prefix: Sequence[str] = (), **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """python -m ..., from the root, its output captured. prefix: a command that runs the command after it."""
+    command = [*prefix, sys.executable, "-m", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ
+        command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ | environment
     )
 
 

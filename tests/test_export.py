@@ -85,6 +85,36 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert not (models / "x").exists()
 
 
+def test_warnings_of_a_run_are_shown_at_export_and_stand_in_the_manifest(smoke_run: Path, tmp_path: Path) -> None:
+    def export(run: Path, name: str) -> tuple[str, list[str]]:
+        flags = ("--attention", "masked", "--verify-images", "2", "--accuracy-images", "50")
+        done = run_module("export", str(run), str(tmp_path / "models"), "--name", name, *flags)
+        assert done.returncode == 0, done.stderr
+        evaluation = load_bundle(tmp_path / "models" / name / "1").manifest.evaluation
+        return done.stderr, list(evaluation.get("warnings", []))
+
+    said, warnings = export(smoke_run, "sound")
+    assert ("warning" in said, warnings) == (False, [])
+    run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
+    for name, keys, value in (
+        ("vit.json", ("result", "selection", "head_usage"), 1.0),
+        ("sae.json", ("result", "fidelity", 0, "fvu"), 19.0),
+        ("results.json", ("neutral", "accuracy"), 0.11),
+    ):
+        changed = whole = json.loads((run / name).read_text())
+        for key in keys[:-1]:
+            changed = changed[key]
+        changed[keys[-1]] = value
+        (run / name).write_text(json.dumps(whole))
+    said, warnings = export(run, "untrained")
+    assert [warning.partition(",")[0].partition(";")[0] for warning in warnings] == [
+        "head usage is 1.0000",
+        "an autoencoder leaves a fraction of variance unexplained of 19.0000",
+        "accuracy is 0.1100 on the test images",
+    ]
+    assert all(f"export: warning: {warning}\n" in said for warning in warnings)
+
+
 def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
     results = json.loads((run / "results.json").read_text())

@@ -90,7 +90,8 @@ def test_an_async_client_may_be_older_than_its_event_loop(server: ServerProcess)
         finally:
             await other.close()
 
-    assert asyncio.run(ask()) == "fashion_mnist"
+    for _ in range(2):  # each with a loop of its own
+        assert asyncio.run(ask()) == "fashion_mnist"
     asyncio.run(AsyncClient(server.address).close())
 
 

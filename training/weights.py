@@ -7,7 +7,6 @@ them. The model may lie deeper in the checkpoint (`state_dict`, `model`) and its
 """
 
 import argparse
-import pickle
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -140,14 +138,17 @@ def _checkpoint(path: Path, model: str) -> dict[Any, Any]:
             raise UnsupportedModel(f"vit.weights is {path}, {why}; {ALLOWED}")
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # of a broken file many kinds
+        if type(error).__name__ != "UnpicklingError":
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise UnsupportedModel(f"vit.weights is {path}: {why}; {ALLOWED}") from error
         command = shlex.join([sys.executable, "-c", CONVERT, str(path), str(path.with_suffix(".safetensors"))])
         raise UnsupportedModel(
             f"vit.weights is {path}, which holds more than tensors; {ALLOWED}. "
             f"To convert a file that you trust (this runs what is in it): {command}"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise UnsupportedModel(f"vit.weights is {path}: {str(error).splitlines()[0]}; {ALLOWED}") from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 

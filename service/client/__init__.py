@@ -2,11 +2,12 @@
 # mypy: no-warn-return-any
 # (gRPC's stubs have no types)
 
+import asyncio
 import ipaddress
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -140,7 +141,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio. It belongs to the event loop in which its first call is made."""
+    """The same for asyncio. It may be made before the event loop, and used in one after the other."""
 
     def __init__(
         self,
@@ -151,15 +152,17 @@ class AsyncClient:
     ):
         self._open = partial(opened, grpc.aio, address, credentials, attempts)
         self._timeout = timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: Any = None
+        self._made: Any = None
 
-    @cached_property
-    def _channel(self) -> Any:
-        """Opened late: gRPC binds it to the loop that runs now, and this object may be older than the loop."""
-        return self._open()
-
-    @cached_property
+    @property
     def _stub(self) -> Any:
-        return SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        """gRPC binds a channel to the loop that runs: another one, as of a second asyncio.run, gets another channel."""
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            self._channel, self._loop = self._open(), loop
+            self._made = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        return self._made
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         return await self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
@@ -187,7 +190,7 @@ class AsyncClient:
         return await call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     async def close(self) -> None:
-        if "_channel" in self.__dict__:
+        if self._loop is asyncio.get_running_loop():
             await self._channel.close()
 
     async def __aenter__(self) -> "AsyncClient":

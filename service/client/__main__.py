@@ -22,8 +22,8 @@ from service.client.tables import compare_table, explain_table, predict_table, p
 from service.pb import steering_pb2 as pb
 from training.terminal import print_anything
 
-IMAGES_PER_CALL = 64
-"""A call with more files than this is made as several."""
+IMAGES_PER_CALL, BYTES_PER_CALL = 64, 16 * 2**20
+"""More files than this are sent in several calls; a single larger one in a call of its own."""
 Answer = TypeVar("Answer", pb.PredictResponse, pb.CompareResponse, pb.ExplainResponse)
 
 
@@ -133,20 +133,25 @@ def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -
     Raises Refused.
     """
     whole: Answer | None = None
-    for first in range(0, len(paths), IMAGES_PER_CALL):
-        part = paths[first : first + IMAGES_PER_CALL]
+    done = 0
+    while done < len(paths):
+        images = [paths[done].read_bytes()]
+        for path in paths[done + 1 : done + IMAGES_PER_CALL]:
+            if sum(map(len, images)) + path.stat().st_size > BYTES_PER_CALL:
+                break
+            images.append(path.read_bytes())
         try:
-            answer = call([path.read_bytes() for path in part], **asked)
+            answer = call(images, **asked)
         except grpc.RpcError as error:
             of_file = re.match(r"images\[(\d+)\]", error.details() or "")
-            which = f" ({part[int(of_file[1])]})" if of_file else ""
+            which = f" ({paths[done + int(of_file[1])]})" if of_file else ""
             raise Refused(f"{error.code().name}: {error.details()}{which}") from error
         if whole is None:
             whole = answer
         else:
             whole.MergeFrom(answer)
-        if len(paths) > IMAGES_PER_CALL and sys.stderr.isatty():
-            done = first + len(part)
+        done += len(images)
+        if len(images) < len(paths) and sys.stderr.isatty():
             end = "\n" if done == len(paths) else ""
             print(f"\r{done} of {len(paths)} images", end=end, file=sys.stderr, flush=True)
     assert whole is not None, "the command line has at least one image"
