@@ -63,7 +63,7 @@ def sample_pixels(samples: dict[str, list[bytes]]) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder trained here and now with the preset `smoke`; beside it `trace`, by strace where that is installed."""
+    """A run folder trained here and now with the preset `smoke`; beside it `trace`, where strace is installed."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     prefix = strace.prefix(folder.parent / "trace")
     done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import rehearsal
 import strace
-from processes import MODELS, ROOT, run_module
+from processes import ROOT, run_module
 
 CACHES = [Path.home() / ".cache" / "matplotlib", Path.home() / ".config", Path.home() / ".cache"]
 """What SECURITY.md names: Matplotlib's, with the folders that it makes for it."""
@@ -103,7 +103,8 @@ def test_what_onnxruntime_would_write_and_a_name_that_is_looked_up_are_seen(log:
 def test_every_package_that_imports_onnxruntime_turns_telemetry_off_before() -> None:
     """In packages, whose own __init__ comes first; a test of ours has been through conftest.py."""
     packages = {"training", "service", "service.client"}
-    for path in (path for folder in ("training", "export", "service", "tests") for path in (ROOT / folder).rglob("*.py")):
+    folders = ("training", "export", "service", "tests")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -112,7 +113,8 @@ def test_every_package_that_imports_onnxruntime_turns_telemetry_off_before() -> 
     assert packages >= {"export", "service", "tests.perf"}
     environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
     for package in packages - {"tests"}:
-        code = f"import {package}, os, sys; assert 'onnxruntime' not in sys.modules; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+        code = f"import {package}, os, sys; assert 'onnxruntime' not in sys.modules; "
+        code += "print(os.environ['ORT_DISABLE_TELEMETRY'])"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.stdout == "1\n", f"{package}: {done.stderr}"
 

@@ -29,13 +29,15 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 
 | module | its tests |
 |---|---|
-| training/ | the numbers above, test_data.py, test_training.py, test_steering.py, test_report.py |
+| training/ | the numbers above, test_data.py, test_folders.py, test_weights.py, test_training.py, test_steering.py, test_report.py |
 | export/ | test_export.py, test_graphs.py, test_bundle.py |
 | service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
-| service/: that it answers alike | test_determinism.py, test_batcher.py |
+| service/: that it answers alike, and on which CPUs | test_determinism.py, test_batcher.py, test_tuning.py |
 | service/: what it serves | test_repository.py, test_profiles.py |
-| service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py |
+| service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |
 | service/client/ | test_client.py |
+| clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py, health.py by grpclib |
+| the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py |
 | deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |
 
 To touch for something new:
