@@ -6,17 +6,16 @@
 ```
 """
 
+import contextlib
 import json
-import logging
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-from export.bundle import BundleError, check_inside, is_bundle, versions
+from export.bundle import VERSION, BundleError, check_inside, is_bundle
 
-log = logging.getLogger("steervit.catalogue")
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
 """The version that is served where a request names none, if there is this label; else the newest."""
@@ -40,32 +39,61 @@ class Shelf:
     """What is wrong with labels.json."""
 
 
-def scan(repository: Path) -> dict[str, Shelf]:
-    """By model. Raises BundleError when there is no bundle."""
+class Catalogue(dict[str, Shelf]):
+    """By model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[Path, str] = {}
+        """What could not be looked at or is no folder, and why."""
+
+
+def scan(repository: Path) -> Catalogue:
+    """Raises BundleError when there is no bundle."""
+    shelves = Catalogue()
     if is_bundle(repository):
         name, version = _single(repository)
-        return {name: Shelf({version: Found(repository, _fingerprint(repository))})}
+        shelves[name] = Shelf({version: Found(repository, _fingerprint(repository))})
+        return shelves
     if not repository.is_dir():
         raise BundleError(f"repository is {repository}, which is not a folder")
-    shelves = {}
-    for model in sorted(path for path in repository.iterdir() if not path.name.startswith(".")):
-        try:
-            folders = {number: model / str(number) for number in versions(model)}
-        except OSError as error:  # of another owner, such as lost+found
-            _skip(model, str(error.strerror))
-            continue
-        found = {number: Found(folder, _fingerprint(folder)) for number, folder in folders.items()}
+    for model in _folders(repository, lambda name: not name.startswith("."), shelves.skipped):
+        found = {}
+        for folder in _folders(model, lambda name: bool(VERSION.fullmatch(name)), shelves.skipped):
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                found[int(folder.name)] = Found(folder, _fingerprint(folder))
         if found:
             shelves[model.name] = Shelf(found, *_labels(repository, model, found))
     if not shelves:
-        raise BundleError(f"repository is {repository}; allowed: a bundle, or folders <model>/<version>/ with bundles")
+        skipped = "".join(f"; {path}: {reason}" for path, reason in shelves.skipped.items())
+        raise BundleError(
+            f"repository is {repository}; allowed: a bundle, or folders <model>/<version>/ with bundles{skipped}"
+        )
     return shelves
 
 
-@lru_cache
-def _skip(folder: Path, reason: str) -> None:
-    """Said once, however often the folder is looked at."""
-    log.warning("%s is skipped: %s", folder, reason)
+def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str]) -> list[Path]:
+    """The folders in a folder whose name is one of those, by name; what is none or cannot be read is noted."""
+    found = []
+    try:
+        paths = sorted(path for path in parent.iterdir() if named(path.name))
+    except FileNotFoundError:  # removed since
+        return []
+    except OSError as error:
+        skipped[parent] = error.strerror or str(error)
+        return []
+    for path in paths:
+        try:
+            if stat.S_ISDIR(path.stat().st_mode):
+                found.append(path)
+            elif VERSION.fullmatch(path.name):
+                skipped[path] = "is not a folder"
+        except FileNotFoundError:
+            if path.is_symlink():
+                skipped[path] = "is a link to nothing"
+        except OSError as error:
+            skipped[path] = error.strerror or str(error)
+    return found
 
 
 def wanted(policy: str, shelf: Shelf) -> list[int]:
@@ -113,15 +141,18 @@ def _single(folder: Path) -> tuple[str, int]:
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
+    """Raises FileNotFoundError. Of a folder that cannot be read: empty, as loading it says why."""
     found = []
     try:
         paths = sorted(folder.iterdir())
-    except OSError:  # loading it says what is wrong
+    except FileNotFoundError:
+        raise
+    except OSError:
         return ()
     for path in paths:
         try:
-            stat = path.stat()
+            status = path.stat()
         except OSError:  # a link to nowhere, or removed since
             continue
-        found.append((path.name, stat.st_size, stat.st_mtime_ns))
+        found.append((path.name, status.st_size, status.st_mtime_ns))
     return tuple(found)

@@ -11,14 +11,14 @@ import contextlib
 import ctypes
 import logging
 import re
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from export.bundle import BundleError, load_bundle
-from service.catalogue import DEFAULT_LABEL, Fingerprint, Shelf, scan, wanted
+from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan, wanted
 from service.config import Settings
 from service.engine import EngineError
 from service.errors import InvalidRequest, NotFound, Unavailable
@@ -80,8 +80,9 @@ class Repository:
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
         """Under way."""
-        self._shelves: Mapping[str, Shelf] = scan(settings.repository)
+        self._shelves = Catalogue()
         """As the folder was last seen."""
+        self._look_at_folder()
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, Loaded] = {}
         """Models none of whose versions works."""
@@ -163,15 +164,26 @@ class Repository:
         """
         return await self._carried_through(self._refresh(only))
 
+    def _look_at_folder(self) -> Catalogue:
+        """Read the repository folder; what is skipped and was not before is logged."""
+        found = scan(self._settings.repository)
+        for path, reason in found.skipped.items():
+            if self._shelves.skipped.get(path) != reason:
+                log.warning("skipped in the repository: %s: %s", path, reason)
+        self._shelves = found
+        return found
+
     async def _refresh(self, only: str | None) -> dict[str, Loaded]:
-        self._shelves = shelves = await asyncio.get_running_loop().run_in_executor(
-            None, scan, self._settings.repository
-        )
+        shelves = await asyncio.get_running_loop().run_in_executor(None, self._look_at_folder)
+        repository = self._settings.repository
+        unclear = {path.relative_to(repository).parts[0]: (path, why) for path, why in shelves.skipped.items()}
         if only is not None and only not in shelves:
+            if only in unclear:
+                raise BundleError("{}: {}".format(*unclear[only]))
             raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
         followed = {name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)}
         if only is None:
-            for name in {*self._loaded, *self._broken} - set(shelves):
+            for name in {*self._loaded, *self._broken} - {*shelves, *unclear}:  # rather retained than lost by mistake
                 await self._unload(name)
         return followed
 
