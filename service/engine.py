@@ -71,7 +71,8 @@ def joined(parts: Sequence[Outputs]) -> Outputs:
     names = ("logits", "probability", "ranking", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     residuals = [part.residual for part in parts if part.residual is not None]
-    residual = np.concatenate(residuals) if residuals else None
+    # A part may have them only because another call in its batch asked.
+    residual = np.concatenate(residuals) if len(residuals) == len(parts) else None
     return Outputs(**arrays, residual=residual, seconds=sum(part.seconds for part in parts))
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service import batcher
 from service.batcher import Answer, Batcher, BatchStats
-from service.engine import Engine, Outputs
+from service.engine import Engine, Outputs, joined
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
-from service.steering import Steering, resolve
+from service.steering import Steering, resolve, stack
 from training.steering import NEUTRAL, SteeringArrays, SteeringTerm
 
 LOGIT_TOLERANCE = 2e-4
@@ -149,6 +149,18 @@ def test_a_call_larger_than_a_batch_is_split_and_put_together(
     assert sorted(stats.images for stats in parts.batches) == [3, 8, 8]
     for row in range(19):
         same(answer, engine.run(sample_pixels[row : row + 1], steerings[3].arrays), row)
+
+
+def test_residuals_of_some_batches_are_no_residuals_of_a_call(
+    engine: Engine, sample_pixels: NDArray[np.uint8], steerings: list[Steering]
+) -> None:
+    """A call without residuals shares one of its two batches with a call that asks for them."""
+    with_, without = (engine.run(sample_pixels[:2], stack([steerings[3]], [2]), residual) for residual in (True, False))
+    assert joined([with_, without]).residual is None
+    assert joined([with_, without]).rows(np.array([3])).logits.shape[0] == 1
+    residual = joined([with_, with_]).residual
+    assert residual is not None
+    assert len(residual) == 4
 
 
 def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
