@@ -1,6 +1,8 @@
 """python -m service --repository deploy/models --port 8001 --metrics-port 8002"""
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -18,6 +20,9 @@ from export.bundle import BundleError
 from service.config import PREFIX, Settings, unknown_in_environment
 from service.engine import EngineError
 from service.server import Server
+
+M_ARENA_MAX = -8
+"""Of mallopt(3)."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,6 +75,7 @@ def _signals_reach_process_1() -> None:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted, unless a second one comes. SIGHUP: reload."""
     _raise_file_limit()
+    _limit_arenas()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -106,6 +112,12 @@ async def serve(settings: Settings) -> None:
     _signals_reach_process_1()
     logging.getLogger("steervit").info("stopping: answering what was accepted")
     await server.stop()
+
+
+def _limit_arenas() -> None:
+    """Threads share two heaps instead of having one each: models that come and go would leave parts in all of them."""
+    with contextlib.suppress(AttributeError):  # of C libraries other than glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _raise_file_limit() -> None:

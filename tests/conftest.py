@@ -66,6 +66,6 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder trained here and now with the preset `smoke`; beside it `trace`, where strace is installed."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     prefix = strace.prefix(folder.parent / "trace")
-    done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix)
+    done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
