@@ -73,7 +73,7 @@ def test_the_demo_needs_no_network_no_home_no_proxy_and_no_unicode(log: Path, tm
 def test_a_training_asks_nobody_and_writes_into_its_folder(log: Path, smoke_run: Path) -> None:
     traced = strace.read(smoke_run.parent / "trace")
     assert traced.remote == frozenset()
-    assert smoke_run / "report.html" in {path.parent / path.name.strip(".") for path in traced.written} | traced.written
+    assert any(path.parent == smoke_run and "report.html" in path.name for path in traced.written)
     assert outside(traced, smoke_run) == []
 
 
