@@ -184,6 +184,11 @@ class Manifest:
         require(least <= dense < MOST, "macs.dense", dense, f"{least} or more, as all heads together")
         usage = self.evaluation.get("head_usage", 0.0)
         require(isinstance(usage, int | float), "evaluation.head_usage", usage, "a number")
+        warnings = self.evaluation.get("warnings", [])
+        require(
+            isinstance(warnings, list) and all(isinstance(warning, str) for warning in warnings),
+            "evaluation.warnings", warnings, "a list of sentences",
+        )  # fmt: skip
         require(bool(self.graphs), "graphs", self.graphs, "one or more")
         for graph in self.graphs:
             require(graph.attention in ATTENTIONS, "graphs.attention", graph.attention, ", ".join(ATTENTIONS))

@@ -27,6 +27,12 @@ class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
     request_queue_size = 128
     """Connections that wait to be accepted; of the 5 that are the default, probes would be turned away."""
 
+    def server_bind(self) -> None:
+        """Binds without the look-up of the host's name that http.server makes."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
 
 class _Version6(_ThreadingWSGIServer):
     address_family = socket.AF_INET6

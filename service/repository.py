@@ -287,6 +287,8 @@ class Repository:
                 model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
                 model.bundle.digest,
             )  # fmt: skip
+            for warning in model.bundle.manifest.evaluation.get("warnings", []):
+                log.warning("model %s version %d: %s", name, version, warning)
         return attempts
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from processes import MODELS, run_module
+from processes import MODELS, run_module, start_server, stop_server
 
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, FileEntry, load_bundle
@@ -85,7 +85,7 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert not (models / "x").exists()
 
 
-def test_warnings_of_a_run_are_shown_at_export_and_stand_in_the_manifest(smoke_run: Path, tmp_path: Path) -> None:
+def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(smoke_run: Path, tmp_path: Path) -> None:
     def export(run: Path, name: str) -> tuple[str, list[str]]:
         flags = ("--attention", "masked", "--verify-images", "2", "--accuracy-images", "50")
         done = run_module("export", str(run), str(tmp_path / "models"), "--name", name, *flags)
@@ -113,6 +113,11 @@ def test_warnings_of_a_run_are_shown_at_export_and_stand_in_the_manifest(smoke_r
         "accuracy is 0.1100 on the test images",
     ]
     assert all(f"export: warning: {warning}\n" in said for warning in warnings)
+    with (tmp_path / "log").open("w") as log:
+        assert stop_server(start_server(tmp_path / "models", stderr=log)) == 0
+    logged = (tmp_path / "log").read_text()
+    assert all(f"model untrained version 1: {warning}\n" in logged for warning in warnings)
+    assert logged.count("WARNING") == len(warnings)
 
 
 def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path, tmp_path: Path) -> None:
