@@ -1,7 +1,8 @@
 """Programs of others that the tests and benches run, installed into build/peers: python -m tests.perf.peer_tools
 
 - perf_analyzer, from PyPI. Where the C library is older than it needs, the next Debian's lies beside it.
-- Triton with its Python backend, from PyPI. It runs the Python and the onnxruntime of this environment.
+- Triton with its Python backend, from PyPI. It runs the Python and the onnxruntime of this environment,
+  with a numpy of its own.
 
 Nothing outside build/ changes, and root is not needed. Where one cannot run, `Unavailable` says why.
 """
@@ -21,6 +22,8 @@ FOLDER = Path(__file__).parents[2] / "build" / "peers"
 PERF_ANALYZER = "perf-analyzer==2.60.0"
 TRITON = "nvidia-pytriton==0.7.0"
 """Triton 2.51."""
+TRITON_NUMPY = "numpy==1.26.4"
+"""Its Python backend answers with empty tensors under numpy 2."""
 RUNTIME = ("libc6", "libstdc++6", "libgcc-s1", "libssl3t64", "zlib1g", "libzstd1")
 """What perf_analyzer is linked with."""
 RUNTIME_SUITE = "trixie"
@@ -53,14 +56,20 @@ def tritonserver() -> tuple[list[str], dict[str, str]]:
     """The command and its environment, installed if it is missing. Raises Unavailable."""
     _check_platform()
     folder = FOLDER / "triton"
+    python = folder / "python"
     backends = folder / "pytriton" / "tritonserver" / "backends"
     binary = folder / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     with _installing(folder) as missing:
         if missing:
             _pip(TRITON, target=folder)
+            # What Triton embeds looks for packages beside the `python3` on its PATH, and nowhere else.
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(python)], check=True)
+            packages = Path(sysconfig.get_path("purelib", vars={"base": str(python)}))
+            _pip("--only-binary", ":all:", TRITON_NUMPY, target=packages)
+            (packages / "onnxruntime.pth").write_text(sysconfig.get_path("platlib") + "\n")
             binary.chmod(0o755)
             release = f"{sys.version_info.major}.{sys.version_info.minor}"
-            stub = folder / "pytriton" / "tritonserver" / "python_backend_stubs" / release / "triton_python_backend_stub"
+            stub = backends.parent / "python_backend_stubs" / release / "triton_python_backend_stub"
             if not stub.exists():
                 raise Unavailable(f"Triton's Python backend is not built for Python {release}")
             Path(shutil.copy(stub, backends / "python")).chmod(0o755)
@@ -68,7 +77,7 @@ def tritonserver() -> tuple[list[str], dict[str, str]]:
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": f"{python_library}:{folder / 'nvidia_pytriton.libs'}",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{python / 'bin'}:{os.environ['PATH']}",
     }
     return [str(binary), "--backend-directory", str(backends)], environment
 
@@ -107,7 +116,7 @@ def _python_library(folder: Path) -> Path:
     """Where the shared library of this Python lies: Debian packages it apart from the program."""
     name = sysconfig.get_config_var("INSTSONAME")
     library, architecture = Path(sysconfig.get_config_var("LIBDIR")), sysconfig.get_config_var("MULTIARCH")
-    fetched = folder / "python"
+    fetched = folder / "library"
     for place in (library, library / architecture, fetched / "usr" / "lib" / architecture):
         if (place / name).exists():
             return place

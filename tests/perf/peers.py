@@ -254,9 +254,7 @@ def peers(subject: Subject, options: argparse.Namespace, folder: Path) -> Iterat
 
 
 def measure(subject: Subject, options: argparse.Namespace) -> list[Row]:
-    cells = [
-        Cell(subject.name, images, calls) for images in options.images for calls in options.calls or subject.calls
-    ]
+    cells = [Cell(subject.name, images, calls) for images in options.images for calls in options.calls or subject.calls]
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory(prefix="peers-") as folder,
@@ -269,8 +267,8 @@ def measure(subject: Subject, options: argparse.Namespace) -> list[Row]:
                 seconds = max(options.seconds, 2 * cell.calls * cell.images / subject.rate)
                 first = number % len(servers)
                 for server in servers[first:] + servers[:first]:
-                    result = server.measure(cell, seconds)
-                    rows.append(Row(**asdict(cell), peer=server.name, triton=server.triton, round=number, **asdict(result)))
+                    result = asdict(server.measure(cell, seconds))
+                    rows.append(Row(**asdict(cell), peer=server.name, triton=server.triton, round=number, **result))
                     progress.update()
     return rows
 
@@ -370,12 +368,11 @@ def plot(found: Sequence[Summary], titles: dict[str, str], path: Path) -> None:
                     axis.bar(x, rate, 0.92 * width, color=colour, label=label)
                     spread = [[rate - bar.low], [bar.high - rate]]
                     axis.errorbar(x, rate, spread, color="#222", lw=0.9, capsize=2.5, capthick=0.9)
-                    axis.annotate(_figures(bar)[0], (x, bar.high), (0, 3), textcoords="offset points", ha="center", fontsize=7.5)
+                    above = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
+                    axis.annotate(_figures(bar)[0], (x, bar.high), (0, 3), **above)
                     others = [s.images_per_second for s in cell if bar.triton and s.triton and s is not bar]
-                    axis.plot(
-                        [x] * len(others), others, "_", color="white", ms=9, mew=1.4,
-                        label="Triton, other settings" if others and place == 0 else None,
-                    )  # fmt: skip
+                    label = "Triton, other settings" if others and place == 0 else None
+                    axis.plot([x + 0.28 * width] * len(others), others, "o", color="#3d1a07", ms=3.2, label=label)
             axis.set_xticks(range(len(calls)), [str(n) for n in calls])
             axis.set_title(f"{titles[model]}: {count} image{'s' * (count > 1)} a call", fontsize=10)
             axis.grid(axis="y", alpha=0.25)
@@ -386,9 +383,10 @@ def plot(found: Sequence[Summary], titles: dict[str, str], path: Path) -> None:
         axis.set_xlabel("calls at a time")
     for line in axes:
         line[0].set_ylabel("images a second")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, frameon=False, fontsize=9, loc="upper center", ncols=len(labels))
-    legend.get_frame().set_facecolor("#ccc")
+    entries = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    names = sorted(entries, key=lambda name: (name.startswith("Triton"), name.endswith("other settings")))
+    style = {"frameon": False, "fontsize": 9, "loc": "upper center", "ncols": len(names)}
+    figure.legend([entries[name] for name in names], names, **style)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / size[1]))
     figure.savefig(path, dpi=150)
     plt.close(figure)

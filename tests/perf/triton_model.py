@@ -1,4 +1,4 @@
-"""The model of Triton's Python backend in the bench: our graph on onnxruntime, without steering. Triton runs this file."""
+"""What Triton's Python backend runs in the bench: our graph on onnxruntime, without steering."""
 
 import json
 from typing import Any
