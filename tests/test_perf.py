@@ -1,11 +1,16 @@
 """What the benches rest on: forced gates are the gates that were asked for, and rows say what they measured."""
 
 import json
+from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from processes import ServerProcess
 
-from tests.perf import heads
+from service.pb import open_inference_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.perf import heads, peers
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +45,38 @@ def test_a_row_is_compared_with_the_fastest_plain_model(model: heads.Model) -> N
     assert dispatch.low <= dispatch.ms <= dispatch.high
     assert dispatch.efficiency_low <= dispatch.efficiency <= dispatch.efficiency_high
     json.dumps([row.__dict__ for row in rows.values()])
+
+
+def test_triton_gives_the_answers_of_our_server(tmp_path: Path, server: ServerProcess) -> None:
+    subject = peers.committed()
+    pixels = b"".join(subject.pixels(subject.manifest)[:3])
+    request = pb.ModelInferRequest(model_name=subject.name, raw_input_contents=[pixels])
+    request.inputs.add(name="image", datatype="UINT8", shape=[3, *subject.manifest.image.shape])
+    outputs = []
+    try:
+        with peers.triton(subject, 1, 2, tmp_path) as address:
+            for peer in (address, server.address):
+                with grpc.insecure_channel(peer) as channel:
+                    stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+                    outputs.append(stub.ModelInfer(request, timeout=30))
+    except peers.Unavailable as reason:
+        pytest.skip(str(reason))
+    theirs, ours = outputs
+    assert [(o.name, o.datatype, list(o.shape)) for o in theirs.outputs] == [
+        (o.name, o.datatype, list(o.shape)) for o in ours.outputs
+    ]
+    logits, expected = (np.frombuffer(o.raw_output_contents[0], "<f4") for o in outputs)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_server_is_compared_with_triton_at_its_best_setting_round_by_round() -> None:
+    rates = {"steervit": (100.0, 330.0, 500.0), "Triton: 1 thread": (100.0, 300.0, 200.0), "Triton: 2": (50, 400, 400)}
+    rows = [
+        peers.Row("m", 1, 8, peer, peer.startswith("Triton"), number, rate, 1000 / rate, 2000 / rate)
+        for peer, of in rates.items()
+        for number, rate in enumerate(of)
+    ]
+    ((title, _, _, peer, *figures),) = peers.lines(peers.summaries(rows), {"m": "Model"})
+    assert (title, peer) == ("Model", "steervit")
+    # medians; the ratios of the rounds are 2, 0.825 and 1.25
+    assert figures == ["330", "3.0", "6.1", "400", "2.5", "5.0", "2", "1.25"]

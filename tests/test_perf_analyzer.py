@@ -1,49 +1,63 @@
-"""perf_analyzer against a real server: it aborts unless the metadata, the statistics and the answers are Triton's."""
+"""perf_analyzer, NVIDIA's load generator, against the server as its users run it."""
 
+import csv
 import os
-import re
 import subprocess
-from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from perf_analyzer import CannotRun, perf_analyzer
-from processes import MODELS, start_server, stop_server
+from processes import ServerProcess
 
-RUNS = {
-    "one image": ("-b", "1", "--concurrency-range", "1"),
-    "one image, 8 calls at a time": ("-b", "1", "--concurrency-range", "8"),
-    "16 images": ("-b", "16", "--concurrency-range", "1"),
-    "4 images under a profile, 8 calls at a time": (
-        "-b", "4", "--concurrency-range", "8", "--request-parameter", "profile:Shirt:string",
-    ),
-}  # fmt: skip
-"""With other numbers, the commands of README.md."""
+from tests.perf import peer_tools
 
 
 @pytest.fixture(scope="module")
-def command() -> Sequence[str]:
+def command() -> list[str]:
     try:
-        return perf_analyzer()
-    except CannotRun as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no perf_analyzer: {error}")
+        return peer_tools.perf_analyzer()
+    except peer_tools.Unavailable as reason:
+        pytest.skip(str(reason))
 
 
-def test_perf_analyzer_measures_the_server(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
-    server = start_server(MODELS)
-    try:
-        for name, flags in RUNS.items():
-            short = ("--measurement-interval", "500", "--stability-percentage", "999", "--max-trials", "3")
-            asked = [*command, "-m", "fashion_mnist", "-u", server.address, "-i", "grpc", *flags, *short]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stdout + done.stderr
-            rates = re.findall(r"Throughput: ([\d.]+) infer/sec", done.stdout)
-            assert rates, done.stdout + done.stderr
-            assert float(rates[-1]) > 10
-            assert "Inference count" in done.stdout, "the server's own statistics were read"
-            with capsys.disabled():
-                print(f"\nperf_analyzer, {name}:\n{done.stdout.strip()}")
-        assert server.count("steervit_images_total", profile="Shirt") > 40
-    finally:
-        assert stop_server(server) == 0
+def run(command: list[str], server: ServerProcess, *flags: str) -> "subprocess.CompletedProcess[str]":
+    asked = ["-m", "fashion_mnist", "-u", server.address, "-i", "grpc", "-p", "200", "-s", "999", *flags]
+    return subprocess.run([*command, *asked], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "profile"),
+    [
+        ((), 1, "none"),
+        (("-b", "16"), 16, "none"),
+        (("--request-parameter", "profile:Shirt:string", "--async"), 1, "Shirt"),
+    ],
+    ids=["one image", "16 images", "a profile"],
+)
+def test_perf_analyzer_measures_one_and_eight_calls_at_a_time(
+    command: list[str], server: ServerProcess, tmp_path: Path, flags: tuple[str, ...], images: int, profile: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = server.count("steervit_images_total", profile=profile)
+    report = tmp_path / "report.csv"
+    done = run(command, server, "--concurrency-range", "1:8:7", "-f", str(report), *flags)
+    if os.environ.get("CI"):
+        with capsys.disabled():
+            print(f"\nperf_analyzer {' '.join(flags)}\n{done.stdout}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with report.open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["Concurrency"] for row in rows) == ["1", "8"]
+    for row in rows:
+        infer, rest = (float(row[f"Server Compute {part}"]) for part in ("Infer", "Output"))
+        assert 0 < infer < 1000 * float(row["p99 latency"])
+        assert rest > 0
+        assert float(row["Server Compute Input"]) < infer  # raw pixels: nothing to decode
+    counts = [int(line.split(":")[1]) for line in done.stdout.splitlines() if "Request count:" in line]
+    assert len(counts) == 2
+    assert server.count("steervit_images_total", profile=profile) - before >= images * sum(counts)
+
+
+def test_perf_analyzer_shows_what_is_wrong(command: list[str], server: ServerProcess) -> None:
+    done = run(command, server, "--request-parameter", "profile:Shoe:string")
+    assert done.returncode != 0
+    assert "steering.profile is 'Shoe'; allowed: 'Ankle boot', 'Bag'" in done.stdout + done.stderr
