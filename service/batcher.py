@@ -1,10 +1,8 @@
 """A bounded queue of images and the threads that run them in batches. Images with different steering share a batch.
 
 A batch starts as soon as an engine is free, and what arrives meanwhile is the next one. Each engine takes its equal
-share of all images in play: those that wait, those that run, and those whose callers have just been answered and are
-about to send the next. It waits for that share, PATIENCE at most: otherwise the first caller to come back would get a
-batch of its own, and small batches cost more per image. It does not wait where callers take longer to come back, or
-where the CPU would be idle meanwhile.
+share of all images in play: those that wait, those that run, and those expected from callers who have just been
+answered (patience.py), for which it waits.
 
 Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
 small call waits for at most one batch of each call before it, however large they are.
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 
 from service.engine import Outputs, joined
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
+from service.patience import PATIENCE, Patience
 from service.steering import Steering, stack
 from training.steering import SteeringArrays
 
@@ -102,17 +101,8 @@ class _Piece(NamedTuple):
         return slice(self.first, self.first + self.size)
 
 
-PATIENCE = 0.01
-"""Seconds that images wait at most for those of callers that have just been answered."""
-PATIENT_SHARE = 0.75
-"""The same as a share of the time that the last batch took."""
-CONTENDED = 1.15
-"""Seconds that a batch takes for a second of its thread's CPU time, from which on engines wait: where they do not have
-the CPUs to themselves, the event loop, which brings the images, makes good use of them meanwhile."""
-FORGET = 0.1
-"""Seconds after which a caller who was answered is not expected back."""
 LONE_AFTER = 3
-"""Calls in a row that met no other one, after which the lone engine runs those that follow."""
+"""Images in a row that met no others, after which the lone engine runs those that follow."""
 HANGS_AFTER = 300.0
 """Seconds of one batch after which it counts as hanging."""
 Result = Answer | Exception
@@ -136,7 +126,7 @@ class Batcher:
         lone: Runs | None = None,
     ):
         """engines: one for each batch at a time; the same one several times if its `run` may be called from several
-        threads. lone: runs calls of fewer images than there are engines, once LONE_AFTER in a row met no other one.
+        threads. lone: runs images that are alone in here, after LONE_AFTER such in a row.
         max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up.
         """
         self._lone = lone
@@ -158,18 +148,11 @@ class Batcher:
         self._closed = False
         self._running = [0] * len(engines)
         """Images in the batch of each engine."""
-        self._answered: deque[tuple[float, int]] = deque()
-        """When callers were answered that have not come back, and their images."""
-        self._return_seconds, self._return_deviation = PATIENCE / 5, 0.0
-        """How long callers take to come back: recent mean, and mean deviation from it."""
-        self._contention = 1.0
-        """Recent mean of seconds per second of CPU time, in batches."""
-        self._patience = 0.0
-        """How long callers are waited for, from their answer."""
+        self._patience = Patience()
         self._timed = 0
         """Threads that wait for a limited time."""
         self._lone_in_a_row = 0
-        """Calls of late that began and ended without another one in here."""
+        """Images that were alone in here, since the last one that was not."""
         self._started = [math.inf] * len(engines)
         """When the batch of each engine started; infinite: it has none."""
         self._threads = [
@@ -220,7 +203,7 @@ class Batcher:
                 self._lone_in_a_row = 0
             self._queue.append(call)
             self._queued += count
-            self._came_back(call.arrived)
+            self._patience.came_back(call.arrived)
         if not self._wake_scheduled:  # once for all calls that arrive in this turn of the loop
             self._wake_scheduled = True
             loop.call_soon(self._wake)
@@ -241,7 +224,7 @@ class Batcher:
     def _wake(self) -> None:
         self._wake_scheduled = False
         with self._lock:
-            if not self._timed or self._queued >= self._share(self._returning(time.monotonic())[0]):
+            if not self._timed or self._queued >= self._share(self._patience.expected(time.monotonic())[0]):
                 self._notify(self._queued)  # as many engines as there are images, at most
 
     def _notify(self, engines: int) -> None:
@@ -250,9 +233,9 @@ class Batcher:
             self._free[self._waiting.pop()].notify()
 
     def _work(self, index: int, engine: Runs) -> None:
-        while batch := self._next_batch(index):
-            lone = self._lone_in_a_row > LONE_AFTER and len(batch[0].call.images) < len(self._running)
-            self._run(index, self._lone if self._lone and lone else engine, batch)
+        while taken := self._next_batch(index):
+            batch, alone = taken
+            self._run(index, self._lone if self._lone and alone else engine, batch)
             self._started[index] = math.inf
 
     def _run(self, index: int, engine: Runs, batch: Sequence[_Piece]) -> None:
@@ -267,7 +250,7 @@ class Batcher:
             )
         except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
             if len(batch) == 1:
-                self._answer(index, 0.0, [(batch[0].call, error)])
+                self._answer(index, [(batch[0].call, error)])
                 return
             for piece in batch:
                 self._run(index, engine, [piece])
@@ -275,12 +258,9 @@ class Batcher:
         count = len(outputs.logits)
         results: list[tuple[_Call, Answer]] = []
         with self._counting:
-            now = time.monotonic()
-            seconds = (now - start) / (count * len(self._threads))
+            seconds, cpu_seconds = time.monotonic() - start, time.thread_time() - cpu
             weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
-            self._seconds_per_image += weight * (seconds - self._seconds_per_image)
-            contention = (now - start) / max(time.thread_time() - cpu, 1e-6)
-            self._contention += (min(contention, 2 * CONTENDED) - self._contention) / 8
+            self._seconds_per_image += weight * (seconds / (count * len(self._threads)) - self._seconds_per_image)
             first = 0
             for piece in batch:
                 part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
@@ -289,39 +269,29 @@ class Batcher:
                     results.append((piece.call, answer))
             waited = tuple(answer.queue_seconds for _, answer in results)
             self._on_batch(BatchStats(count, outputs.seconds, waited))
-        self._answer(index, now - start, results)
+        self._answer(index, results, (seconds, cpu_seconds))
 
-    def _answer(self, index: int, seconds: float, results: "Sequence[tuple[_Call, Result]]") -> None:
-        """Settle the calls that are complete; seconds: of the engine's last batch."""
+    def _answer(
+        self, index: int, results: "Sequence[tuple[_Call, Result]]", took: tuple[float, float] | None = None
+    ) -> None:
+        """Settle the calls that are complete. took: duration and CPU time of the engine's batch, unless it failed."""
         with self._lock:
             self._running[index] = 0
-            now = time.monotonic()
-            self._answered.extend((now, len(call.images)) for call, _ in results)
-            patience = self._return_seconds + self._return_deviation
-            pays = self._contention > CONTENDED and patience < min(PATIENCE, PATIENT_SHARE * seconds)
-            self._patience = patience if pays else 0.0
+            if took:
+                self._patience.batch(*took)
+            self._patience.answered((len(call.images) for call, _ in results), time.monotonic())
         _settle(results)
 
-    def _came_back(self, now: float) -> None:
-        """A call arrives: presumably that of the caller who was answered first."""
-        while self._answered:
-            answered, _ = self._answered.popleft()
-            if now - answered < FORGET:
-                off = now - answered - self._return_seconds
-                self._return_seconds += off / 8
-                self._return_deviation += (abs(off) - self._return_deviation) / 8
-                return
-
-    def _next_batch(self, index: int) -> list[_Piece]:
+    def _next_batch(self, index: int) -> tuple[list[_Piece], bool] | None:
         """Wait for images and take this engine's share; while the batch is not full, also until its oldest call is
-        max_delay old. [] when closed and empty."""
+        max_delay old. None when closed and empty. With it, whether it is for the lone engine."""
         with self._lock:
             wait: float | None
             while True:
                 self._drop_finished()
                 now = time.monotonic()
-                returning, patience = self._returning(now)
-                share = self._share(returning)
+                expected, patience = self._patience.expected(now)
+                share = self._share(expected)
                 if self._queue:
                     arrived = self._queue[0].arrived
                     patience = min(patience, arrived + PATIENCE - now) if self._queued < share else 0.0
@@ -329,35 +299,27 @@ class Batcher:
                     if remaining <= 0 or self._queued >= self._max_batch or self._closed:
                         break
                 elif self._closed:
-                    return []
+                    return None
                 else:
-                    wait = patience if returning else None
+                    wait = patience if expected else None
                 self._timed += wait is not None
                 self._waiting.append(index)
                 self._free[index].wait(wait)
                 if index in self._waiting:  # nobody woke it
                     self._waiting.remove(index)
                 self._timed -= wait is not None
+            alone = self._queued == 1 and not any(self._running)
+            self._lone_in_a_row += alone
             batch = self._take(share)
-            self._lone_in_a_row += len(batch) == 1 and not self._queued and not any(self._running)
             self._running[index] = sum(piece.size for piece in batch)
             self._started[index] = now
             if self._queued:
                 self._notify(self._queued)
-            return batch
+            return batch, alone and self._lone_in_a_row > LONE_AFTER
 
-    def _returning(self, now: float) -> tuple[int, float]:
-        """The images of the callers who are waited for, and for how many more seconds."""
-        total, oldest = 0, now
-        for answered, images in reversed(self._answered):
-            if answered + self._patience <= now:
-                break
-            total, oldest = total + images, answered
-        return total, oldest + self._patience - now
-
-    def _share(self, returning: int) -> int:
-        """Images that an engine takes, at most a batch."""
-        in_play = self._queued + sum(self._running) + returning
+    def _share(self, expected: int) -> int:
+        """Images that an engine takes, at most a batch. expected: from callers who have just been answered."""
+        in_play = self._queued + sum(self._running) + expected
         return max(1, min(self._max_batch, math.ceil(in_play / len(self._running))))
 
     def _take(self, most: int) -> list[_Piece]:

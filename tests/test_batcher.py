@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.bundle import Bundle
 from service import batcher
+from service import patience as module_patience
 from service.batcher import Answer, Batcher, BatchStats
 from service.engine import Engine, Outputs, joined
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
@@ -357,8 +358,8 @@ def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
     patience: float, contended: float, batches: list[int],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batcher, "PATIENCE", patience)
-    monkeypatch.setattr(batcher, "PATIENT_SHARE", 1e9)
-    monkeypatch.setattr(batcher, "CONTENDED", contended)
+    for name, value in {"PATIENCE": patience, "SHARE": 1e9, "CONTENDED": contended}.items():
+        monkeypatch.setattr(module_patience, name, value)
     parts = Parts(engine, max_delay=0.0)
 
     def calls(count: int) -> "list[asyncio.Task[Answer]]":
