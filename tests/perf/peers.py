@@ -385,9 +385,10 @@ def plot(found: Sequence[Summary], titles: dict[str, str], path: Path) -> None:
         line[0].set_ylabel("images a second")
     entries = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     names = sorted(entries, key=lambda name: (name.startswith("Triton"), name.endswith("other settings")))
-    style = {"frameon": False, "fontsize": 9, "loc": "upper center", "ncols": len(names)}
+    columns = min(len(names), 2 * len(images))  # as many as the figure is wide
+    style = {"frameon": False, "fontsize": 9, "loc": "upper center", "ncols": columns}
     figure.legend([entries[name] for name in names], names, **style)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / size[1]))
+    figure.tight_layout(rect=(0, 0, 1, 1 - (0.1 + 0.22 * -(-len(names) // columns)) / size[1]))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
