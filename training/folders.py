@@ -9,7 +9,6 @@ Read by ourselves: timm's reader takes the innermost folder for the label and pa
 import hashlib
 import os
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from training import processes
 from training.pixels import DataError, in_threads
+from training.steering import canonical
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TRAIN = ("train", "training")
@@ -157,7 +157,7 @@ def _labels(root: Path) -> dict[str, Path]:
     for name in folders:
         if any("\udc80" <= character <= "\udcff" for character in name):
             raise DataError(f"{show(root / name)} has a name that is not UTF-8; allowed: labels in UTF-8, so rename it")
-        normal = unicodedata.normalize("NFC", name)
+        normal = canonical(name)
         if normal in known:
             raise DataError(f"{root} has {known[normal]!a} and {name!a}, which are one label; allowed: one folder")
         known[normal] = name
@@ -166,8 +166,8 @@ def _labels(root: Path) -> dict[str, Path]:
 
 def _labels_of_test(root: Path, train: Part) -> dict[str, Path]:
     """Folder by label of the training images: the same names, whichever way their accents are written."""
-    normal = {unicodedata.normalize("NFC", name): path for name, path in _folders(root)[0].items()}
-    known = {unicodedata.normalize("NFC", label): label for label in train.labels}
+    normal = {canonical(name): path for name, path in _folders(root)[0].items()}
+    known = {canonical(label): label for label in train.labels}
     unknown = sorted(normal.keys() - known.keys())
     if unknown:
         name = show(normal[unknown[0]].name)
