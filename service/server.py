@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle
+from service import transport
 from service.config import Settings
 from service.guard import Guard
 from service.metrics import Metrics
@@ -57,6 +58,10 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         super().__init__()
         self._ended = asyncio.Event()
 
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        known = (health_pb2.HealthCheckResponse(status=status) for status in self._server_status.values())
+        return health_pb2.HealthListResponse(statuses=dict(zip(self._server_status, known, strict=True)))
+
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
@@ -92,15 +97,15 @@ class Server:
     async def start(self) -> None:
         """Raises OSError when a port is taken, or a TLS file is of no use."""
         settings = self._settings
-        self._server = grpc.aio.server(options=_options(settings))
+        self._server = transport.server(_options(settings))
         typed = SteeringService(self._repository, settings)
         open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready and self.alive)
         handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
         self._server.add_generic_rpc_handlers((*handlers, NotServed()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-            self._server,
+        told = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(told), self._server
         )
         address = f"{settings.url_host}:{settings.port}"
         certificates = Certificates(settings) if settings.tls_certificate else None
