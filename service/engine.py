@@ -32,14 +32,10 @@ NEAR_THRESHOLD = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """For B images. What answers need of a row is computed for a whole batch: that costs as much as one row."""
+    """For B images. What every answer needs of a row is computed for a whole batch: that costs as much as one row."""
 
     logits: NDArray[np.float32]
     """(B, classes)"""
-    probability: NDArray[np.float32]
-    """(B, classes), the most probable class first."""
-    ranking: NDArray[np.int64]
-    """(B, classes): the class of each of them."""
     head_gate: NDArray[np.bool_]
     """(B, gated blocks, heads)"""
     gate_logit: NDArray[np.float32]
@@ -58,17 +54,24 @@ class Outputs:
     def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
         """Of some images; the time stays that of all."""
         return Outputs(
-            self.logits[index], self.probability[index], self.ranking[index], self.head_gate[index],
-            self.gate_logit[index], self.head_usage[index], self.macs[index], self.near_threshold[index],
+            self.logits[index], self.head_gate[index], self.gate_logit[index],
+            self.head_usage[index], self.macs[index], self.near_threshold[index],
             None if self.residual is None else self.residual[index], self.seconds,
         )  # fmt: skip
+
+    def ranked(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The classes, the most probable first, and their probabilities: (B, classes) each."""
+        ranking = (-self.logits).argsort(1, kind="stable")
+        logits = self.logits[np.arange(len(self.logits))[:, None], ranking]
+        above = np.exp(logits - logits[:, :1])
+        return ranking, above / above.sum(1, keepdims=True)
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
     """The images of several batches, one after the other; their times added."""
     if len(parts) == 1:
         return parts[0]
-    names = ("logits", "probability", "ranking", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
+    names = ("logits", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     residuals = [part.residual for part in parts if part.residual is not None]
     # A part may have them only because another call in its batch asked.
@@ -139,13 +142,10 @@ class Engine:
         start = time.perf_counter()
         logits, head_gate, gate_logit, *others = (value[:count] for value in self._run(names, inputs))
         seconds = time.perf_counter() - start
-        ranking = (-logits).argsort(1, kind="stable")
-        ranked = logits[np.arange(count)[:, None], ranking]
-        above = np.exp(ranked - ranked[:, :1])
         macs = self.bundle.manifest.macs
         kept = head_gate.sum(2)  # (B, G)
         return Outputs(
-            logits, above / above.sum(1, keepdims=True), ranking, head_gate, gate_logit,
+            logits, head_gate, gate_logit,
             head_usage=kept.sum(1) / head_gate[0].size,
             macs=macs.dense - (head_gate.shape[2] - kept) @ self._macs_per_head,
             near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).reshape(count, -1).sum(1),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version as package_version
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -33,7 +33,7 @@ from service.receipt import Origin, measures, origin
 from service.repository import Repository
 from service.statistics import Duration
 from service.steering import Steering
-from service.tensors import RESERVED, STEERING, Tensor, packed, read_tensors
+from service.tensors import RESERVED, STEERING, Tensor, TensorHeader, headers, packed, tensors
 from training.steering import NEUTRAL, SteeringArrays
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -149,12 +149,13 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
         model = self._repository.get(request.model_name, request.model_version)
         with model.statistics.failures():
-            outputs = _wanted(request)
-            inputs = read_tensors(request, self._most(model))
+            identity, raw = request.id, request.raw_input_contents[:]
+            asked, contents = _read(request, bool(raw))
+            inputs = tensors(asked.tensors, raw, contents, self._most(model))
             images = self._images(model, inputs)
-            steering = await self._steering(model, request, inputs, len(images))
-        answer = await model.predict(images, steering, context.time_remaining(), "residual" in outputs)
-        return _response(request, model, steering, answer, outputs)
+            steering = await self._steering(model, asked, inputs, len(images))
+        answer = await model.predict(images, steering, context.time_remaining(), "residual" in asked.outputs)
+        return _response(identity, model, steering, answer, asked.outputs)
 
     def _most(self, model: Model) -> dict[str, int]:
         """Elements of an input at most, so that no more than these ever become Python objects."""
@@ -182,10 +183,8 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             for index, image in enumerate(images.ravel().tolist())
         ]
 
-    async def _steering(
-        self, model: Model, request: pb.ModelInferRequest, inputs: Mapping[str, Tensor], images: int
-    ) -> Steering:
-        profile, strength = _parameters(request.parameters)
+    async def _steering(self, model: Model, asked: "Asked", inputs: Mapping[str, Tensor], images: int) -> Steering:
+        profile, strength = asked.profile, asked.strength
         tensors = [inputs[name] for name in STEERING if name in inputs]
         if not tensors:
             return model.steering(profile, NEUTRAL, strength)
@@ -205,6 +204,40 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
                 f"steering tensors have {tensors[0][0].size} terms an image; allowed: {self._settings.max_terms}"
             )
         return await model.steering_of(SteeringArrays(*tensors), strength)
+
+
+class Asked(NamedTuple):
+    """What a request says beside the elements of its tensors."""
+
+    tensors: tuple[TensorHeader, ...]
+    outputs: Mapping[str, int]
+    """The outputs that are asked for, and of how many classes; 0: the tensor itself."""
+    profile: str
+    strength: float
+
+
+LONGEST_KEPT = 2048
+"""Bytes of a request without the elements of its tensors, up to which what it says is kept."""
+
+
+def _read(request: pb.ModelInferRequest, raw: bool) -> tuple[Asked, Sequence[Any]]:
+    """What a request says, and the typed contents of its inputs. The requests of a client are mostly alike but for
+    their raw contents, so these and the id are taken out, and what the rest says is kept."""
+    if raw:
+        request.ClearField("raw_input_contents")
+        request.ClearField("id")
+        if request.ByteSize() <= LONGEST_KEPT:
+            return _kept(request.SerializeToString()), ()
+    return _asked(request), [tensor.contents for tensor in request.inputs]
+
+
+def _asked(request: pb.ModelInferRequest) -> Asked:
+    return Asked(headers(request), _wanted(request), *_parameters(request.parameters))
+
+
+@lru_cache(maxsize=256)
+def _kept(request: bytes) -> Asked:
+    return _asked(pb.ModelInferRequest.FromString(request))
 
 
 def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
@@ -261,10 +294,9 @@ def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str
     return value
 
 
-def _response(
-    request: pb.ModelInferRequest, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]
-) -> bytes:
-    """The message. Its first part is the same for all calls alike, and messages that follow each other are one."""
+def _response(identity: str, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]) -> bytes:
+    """The message, for the request with this id. Its first part is the same for all calls alike, and messages that
+    follow each other are one."""
     contents: list[bytes] = []
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name, classes in outputs.items():
@@ -276,7 +308,7 @@ def _response(
             value = getattr(answer.outputs, name)
             tensors.append((name, OUTPUT_TYPES[name], value.shape))
             contents.append(value.tobytes())
-    response = pb.ModelInferResponse(id=request.id, raw_output_contents=contents)
+    response = pb.ModelInferResponse(id=identity, raw_output_contents=contents)
     parameters = response.parameters
     for name, number in measures(model, answer)._asdict().items():
         if isinstance(number, float):
@@ -305,7 +337,7 @@ def _classified(outputs: Outputs, labels: Sequence[str], count: int) -> list[lis
     """
     return [
         [f"{logits[index]:f}:{index}:{labels[index]}".encode() for index in ranking[:count]]
-        for logits, ranking in zip(outputs.logits.tolist(), outputs.ranking.tolist(), strict=True)
+        for logits, ranking in zip(outputs.logits.tolist(), outputs.ranked()[0].tolist(), strict=True)
     ]
 
 

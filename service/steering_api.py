@@ -194,7 +194,8 @@ def _messages(manifest: Manifest, top_k: int) -> int:
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
-    rows = (outputs.ranking[:, :top_k], outputs.probability[:, :top_k], outputs.head_gate)
+    ranking, probability = outputs.ranked()
+    rows = (ranking[:, :top_k], probability[:, :top_k], outputs.head_gate)
     said = (outputs.head_usage, outputs.macs, outputs.near_threshold)
     return [
         pb.Prediction(

@@ -4,7 +4,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,21 @@ RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_da
 """Parameters of the protocol and of its clients that mean nothing here."""
 
 
-def read_tensors(request: pb.ModelInferRequest, most: Mapping[str, int]) -> dict[str, Tensor]:
-    """The tensors of a request by name, their types and sizes checked. most: elements of each, that are not raw."""
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidRequest(
-            f"raw_input_contents has {len(raw)} entries; allowed: {len(request.inputs)}, one for each input"
-        )
-    found: dict[str, Tensor] = {}
+class TensorHeader(NamedTuple):
+    """What an input says beside its elements."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    typed: bool
+    """Whether it has contents of its own."""
+    where: str
+    """For errors."""
+
+
+def headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
+    """Of the inputs of a request, checked."""
+    found: dict[str, TensorHeader] = {}
     for index, tensor in enumerate(request.inputs):
         where = f"inputs[{index}] {tensor.name!r}"
         if tensor.name not in INPUT_TYPES:
@@ -61,52 +68,69 @@ def read_tensors(request: pb.ModelInferRequest, most: Mapping[str, int]) -> dict
         if min(tensor.shape) < 1:
             raise InvalidRequest(f"{where} has the shape {list(tensor.shape)}; allowed: sizes of 1 or more")
         typed = tensor.contents.ByteSize() > 0
-        if raw and typed:
-            raise InvalidRequest(f"{where} has contents, and there are raw_input_contents too; allowed: one of them")
-        limit = most[tensor.name]
-        found[tensor.name] = _from_raw(tensor, raw[index], where, limit) if raw else _from_typed(tensor, where, limit)
+        found[tensor.name] = TensorHeader(tensor.name, tensor.datatype, tuple(tensor.shape), typed, where)
+    return tuple(found.values())
+
+
+def tensors(
+    headers: Sequence[TensorHeader], raw: Sequence[bytes], contents: Sequence[Any], most: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The inputs by name, their sizes checked. raw: the contents of all of them, or nothing; then contents: the typed
+    ones. most: elements of each, that are not raw."""
+    if raw and len(raw) != len(headers):
+        raise InvalidRequest(f"raw_input_contents has {len(raw)} entries; allowed: {len(headers)}, one for each input")
+    found: dict[str, Tensor] = {}
+    for index, header in enumerate(headers):
+        if raw and header.typed:
+            raise InvalidRequest(
+                f"{header.where} has contents, and there are raw_input_contents too; allowed: one of them"
+            )
+        limit = most[header.name]
+        read = _from_raw(header, raw[index], limit) if raw else _from_typed(header, contents[index], limit)
+        found[header.name] = read
     return found
 
 
-def _from_raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes, where: str, most: int) -> Tensor:
-    count = math.prod(tensor.shape)
-    if tensor.datatype == "BYTES":
-        parts = _split(raw, where, most)
-        _check_count(parts, tensor, where, most)
-        return np.array(parts, object).reshape(tensor.shape)
-    dtype, _ = DTYPES[tensor.datatype]
-    if len(raw) != count * dtype.itemsize:
-        needed = f"{count * dtype.itemsize} for {tensor.datatype} {list(tensor.shape)}"
-        raise InvalidRequest(f"{where} has {len(raw)} bytes; allowed: {needed}")
-    return np.frombuffer(raw, dtype).reshape(tensor.shape)
+def _from_raw(header: TensorHeader, raw: bytes, most: int) -> Tensor:
+    if header.datatype == "BYTES":
+        parts = _split(raw, header.where, most)
+        _check_count(parts, header, most)
+        return np.array(parts, object).reshape(header.shape)
+    dtype, _ = DTYPES[header.datatype]
+    needed = math.prod(header.shape) * dtype.itemsize
+    if len(raw) != needed:
+        allowed = f"{needed} for {header.datatype} {list(header.shape)}"
+        raise InvalidRequest(f"{header.where} has {len(raw)} bytes; allowed: {allowed}")
+    return np.frombuffer(raw, dtype).reshape(header.shape)
 
 
-def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, where: str, most: int) -> Tensor:
-    field = "bytes_contents" if tensor.datatype == "BYTES" else DTYPES[tensor.datatype][1]
-    others = {descriptor.name for descriptor, _ in tensor.contents.ListFields()} - {field}
+def _from_typed(header: TensorHeader, contents: Any, most: int) -> Tensor:
+    where, datatype = header.where, header.datatype
+    field = "bytes_contents" if datatype == "BYTES" else DTYPES[datatype][1]
+    others = {descriptor.name for descriptor, _ in contents.ListFields()} - {field}
     if others:
-        raise InvalidRequest(f"{where} has {', '.join(sorted(others))}; allowed: {field} for {tensor.datatype}")
-    elements: Sequence[Any] = getattr(tensor.contents, field)
-    _check_count(elements, tensor, where, most)
+        raise InvalidRequest(f"{where} has {', '.join(sorted(others))}; allowed: {field} for {datatype}")
+    elements: Sequence[Any] = getattr(contents, field)
+    _check_count(elements, header, most)
     if len(elements) > MAX_TYPED:
         raise InvalidRequest(
             f"{where} has {len(elements)} elements in {field}; allowed: {MAX_TYPED}, or raw_input_contents"
         )
     values = elements[:]  # a list; faster than list(elements)
-    if tensor.datatype == "BYTES":
-        return np.array(values, object).reshape(tensor.shape)
-    if tensor.datatype == "UINT8":
+    if datatype == "BYTES":
+        return np.array(values, object).reshape(header.shape)
+    if datatype == "UINT8":
         try:
-            return np.frombuffer(bytes(values), np.uint8).reshape(tensor.shape)
+            return np.frombuffer(bytes(values), np.uint8).reshape(header.shape)
         except ValueError:  # of bytes
             raise InvalidRequest(f"{where} has the value {max(values)}; allowed: 0 to 255") from None
-    return np.array(values, DTYPES[tensor.datatype][0]).reshape(tensor.shape)
+    return np.array(values, DTYPES[datatype][0]).reshape(header.shape)
 
 
-def _check_count(values: Sequence[Any], tensor: pb.ModelInferRequest.InferInputTensor, where: str, most: int) -> None:
-    count = math.prod(tensor.shape)
+def _check_count(values: Sequence[Any], header: TensorHeader, most: int) -> None:
+    count, where = math.prod(header.shape), header.where
     if len(values) != count:
-        raise InvalidRequest(f"{where} has {len(values)} elements; allowed: {count} for the shape {list(tensor.shape)}")
+        raise InvalidRequest(f"{where} has {len(values)} elements; allowed: {count} for the shape {list(header.shape)}")
     if count > most:
         raise InvalidRequest(f"{where} has {count} elements; allowed: at most {most}")
 

@@ -94,7 +94,17 @@ class Context:
 class _Call:
     """A call under way. `closed` and `received` run in the server's thread, all others on the event loop."""
 
-    __slots__ = ("_cancelled", "_core", "_handler", "_headers_sent", "_server", "_task", "deadline", "metadata", "trailers")
+    __slots__ = (
+        "_cancelled",
+        "_core",
+        "_handler",
+        "_headers_sent",
+        "_server",
+        "_task",
+        "deadline",
+        "metadata",
+        "trailers",
+    )
 
     def __init__(self, server: "Server", core: Any, handler: Any, details: _Details, deadline: float):
         self._server, self._core, self._handler, self.deadline = server, core, handler, deadline
@@ -223,7 +233,7 @@ class Server:
 
     def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
         """Raises RuntimeError when it cannot be bound, or the credentials are of no use."""
-        return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))
+        return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))  # type: ignore[attr-defined]
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
