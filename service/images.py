@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.config import Settings
 from service.errors import InvalidRequest
 from training.image_files import FORMATS, kind, load, upright
 from training.image_spec import MODES, ImageSpec
@@ -16,6 +17,8 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+DRAFT = 2
+"""Times the resized image along each side that a JPEG's draft has at least: with fewer, what is left is blurred."""
 Image.MAX_IMAGE_PIXELS = None  # Limits decides, with an error of ours
 
 
@@ -25,6 +28,12 @@ class Limits:
     """Of an encoded image."""
     max_pixels: int
     """Width x height of an encoded image."""
+    jpeg_draft: bool = False
+    """Whether a large JPEG is decoded at a smaller size."""
+
+    @staticmethod
+    def of(settings: Settings) -> "Limits":
+        return Limits(settings.max_image_mb * 2**20, settings.max_pixels, settings.jpeg_draft)
 
 
 def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArray[np.uint8]:
@@ -44,6 +53,8 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
             raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
         if image.mode not in MODES:
             raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
+        if limits.jpeg_draft:
+            image.draft(None, (DRAFT * spec.resize,) * 2)
 
     try:
         return to_pixels(load(encoded, check), spec, where)

@@ -173,7 +173,7 @@ class Model:
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
         start, decoded, answer = time.perf_counter(), None, None
         try:
-            pixels = images if isinstance(images, np.ndarray) else np.stack(await self.in_turns(images))
+            pixels = images if isinstance(images, np.ndarray) else await self._decoded(images)
             decoded = time.perf_counter() - start
             self._metrics.decoded(decoded)
             if len(order) > len(pixels):
@@ -186,6 +186,16 @@ class Model:
             self._in_flight -= 1
             self.statistics.call(time.perf_counter() - start, decoded, answer)
         return answer
+
+    async def _decoded(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+        """The images (B, height, width, channels), each put where it belongs when it is decoded."""
+        pixels = np.empty((len(decoders), *self.bundle.manifest.image.shape), np.uint8)
+
+        def put(index: int) -> None:
+            pixels[index] = decoders[index]()
+
+        await self.in_turns([partial(put, index) for index in range(len(decoders))])
+        return pixels
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call that are also run unsteered; none while the queue is more than half full."""

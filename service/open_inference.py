@@ -46,7 +46,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     def __init__(self, repository: Repository, settings: Settings, ready: Callable[[], bool]):
         """ready: whether the server takes requests."""
         self._repository, self._settings, self._ready = repository, settings, ready
-        self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
+        self._limits = Limits.of(settings)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=self._repository.alive)

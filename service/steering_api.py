@@ -35,7 +35,7 @@ MESSAGES = 2000
 class SteeringService(SteeringServiceServicer):
     def __init__(self, repository: Repository, settings: Settings):
         self._repository, self._settings = repository, settings
-        self._limits = Limits(settings.max_image_mb * 2**20, settings.max_pixels)
+        self._limits = Limits.of(settings)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         model, images, steering, top_k = self._read(request)

@@ -204,3 +204,17 @@ def test_raw_pixels_must_have_the_models_size() -> None:
     np.testing.assert_array_equal(from_raw(pixels.tobytes(), wanted, "pixels"), pixels)
     with pytest.raises(InvalidRequest, match=r"pixels has 767 bytes; allowed: 768 \(uint8, 16 x 16 x 3\)"):
         from_raw(pixels.tobytes()[:-1], wanted, "pixels")
+
+
+def test_drafts_are_near_and_only_of_large_jpegs() -> None:
+    """A photo of 1600 x 1200 for 224 pixels is decoded at half its size; what is small, or no JPEG, is not touched."""
+    wanted, coarse = spec(224, 256, 3, "bicubic"), picture(1600, 1200, "RGB", 1)
+    limits, drafts = Limits(10**7, 10**7), Limits(10**7, 10**7, jpeg_draft=True)
+    photo = coarse.resize((800, 600)).resize((1600, 1200))  # without noise from pixel to pixel, as a photo
+    found, exact = (decode(encoded(photo, "JPEG"), wanted, given, "image").astype(int) for given in (drafts, limits))
+    difference = np.abs(found - exact)
+    assert 0 < difference.max() < 16
+    assert difference.mean() < 1
+    small = photo.resize((500, 400))  # less than twice 256 along a side
+    for file in (encoded(small, "JPEG"), encoded(photo, "PNG")):
+        np.testing.assert_array_equal(decode(file, wanted, drafts, "image"), decode(file, wanted, limits, "image"))
