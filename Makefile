@@ -23,7 +23,7 @@ serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
-	$(RUN) -m pytest --ignore tests/deploy
+	$(RUN) -m pytest --ignore tests/deploy --durations=20
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
 	$(RUN) -m pytest --ignore tests/deploy -m "not slow"

@@ -65,6 +65,13 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
         assert f"\n{target}:" in makefile, target
 
 
+def test_the_architecture_page_names_only_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:training|export|service|tests|deploy|proto)/[\w./-]*)", page))
+    assert len(named) > 50
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
 def test_the_tags_of_images_have_the_projects_version() -> None:
     """What nodes have pulled they keep (IfNotPresent), so a tag must not be moved to another version."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
