@@ -24,9 +24,7 @@ from export.precision import Arithmetic, Float
 from training.gated_vit import Gate, GatedVit
 from training.image_spec import ImageSpec
 from training.sae import Sae
-
-BOUND = 4.0
-"""Of a gate logit: Gate is BOUND * tanh(linear / BOUND)."""
+from training.steering import GATE_BOUND
 
 
 class SteeredVit(nn.Module):
@@ -104,7 +102,7 @@ def build(
     if steering:
         scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, H), as tanh gives them
         scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
-        logit = g.op("Mul", scaled, g.number(BOUND), name="gates/logit")
+        logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
         residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
         residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
         heads = ["batch", len(gates), model.heads]
@@ -196,10 +194,10 @@ class _Steering:
 
 
 def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
-    """tanh(logit / BOUND), above 0 for an open head. Dividing by BOUND is exact, so it is done to the weights."""
+    """tanh(logit / GATE_BOUND), above 0 for an open head. Dividing by BOUND is exact, so it is done to the weights."""
     y = _layer_norm(g, gate.norm, residual, f"{name}/norm", np.float32)
-    weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / BOUND, np.float32)
-    bias = g.weight(f"{name}/linear.bias", gate.linear.bias / BOUND, np.float32)
+    weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
+    bias = g.weight(f"{name}/linear.bias", gate.linear.bias / GATE_BOUND, np.float32)
     y = g.op("Add", g.op("MatMul", y, weight, name=f"{name}/product"), bias, name=f"{name}/linear")
     return g.op("Tanh", y, name=name)
 

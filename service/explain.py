@@ -15,11 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from export.bundle import BundleError
-from training.steering import SteeringArrays
+from training.steering import GATE_BOUND, GATE_EPSILON, SteeringArrays
 
 Floats = NDArray[np.float32]
-EPSILON = 1e-5
-"""Of the gates' layer norm."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Explainer:
         """(..., D) -> gate logits (..., H)."""
         w = {part: self._weights[f"gates.{site}.{part}"] for part in ("norm.weight", "norm.bias")}
         centred = x - x.mean(-1, keepdims=True)
-        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * w["norm.weight"] + w["norm.bias"]
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + GATE_EPSILON) * w["norm.weight"] + w["norm.bias"]
         linear, bias = (self._weights[f"gates.{site}.linear.{part}"] for part in ("weight", "bias"))
-        logit: Floats = 4 * np.tanh((y @ linear.T + bias) / 4)
+        logit: Floats = GATE_BOUND * np.tanh((y @ linear.T + bias) / GATE_BOUND)
         return logit

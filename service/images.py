@@ -1,4 +1,4 @@
-"""Encoded images -> the uint8 pixels that a model reads, the same as the evaluation transform in training gives."""
+"""Encoded images -> the uint8 pixels that a model reads, within limits; by the same functions as training."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,9 @@ from PIL import Image
 
 from service.config import Settings
 from service.errors import InvalidRequest
-from training.image_files import FORMATS, kind, load, upright
+from training.image_files import FORMATS, kind, load, resized, to_pixels
 from training.image_spec import MODES, ImageSpec
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 DRAFT = 2
 """Times the resized image along each side that a JPEG's draft has at least: with fewer, what is left is blurred."""
 Image.MAX_IMAGE_PIXELS = None  # Limits decides, with an error of ours
@@ -51,13 +45,17 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
         width, height = image.size
         if width * height > limits.max_pixels:
             raise InvalidRequest(f"{where} has {width} x {height} pixels; allowed: at most {limits.max_pixels}")
+        if min(image.size) != spec.resize and max(resized(image.size, spec)) > 100 * spec.resize:
+            raise InvalidRequest(
+                f"{where} has {width} x {height} pixels; allowed: sides that differ at most a hundredfold"
+            )
         if image.mode not in MODES:
             raise InvalidRequest(f"{where} has the pixel format {image.mode}; allowed: 8 bits a channel")
         if limits.jpeg_draft:
             image.draft(None, (DRAFT * spec.resize,) * 2)
 
     try:
-        return to_pixels(load(encoded, check), spec, where)
+        return to_pixels(load(encoded, check), spec)
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files; all of them are the sender's
@@ -65,25 +63,6 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
             f"{where} is not a readable image ({len(encoded)} bytes, {kind(encoded) or type(error).__name__}); "
             f"allowed: {', '.join(FORMATS)}"
         ) from error
-
-
-def to_pixels(image: Image.Image, spec: ImageSpec, where: str) -> NDArray[np.uint8]:
-    """Upright, converted to grey or RGB, shorter side resized, centre cut out: uint8 (height, width, channels)."""
-    image = upright(image, spec.channels)
-    width, height = image.size
-    shorter, longer = min(width, height), max(width, height)
-    if shorter != spec.resize:
-        other = int(spec.resize * longer / shorter)
-        if other > 100 * spec.resize:
-            raise InvalidRequest(
-                f"{where} has {width} x {height} pixels; allowed: sides that differ at most a hundredfold"
-            )
-        size = (spec.resize, other) if width <= height else (other, spec.resize)
-        image = image.resize(size, RESAMPLING[spec.interpolation])
-        width, height = size
-    top, left = round((height - spec.height) / 2.0), round((width - spec.width) / 2.0)
-    image = image.crop((left, top, left + spec.width, top + spec.height))
-    return np.asarray(image, np.uint8).reshape(spec.shape)
 
 
 def from_raw(pixels: bytes, spec: ImageSpec, where: str) -> NDArray[np.uint8]:

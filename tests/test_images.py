@@ -1,4 +1,4 @@
-"""The server's pixels are the evaluation transform's pixels, exactly."""
+"""Pixels are those of timm's transform for evaluation, exactly, in training and in the server."""
 
 import io
 import math
@@ -7,21 +7,35 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from photos import IN_JPEG, IN_PNG, OTHERS, TURNED, UPRIGHT, Change, encoded, with_exif
 from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
 
 from service.errors import InvalidRequest
 from service.images import MODES, Limits, decode, from_raw
 from training.config import DataSettings
 from training.data import eval_transform
 from training.image_spec import ImageSpec
-from training.pixels import image_spec, open_image
+from training.pixels import image_spec, open_image, upright
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 
 
 def spec(size: int, resize: int, channels: int, interpolation: str) -> ImageSpec:
     return ImageSpec(size, size, channels, resize, interpolation, (0.5,) * channels, (0.5,) * channels)
+
+
+def by_timm(image: Image.Image, wanted: ImageSpec) -> NDArray[np.uint8]:
+    """An image that is upright already, (height, width, channels)."""
+    transform = create_transform(
+        (wanted.channels, wanted.height, wanted.width),
+        is_training=False,
+        use_prefetcher=True,  # stops at uint8
+        interpolation=wanted.interpolation,
+        crop_pct=wanted.height / (wanted.resize + 0.5),  # timm floors height / crop_pct
+    )
+    return np.asarray(transform(image)).transpose(1, 2, 0)
 
 
 def picture(width: int, height: int, mode: str, seed: int) -> Image.Image:
@@ -49,7 +63,8 @@ def test_pixels_equal_the_evaluation_transform(
     wanted = spec(size, size + margin, channels, interpolation)
     file = encoded(picture(width, height, mode, seed), "PNG")
     with Image.open(io.BytesIO(file)) as image:
-        expected = eval_transform(wanted)(image)
+        expected = by_timm(upright(image, channels), wanted)
+        np.testing.assert_array_equal(eval_transform(wanted)(image), expected)
     found = decode(file, wanted, LIMITS, "image")
     assert found.dtype == np.uint8
     assert found.shape == (size, size, channels)
@@ -68,7 +83,7 @@ def test_both_resize_alike_for_every_size_and_crop() -> None:
     assert (192, 225) in [(s.height, s.resize) for s in floored], "192 / (192 / 225) is below 225"
     for wanted in [*floored, *sorted(specs, key=lambda s: (s.height, s.resize))[::40]]:
         found = decode(encoded(ramp, "PNG"), wanted, LIMITS, "image")
-        np.testing.assert_array_equal(found, eval_transform(wanted)(ramp), str(wanted))
+        np.testing.assert_array_equal(found, by_timm(upright(ramp, wanted.channels), wanted), str(wanted))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

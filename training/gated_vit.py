@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.image_spec import ImageSpec
+from training.steering import GATE_BOUND, GATE_EPSILON
 
 Decide = Callable[[int, Tensor], Tensor]
 """(index among the gated blocks, gate logits (B, H)) -> gates (B, H), 0 to 1."""
@@ -70,17 +71,17 @@ def lowered(decide: Decide, offset: Tensor) -> Decide:
 
 
 class Gate(nn.Module):
-    """(B, D) -> gate logits (B, H), softly bounded to +-4 so that no gate is beyond recall. Starts open."""
+    """(B, D) -> gate logits (B, H), softly bounded to +-GATE_BOUND so that no gate is beyond recall. Starts open."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, GATE_EPSILON)
         self.linear = nn.Linear(dim, heads)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 2.0)
 
     def forward(self, residual: Tensor) -> Tensor:
-        return 4 * torch.tanh(self.linear(self.norm(residual)) / 4)
+        return GATE_BOUND * torch.tanh(self.linear(self.norm(residual)) / GATE_BOUND)
 
 
 class GatedVit(nn.Module):

@@ -1,4 +1,4 @@
-"""Image files as training and the server both read them: decoded, upright, grey or RGB. Needs Pillow alone.
+"""Image files as training and the server both read them, from bytes to a model's pixels. Needs Pillow and numpy.
 
 Metadata never decides whether an image is readable. Only the orientation is taken from it; where a library stumbles
 over the rest, the file is read again without it, as browsers do.
@@ -10,7 +10,11 @@ import warnings
 import zlib
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from training.image_spec import ImageSpec
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 ORIENTATION = 0x0112
@@ -26,6 +30,12 @@ TURNS = {
 """What makes an image upright, by its EXIF orientation."""
 SIZES = {1: 1, 3: 2, 4: 4}
 """Bytes of a number, by its type in EXIF."""
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 KINDS = {
     rb"\xff\xd8\xff": "a broken JPEG",
@@ -89,6 +99,24 @@ def _load(content: bytes, check: Callable[[Image.Image], None]) -> Image.Image:
     check(image)
     image.load()
     return image
+
+
+def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Upright, grey or RGB, its shorter side resized, the centre cut out: uint8 (height, width, channels). To the bit
+    what timm's transform for evaluation gives."""
+    image = upright(image, spec.channels)
+    if min(image.size) != spec.resize:
+        image = image.resize(resized(image.size, spec), RESAMPLING[spec.interpolation])
+    width, height = image.size
+    top, left = round((height - spec.height) / 2.0), round((width - spec.width) / 2.0)
+    return np.array(image.crop((left, top, left + spec.width, top + spec.height)), np.uint8).reshape(spec.shape)
+
+
+def resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """Width and height of an image whose shorter side becomes spec.resize."""
+    width, height = size
+    longer = int(spec.resize * max(size) / min(size))
+    return (spec.resize, longer) if width <= height else (longer, spec.resize)
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:

@@ -15,7 +15,6 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from tqdm import tqdm
 
 from training import image_files, processes
@@ -234,18 +233,11 @@ def image_spec(settings: DataSettings, mean: tuple[float, ...] = (), std: tuple[
 
 
 def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
-    """PIL image -> uint8 (H, W, C): upright, converted, resized and cropped, as timm evaluates."""
-    resize_and_crop = create_transform(
-        (spec.channels, spec.height, spec.width),
-        is_training=False,
-        use_prefetcher=True,  # stop at uint8: scaling and normalisation are in the model
-        interpolation=spec.interpolation,
-        crop_pct=spec.height / (spec.resize + 0.5),  # timm floors height / crop_pct
-    )
+    """PIL image -> uint8 (H, W, C), as the server reads it. Raises ValueError for more than 8 bits a channel."""
 
     def transform(image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(resize_and_crop(upright(image, spec.channels)))  # (C, H, W)
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        check_mode(image.mode)
+        return image_files.to_pixels(image, spec)
 
     return transform
 

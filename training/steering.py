@@ -19,6 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+GATE_BOUND = 4.0
+"""A gate logit is GATE_BOUND * tanh(linear / GATE_BOUND)."""
+GATE_EPSILON = 1e-5
+"""Of the layer norm of gates."""
 MAX_NAME = 200
 """Characters of a profile's or label's name."""
 
