@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,21 +94,6 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
         except OSError as error:
             skipped[path] = error.strerror or str(error)
     return found
-
-
-def wanted(policy: str, shelf: Shelf) -> list[int]:
-    """The versions to serve, rising: of the policy (`latest`, `latest:2`, `all` or `1,3`), and those with a label.
-
-    What is named by number may not be there.
-    """
-    numbers = sorted(shelf.versions)
-    if policy == "all":
-        chosen: Sequence[int] = numbers
-    elif policy.startswith("latest"):
-        chosen = numbers[-int(policy.partition(":")[2] or 1) :]
-    else:
-        chosen = list(map(int, policy.split(",")))
-    return sorted({*chosen, *shelf.labels.values()})
 
 
 def _labels(repository: Path, model: Path, found: Mapping[int, Found]) -> tuple[dict[str, int], str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from export.bundle import BundleError, load_bundle
-from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan, wanted
+from service import plan
+from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan
 from service.config import Settings
 from service.engine import EngineError
 from service.errors import InvalidRequest, NotFound, Unavailable
@@ -86,16 +87,13 @@ class Repository:
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, Loaded] = {}
         """Models none of whose versions works."""
-        versions_to_load = sum(len(wanted(settings.versions, shelf)) for shelf in self._shelves.values())
+        versions_to_load = sum(len(plan.wanted(settings.versions, shelf)) for shelf in self._shelves.values())
         self._surroundings = Surroundings(serving=False, spinning=versions_to_load == 1)
         for name, shelf in self._shelves.items():
-            self._loaded[name] = loaded = Loaded()
-            numbers = wanted(settings.versions, shelf)
-            _note(loaded, shelf, numbers, self._attempt(name, shelf, numbers, loaded))
+            loaded = Loaded()
+            self._put_in_place(name, shelf, loaded, self._attempt(name, shelf, loaded))
             if not loaded.models or (settings.model_control == "none" and loaded.failures):
                 raise BundleError("; ".join(loaded.failures.values()))
-            metrics.failed_versions(name, loaded.failures)
-            self._label(name, shelf, loaded)
         self._surroundings = Surroundings(serving=True, spinning=False)
 
     @property
@@ -230,27 +228,9 @@ class Repository:
     async def _follow(self, name: str, shelf: Shelf) -> Loaded:
         """Make one model what is on its shelf."""
         loaded = self._loaded.get(name) or self._broken.get(name) or Loaded()
-        numbers = wanted(self._settings.versions, shelf)
-        attempts = await asyncio.get_running_loop().run_in_executor(None, self._attempt, name, shelf, numbers, loaded)
-        for attempt in attempts:
-            if isinstance(attempt.found, Model):
-                self._give_profiles(attempt.found)
-        gone = _note(loaded, shelf, numbers, attempts)
+        attempts = await asyncio.get_running_loop().run_in_executor(None, self._attempt, name, shelf, loaded)
+        gone = self._put_in_place(name, shelf, loaded, attempts)
         del attempts  # _retire must be the last to hold them
-        self._broken.pop(name, None)
-        (self._loaded if loaded.models else self._broken)[name] = loaded
-        self._label(name, shelf, loaded)
-        kept = set(numbers) & set(shelf.versions) | set(loaded.labels.values())
-        if not loaded.models.keys() >= set(numbers):  # what is served in the place of one that does not work
-            kept |= set(shelf.versions)
-        if loaded.models.keys() & kept:
-            for version in loaded.models.keys() - kept:
-                gone.append(loaded.models.pop(version))
-                loaded.fingerprints.pop(version, None)
-        for version in loaded.failures.keys() - {*shelf.versions, *numbers}:
-            del loaded.failures[version]
-            loaded.fingerprints.pop(version, None)
-        self._metrics.failed_versions(name, loaded.failures)
         await _retire(gone)
         return loaded
 
@@ -259,37 +239,65 @@ class Repository:
         self._broken.pop(name, None)
         await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
-    def _attempt(self, name: str, shelf: Shelf, numbers: list[int], loaded: Loaded) -> list[Attempt]:
-        """Load these versions as far as they are new or changed. Changes nothing.
-
-        An older one, rather than none, unless the policy names versions: who named another one does not want it.
-        """
-        attempts: list[Attempt] = []
-        works = bool(loaded.models) or self._settings.versions[0].isdigit()
-        for version in (*reversed(numbers), *sorted(shelf.versions, reverse=True)):
-            found = shelf.versions.get(version)
-            known = loaded.fingerprints.get(version)
-            if not found or known == found.fingerprint or (works and version not in numbers):
-                continue
-            if any(version == attempt.version for attempt in attempts):
-                continue
-            try:
-                model = self._load(name, version, found.folder, loaded.models.get(version))
-            except (BundleError, EngineError, OSError) as error:
-                self._metrics.load_failed(name, version)
-                log.error("model %s version %d is not loaded: %s", name, version, error)
-                attempts.append(Attempt(version, found.fingerprint, str(error)))
-                continue
-            works = True
-            attempts.append(Attempt(version, found.fingerprint, model))
-            log.info(
-                "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
-                model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
-                model.bundle.digest,
-            )  # fmt: skip
-            for warning in model.bundle.manifest.evaluation.get("warnings", []):
-                log.warning("model %s version %d: %s", name, version, warning)
+    def _attempt(self, name: str, shelf: Shelf, loaded: Loaded) -> list[Attempt]:
+        """Load the versions that are to be tried. Changes nothing."""
+        now, instead = plan.tries(self._settings.versions, shelf, loaded.fingerprints)
+        attempts = [self._try(name, version, shelf, loaded) for version in now]
+        for version in instead:
+            if loaded.models or any(isinstance(attempt.found, Model) for attempt in attempts):
+                break
+            attempts.append(self._try(name, version, shelf, loaded))
         return attempts
+
+    def _try(self, name: str, version: int, shelf: Shelf, loaded: Loaded) -> Attempt:
+        found = shelf.versions[version]
+        try:
+            model = self._load(name, version, found.folder, loaded.models.get(version))
+        except (BundleError, EngineError, OSError) as error:
+            self._metrics.load_failed(name, version)
+            log.error("model %s version %d is not loaded: %s", name, version, error)
+            return Attempt(version, found.fingerprint, str(error))
+        log.info(
+            "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
+            model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
+            model.bundle.digest,
+        )  # fmt: skip
+        for warning in model.bundle.manifest.evaluation.get("warnings", []):
+            log.warning("model %s version %d: %s", name, version, warning)
+        return Attempt(version, found.fingerprint, model)
+
+    def _put_in_place(self, name: str, shelf: Shelf, loaded: Loaded, attempts: list[Attempt]) -> list[Model]:
+        """Serve what was loaded, and note what could not be. Returns the models that are served no more."""
+        gone = []
+        for attempt in attempts:
+            loaded.fingerprints[attempt.version] = attempt.fingerprint
+            if isinstance(attempt.found, str):
+                loaded.failures[attempt.version] = attempt.found
+                continue
+            self._give_profiles(attempt.found)
+            loaded.failures.pop(attempt.version, None)
+            there = loaded.models.get(attempt.version)
+            if there and there is not attempt.found:
+                gone.append(there)
+            loaded.models[attempt.version] = attempt.found
+        if shelf.problem:
+            log.error("labels of %s stay as they are: %s", name, shelf.problem)
+        served, loaded.labels, failures = plan.outcome(
+            self._settings.versions, shelf, loaded.models, loaded.labels, loaded.failures
+        )
+        for version, reason in failures.items():
+            if loaded.failures.get(version) != reason:
+                log.error("%s", reason)
+        for version in {*loaded.fingerprints} - served - failures.keys():
+            del loaded.fingerprints[version]
+        for version in loaded.models.keys() - served:
+            gone.append(loaded.models.pop(version))
+            loaded.fingerprints.pop(version, None)
+        loaded.failures = failures
+        self._metrics.failed_versions(name, failures)
+        self._broken.pop(name, None)
+        (self._loaded if loaded.models else self._broken)[name] = loaded
+        return gone
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
         """there: this version as it is loaded already; it stays when it is still the same."""
@@ -310,38 +318,8 @@ class Repository:
         except SteeringError as error:  # the folder was read before this model was there
             log.error("model %s keeps its profiles: %s", model.bundle.manifest.name, error)
 
-    def _label(self, name: str, shelf: Shelf, loaded: Loaded) -> None:
-        """Follow labels.json; a label whose version is not loaded stays where it was."""
-        if shelf.problem:
-            log.error("labels of %s stay as they are: %s", name, shelf.problem)
-            return
-        kept = {label: loaded.labels[label] for label in shelf.labels if label in loaded.labels}
-        loaded.labels = kept | {label: version for label, version in shelf.labels.items() if version in loaded.models}
-
     def _names(self) -> str:
         return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"
-
-
-def _note(loaded: Loaded, shelf: Shelf, numbers: list[int], attempts: list[Attempt]) -> list[Model]:
-    """Put in place what was loaded, and note what could not be. Returns the models that it took the place of."""
-    replaced = []
-    for attempt in attempts:
-        loaded.fingerprints[attempt.version] = attempt.fingerprint
-        if isinstance(attempt.found, str):
-            loaded.failures[attempt.version] = attempt.found
-            continue
-        loaded.failures.pop(attempt.version, None)
-        there = loaded.models.get(attempt.version)
-        if there and there is not attempt.found:
-            replaced.append(there)
-        loaded.models[attempt.version] = attempt.found
-    for version in set(numbers) - {*shelf.versions, *loaded.models}:
-        allowed = ", ".join(map(str, sorted(shelf.versions)))
-        reason = f"version {version} is asked for and is not there; allowed: {allowed}"
-        if loaded.failures.get(version) != reason:
-            log.error("%s", reason)
-        loaded.failures[version] = reason
-    return replaced
 
 
 async def _retire(models: list[Model]) -> None:

@@ -13,7 +13,6 @@ import pytest
 from processes import SAMPLES, ServerProcess, run_module, start_server, stop_server, until
 
 from export.bundle import Bundle
-from service.catalogue import scan, wanted
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -277,17 +276,6 @@ def test_an_older_version_is_served_rather_than_none(repository: Path, bundle: B
             assert version_of(client) == "1"
     finally:
         assert stop_server(running) == 0
-
-
-def test_policies(repository: Path, bundle: Bundle) -> None:
-    for version in (2, 5, 10):
-        (repository / "fashion_mnist" / str(version)).mkdir()
-    (repository / "fashion_mnist" / "labels.json").write_text('{"stable": 2}')
-    shelf = scan(repository)["fashion_mnist"]
-    assert wanted("latest", shelf) == [2, 10]
-    assert wanted("latest:2", shelf) == [2, 5, 10]
-    assert wanted("all", shelf) == [1, 2, 5, 10]
-    assert wanted("1,7", shelf) == [1, 2, 7]
 
 
 def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, bundle: Bundle) -> None:

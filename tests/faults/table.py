@@ -35,7 +35,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
 | service/: that it answers alike | test_determinism.py, test_batcher.py |
 | service/: how it uses the CPUs | test_tuning.py, test_patience.py, test_transport.py |
-| service/: what it serves | test_repository.py, test_profiles.py |
+| service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |
 | service/client/ | test_client.py |
 | clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py |

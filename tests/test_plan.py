@@ -1,0 +1,113 @@
+"""Which versions are tried, served and let go, by hand."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.catalogue import Fingerprint, Found, Shelf
+from service.plan import Outcome, Tries, outcome, tries, wanted
+
+OLD: Fingerprint = (("manifest.json", 1, 1),)
+NEW: Fingerprint = (("manifest.json", 1, 2),)
+
+
+def shelf(*versions: int, changed: tuple[int, ...] = (), labels: Mapping[str, int] | None = None) -> Shelf:
+    found = {v: Found(Path(str(v)), NEW if v in changed else OLD) for v in versions}
+    return Shelf(found, labels or {})
+
+
+def test_wanted() -> None:
+    found = shelf(1, 2, 5, 10, labels={"stable": 2})
+    assert wanted("latest", found) == [2, 10]
+    assert wanted("latest:2", found) == [2, 5, 10]
+    assert wanted("all", found) == [1, 2, 5, 10]
+    assert wanted("1,7", found) == [1, 2, 7], "7 is named and not there"
+
+
+@pytest.mark.parametrize(
+    ("policy", "found", "known", "expected"),
+    [
+        ("latest", shelf(1, 2, 3), {}, Tries([3], [2, 1])),
+        ("all", shelf(1, 2, 3), {}, Tries([3, 2, 1], [])),
+        ("1,3", shelf(1, 2, 3), {}, Tries([3, 1], [])),
+        ("7", shelf(1, 2), {}, Tries([], [])),
+        ("latest", shelf(1, 2, 3, labels={"stable": 1}), {}, Tries([3, 1], [2])),
+        ("latest", shelf(1, 2), {2: OLD}, Tries([], [1])),
+        ("latest", shelf(1, 2, changed=(2,)), {1: OLD, 2: OLD}, Tries([2], [])),
+        ("all", shelf(1, 2, changed=(1,)), {1: OLD, 2: OLD}, Tries([1], [])),
+    ],
+    ids=[
+        "one, or an older one", "all", "named", "named and not there", "labelled", "tried before", "changed",
+        "one changed",
+    ],
+)  # fmt: skip
+def test_tries(policy: str, found: Shelf, known: Mapping[int, Fingerprint], expected: Tries) -> None:
+    assert tries(policy, found, known) == expected
+
+
+GONE = "version {} is asked for and is not there; allowed: 1"
+MISSING = "version 7 is asked for and is not there; allowed: 1, 2"
+
+
+@pytest.mark.parametrize(
+    ("policy", "found", "before", "expected"),
+    [
+        ("latest", shelf(1, 2), {"loaded": {1, 2}}, Outcome({2}, {}, {})),
+        ("latest:2", shelf(1, 2), {"loaded": {1, 2}}, Outcome({1, 2}, {}, {})),
+        ("latest", shelf(1, 2), {"loaded": {1}, "failures": {2: "bad"}}, Outcome({1}, {}, {2: "bad"})),
+        ("latest", shelf(2), {"loaded": {1}, "failures": {2: "bad"}}, Outcome({1}, {}, {2: "bad"})),
+        ("latest", shelf(2), {"loaded": {1, 2}, "failures": {3: "bad"}}, Outcome({2}, {}, {})),
+        ("1,7", shelf(1, 2), {"loaded": {1}}, Outcome({1}, {}, {7: MISSING})),
+        ("2,7", shelf(1), {"loaded": {1, 2}}, Outcome({1}, {}, {2: GONE.format(2), 7: GONE.format(7)})),
+        ("7", shelf(1, 2), {"loaded": {7}}, Outcome({7}, {}, {})),
+        ("latest", shelf(1, 2, labels={"stable": 1}), {"loaded": {1, 2}}, Outcome({1, 2}, {"stable": 1}, {})),
+        (
+            "latest",
+            shelf(1, 2, 3, labels={"stable": 2}),
+            {"loaded": {1, 3}, "labels": {"stable": 1}, "failures": {2: "bad"}},
+            Outcome({1, 3}, {"stable": 1}, {2: "bad"}),
+        ),
+        ("latest", shelf(1, 2), {"loaded": {1, 2}, "labels": {"stable": 1}}, Outcome({2}, {}, {})),
+        (
+            "latest",
+            Shelf(shelf(1, 2).versions, {}, "labels.json is no JSON"),
+            {"loaded": {1, 2}, "labels": {"stable": 1}},
+            Outcome({1, 2}, {"stable": 1}, {}),
+        ),
+        ("latest", shelf(1), {"loaded": set(), "failures": {1: "bad"}}, Outcome(set(), {}, {1: "bad"})),
+    ],
+    ids=[
+        "the older one goes", "two are kept", "the new one is bad",
+        "the old one is gone from the folder, the new one bad", "what failed is gone", "named and not there",
+        "named and gone", "gone from the folder, and retained", "a label keeps its version",
+        "a label stays where it was", "a label is taken away", "labels cannot be read", "nothing works",
+    ],
+)  # fmt: skip
+def test_outcome(policy: str, found: Shelf, before: dict[str, Any], expected: Outcome) -> None:
+    assert outcome(policy, found, **{"labels": {}, "failures": {}, **before}) == expected
+
+
+numbers = st.sets(st.integers(1, 6))
+
+
+@given(numbers, numbers, numbers, st.sampled_from(["latest", "latest:2", "all", "1", "2,5"]))
+def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
+    on_shelf: set[int], before: set[int], failed: set[int], policy: str
+) -> None:
+    """Whatever lies on the shelf, and however loading went."""
+    found = shelf(*on_shelf)
+    now, instead = tries(policy, found, {})
+    assert {*now, *instead} <= on_shelf
+    works = {version for version in now if version not in failed}
+    if not works | before:
+        works = {version for version in instead if version not in failed}
+    served, labels, failures = outcome(policy, found, works | before, {}, dict.fromkeys(failed & on_shelf, "bad"))
+    assert served <= works | before
+    assert bool(served) == bool(works | before), "who served something goes on serving"
+    assert works & {*wanted(policy, found)} <= served
+    assert labels == {}
+    assert {*wanted(policy, found)} <= served | {*failures} | (on_shelf - failed)
