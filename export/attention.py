@@ -15,9 +15,11 @@ width, H heads, E head width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from onnx import TensorProto
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -60,10 +62,11 @@ class Closing:
 
 @torch.no_grad()
 def head_weights(block: Block) -> HeadWeights:
-    attn, gamma = block.attn, getattr(block.ls1, "gamma", torch.ones(()))
+    attn, gamma = cast(Attention, block.attn), getattr(block.ls1, "gamma", torch.ones(()))
     h, e = attn.num_heads, attn.head_dim
     query, key, value = attn.qkv.weight.view(3, h, e, -1).transpose(2, 3)  # each (H, D, E)
     biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.view(3, h, e).unbind()
+    key_bias: Tensor | None
     query_bias, key_bias, value_bias = biases
     query_norm, key_norm = attn.q_norm, attn.k_norm
     if isinstance(query_norm, nn.Identity):

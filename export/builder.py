@@ -121,7 +121,9 @@ class Builder:
 
 def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
     """A model of the graph without the exporter's notes (stack traces, local paths); valid by onnx's checker."""
-    for part in (graph, *graph.node, *graph.value_info, *graph.initializer):
+    parts: list[onnx.GraphProto | onnx.NodeProto | onnx.ValueInfoProto | TensorProto]
+    parts = [graph, *graph.node, *graph.value_info, *graph.initializer]
+    for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
     domains = {node.domain for node in graph.node}

@@ -175,7 +175,7 @@ class Reference:
         """images: uint8 (N, height, width, channels), on which every steering of `tried` is seen; labelled (M, ...) and
         classes (M,): those that accuracy is measured on."""
         self.steerings = len(tried)
-        self.batches = []
+        self.batches: list[tuple[Arrays, Arrays]] = []
         each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
         pairs = [(row // each, tried[row % self.steerings]) for row in range(each * len(images))]
         while pairs:
@@ -280,11 +280,11 @@ class Reference:
             limits, answers = LIMITS[precision], {name: expected[name][clear] for name in ("logits", "gate_logit")}
             tolerance = limits.logit
             if precision != "fp32":
-                own = run_onnx(open_session(graph), rows)
+                given = run_onnx(open_session(graph), rows)
                 if precision == "int8":
-                    apart = float(np.abs(own["logits"] - answers["logits"]).max())
+                    apart = float(np.abs(given["logits"] - answers["logits"]).max())
                     tolerance = float(np.clip(OWN_INT8 * apart, LIMITS["fp32"].logit, limits.logit))
-                answers = {name: own[name] for name in answers}
+                answers = {name: given[name] for name in answers}
             found[precision] = Golden(rows, answers, tolerance, limits.gate_margin)
         return found
 

@@ -7,14 +7,15 @@ go through PyTorch's exporter.
 Letters: B batch, S sites, T terms, G gated blocks, H heads, N tokens, D residual width.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
 from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from export.attention import ATTENTION, Closing, head_weights
@@ -76,7 +77,7 @@ def build(
     steering = _Steering(g, sae) if model.gated_blocks else None
     gates, residuals = [], []
     last = len(vit.blocks) - 1
-    for index, block in enumerate(vit.blocks):
+    for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
         name = f"block{index}"
         closing = None
         if steering and index in model.gated_blocks:
@@ -84,7 +85,7 @@ def build(
             residual = g.op("Gather", x, g.matrix(0), name=f"{name}/residual", axis=1)  # (B, 1, 1, D)
             residual = g.float32(residual, f"{name}/residual/float32")
             steered_residual = steering.apply(site, residual, f"{name}/steering")
-            gate = _gate(g, model.gates[site], steered_residual, f"{name}/gate")  # (B, 1, 1, H)
+            gate = _gate(g, cast(Gate, model.gates[site]), steered_residual, f"{name}/gate")  # (B, 1, 1, H)
             gates.append(gate)
             residuals.append(residual)
             closing = _closing(g, gate, range(model.heads) if kept is None else kept[site], model.heads, name)
@@ -105,11 +106,11 @@ def build(
         logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
         residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
         residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
-        heads = ["batch", len(gates), model.heads]
+        heads: list[str | int] = ["batch", len(gates), model.heads]
         g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], heads, TensorProto.BOOL)
         g.output(logit, OUTPUTS[2], heads)
         g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
-        terms = ["batch", sae.sites, "terms"]
+        terms: list[str | int] = ["batch", sae.sites, "terms"]
         kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
         inputs |= {name: (kind, terms) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
     for name, value in arithmetic.observed:
@@ -131,7 +132,7 @@ class _Stem(nn.Module):
 class _Classifier(nn.Module):
     """The tokens that leave the last block -> logits (B, classes)."""
 
-    def __init__(self, vit: nn.Module):
+    def __init__(self, vit: VisionTransformer):
         super().__init__()
         self.vit = vit
 
@@ -222,17 +223,17 @@ def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = 
     return g.op("LayerNormalization", x, *parameters, name=name, axis=-1, epsilon=norm.eps)
 
 
-def _mlp(g: Builder, arithmetic: Arithmetic, block: nn.Module, y: str, tokens: Tensor, name: str) -> str:
+def _mlp(g: Builder, arithmetic: Arithmetic, block: Block, y: str, tokens: Tensor, name: str) -> str:
     """Two linear layers with a GELU between; timm's other kinds through the exporter, in float32."""
-    mlp, scale = block.mlp, getattr(block.ls2, "gamma", torch.ones(()))
+    mlp, scale = cast(Mlp, block.mlp), getattr(block.ls2, "gamma", torch.ones(()))
     usual = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU
     if not usual:
         return g.call(nn.Sequential(mlp, block.ls2), y, tokens, name)
     hidden = arithmetic.linear(g, arithmetic.enter(g, y, f"{name}/in"), mlp.fc1.weight.T, mlp.fc1.bias, f"{name}/fc1")
     hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=mlp.act.approximate)
-    hidden = arithmetic.enter(g, hidden, f"{name}/hidden")
+    entered = arithmetic.enter(g, hidden, f"{name}/hidden")
     bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
-    return arithmetic.linear(g, hidden, mlp.fc2.weight.T * scale, bias, f"{name}/fc2")
+    return arithmetic.linear(g, entered, mlp.fc2.weight.T * scale, bias, f"{name}/fc2")
 
 
 def _first(g: Builder, x: str, count: int, name: str) -> str:

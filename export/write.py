@@ -44,7 +44,7 @@ from training.image_spec import ImageSpec
 from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
 
 CALIBRATION_IMAGES = 256
-FLOATS = {"fp32": np.float32, "fp16": np.float16}
+FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def _graphs(
         selection.images[labelled].numpy(),
         selection.classes[labelled].numpy(),
     )
-    graphs, first = [], {}
+    graphs: list[Graph] = []
+    first: dict[str, Path] = {}
     for precision in wanted.precisions:
         ranges = _ranges(source) if precision == "int8" else {}
         for attention in ("masked",) if precision == "fp16" else wanted.attentions:

@@ -6,6 +6,7 @@ Letters: B images, S sites, D residual width.
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def residuals(
     """
     shape = (len(model.gated_blocks), len(split), model.dim)
     mapped = folder is not None and memory is not None and 4 * shape[0] * shape[1] * shape[2] > memory
-    found = _file(folder, shape) if mapped else torch.empty(shape)
+    found = _file(cast(Path, folder), shape) if mapped else torch.empty(shape)
     starts = range(0, len(split), size)
     for start in tqdm(starts, desc=what, unit="batch", mininterval=5, dynamic_ncols=True):
         images = split.images[start : start + size].to(model.mean.device)

@@ -4,7 +4,9 @@ Letters: B images, N tokens, D residual width.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, cast
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -55,7 +57,8 @@ class ConvStem(nn.Module):
         self.num_patches = side * side
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.convolutions(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens: Tensor = self.convolutions(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        return tokens
 
 
 def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTransformer:
@@ -74,11 +77,12 @@ def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTr
             embed_layer=partial(ConvStem, unpadded=settings.unpadded),
         )
         positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), settings.dim)  # (N - 1, D)
+        assert vit.pos_embed is not None
         vit.pos_embed.data = torch.cat([torch.zeros(1, settings.dim), positions])[None]
         vit.pos_embed.requires_grad_(False)
         return vit
     try:
-        vit = create_model(
+        created = create_model(
             settings.model,
             pretrained=settings.pretrained and settings.weights is None,
             num_classes=classes,
@@ -87,7 +91,8 @@ def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTr
         )
     except (AssertionError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise UnsupportedModel(f"vit.model is {settings.model!r}: {error}") from error
-    check_supported(vit)
+    check_supported(created)
+    vit = cast(VisionTransformer, created)
     _start(vit, settings, classes)
     return vit
 
@@ -97,7 +102,7 @@ def _start(vit: VisionTransformer, settings: VitSettings, classes: int) -> None:
     if settings.weights is not None:
         random, sentences = load_weights(vit, settings.weights, settings.model)
     elif settings.pretrained:
-        there = vit.pretrained_cfg["num_classes"]
+        there = cast(Mapping[str, Any], vit.pretrained_cfg)["num_classes"]
         random = ["head"] if there != classes else []
         kept = "starts from random numbers" if random else "is kept; its classes must be in the order of the labels"
         sentences = [f"pretrained weights: the classifier {kept} ({there} classes there, {classes} here)"]

@@ -125,8 +125,9 @@ def _check_classes(
 
 def _digest(split: Split) -> str:
     """Of a whole data set; no file is read for it."""
-    digest = hashlib.sha256(split.classes.numpy())
-    digest.update(split.images.numpy() if isinstance(split.images, torch.Tensor) else split.contents.encode())
+    digest = hashlib.sha256(split.classes.numpy())  # type: ignore[arg-type]
+    pixels = split.images.numpy() if isinstance(split.images, torch.Tensor) else split.contents.encode()
+    digest.update(pixels)  # type: ignore[arg-type]
     return digest.hexdigest()[:16]
 
 

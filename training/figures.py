@@ -3,7 +3,7 @@
 Colours are those of Okabe and Ito, which colour-blind readers tell apart; kinds also differ by the marker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,13 +51,13 @@ def style(axis: Any, grid: str = "both") -> None:
 def rows_of(axis: Any, profiles: Sequence[dict[str, Any]]) -> np.ndarray:
     """One row a profile from the top, contexts set apart; returns the heights."""
     apart = np.array([0.6 if len(profile["classes"]) > 1 else 0.0 for profile in profiles])
-    heights = np.arange(len(profiles)) + apart
+    heights: np.ndarray = np.arange(len(profiles)) + apart
     axis.set_yticks(heights, [profile["name"] for profile in profiles])
     axis.set_ylim(heights[-1] + 0.6, -0.6)
     return heights
 
 
-def arrows(results: dict[str, Any]) -> Figure:
+def arrows(results: Mapping[str, Any]) -> Figure:
     """Per profile, before -> after: head usage; recall with Wilson intervals; the change with its paired interval."""
     profiles = results["profiles"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.4) * len(profiles) + 1.3), layout="constrained")
@@ -98,7 +98,7 @@ def arrows(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def precision(results: dict[str, Any]) -> Figure:
+def precision(results: Mapping[str, Any]) -> Figure:
     """Per profile: change of recall, of precision, of the others' accuracy; and of recall by a bias on the logit."""
     profiles = results["profiles"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.36) * len(profiles) + 1.3), layout="constrained")
@@ -124,7 +124,7 @@ def precision(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def trained_models(results: dict[str, Any]) -> list[dict[str, Any]]:
+def trained_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The controls that were trained apart, as rivals: changes against the gated model without steering."""
     singles = single_classes(results["profiles"])
     counts = {p["classes"][0]: p["images"] for p in singles}
@@ -145,7 +145,7 @@ def trained_models(results: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def frontier(results: dict[str, Any]) -> Figure:
+def frontier(results: Mapping[str, Any]) -> Figure:
     """Mean change of recall, and of the others' accuracy, over mean head usage: every strategy, baseline and model."""
     singles = single_classes(results["profiles"])
     points = [{"name": name, "kind": kind_of(name), **value} for name, value in results["rivals"].items()]
@@ -218,10 +218,11 @@ def spread(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: f
     """
     steps = gap * np.arange(len(wanted))
     shifted = isotonic_regression(np.asarray(wanted, float) - steps).x
-    return np.clip(shifted, low, max(low, high - gap * (len(wanted) - 1))) + steps
+    places: np.ndarray = np.clip(shifted, low, max(low, high - gap * (len(wanted) - 1))) + steps
+    return places
 
 
-def last_block(results: dict[str, Any], most: int = 20) -> Figure:
+def last_block(results: Mapping[str, Any], most: int = 20) -> Figure:
     """Per class, change of recall over the heads kept: the best subset of each size, and the profile's arrow."""
     part = results["last_block"]
     profiles = [p for p in single_classes(part["profiles"]) if p["classes"][0] in part.get("oracle", {})][:most]

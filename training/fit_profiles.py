@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training import processes
+from training.activations import residuals
 from training.checkpoint import Run, RunError
 from training.config import Settings
 from training.data import Data, Split, balanced
 from training.evaluate import Effect, Outcome, answers, effect, steered_by
-from training.fit_sae import residuals
 from training.gated_vit import GatedVit
 from training.last_block import shortcut
 from training.latent_statistics import measure
@@ -135,14 +135,14 @@ def find(
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
     found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
     for name, at_random in (("learned", False), ("learned, random latents", True)):
-        found[name] = _learned_once(
-            settings, run, name,
-            lambda at_random=at_random: _in_parts(
-                targets, lambda part: learned(
-                    model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random
-                )
-            ),
-        )  # fmt: skip
+
+        def search(at_random: bool = at_random) -> list[Terms]:
+            return _in_parts(
+                targets,
+                lambda part: learned(model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random),
+            )
+
+        found[name] = _learned_once(settings, run, name, search)
     bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
     return found, _in_parts(targets, lambda part: list(bias(part)))
 

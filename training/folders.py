@@ -63,8 +63,8 @@ class Part:
             names = [os.path.relpath(path, folder) for path in files if path in left_out]
             if names:
                 skipped[label] = {**skipped.get(label, {}), reason: names}
-        files = tuple(tuple(path for path in files if path not in left_out) for files in self.files)
-        return replace(self, files=files, skipped=skipped)
+        kept = tuple(tuple(path for path in files if path not in left_out) for files in self.files)
+        return replace(self, files=kept, skipped=skipped)
 
 
 def find(root: Path, copies: str) -> tuple[Part, Part | None, tuple[str, ...]]:
@@ -181,7 +181,8 @@ def _part(root: Path, labels: Mapping[str, Path], beside: Skipped) -> Part:
     skipped = {"": {**_folders(root)[1], **beside}}
     files = []
     for label, folder in labels.items():
-        images, reasons = list[Path](), defaultdict(list)
+        images: list[Path] = []
+        reasons: Skipped = defaultdict(list)
         if folder.is_dir():
             above = tuple(parent.stat() for parent in folder.absolute().parents)
             _walk(folder, folder, above, images, reasons)

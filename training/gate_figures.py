@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from training.figures import BLUE, GREY, INK, ORANGE, row_height, single_classes, style
 
 
-def heads(results: dict[str, Any]) -> Figure:
+def heads(results: Mapping[str, Any]) -> Figure:
     """Class x head: share of the target's images that keep the head, before and after."""
     profiles, blocks = results["profiles"], results["gated_blocks"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.27) * len(profiles) + 1.2), layout="constrained")
@@ -38,7 +38,7 @@ def heads(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def usage_per_block(results: dict[str, Any]) -> Figure:
+def usage_per_block(results: Mapping[str, Any]) -> Figure:
     """Head usage of each gated block, without steering and under own profiles: bars are means, dots are classes."""
     blocks, profiles = results["gated_blocks"], single_classes(results["profiles"])
     figure = Figure(figsize=(max(5.0, 1.1 * len(blocks) + 1.5), 3.3), layout="constrained")
@@ -59,7 +59,7 @@ def usage_per_block(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def gates(results: dict[str, Any]) -> Figure:
+def gates(results: Mapping[str, Any]) -> Figure:
     """Block x head without steering: usage over all classes, how far it differs by class, share near the threshold."""
     found, blocks = results["diagnostics"], results["gated_blocks"]
     usage = np.array(found["usage"])  # (C, G, H)

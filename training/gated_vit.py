@@ -7,8 +7,8 @@ arXiv:2111.15668). A closed head contributes exactly zero before the output proj
 Letters: B images, N tokens, D residual width, H heads, E head width, G gated blocks, Q query tokens.
 """
 
-from collections.abc import Callable
-from typing import TypedDict
+from collections.abc import Callable, Iterable
+from typing import TypedDict, cast
 
 import torch
 from timm.layers import Attention
@@ -93,13 +93,14 @@ class GatedVit(nn.Module):
 
     mean: Tensor
     std: Tensor
+    heads: int
 
     def __init__(self, vit: VisionTransformer, gated_blocks: tuple[int, ...], spec: ImageSpec):
         super().__init__()
         check_supported(vit)
         self.vit = vit
         self.gated_blocks = gated_blocks
-        self.heads = vit.blocks[0].attn.num_heads
+        self.heads = cast(Attention, vit.blocks[0].attn).num_heads
         self.dim = vit.embed_dim
         self.leaving = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # tokens that the classifier reads
         self.gates = nn.ModuleList(Gate(self.dim, self.heads) for _ in gated_blocks)
@@ -113,7 +114,7 @@ class GatedVit(nn.Module):
         vit, x = self.vit, self.embed(image)
         residuals, logits, gates = [], [], []
         last = len(vit.blocks) - 1
-        for index, block in enumerate(vit.blocks):
+        for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
             gate = None
             if index in self.gated_blocks:
                 site = self.gated_blocks.index(index)
@@ -125,7 +126,7 @@ class GatedVit(nn.Module):
                 logits.append(logit)
                 gates.append(gate)
             queries = self.leaving if index == last else x.shape[1]
-            mixed = attention(block.attn, block.norm1(x), gate, queries)
+            mixed = attention(cast(Attention, block.attn), block.norm1(x), gate, queries)
             x = x[:, :queries] + block.drop_path1(block.ls1(mixed))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         out: Intermediates = {
@@ -165,7 +166,8 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
         mixed = attn.attn_drop(weights).to(v.dtype) @ v  # (B, H, Q, E)
     if gate is not None:
         mixed = mixed * gate[:, :, None, None].to(mixed.dtype)
-    return attn.proj_drop(attn.proj(mixed.transpose(1, 2).reshape(b, queries, h * e)))
+    projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).reshape(b, queries, h * e)))
+    return projected
 
 
 def check_supported(vit: nn.Module) -> None:
@@ -179,9 +181,9 @@ def check_supported(vit: nn.Module) -> None:
     require(type(vit) in known, f"type {type(vit).__name__}", "a timm VisionTransformer, distilled or not")
     require(vit.cls_token is not None and vit.global_pool == "token", f"pooling {vit.global_pool!r}", "the class token")
     require(vit.attn_pool is None, "attention pooling", "the class token")
-    for index, block in enumerate(vit.blocks):
+    for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
         require(type(block) is Block, f"block {index} of type {type(block).__name__}", "timm's Block")
-        attn = block.attn
+        attn = cast(Attention, block.attn)
         require(
             type(attn) is Attention, f"attention of type {type(attn).__name__} in block {index}", "timm's Attention"
         )

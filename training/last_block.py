@@ -12,9 +12,11 @@ Letters: B images, H heads, D width, C classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.data import Split
@@ -71,8 +73,9 @@ class LastBlock:
 
     def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
         """(B, D), (B, H, D), (B, H) -> logits (B, C)."""
-        block, vit = self.model.vit.blocks[-1], self.model.vit
-        constant = block.ls1(block.attn.proj.bias) if block.attn.proj.bias is not None else 0.0
+        block, vit = cast(Block, self.model.vit.blocks[-1]), self.model.vit
+        bias = cast(Attention, block.attn).proj.bias
+        constant = block.ls1(bias) if bias is not None else 0.0
         kept = torch.einsum("bh,bhd->bd", head_gate.float(), contribution)
         x = (residual + constant + kept)[:, None]  # (B, 1, D)
         x = x + block.ls2(block.mlp(block.norm2(x)))
@@ -98,14 +101,15 @@ def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
     """One forward pass over the split. Raises ValueError for a distilled model, of which two tokens leave the block."""
     if model.leaving != 1:
         raise ValueError("the last-block cache is for models of which only the class token leaves the last block")
-    attn = model.vit.blocks[-1].attn
+    block = cast(Block, model.vit.blocks[-1])
+    attn = cast(Attention, block.attn)
     h, e = attn.num_heads, attn.head_dim
     weight = attn.proj.weight.view(-1, h, e)  # (D, H, E)
     mixed: list[Tensor] = []
     residuals: list[Tensor] = []
     hooks = [
         attn.proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0][:, 0])),  # (B, H*E), ungated
-        model.vit.blocks[-1].norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0])),
+        block.norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0])),
     ]
     last = len(model.gated_blocks) - 1 if model.gated_blocks[-1] == len(model.vit.blocks) - 1 else -1
 
@@ -119,7 +123,7 @@ def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
         for hook in hooks:
             hook.remove()
     heads = torch.cat(mixed).view(-1, h, e)
-    return LastBlock(model, torch.cat(residuals), model.vit.blocks[-1].ls1(torch.einsum("bhe,dhe->bhd", heads, weight)))
+    return LastBlock(model, torch.cat(residuals), block.ls1(torch.einsum("bhe,dhe->bhd", heads, weight)))
 
 
 def subsets(heads: int) -> Tensor:

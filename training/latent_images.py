@@ -75,7 +75,8 @@ def term_effect(model: GatedVit, sae: Sae, site: int, term: SteeringTerm, residu
     device, gate = sae.encoder.device, model.gates[site]
     x = residual.float().to(device)
     latent, scale, shift = (torch.tensor([[value]], device=device) for value in (term.latent, term.scale, term.shift))
-    return (gate(sae.steer(site, x, latent, scale, shift)) - gate(x)).mean(0).cpu()
+    effect: Tensor = (gate(sae.steer(site, x, latent, scale, shift)) - gate(x)).mean(0).cpu()
+    return effect
 
 
 def _activity(

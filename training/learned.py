@@ -171,7 +171,8 @@ def drawing(seed: int, target: Target) -> torch.Generator:
 
 def gate_reach(stats: SiteStatistics, target: Target) -> Tensor:
     """(S, L): norm of a latent's effect on the gates x its activity on the target."""
-    return stats.of(target, "effect").norm(dim=-1) * _activity(stats, target)
+    reach: Tensor = stats.of(target, "effect").norm(dim=-1) * _activity(stats, target)
+    return reach
 
 
 def _activity(stats: SiteStatistics, target: Target) -> Tensor:

@@ -5,10 +5,13 @@ on and with only the class token in the last block's query, output projection an
 activations, softmax, biases, and the gates with their steering (D*H + 2*T*D a site: below 0.1% here).
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from training.gated_vit import GatedVit
@@ -48,13 +51,15 @@ def count(model: GatedVit) -> Macs:
     finally:
         for hook in hooks:
             hook.remove()
-    dense = stem + model.leaving * vit.head.weight.numel()  # a distilled model has a second head of the same size
+    classifier = cast(nn.Linear, vit.head)
+    dense = stem + model.leaving * classifier.weight.numel()  # a distilled model has a second head of the same size
     per_head = []
-    for index, block in enumerate(vit.blocks):
+    for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
+        attn, mlp = cast(Attention, block.attn), cast(Mlp, block.mlp)
         queries = model.leaving if index == len(vit.blocks) - 1 else tokens
-        head = head_macs(vit.embed_dim, block.attn.head_dim, tokens, queries)
-        dense += block.attn.num_heads * head
-        dense += queries * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        head = head_macs(vit.embed_dim, attn.head_dim, tokens, queries)
+        dense += attn.num_heads * head
+        dense += queries * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
         if index in model.gated_blocks:
             per_head.append(head)
     return Macs(dense, tuple(per_head))

@@ -1,8 +1,9 @@
 """One phase of the training of a gated ViT: its loop, what it optimises, and the state it goes on from."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -17,7 +18,7 @@ from training import processes
 from training.checkpoint import Run
 from training.config import Settings, VitSettings
 from training.data import Data, steps
-from training.gated_vit import GatedVit, keep_all, lowered, straight_through
+from training.gated_vit import Decide, Gate, GatedVit, keep_all, lowered, straight_through
 from training.streams import training_batches
 
 UNDECAYED = ("cls_token", "pos_embed")
@@ -79,7 +80,7 @@ def run_phase(
         schedule.step_update(step + 1)
         done, target = step / total, batch.target.to(model.mean.device)
         offset = torch.zeros(len(target), 1, device=target.device)
-        decide = keep_all
+        decide: Decide = keep_all
         if teacher is not None:
             noise = gate_noise(done) if phase.name == "joint" else 1.0
             decide = straight_through(vit.gumbel_temperature, noise if vit.gate == "gumbel" else 0.0)
@@ -117,12 +118,14 @@ def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.O
     model.vit.requires_grad_(phase.backbone_rate > 0)
     model.gates.requires_grad_(phase.gate_rate > 0)
     if vit.gate == "static":  # the biases alone decide
-        for gate in model.gates:
+        for gate in cast(Iterable[Gate], model.gates):
             gate.linear.weight.requires_grad_(False)
     if vit.model == "conv_stem":
+        assert model.vit.pos_embed is not None
         model.vit.pos_embed.requires_grad_(False)
+    of_backbone = param_groups_weight_decay(model.vit, vit.weight_decay, UNDECAYED)  # type: ignore[arg-type]
     groups = [
-        *({**g, "lr": phase.backbone_rate} for g in param_groups_weight_decay(model.vit, vit.weight_decay, UNDECAYED)),
+        *({**group, "lr": phase.backbone_rate} for group in of_backbone),
         {
             "params": [p for p in model.gates.parameters() if p.requires_grad],
             "weight_decay": 0.0,
@@ -134,6 +137,7 @@ def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.O
 
 def _schedule(optimizer: torch.optim.Optimizer, name: str, total: int) -> Scheduler:
     """timm's schedule of that name over `total` steps, the first tenth of them warm-up from zero."""
+    schedule: Scheduler | None
     schedule, _ = create_scheduler_v2(
         optimizer,
         name,

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -210,7 +210,7 @@ def settle(errors: Sequence[DataError], skip: bool = False, title: str = "data")
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """function(item) of each item, in order, computed by a pool of threads a bounded number of items ahead."""
     with ThreadPoolExecutor() as pool:
-        waiting: deque = deque()
+        waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) >= AHEAD:

@@ -128,7 +128,7 @@ def _profile_entry(
         "recall_interval_before": _pair(significance.wilson(before)),
         "recall_interval_after": _pair(significance.wilson(after)),
         "recall_change_interval": _pair(significance.change_interval(before, after)),
-        "overall_change_interval": _pair(significance.change_interval(*right)),
+        "overall_change_interval": _pair(significance.change_interval(right[0], right[1])),
         "mcnemar": significance.mcnemar(before, after),
         "below_one_point": significance.mcnemar_below(before, after, 0.01),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
@@ -168,7 +168,8 @@ def _criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shows_pattern(entry: dict[str, Any]) -> bool:
     gained = entry["after"]["recall"] - entry["before"]["recall"]
-    return entry["after"]["head_usage"] <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
+    shown: bool = entry["after"]["head_usage"] <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
+    return shown
 
 
 def _pattern(entry: dict[str, Any]) -> dict[str, Any]:

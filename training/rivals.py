@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from training import significance
+from training.activations import residuals
 from training.baselines import Rival, logit_bias, matched, random_heads, residual_direction, threshold_shift
 from training.checkpoint import Run
 from training.data import Split
 from training.evaluate import Effect, Outcome, answers, effect, steered_by
 from training.fit_profiles import own_and_others
-from training.fit_sae import residuals
 from training.gated_vit import GatedVit
 from training.macs import Macs
 from training.sae import Sae
 from training.significance import Rightness, mean
-from training.steering import SteeringProfile, at_strength, terms_from_json
+from training.steering import SteeringProfile, Terms, at_strength, terms_from_json
 from training.strategies import Target
 
 SLICE = 250
@@ -92,7 +92,11 @@ def rivals_of(
         for strategy, value in choices[profiles[index].name].items():
             terms = terms_from_json(value)
             if strategy in AT_USAGE:
-                rival = matched(model, own, usage, lambda f, terms=terms: Rival(steered_by(sae, at_strength(terms, f))))
+
+                def at(factor: float, terms: Terms = terms) -> Rival:
+                    return Rival(steered_by(sae, at_strength(terms, factor)))
+
+                rival = matched(model, own, usage, at)
             else:
                 rival = Rival(steered_by(sae, terms))
             rivals[strategy] = [rival]

@@ -22,7 +22,7 @@ from training import folders
 from training.config import DataSettings
 from training.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.pixel_map import default_cache, mapped
-from training.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
+from training.pixels import DataError, LazyPixels, Split, image_spec, open_image, readable, settle
 from training.shards import streamed
 
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
@@ -81,7 +81,8 @@ class Rows:
 
     def open(self, row: int) -> Image.Image:
         if not hasattr(self.dataset, "reader"):
-            return self.dataset[row][0]
+            image: Image.Image = self.dataset[row][0]
+            return image
         with self.dataset.reader[row][0] as file:
             return open_image(file.read())
 
@@ -113,6 +114,7 @@ def _split(settings: DataSettings, split: str, source: Files | Rows, classes: to
             pixels, classes = replace(pixels, rows=pixels.rows[kept]), classes[kept]
         return Split(pixels, classes, source.contents())
     labelled = hashlib.sha256(classes.numpy().tobytes()).hexdigest()
+    made_for: dict[str, Any]
     made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
     made_for |= {"skip_unreadable": True} if skip else {}
     rows = readable(zip(pixels.decoded(title), classes.tolist(), strict=True), skip, title)
@@ -177,7 +179,7 @@ def _rows(dataset: Any, where: str) -> tuple[Files | Rows, torch.Tensor]:
         classes = dataset.targets
     else:
         raise DataError(f"{where}: gives its labels with its images alone; allowed: a set with `targets`, or a folder")
-    source: Source = Rows(dataset, where)
+    source: Files | Rows = Rows(dataset, where)
     if hasattr(dataset, "samples"):  # torchvision's ImageFolder and ImageNet
         source = Files(tuple(path for path, _ in dataset.samples))
     return source, torch.as_tensor(classes).long()

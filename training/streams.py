@@ -71,7 +71,7 @@ def _run(stream: "_Stream", order: range, workers: int) -> Iterator[tuple[int, B
         yield step, batch
 
 
-class _Stream(Dataset):
+class _Stream(Dataset[Batch | DataError]):
     """step -> Batch. An error is returned, since one raised in a worker would arrive as text with its traceback."""
 
     def __init__(
@@ -134,7 +134,8 @@ class _Stream(Dataset):
             return pixels
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.data.spec.mean, self.data.spec.std))
         normalised = self.erasing((pixels / 255 - mean) / std)
-        return ((normalised * std + mean) * 255).round().clamp(0, 255).byte()
+        erased: torch.Tensor = ((normalised * std + mean) * 255).round().clamp(0, 255).byte()
+        return erased
 
     def _mixed(self, images: torch.Tensor, classes: torch.Tensor, step: int) -> Batch:
         """Row i with row i + B/2, which is in the share of the same process; one draw for the whole global batch."""
@@ -157,7 +158,7 @@ def _timm_augmentation(data: Data, settings: DataSettings) -> tuple[Callable[[Im
             scale=settings.scale,
             ratio=settings.ratio,
             hflip=0.5 if settings.flip else 0.0,
-            color_jitter=settings.color_jitter or None,
+            color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=settings.auto_augment,
             interpolation=settings.train_interpolation,
             mean=spec.mean,
@@ -186,4 +187,5 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def _numbers(*key: int) -> list[int]:
-    return np.random.SeedSequence([value % 2**64 for value in key]).generate_state(3).tolist()
+    numbers: list[int] = np.random.SeedSequence([value % 2**64 for value in key]).generate_state(3).tolist()
+    return numbers

@@ -108,7 +108,9 @@ def _rank(where: tuple[str, ...]) -> int:
     return INNER.index(where[0]) if where and where[0] in INNER else len(INNER)
 
 
-def _models(checkpoint: dict[Any, Any], where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+def _models(
+    checkpoint: dict[Any, Any], where: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every VisionTransformer of a checkpoint: the keys and the prefix that lead to it, and its tensors."""
     tensors = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in sorted(key.removesuffix(MARK) for key in tensors if key.endswith(MARK)):
