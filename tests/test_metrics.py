@@ -59,7 +59,8 @@ def answers(bundle: Bundle, count: int) -> Outputs:
     shape = count, len(manifest.gated_blocks), manifest.heads
     scores, macs = np.zeros((count, 10), np.float32), np.full(count, manifest.macs.dense)
     return Outputs(
-        scores, np.ones(shape, bool), np.ones(shape, np.float32), np.ones(count), macs, np.ones(count, np.int64), None, 0.01,
+        scores, np.ones(shape, bool), np.ones(shape, np.float32), np.ones(count), macs,
+        np.ones(count, np.int64), None, 0.01,
     )  # fmt: skip
 
 
