@@ -33,7 +33,7 @@ from service.receipt import Origin, measures, origin
 from service.repository import Repository
 from service.statistics import Duration
 from service.steering import Steering
-from service.tensors import RESERVED, STEERING, Tensor, TensorHeader, headers, packed, tensors
+from service.tensors import RESERVED, STEERING, Tensor, TensorHeader, packed, read_headers, read_tensors
 from training.steering import NEUTRAL, SteeringArrays
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -149,13 +149,13 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
         model = self._repository.get(request.model_name, request.model_version)
         with model.statistics.failures():
-            identity, raw = request.id, request.raw_input_contents[:]
+            request_id, raw = request.id, request.raw_input_contents[:]
             asked, contents = _read(request, bool(raw))
-            inputs = tensors(asked.tensors, raw, contents, self._most(model))
+            inputs = read_tensors(asked.tensors, raw, contents, self._most(model))
             images = self._images(model, inputs)
             steering = await self._steering(model, asked, inputs, len(images))
         answer = await model.predict(images, steering, context.time_remaining(), "residual" in asked.outputs)
-        return _response(identity, model, steering, answer, asked.outputs)
+        return _response(request_id, model, steering, answer, asked.outputs)
 
     def _most(self, model: Model) -> dict[str, int]:
         """Elements of an input at most, so that no more than these ever become Python objects."""
@@ -232,7 +232,7 @@ def _read(request: pb.ModelInferRequest, raw: bool) -> tuple[Asked, Sequence[Any
 
 
 def _asked(request: pb.ModelInferRequest) -> Asked:
-    return Asked(headers(request), _wanted(request), *_parameters(request.parameters))
+    return Asked(read_headers(request), _wanted(request), *_parameters(request.parameters))
 
 
 @lru_cache(maxsize=256)
@@ -294,7 +294,7 @@ def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str
     return value
 
 
-def _response(identity: str, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]) -> bytes:
+def _response(request_id: str, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]) -> bytes:
     """The message, for the request with this id. Its first part is the same for all calls alike, and messages that
     follow each other are one."""
     contents: list[bytes] = []
@@ -308,7 +308,7 @@ def _response(identity: str, model: Model, steering: Steering, answer: Answer, o
             value = getattr(answer.outputs, name)
             tensors.append((name, OUTPUT_TYPES[name], value.shape))
             contents.append(value.tobytes())
-    response = pb.ModelInferResponse(id=identity, raw_output_contents=contents)
+    response = pb.ModelInferResponse(id=request_id, raw_output_contents=contents)
     parameters = response.parameters
     for name, number in measures(model, answer)._asdict().items():
         if isinstance(number, float):

@@ -47,7 +47,7 @@ class TensorHeader(NamedTuple):
     """For errors."""
 
 
-def headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
+def read_headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
     """Of the inputs of a request, checked."""
     found: dict[str, TensorHeader] = {}
     for index, tensor in enumerate(request.inputs):
@@ -72,7 +72,7 @@ def headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
     return tuple(found.values())
 
 
-def tensors(
+def read_tensors(
     headers: Sequence[TensorHeader], raw: Sequence[bytes], contents: Sequence[Any], most: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """The inputs by name, their sizes checked. raw: the contents of all of them, or nothing; then contents: the typed

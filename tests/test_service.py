@@ -145,6 +145,9 @@ def test_health_reflection_and_pages(server: ServerProcess) -> None:
     for service in ("", "steering.v1.SteeringService"):
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    listed = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest(), timeout=10).statuses
+    assert {"", "steering.v1.SteeringService", "inference.GRPCInferenceService"} == set(listed)
+    assert {status.status for status in listed.values()} == {health_pb2.HealthCheckResponse.SERVING}
     assert "steering.v1.SteeringService" in ProtoReflectionDescriptorDatabase(channel).get_services()
     assert server.page("livez") == server.page("readyz") == "OK\n"
 
