@@ -39,6 +39,7 @@ class HeadWeights:
     key_bias: Tensor | None
     value: Tensor
     """(H, D, E), without its bias, which is in `added`."""
+    value_bias: Tensor | None
     output: Tensor
     """(H, E, D)"""
     added: Tensor | None
@@ -79,7 +80,7 @@ def head_weights(block: Block) -> HeadWeights:
     output = (attn.proj.weight.T * gamma).view(h, e, -1)  # (H, E, D)
     added = None if value_bias is None else torch.einsum("he,hed->hd", value_bias, output)
     bias = None if attn.proj.bias is None else attn.proj.bias * gamma
-    return HeadWeights(query, query_bias, key, key_bias, value, output, added, bias, query_norm, key_norm)
+    return HeadWeights(query, query_bias, key, key_bias, value, value_bias, output, added, bias, query_norm, key_norm)
 
 
 class _Scale(nn.Module):

@@ -38,8 +38,8 @@ class Builder:
         return self.ops(kind, *inputs, names=(name,), domain=domain, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str], domain: str = "", **attributes: Any) -> Sequence[str]:
-        """Add a node with several outputs; returns their names."""
-        for name in names:
+        """Add a node with several outputs; returns their names. An output that nobody needs has the name ""."""
+        for name in filter(None, names):
             if name in self._names:
                 raise ValueError(f"the name {name} is taken")
             self._names.add(name)

@@ -33,7 +33,7 @@ from training.image_spec import ImageSpec
 from training.steering import SteeringError, SteeringProfile, check, check_name, profiles_from_json
 
 SCHEMA_VERSION = 2
-ATTENTIONS = ("dispatch", "masked", "compact")
+ATTENTIONS = ("dispatch", "masked", "compact", "fused")
 PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")

@@ -15,12 +15,14 @@ import onnx
 import torch
 from onnx import TensorProto
 from timm.layers import Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from export.attention import ATTENTION, Closing, head_weights
 from export.builder import Builder
 from export.bundle import INPUTS, OUTPUTS
+from export.ends import Classifier, Stem
+from export.fused import build_fused
 from export.precision import Arithmetic, Float
 from training.gated_vit import Gate, GatedVit
 from training.image_spec import ImageSpec
@@ -63,17 +65,19 @@ def build(
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    attention: a name of ATTENTION. kept: the heads of each gated block that are in the graph at all; the gates of the
+    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph at all; the gates of the
     others must be closed for every image (compact.py). None: all of them.
 
     A model without gated blocks gives the plain graph, pixels in and logits out: what others are compared with.
     """
     model, sae, vit = steered.model.eval(), steered.sae, steered.model.vit
     arithmetic = arithmetic or Float()
+    if attention == "fused":
+        return build_fused(model, sae, spec, metadata, arithmetic.real, kept)
     g = Builder(arithmetic.real)
     pixels = torch.zeros(2, *spec.shape, dtype=torch.uint8)
-    x = g.call(_Stem(model), "image", pixels, "stem")  # (B, N, D)
-    tokens = _Stem(model)(pixels)
+    x = g.call(Stem(model), "image", pixels, "stem")  # (B, N, D)
+    tokens = Stem(model)(pixels)
     steering = _Steering(g, sae) if model.gated_blocks else None
     gates, residuals = [], []
     last = len(vit.blocks) - 1
@@ -97,7 +101,7 @@ def build(
         x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, closing, leaving, name)
         y = _norm(g, block.norm2, x, tokens, f"{name}/norm2")
         x = g.op("Add", x, _mlp(g, arithmetic, block, y, tokens, f"{name}/mlp"), name=name)
-    logits = g.call(_Classifier(vit), x, tokens, "classifier")
+    logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
     if steering:
@@ -116,29 +120,6 @@ def build(
     for name, value in arithmetic.observed:
         g.output(value, f"observed/{name}", ["batch", "tokens", "width"])
     return g.finish(inputs, metadata)
-
-
-class _Stem(nn.Module):
-    """uint8 (B, height, width, channels) -> the tokens that enter the first block, (B, N, D)."""
-
-    def __init__(self, model: GatedVit):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model.embed(image)
-
-
-class _Classifier(nn.Module):
-    """The tokens that leave the last block -> logits (B, classes)."""
-
-    def __init__(self, vit: VisionTransformer):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.vit.forward_head(self.vit.norm(x))
-        return logits
 
 
 class _Steering:

@@ -1,0 +1,380 @@
+"""The graph for GPUs: the same model, in few and large operations.
+
+What takes time on a GPU is the number of kernels and the bytes between them, so the queries, keys and values of a block
+are one product, attention is one operator, and residual additions are fused with the norm that follows them
+(onnxruntime's MultiHeadAttention, SkipLayerNormalization, BiasGelu). A closed head is multiplied by 0: a GPU cannot
+leave it out without asking the host. Nothing depends on data or runs on the host, so the graph can be captured as a
+CUDA graph: tests/test_fused.py holds it to a list of operators.
+
+Steering works on all latents of a site at once: two dense products, instead of gathering the weights of each image's
+terms. Patches, tokens, and all weights that meet them are `real`; gates, steering and the classifier float32.
+
+Letters: B batch, S sites, T terms, L latents, G gated blocks, H heads, E head width, N tokens, D residual width.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from export.attention import HeadWeights, head_weights
+from export.builder import MICROSOFT, Builder
+from export.bundle import INPUTS, OUTPUTS
+from export.ends import Classifier, Stem
+from training.gated_vit import Gate, GatedVit
+from training.image_spec import ImageSpec
+from training.sae import Sae
+from training.steering import GATE_BOUND, Terms
+
+GREY = 128
+"""Taken from every pixel first: float16 has -128 to 127 exactly, and products of them cancel less than those of 0 to
+255."""
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Between two parts of a block: the residual is x + delta + bias, which the next norm adds up."""
+
+    x: str
+    delta: str | None
+    bias: Tensor | None
+
+
+def build_fused(
+    model: GatedVit,
+    sae: Sae,
+    spec: ImageSpec,
+    metadata: dict[str, str],
+    real: type[np.floating[Any]],
+    kept: Sequence[Sequence[int]] | None = None,
+    terms: Terms | None = None,
+) -> onnx.ModelProto:
+    """A graph of the model, checked by onnx.
+
+    kept: as for export.graph.build. terms: those of every image, when the graph is for one steering alone; then they
+    are constants, and the graph's only input is the image.
+    """
+    vit = model.vit
+    g = Builder(real)
+    x, tokens = _stem(g, model, spec)
+    stream = _Stream(x, None, None)
+    steering = _Steering(g, sae) if terms is None else _Fixed(g, sae, terms)
+    products, residuals = [], []
+    last = len(vit.blocks) - 1
+    for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
+        name = f"block{index}"
+        y, x = _norm(g, block.norm1, stream, tokens, f"{name}/norm1")
+        gate = None
+        heads: Sequence[int] = range(model.heads)
+        if index in model.gated_blocks:
+            site = model.gated_blocks.index(index)
+            residual = g.op("Gather", x, g.integers(0), name=f"{name}/residual", axis=1)  # (B, 1, D)
+            residual = g.float32(residual, f"{name}/residual/float32")
+            product, open_ = _gate(g, cast(Gate, model.gates[site]), residual, steering, site, name)
+            products.append(product)
+            residuals.append(residual)
+            if kept is not None and len(kept[site]) < model.heads:
+                heads = kept[site]
+                open_ = g.op("Gather", open_, g.integers(*heads), name=f"{name}/gate/kept", axis=2) if heads else open_
+            gate = g.real(open_, f"{name}/gate/number") if heads else None  # (B, 1, heads)
+        leavers = y
+        if index == last:
+            x, leavers = (_first(g, value, model.leaving, f"{name}/leaving/{of}") for of, value in (("x", x), ("y", y)))
+        mixed = _attention(g, head_weights(block), leavers, y, gate, heads, tokens, name)
+        if index == last:
+            tokens = tokens[:, : model.leaving]
+        y, x = _norm(g, block.norm2, _Stream(x, *mixed), tokens, f"{name}/norm2")
+        stream = _Stream(x, *_mlp(g, block, y, tokens, f"{name}/mlp"))
+    x = _sum(g, stream, "tokens")
+    logits = g.call(Classifier(vit), x, tokens, "classifier")
+    g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
+    of_gates = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, H)
+    product = g.op("Concat", *products, name="gates/products", axis=1)  # (B, G, H)
+    scaled = g.op("Add", product, g.weight("gates/linear.bias", of_gates, np.float32), name="gates/scaled")
+    logit = g.op("Mul", g.op("Tanh", scaled, name="gates/tanh"), g.number(GATE_BOUND), name="gates/logit")
+    shape: list[str | int] = ["batch", len(products), model.heads]
+    g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], shape, TensorProto.BOOL)
+    g.output(logit, OUTPUTS[2], shape)
+    residual = g.op("Concat", *residuals, name="residuals", axis=1)
+    g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
+    inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
+    if terms is None:
+        kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
+        inputs |= {name: (kind, ["batch", sae.sites, "terms"]) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
+    return g.finish(inputs, metadata)
+
+
+def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
+    """The tokens that enter the first block, and an example of them. Through PyTorch's exporter in float32, if patches
+    are not a plain product or positions are not plainly added."""
+    vit, pixels = model.vit, torch.zeros(2, *spec.shape, dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = model.embed(pixels)
+        positions = _positions(vit)
+    patch = vit.patch_embed
+    if positions is None or not _plain_patches(patch):
+        return g.call(Stem(model), INPUTS[0], pixels, "stem"), tokens
+    proj = cast(nn.Conv2d, patch.proj)
+    (rows, columns), (high, wide) = patch.grid_size, proj.kernel_size
+    std, mean = model.std.view(1, -1, 1, 1), model.mean.view(1, -1, 1, 1)
+    weight = proj.weight / std  # (D, C, high, wide)
+    bias = ((GREY - mean) * weight).sum((1, 2, 3)) + (0 if proj.bias is None else proj.bias)
+    added = positions.clone()
+    prefix = vit.num_prefix_tokens
+    added[:, prefix:] += bias
+    shape = (0, rows, high, columns, wide * spec.channels)
+    x = g.op("Reshape", INPUTS[0], g.integers(*shape), name="stem/rows")
+    x = g.op("Transpose", x, name="stem/patches", perm=[0, 1, 3, 2, 4])
+    x = g.op("Reshape", x, g.integers(0, rows * columns, high * wide * spec.channels), name="stem/patch")
+    x = g.op("Sub", g.real(x, "stem/pixels"), g.weight("stem/grey", GREY), name="stem/centred")
+    by_pixel = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (high * wide * C, D)
+    x = g.op("MatMul", x, g.weight("stem/proj.weight", by_pixel), name="stem/proj")
+    if prefix:
+        x = g.op("Pad", x, g.integers(0, prefix, 0, 0, 0, 0), name="stem/prefixed")
+    x = g.op("Add", x, g.weight("stem/positions", added), name="stem/tokens")
+    if not isinstance(vit.norm_pre, nn.Identity):
+        x = g.call(vit.norm_pre, x, tokens, "stem/norm_pre")
+    return x, tokens
+
+
+def _plain_patches(patch: nn.Module) -> bool:
+    """Whether patches are cut without overlap, each through the same linear layer."""
+    if type(patch) is not PatchEmbed or patch.grid_size is None:
+        return False
+    proj = patch.proj
+    return (
+        isinstance(proj, nn.Conv2d) and isinstance(patch.norm, nn.Identity) and patch.flatten
+        and proj.stride == proj.kernel_size and proj.padding == (0, 0) and proj.groups == 1
+        and patch.img_size == tuple(g * k for g, k in zip(patch.grid_size, proj.kernel_size, strict=True))
+    )  # fmt: skip
+
+
+def _positions(vit: VisionTransformer) -> Tensor | None:
+    """(1, N, D): what is added to the patches' tokens after the prefix's zeros; None if that is not all that is done."""
+    patches = vit.patch_embed.num_patches
+    torch.manual_seed(0)
+    drawn = torch.randn(1, patches, vit.embed_dim)
+    added: Tensor = vit._pos_embed(torch.zeros_like(drawn))
+    if added.shape != (1, vit.num_prefix_tokens + patches, vit.embed_dim):
+        return None
+    plain = nn.functional.pad(drawn, (0, 0, vit.num_prefix_tokens, 0)) + added
+    return added if torch.equal(vit._pos_embed(drawn), plain) else None
+
+
+class _Steering:
+    """Sae.steer, of all latents: x + (scale-1) z + shift through the decoder, where (scale-1) and shift are 0 for a
+    latent without a term. What does not depend on the residual is worked out for all sites at once."""
+
+    def __init__(self, g: Builder, sae: Sae):
+        self._g, self._sae, self._bias = g, sae, _encoder_bias(sae)
+        first = g.op("Gather", INPUTS[1], g.integer(0), name="steering/first", axis=2)  # (B, S)
+        none = g.op("Mul", first, g.integer(0), name="steering/none")
+        zeros = g.weight("steering/zeros.weight", np.zeros((1, sae.latents)), np.float32)
+        zero = g.op("Gather", zeros, none, name="steering/zero", axis=0)  # (B, S, L)
+        scale = g.op("Sub", INPUTS[2], g.number(1), name="steering/scale-1")
+        amount, shift = (
+            g.op("ScatterElements", zero, INPUTS[1], value, name=f"steering/{what}", axis=2, reduction="add")
+            for what, value in (("amount", scale), ("shift", INPUTS[3]))
+        )
+        bias = g.weight("steering/bias", self._bias, np.float32)  # (S, L)
+        constant = g.op("Add", g.op("Mul", amount, bias, name="steering/biased"), shift, name="steering/constant")
+        parts = {"amount": amount, "shift": shift, "constant": constant}
+        self._parts = {
+            what: [value] if sae.sites == 1 else g.ops(
+                "Split", value, names=[f"steering/{what}/{site}" for site in range(sae.sites)], axis=1,
+                num_outputs=sae.sites,
+            )
+            for what, value in parts.items()
+        }  # fmt: skip
+
+    def moved(self, site: int, residual: str, name: str) -> str | None:
+        """residual (B, 1, D) -> what is added to it, (B, 1, D)."""
+        sae = self._sae
+        amount, shift, constant = (self._parts[what][site] for what in ("amount", "shift", "constant"))
+        cut = sae.threshold[site] - self._bias[site]
+        return _change(self._g, sae.encoder[site], cut, sae.decoder[site], residual, amount, constant, shift, name)
+
+
+class _Fixed:
+    """The same terms for every image: products with the named latents alone."""
+
+    def __init__(self, g: Builder, sae: Sae, terms: Terms):
+        self._g, self._sae, self._terms, self._bias = g, sae, terms, _encoder_bias(sae)
+
+    def moved(self, site: int, residual: str, name: str) -> str | None:
+        g, sae, terms = self._g, self._sae, self._terms.get(site, ())
+        if not terms:
+            return None
+        latents = [term.latent for term in terms]
+        amount, shift = (torch.tensor(values, dtype=torch.float64) for values in zip(
+            *((term.scale - 1, term.shift) for term in terms), strict=True))  # fmt: skip
+        bias = self._bias[site][latents]
+        values: dict[str, Tensor] = {"amount": amount, "shift": shift, "constant": amount * bias + shift}
+        stored = {what: g.weight(f"{name}/{what}", value, np.float32) for what, value in values.items()}
+        return _change(
+            g, sae.encoder[site][latents], sae.threshold[site][latents] - bias, sae.decoder[site][latents], residual,
+            stored["amount"], stored["constant"], stored["shift"], name,
+        )  # fmt: skip
+
+
+def _encoder_bias(sae: Sae) -> Tensor:
+    """(S, L): z = W_enc x + this, before the threshold."""
+    return sae.encoder_bias - torch.einsum("sld,sd->sl", sae.encoder, sae.decoder_bias)
+
+
+def _change(
+    g: Builder, encoder: Tensor, cut: Tensor, decoder: Tensor, residual: str, amount: str, constant: str, shift: str,
+    name: str,
+) -> str:  # fmt: skip
+    """encoder, decoder (L, D), cut (L,): what the product must exceed; amount, constant, shift (..., L). What is added
+    to the residual: (amount product + constant) where the latent is active, else its shift, through the decoder."""
+    raw = g.op("MatMul", residual, g.weight(f"{name}/encoder.weight", encoder.T, np.float32), name=f"{name}/raw")
+    active = g.op("Greater", raw, g.weight(f"{name}/cut", cut, np.float32), name=f"{name}/active")
+    scaled = g.op("Mul", raw, amount, name=f"{name}/scaled")
+    scaled = g.op("Add", scaled, constant, name=f"{name}/scaled/constant")
+    change = g.op("Where", active, scaled, shift, name=f"{name}/change")  # (B, 1, L)
+    return g.op("MatMul", change, g.weight(f"{name}/decoder.weight", decoder, np.float32), name=f"{name}/moved")
+
+
+def _gate(g: Builder, gate: Gate, residual: str, steering: _Steering | _Fixed, site: int, name: str) -> tuple[str, str]:
+    """The product with the gate's weights (B, 1, H), which with the bias is the logit / GATE_BOUND before tanh; and
+    whether that is above 0."""
+    moved = steering.moved(site, residual, f"{name}/steering")
+    norm, at = gate.norm, f"{name}/gate"
+    parameters = (
+        g.weight(f"{at}/norm.weight", norm.weight, np.float32),
+        g.weight(f"{at}/norm.bias", norm.bias, np.float32),
+    )
+    if moved is None:
+        y = g.op("LayerNormalization", residual, *parameters, name=f"{at}/norm", axis=-1, epsilon=norm.eps)
+    else:
+        y = g.op(
+            "SkipLayerNormalization", moved, residual, *parameters, name=f"{at}/norm", domain=MICROSOFT,
+            epsilon=norm.eps,
+        )  # fmt: skip
+    weight = g.weight(f"{at}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
+    product = g.op("MatMul", y, weight, name=f"{at}/product")
+    below = g.weight(f"{at}/below", -gate.linear.bias / GATE_BOUND, np.float32)
+    return product, g.op("Greater", product, below, name=f"{at}/open")
+
+
+def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: str) -> tuple[str, str]:
+    """The normed residual, and the residual."""
+    if not isinstance(norm, nn.LayerNorm) or stream.delta is None:
+        x = _sum(g, stream, f"{name}/residual")
+        if isinstance(norm, nn.LayerNorm):
+            return g.op("LayerNormalization", x, *_affine(g, norm, name), name=name, axis=-1, epsilon=norm.eps), x
+        return g.call(norm, x, tokens, name), x
+    parameters = [*_affine(g, norm, name)]
+    if stream.bias is not None:
+        parameters.append(g.weight(f"{name}/added.bias", stream.bias))
+    g.ops(
+        "SkipLayerNormalization", stream.delta, stream.x, *parameters, names=(name, "", "", f"{name}/residual"),
+        domain=MICROSOFT, epsilon=norm.eps,
+    )  # fmt: skip
+    return name, f"{name}/residual"
+
+
+def _affine(g: Builder, norm: nn.LayerNorm, name: str) -> tuple[str, str]:
+    weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
+    bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
+    return g.weight(f"{name}.weight", weight), g.weight(f"{name}.bias", bias)
+
+
+def _sum(g: Builder, stream: _Stream, name: str) -> str:
+    x = stream.x
+    if stream.delta is not None:
+        x = g.op("Add", x, stream.delta, name=f"{name}/sum")
+    if stream.bias is not None:
+        x = g.op("Add", x, g.weight(f"{name}/added.bias", stream.bias), name=f"{name}/biased")
+    return x
+
+
+def _attention(
+    g: Builder, w: HeadWeights, leavers: str, y: str, gate: str | None, heads: Sequence[int], tokens: Tensor, name: str
+) -> tuple[str | None, Tensor | None]:
+    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), gate (B, 1, heads). The output without the bias
+    that is to be added to it, and that bias."""
+    if not heads:
+        return None, w.bias
+    picked, h, e = list(heads), len(heads), w.query.shape[2]
+    parts = {"query": w.query, "key": w.key, "value": w.value}
+    wide = {what: weight[picked].transpose(0, 1).flatten(1) for what, weight in parts.items()}  # (D, heads * E)
+    normed = [not isinstance(norm, nn.Identity) for norm in (w.query_norm, w.key_norm)]
+    at = f"{name}/attention"
+    together = leavers == y
+    if together:
+        stored = g.weight(f"{at}/qkv.weight", torch.cat(list(wide.values()), 1))
+        packed = g.op("MatMul", y, stored, name=f"{at}/qkv")
+        query, key, value = g.ops("Split", packed, names=[f"{at}/{what}" for what in parts], axis=2, num_outputs=3)
+    else:
+        query = g.op("MatMul", leavers, g.weight(f"{at}/query.weight", wide["query"]), name=f"{at}/query")
+        stored = g.weight(f"{at}/kv.weight", torch.cat([wide["key"], wide["value"]], 1))
+        packed = g.op("MatMul", y, stored, name=f"{at}/kv")
+        key, value = g.ops("Split", packed, names=[f"{at}/key", f"{at}/value"], axis=2, num_outputs=2)
+    biases = [_bias(b, picked) for b in (w.query_bias, w.key_bias, w.value_bias)]
+    if any(normed):
+        query, key = (
+            _by_head_norm(g, norm, part, bias, (h, e), f"{at}/{what}")
+            for norm, part, bias, what in (
+                (w.query_norm, query, biases[0], "query"), (w.key_norm, key, biases[1], "key"))
+        )  # fmt: skip
+        biases[:2] = None, None
+    inputs = [query, key, value]
+    if any(bias is not None for bias in biases):
+        inputs.append(g.weight(f"{at}/bias", torch.cat([torch.zeros(h * e) if b is None else b for b in biases])))
+    mixed = g.op("MultiHeadAttention", *inputs, name=at, domain=MICROSOFT, num_heads=h, scale=1.0)  # (B, Q, heads * E)
+    if gate is not None:
+        by_head = g.op("Reshape", mixed, g.integers(0, 0, h, e), name=f"{at}/by_head")
+        open_ = g.op("Reshape", gate, g.integers(0, 1, h, 1), name=f"{at}/gate")
+        mixed = g.op("Mul", by_head, open_, name=f"{at}/gated/by_head")
+        mixed = g.op("Reshape", mixed, g.integers(0, 0, h * e), name=f"{at}/gated")
+    return g.op(
+        "MatMul", mixed, g.weight(f"{at}/output.weight", w.output[picked].flatten(0, 1)), name=f"{at}/output"
+    ), w.bias
+
+
+def _bias(bias: Tensor | None, heads: list[int]) -> Tensor | None:
+    return None if bias is None else bias[heads].flatten()
+
+
+def _by_head_norm(
+    g: Builder, norm: nn.Module, part: str, bias: Tensor | None, shape: tuple[int, int], name: str
+) -> str:
+    """The norm of queries or keys (B, Q, heads * E), each head's by itself."""
+    h, e = shape
+    if bias is not None:
+        part = g.op("Add", part, g.weight(f"{name}.bias", bias), name=f"{name}/biased")
+    if isinstance(norm, nn.Identity):
+        return part
+    part = g.op("Reshape", part, g.integers(0, 0, h, e), name=f"{name}/by_head")
+    part = g.call(norm, part, torch.zeros(2, 3, h, e), f"{name}/norm")
+    return g.op("Reshape", part, g.integers(0, 0, h * e), name=f"{name}/normed")
+
+
+def _mlp(g: Builder, block: Block, y: str, tokens: Tensor, name: str) -> tuple[str, Tensor | None]:
+    """The output without the bias that is to be added to it, and that bias. Two linear layers with a GELU between;
+    timm's other kinds through the exporter, in float32."""
+    mlp, scale = cast(Mlp, block.mlp), getattr(block.ls2, "gamma", torch.ones(()))
+    if not (type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU):
+        return g.call(nn.Sequential(mlp, block.ls2), y, tokens, name), None
+    hidden = g.op("MatMul", y, g.weight(f"{name}/fc1.weight", mlp.fc1.weight.T), name=f"{name}/fc1")
+    if mlp.fc1.bias is None:
+        hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=mlp.act.approximate)
+    else:
+        kind = "FastGelu" if mlp.act.approximate == "tanh" else "BiasGelu"
+        hidden = g.op(kind, hidden, g.weight(f"{name}/fc1.bias", mlp.fc1.bias), name=f"{name}/gelu", domain=MICROSOFT)
+    out = g.op("MatMul", hidden, g.weight(f"{name}/fc2.weight", mlp.fc2.weight.T * scale), name=f"{name}/fc2")
+    return out, None if mlp.fc2.bias is None else mlp.fc2.bias * scale
+
+
+def _first(g: Builder, value: str, count: int, name: str) -> str:
+    """(B, N, D) -> (B, count, D)"""
+    return g.op("Slice", value, g.integers(0), g.integers(count), g.integers(1), name=name)
