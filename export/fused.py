@@ -66,28 +66,28 @@ def build_fused(
     x, tokens = _stem(g, model, spec)
     stream = _Stream(x, None, None)
     steering = _Steering(g, sae) if terms is None else _Fixed(g, sae, terms)
+    every = range(model.heads)
+    left = [every] * len(model.gated_blocks) if kept is None else kept
     products, residuals = [], []
     last = len(vit.blocks) - 1
     for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
         name = f"block{index}"
         y, x = _norm(g, block.norm1, stream, tokens, f"{name}/norm1")
-        gate = None
-        heads: Sequence[int] = range(model.heads)
+        open_, heads = None, cast(Sequence[int], every)
         if index in model.gated_blocks:
             site = model.gated_blocks.index(index)
+            heads = left[site]
             residual = g.op("Gather", x, g.integers(0), name=f"{name}/residual", axis=1)  # (B, 1, D)
             residual = g.float32(residual, f"{name}/residual/float32")
-            product, open_ = _gate(g, cast(Gate, model.gates[site]), residual, steering, site, name)
-            products.append(product)
             residuals.append(residual)
-            if kept is not None and len(kept[site]) < model.heads:
-                heads = kept[site]
-                open_ = g.op("Gather", open_, g.integers(*heads), name=f"{name}/gate/kept", axis=2) if heads else open_
-            gate = g.real(open_, f"{name}/gate/number") if heads else None  # (B, 1, heads)
+            if decides := heads or (0,) * (site == 0 and not any(left)):  # one at least, for the shape of the outputs
+                product, opened = _gate(g, cast(Gate, model.gates[site]), residual, steering, site, decides, name)
+                products.append(product)
+                open_ = opened if heads else None
         leavers = y
         if index == last:
             x, leavers = (_first(g, value, model.leaving, f"{name}/leaving/{of}") for of, value in (("x", x), ("y", y)))
-        mixed = _attention(g, head_weights(block), leavers, y, gate, heads, tokens, name)
+        mixed = _attention(g, head_weights(block), leavers, y, open_, heads, name)
         if index == last:
             tokens = tokens[:, : model.leaving]
         y, x = _norm(g, block.norm2, _Stream(x, *mixed), tokens, f"{name}/norm2")
@@ -95,11 +95,8 @@ def build_fused(
     x = _sum(g, stream, "tokens")
     logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
-    of_gates = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, H)
-    product = g.op("Concat", *products, name="gates/products", axis=1)  # (B, G, H)
-    scaled = g.op("Add", product, g.weight("gates/linear.bias", of_gates, np.float32), name="gates/scaled")
-    logit = g.op("Mul", g.op("Tanh", scaled, name="gates/tanh"), g.number(GATE_BOUND), name="gates/logit")
-    shape: list[str | int] = ["batch", len(products), model.heads]
+    logit = _logits(g, model, products, left)
+    shape: list[str | int] = ["batch", len(residuals), model.heads]
     g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], shape, TensorProto.BOOL)
     g.output(logit, OUTPUTS[2], shape)
     residual = g.op("Concat", *residuals, name="residuals", axis=1)
@@ -157,7 +154,7 @@ def _plain_patches(patch: nn.Module) -> bool:
 
 
 def _positions(vit: VisionTransformer) -> Tensor | None:
-    """(1, N, D): what is added to the patches' tokens after the prefix's zeros; None if that is not all that is done."""
+    """(1, N, D): what is added to the patches' tokens after zeros for the prefix; None if that is not all."""
     patches = vit.patch_embed.num_patches
     torch.manual_seed(0)
     drawn = torch.randn(1, patches, vit.embed_dim)
@@ -169,7 +166,7 @@ def _positions(vit: VisionTransformer) -> Tensor | None:
 
 
 class _Steering:
-    """Sae.steer, of all latents: x + (scale-1) z + shift through the decoder, where (scale-1) and shift are 0 for a
+    """Sae.steer, of all latents: x + ((scale - 1) z + shift) through the decoder, where scale - 1 and shift are 0 for a
     latent without a term. What does not depend on the residual is worked out for all sites at once."""
 
     def __init__(self, g: Builder, sae: Sae):
@@ -194,34 +191,49 @@ class _Steering:
             for what, value in parts.items()
         }  # fmt: skip
 
-    def moved(self, site: int, residual: str, name: str) -> str | None:
-        """residual (B, 1, D) -> what is added to it, (B, 1, D)."""
-        sae = self._sae
+    def moved(self, site: int, residual: str, name: str) -> tuple[str | None, Tensor | None]:
+        """residual (B, 1, D) -> what is to be added to it: (B, 1, D), and the same for every image (D,).
+
+        (scale - 1) z + shift is `amount` product + `constant` where the latent is active, else `shift`.
+        """
+        g, sae = self._g, self._sae
         amount, shift, constant = (self._parts[what][site] for what in ("amount", "shift", "constant"))
-        cut = sae.threshold[site] - self._bias[site]
-        return _change(self._g, sae.encoder[site], cut, sae.decoder[site], residual, amount, constant, shift, name)
+        raw, active = _active(g, sae.encoder[site], sae.threshold[site] - self._bias[site], residual, name)
+        scaled = g.op("Mul", raw, amount, name=f"{name}/scaled")
+        scaled = g.op("Add", scaled, constant, name=f"{name}/scaled/constant")
+        change = g.op("Where", active, scaled, shift, name=f"{name}/change")  # (B, 1, L)
+        decoder = g.weight(f"{name}/decoder.weight", sae.decoder[site], np.float32)
+        return g.op("MatMul", change, decoder, name=f"{name}/moved"), None
 
 
 class _Fixed:
-    """The same terms for every image: products with the named latents alone."""
+    """The same terms for every image: products with the named latents alone, and what is constant is added up here.
+
+    With amount = scale - 1 and constant = amount bias + shift, the change of a latent is amount product + constant
+    where it is active, else shift: so it is constant, plus amount product where it is active, else - amount bias.
+    """
 
     def __init__(self, g: Builder, sae: Sae, terms: Terms):
         self._g, self._sae, self._terms, self._bias = g, sae, terms, _encoder_bias(sae)
 
-    def moved(self, site: int, residual: str, name: str) -> str | None:
+    def moved(self, site: int, residual: str, name: str) -> tuple[str | None, Tensor | None]:
+        """As of _Steering."""
         g, sae, terms = self._g, self._sae, self._terms.get(site, ())
         if not terms:
-            return None
+            return None, None
         latents = [term.latent for term in terms]
-        amount, shift = (torch.tensor(values, dtype=torch.float64) for values in zip(
-            *((term.scale - 1, term.shift) for term in terms), strict=True))  # fmt: skip
-        bias = self._bias[site][latents]
-        values: dict[str, Tensor] = {"amount": amount, "shift": shift, "constant": amount * bias + shift}
-        stored = {what: g.weight(f"{name}/{what}", value, np.float32) for what, value in values.items()}
-        return _change(
-            g, sae.encoder[site][latents], sae.threshold[site][latents] - bias, sae.decoder[site][latents], residual,
-            stored["amount"], stored["constant"], stored["shift"], name,
-        )  # fmt: skip
+        amount, shift = torch.tensor([(term.scale - 1, term.shift) for term in terms], dtype=torch.float64).unbind(1)
+        bias, decoder = self._bias[site][latents].double(), sae.decoder[site][latents].double()
+        added = (amount * bias + shift) @ decoder
+        scaled = amount.nonzero().flatten().tolist()
+        if not scaled:
+            return None, added
+        named = [latents[index] for index in scaled]
+        raw, active = _active(g, sae.encoder[site][named], sae.threshold[site][named] - bias[scaled], residual, name)
+        without = g.weight(f"{name}/inactive", -bias[scaled], np.float32)
+        change = g.op("Where", active, raw, without, name=f"{name}/change")  # (B, 1, T)
+        weight = g.weight(f"{name}/decoder.weight", amount[scaled, None] * decoder[scaled], np.float32)
+        return g.op("MatMul", change, weight, name=f"{name}/moved"), added
 
 
 def _encoder_bias(sae: Sae) -> Tensor:
@@ -229,40 +241,54 @@ def _encoder_bias(sae: Sae) -> Tensor:
     return sae.encoder_bias - torch.einsum("sld,sd->sl", sae.encoder, sae.decoder_bias)
 
 
-def _change(
-    g: Builder, encoder: Tensor, cut: Tensor, decoder: Tensor, residual: str, amount: str, constant: str, shift: str,
-    name: str,
-) -> str:  # fmt: skip
-    """encoder, decoder (L, D), cut (L,): what the product must exceed; amount, constant, shift (..., L). What is added
-    to the residual: (amount product + constant) where the latent is active, else its shift, through the decoder."""
+def _active(g: Builder, encoder: Tensor, cut: Tensor, residual: str, name: str) -> tuple[str, str]:
+    """encoder (L, D), cut (L,) -> the products (B, 1, L), and whether they exceed it."""
     raw = g.op("MatMul", residual, g.weight(f"{name}/encoder.weight", encoder.T, np.float32), name=f"{name}/raw")
-    active = g.op("Greater", raw, g.weight(f"{name}/cut", cut, np.float32), name=f"{name}/active")
-    scaled = g.op("Mul", raw, amount, name=f"{name}/scaled")
-    scaled = g.op("Add", scaled, constant, name=f"{name}/scaled/constant")
-    change = g.op("Where", active, scaled, shift, name=f"{name}/change")  # (B, 1, L)
-    return g.op("MatMul", change, g.weight(f"{name}/decoder.weight", decoder, np.float32), name=f"{name}/moved")
+    return raw, g.op("Greater", raw, g.weight(f"{name}/cut", cut, np.float32), name=f"{name}/active")
 
 
-def _gate(g: Builder, gate: Gate, residual: str, steering: _Steering | _Fixed, site: int, name: str) -> tuple[str, str]:
-    """The product with the gate's weights (B, 1, H), which with the bias is the logit / GATE_BOUND before tanh; and
-    whether that is above 0."""
-    moved = steering.moved(site, residual, f"{name}/steering")
-    norm, at = gate.norm, f"{name}/gate"
-    parameters = (
-        g.weight(f"{at}/norm.weight", norm.weight, np.float32),
-        g.weight(f"{at}/norm.bias", norm.bias, np.float32),
-    )
+def _gate(
+    g: Builder, gate: Gate, residual: str, steering: _Steering | _Fixed, site: int, heads: Sequence[int], name: str
+) -> tuple[str, str]:
+    """Of some heads the products with the gate's weights (B, 1, heads), which with the bias and before tanh are logit /
+    GATE_BOUND; and whether that is above 0."""
+    moved, added = steering.moved(site, residual, f"{name}/steering")
+    norm, at, picked = gate.norm, f"{name}/gate", list(heads)
+    parameters = [g.weight(f"{at}/norm.{what}", getattr(norm, what), np.float32) for what in ("weight", "bias")]
+    if moved is None and added is not None:
+        residual = g.op("Add", residual, g.weight(f"{at}/added", added, np.float32), name=f"{at}/shifted")
     if moved is None:
         y = g.op("LayerNormalization", residual, *parameters, name=f"{at}/norm", axis=-1, epsilon=norm.eps)
     else:
+        if added is not None:
+            parameters.append(g.weight(f"{at}/added", added, np.float32))
         y = g.op(
             "SkipLayerNormalization", moved, residual, *parameters, name=f"{at}/norm", domain=MICROSOFT,
             epsilon=norm.eps,
         )  # fmt: skip
-    weight = g.weight(f"{at}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
+    weight = g.weight(f"{at}/linear.weight", gate.linear.weight[picked].T / GATE_BOUND, np.float32)
     product = g.op("MatMul", y, weight, name=f"{at}/product")
-    below = g.weight(f"{at}/below", -gate.linear.bias / GATE_BOUND, np.float32)
+    below = g.weight(f"{at}/below", -gate.linear.bias[picked] / GATE_BOUND, np.float32)
     return product, g.op("Greater", product, below, name=f"{at}/open")
+
+
+def _logits(g: Builder, model: GatedVit, products: Sequence[str], left: Sequence[Sequence[int]]) -> str:
+    """The gate logits (B, G, H); those of heads that are not in the graph are as low as there are."""
+    bias = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, H)
+    present = torch.tensor([[head in of for head in range(model.heads)] for of in left])
+    if present.all():
+        product = g.op("Concat", *products, name="gates/products", axis=1)
+    else:
+        packed = g.op("Concat", *products, name="gates/products/packed", axis=2)  # (B, 1, those that are left)
+        packed = g.op("Squeeze", packed, g.integers(1), name="gates/products/row")
+        place = (present.flatten().cumsum(0) - 1).clamp_min(0).view_as(present)
+        product = g.op("Gather", packed, g.weight("gates/place", place, np.int64), name="gates/products", axis=1)
+    scaled = g.op("Add", product, g.weight("gates/linear.bias", bias, np.float32), name="gates/scaled")
+    logit = g.op("Mul", g.op("Tanh", scaled, name="gates/tanh"), g.number(GATE_BOUND), name="gates/logit")
+    if present.all():
+        return logit
+    inside = g.weight("gates/present", present, np.bool_)
+    return g.op("Where", inside, logit, g.number(-GATE_BOUND), name="gates/logit/all")
 
 
 def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: str) -> tuple[str, str]:
@@ -298,62 +324,56 @@ def _sum(g: Builder, stream: _Stream, name: str) -> str:
 
 
 def _attention(
-    g: Builder, w: HeadWeights, leavers: str, y: str, gate: str | None, heads: Sequence[int], tokens: Tensor, name: str
+    g: Builder, w: HeadWeights, leavers: str, y: str, open_: str | None, heads: Sequence[int], name: str
 ) -> tuple[str | None, Tensor | None]:
-    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), gate (B, 1, heads). The output without the bias
-    that is to be added to it, and that bias."""
+    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), open_ bool (B, 1, heads). The output without the
+    bias that is to be added to it, and that bias."""
     if not heads:
         return None, w.bias
     picked, h, e = list(heads), len(heads), w.query.shape[2]
     parts = {"query": w.query, "key": w.key, "value": w.value}
     wide = {what: weight[picked].transpose(0, 1).flatten(1) for what, weight in parts.items()}  # (D, heads * E)
-    normed = [not isinstance(norm, nn.Identity) for norm in (w.query_norm, w.key_norm)]
+    biases = {
+        "query": _bias(w.query_bias, picked),
+        "key": _bias(w.key_bias, picked),
+        "value": _bias(w.value_bias, picked),
+    }
+    norms = {"query": w.query_norm, "key": w.key_norm, "value": nn.Identity()}
     at = f"{name}/attention"
-    together = leavers == y
-    if together:
+    if leavers == y and all(isinstance(norm, nn.Identity) for norm in norms.values()):
         stored = g.weight(f"{at}/qkv.weight", torch.cat(list(wide.values()), 1))
-        packed = g.op("MatMul", y, stored, name=f"{at}/qkv")
-        query, key, value = g.ops("Split", packed, names=[f"{at}/{what}" for what in parts], axis=2, num_outputs=3)
-    else:
-        query = g.op("MatMul", leavers, g.weight(f"{at}/query.weight", wide["query"]), name=f"{at}/query")
-        stored = g.weight(f"{at}/kv.weight", torch.cat([wide["key"], wide["value"]], 1))
-        packed = g.op("MatMul", y, stored, name=f"{at}/kv")
-        key, value = g.ops("Split", packed, names=[f"{at}/key", f"{at}/value"], axis=2, num_outputs=2)
-    biases = [_bias(b, picked) for b in (w.query_bias, w.key_bias, w.value_bias)]
-    if any(normed):
-        query, key = (
-            _by_head_norm(g, norm, part, bias, (h, e), f"{at}/{what}")
-            for norm, part, bias, what in (
-                (w.query_norm, query, biases[0], "query"), (w.key_norm, key, biases[1], "key"))
+        bias = torch.cat([torch.zeros(h * e) if b is None else b for b in biases.values()])
+        mixed = g.op(
+            "Attention", y, stored, g.weight(f"{at}/qkv.bias", bias), name=at, domain=MICROSOFT, num_heads=h, scale=1.0,
+            qkv_hidden_sizes=[h * e] * 3,
         )  # fmt: skip
-        biases[:2] = None, None
-    inputs = [query, key, value]
-    if any(bias is not None for bias in biases):
-        inputs.append(g.weight(f"{at}/bias", torch.cat([torch.zeros(h * e) if b is None else b for b in biases])))
-    mixed = g.op("MultiHeadAttention", *inputs, name=at, domain=MICROSOFT, num_heads=h, scale=1.0)  # (B, Q, heads * E)
-    if gate is not None:
+    else:
+        read = {"query": leavers, "key": y, "value": y}
+        inputs = []
+        for what, norm in norms.items():
+            part = g.op("MatMul", read[what], g.weight(f"{at}/{what}.weight", wide[what]), name=f"{at}/{what}")
+            if (own := biases[what]) is not None:
+                part = g.op("Add", part, g.weight(f"{at}/{what}.bias", own), name=f"{at}/{what}/biased")
+            inputs.append(_by_head_norm(g, norm, part, (h, e), f"{at}/{what}"))
+        mixed = g.op("MultiHeadAttention", *inputs, name=at, domain=MICROSOFT, num_heads=h, scale=1.0)
+    if open_ is not None:
         by_head = g.op("Reshape", mixed, g.integers(0, 0, h, e), name=f"{at}/by_head")
-        open_ = g.op("Reshape", gate, g.integers(0, 1, h, 1), name=f"{at}/gate")
-        mixed = g.op("Mul", by_head, open_, name=f"{at}/gated/by_head")
+        gate = g.op("Reshape", open_, g.integers(0, 1, h, 1), name=f"{at}/gate")
+        mixed = g.op("Where", gate, by_head, g.weight(f"{at}/nothing", 0), name=f"{at}/gated/by_head")
         mixed = g.op("Reshape", mixed, g.integers(0, 0, h * e), name=f"{at}/gated")
-    return g.op(
-        "MatMul", mixed, g.weight(f"{at}/output.weight", w.output[picked].flatten(0, 1)), name=f"{at}/output"
-    ), w.bias
+    weight = g.weight(f"{at}/output.weight", w.output[picked].flatten(0, 1))
+    return g.op("MatMul", mixed, weight, name=f"{at}/output"), w.bias
 
 
 def _bias(bias: Tensor | None, heads: list[int]) -> Tensor | None:
     return None if bias is None else bias[heads].flatten()
 
 
-def _by_head_norm(
-    g: Builder, norm: nn.Module, part: str, bias: Tensor | None, shape: tuple[int, int], name: str
-) -> str:
+def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int], name: str) -> str:
     """The norm of queries or keys (B, Q, heads * E), each head's by itself."""
-    h, e = shape
-    if bias is not None:
-        part = g.op("Add", part, g.weight(f"{name}.bias", bias), name=f"{name}/biased")
     if isinstance(norm, nn.Identity):
         return part
+    h, e = shape
     part = g.op("Reshape", part, g.integers(0, 0, h, e), name=f"{name}/by_head")
     part = g.call(norm, part, torch.zeros(2, 3, h, e), f"{name}/norm")
     return g.op("Reshape", part, g.integers(0, 0, h * e), name=f"{name}/normed")

@@ -65,8 +65,8 @@ def build(
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph at all; the gates of the
-    others must be closed for every image (compact.py). None: all of them.
+    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph at
+    all; the gates of the others must be closed for every image (compact.py). None: all of them.
 
     A model without gated blocks gives the plain graph, pixels in and logits out: what others are compared with.
     """

@@ -46,9 +46,16 @@ class Settings(BaseSettings):
     device: int = Field(0, ge=0)
     """Index of the GPU, with CUDA."""
     gpu_memory_mb: int = Field(0, ge=0)
-    """GPU memory for each model at most, MiB; 0: no limit."""
-    graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact)\.(fp32|int8|fp16))$")
-    """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default, on a GPU one without dispatch."""
+    """GPU memory for all models together at most, MiB; 0: no limit."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Whether batches run as CUDA graphs, captured at the start: faster, above all small ones. Where a graph cannot be
+    captured, the log says why."""
+    tf32: bool = False
+    """On a GPU, keep 10 bits of each factor in products of float32: faster, and gates near their threshold may decide
+    otherwise than the certificate says."""
+    graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact|fused)\.(fp32|int8|fp16))$")
+    """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default; on a GPU the fastest that is fit
+    for it, fused.fp16 before all others."""
     instances: int = Field(0, ge=0, le=1024)
     """Batches that run at a time; 0: as many as suit the model and the CPUs this process may use."""
     threads: int = Field(0, ge=0, le=1024)

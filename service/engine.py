@@ -1,5 +1,6 @@
 """One onnxruntime session: arrays in, arrays out. Knows nothing of requests, protobuf or metrics."""
 
+import logging
 import math
 import os
 import time
@@ -17,9 +18,16 @@ from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, Golden, Graph, l
 from export.contained import check_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
+from service import cuda
+from service.buckets import Buckets
+from service.cuda import Gpu
 from training.steering import SteeringArrays
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+log = logging.getLogger("steervit.engine")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": cuda.PROVIDER}
+FOR_GPU = ("fused.fp16", "fused.fp32", "masked.fp16", "masked.fp32", "compact.fp16", "compact.fp32")
+"""Graphs that are fit for a GPU, the fastest first. `dispatch` would wait for the host at every block, and int8 has no
+kernels there."""
 
 
 class EngineError(Exception):
@@ -28,6 +36,8 @@ class EngineError(Exception):
 
 NEAR_THRESHOLD = 1e-3
 """|gate logit| below which rounding could decide a gate."""
+TERMS = 16
+"""Of an image and site, that fixed shapes have room for at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +102,14 @@ class Engine:
         provider: str,
         threads: int,
         graph: str = "auto",
-        device: int = 0,
-        gpu_memory_mb: int = 0,
         max_batch: int = 1,
         bounded: bool | None = None,
         spinning: bool = False,
+        gpu: Gpu | None = None,
     ):
         """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process; graph: auto, or a name such as
-        masked.fp32; device, gpu_memory_mb (0: no limit): of a GPU; max_batch: the largest batch to be warm for;
-        bounded: whether batches are filled up so that only a few shapes occur, by default on a GPU; spinning: whether
-        threads spin within a run.
+        masked.fp32; max_batch: the largest batch to be warm for; bounded: whether batches are filled up so that only a
+        few shapes occur, by default on a GPU; spinning: whether threads spin within a run; gpu: how to use it.
 
         Raises EngineError or BundleError.
         """
@@ -110,23 +118,57 @@ class Engine:
         self._macs_per_head = np.array(bundle.manifest.macs.per_head, np.int64)  # (G,)
         self.provider = resolve_provider(provider)
         self.graph = choose_graph(bundle, self.provider, graph)
-        self._bounded = self.provider == "cuda" if bounded is None else bounded
         path = bundle.folder / self.graph.file
         check_contained(path, bundle.manifest.files)
         self.threads = threads or usable_cpus()
-        options = session_options(self.graph.attention, self.threads, spinning)
-        self.session = _open(path, self.provider, options, device, gpu_memory_mb)
         golden = load_golden(bundle.folder, self.graph.precision)
+        options = session_options(self.graph.attention, self.threads, spinning)
+        used = (gpu or Gpu()) if self.provider == "cuda" else None
+        if used:
+            check_gpu(used)
+        bounds = (max_batch, self._terms(golden)) if bounded or (bounded is None and used) else None
+        self.captured: Sequence[int] = ()
+        """Batch sizes that run as CUDA graphs."""
+        self.session, self._buckets = self._opened(path, options, used, bounds)
         try:
             self._check_shapes(golden, path)
             check_golden(self._answers, golden, path)  # right, and warm for small batches
-            for size in _sizes(max_batch) if self._bounded else []:
-                rows = np.arange(size) % len(golden.inputs["image"])
-                self._answers({name: value[rows] for name, value in golden.inputs.items()})
         except BundleError:
             raise
         except Exception as error:  # of onnxruntime or numpy: the rows do not fit the graph
             raise BundleError(f"{path}: the rows of golden.npz cannot be run: {error}") from error
+
+    def _terms(self, golden: Golden) -> int:
+        """Of each image and site at most, but for requests with very many: of the profiles and the golden rows."""
+        of_profiles = [len(terms) for profile in self.bundle.profiles.values() for terms in profile.terms.values()]
+        return max([TERMS, int(golden.inputs[INPUTS[1]].shape[2]), *of_profiles])
+
+    def _opened(
+        self, path: Path, options: onnxruntime.SessionOptions, gpu: Gpu | None, bounds: tuple[int, int] | None
+    ) -> tuple[onnxruntime.InferenceSession, Buckets | None]:
+        """The session and its shapes, each of which has run once: captured, where that is asked for and possible.
+        bounds: the most rows and terms of a shape."""
+        if gpu and gpu.graphs and bounds:
+            start = time.perf_counter()
+            try:
+                with cuda.quiet.using():  # loading would disturb a capture too
+                    session = _open(path, self.provider, options, gpu, capture=True)
+                    buckets = Buckets(session, *bounds, gpu)
+                with cuda.quiet.capturing():
+                    buckets.first_runs()
+            except Exception as error:  # onnxruntime raises its own kinds, none of them documented
+                log.warning("%s runs without CUDA graphs, more slowly: %s", path.name, error)
+            else:
+                self.captured = buckets.rows
+                log.info("%s: CUDA graphs for batches of %s, captured in %.1f s", path.name,
+                         ", ".join(map(str, self.captured)), time.perf_counter() - start)  # fmt: skip
+                return session, buckets
+        session = _open(path, self.provider, options, gpu)
+        if bounds is None:
+            return session, None
+        buckets = Buckets(session, *bounds, gpu)
+        buckets.first_runs()
+        return session, buckets
 
     @property
     def graph_name(self) -> str:
@@ -134,13 +176,10 @@ class Engine:
 
     def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
         """images (B, height, width, channels), steering arrays (B, S, T)."""
-        count = len(images)
         inputs: Arrays = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
-        if self._bounded:
-            inputs = filled_up(inputs)
         names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
         start = time.perf_counter()
-        logits, head_gate, gate_logit, *others = (value[:count] for value in self._run(names, inputs))
+        logits, head_gate, gate_logit, *others = self._run(names, inputs)
         seconds = time.perf_counter() - start
         macs = self.bundle.manifest.macs
         kept = head_gate.sum(2)  # (B, G)
@@ -148,23 +187,15 @@ class Engine:
             logits, head_gate, gate_logit,
             head_usage=kept.sum(1) / head_gate[0].size,
             macs=macs.dense - (head_gate.shape[2] - kept) @ self._macs_per_head,
-            near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).reshape(count, -1).sum(1),
+            near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).reshape(len(logits), -1).sum(1),
             residual=others[0] if others else None,
             seconds=seconds,
         )  # fmt: skip
 
-    def _run(self, names: list[str], inputs: Arrays) -> list[NDArray[Any]]:
-        if self.provider == "cpu":
-            found: list[NDArray[Any]] = self.session.run(names, inputs)
-            return found
-        binding = self.session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        for name in names:
-            binding.bind_output(name)  # to the host's memory
-        self.session.run_with_iobinding(binding)
-        copied: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
-        return copied
+    def _run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        found: list[NDArray[Any]]
+        found = self._buckets.run(names, inputs) if self._buckets else self.session.run(names, inputs)
+        return found
 
     def _check_shapes(self, golden: Golden, path: Path) -> None:
         """Raise BundleError unless the graph reads and gives what the manifest says: answers are read by it."""
@@ -191,39 +222,31 @@ class Engine:
         return {name: getattr(found, name) for name in OUTPUTS}
 
 
-def _sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is not smaller."""
-    return [2**power for power in range((largest - 1).bit_length() + 1)]
-
-
-def filled_up(inputs: Arrays) -> Arrays:
-    """As many rows as the next power of two, the new ones black images without steering, and likewise terms."""
-    count, _, terms = inputs[INPUTS[1]].shape
-    rows, width = _sizes(count)[-1] - count, _sizes(terms)[-1] - terms
-    found = {"image": np.pad(inputs["image"], ((0, rows), (0, 0), (0, 0), (0, 0)))}
-    for name in INPUTS[1:]:
-        neutral = 1 if name == "steering_scale" else 0
-        found[name] = np.pad(inputs[name], ((0, rows), (0, 0), (0, width)), constant_values=neutral)
-    return found
-
-
 def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
-    """The graph of that name. auto: the bundle's default; on a GPU the first that is fit for it, if there is one:
-    `dispatch` would wait for the host at every block, and int8 has no kernels there.
+    """The graph of that name. auto: the bundle's default; on a GPU the fastest of those that are fit for it.
 
     Raises EngineError when the bundle has no such graph.
     """
-    graphs = bundle.manifest.graphs
+    graphs = {f"{graph.attention}.{graph.precision}": graph for graph in bundle.manifest.graphs}
     if name != "auto":
-        for graph in graphs:
-            if name == f"{graph.attention}.{graph.precision}":
-                return graph
-        has = ", ".join(f"{graph.attention}.{graph.precision}" for graph in graphs)
-        raise EngineError(f"graph is {name!r}; {bundle.folder} has: {has}")
+        if name not in graphs:
+            raise EngineError(f"graph is {name!r}; {bundle.folder} has: {', '.join(graphs)}")
+        return graphs[name]
     if provider == "cuda":
-        fit = [graph for graph in graphs if graph.attention != "dispatch" and graph.precision != "int8"]
-        return [*fit, *graphs][0]
-    return graphs[0]
+        for fit in FOR_GPU:
+            if fit in graphs:
+                return graphs[fit]
+        log.warning(
+            "%s has no graph for a GPU (%s): %s will wait for the host. Cure: python -m export --attention fused "
+            "--precision fp16", bundle.folder, ", ".join(FOR_GPU), next(iter(graphs)),
+        )  # fmt: skip
+    return bundle.manifest.graphs[0]
+
+
+def check_gpu(gpu: Gpu) -> None:
+    """Raise EngineError unless CUDA is wholly installed and has that device."""
+    if missing := cuda.problem(gpu.device):
+        raise EngineError(f"CUDA was asked for, but {missing}; or start with --provider cpu")
 
 
 def check_installation() -> None:
@@ -263,21 +286,19 @@ def _read_quota(*paths: Path) -> tuple[int, int]:
 
 def resolve_provider(provider: str) -> str:
     if provider == "auto":
-        found = PROVIDERS["cuda"] in onnxruntime.get_available_providers() and _has_nvidia_device()
+        found = cuda.PROVIDER in onnxruntime.get_available_providers() and cuda.has_device()
         return "cuda" if found else "cpu"
     return provider
 
 
 def _open(
-    graph: Path, provider: str, options: onnxruntime.SessionOptions, device: int, gpu_memory_mb: int
+    graph: Path, provider: str, options: onnxruntime.SessionOptions, gpu: Gpu | None, capture: bool = False
 ) -> onnxruntime.InferenceSession:
-    of_gpu = {"device_id": str(device), "arena_extend_strategy": "kSameAsRequested"}
-    of_gpu["use_tf32"] = "0"  # its 10 bits would decide other gates than the certificate's; fp16 is for speed
-    if gpu_memory_mb:
-        of_gpu["gpu_mem_limit"] = str(gpu_memory_mb * 2**20)
+    """capture: for CUDA graphs."""
     names: list[Any] = [PROVIDERS["cpu"]]
-    if provider == "cuda":
-        names.insert(0, (PROVIDERS["cuda"], of_gpu))
+    if gpu:
+        names.insert(0, (cuda.PROVIDER, cuda.provider_options(gpu, capture)))
+        cuda.share_memory(gpu, options)
     try:
         session = onnxruntime.InferenceSession(str(graph), options, providers=names)
     except Exception as error:  # onnxruntime raises its own kinds, none of them documented
@@ -289,7 +310,3 @@ def _open(
             "Cure: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
         )
     return session
-
-
-def _has_nvidia_device() -> bool:
-    return Path("/dev/nvidiactl").exists()

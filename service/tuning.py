@@ -4,7 +4,7 @@ One session of one thread is run from as many threads as there are CPUs (*instan
 wastes no time on handing small operations between threads, but leaves CPUs idle while there are fewer images than
 instances; so there is a *wide* session that uses all CPUs for calls that meet no others, as long as that is faster.
 Whether the instances or the wide session are faster for batches, and how large these should be, is measured at the
-start and kept beside the bundle. On a GPU there is one instance.
+start and kept beside the bundle. On a GPU there are two, each with a session of its own.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from export.bundle import INPUTS, Bundle, Golden, load_golden
 from service.config import Settings
+from service.cuda import Gpu
 from service.engine import Engine, Outputs, choose_graph, resolve_provider, usable_cpus
 from training.steering import SteeringArrays
 
@@ -36,6 +37,9 @@ SIZES = (8, 16, 32)
 """Of batches, to choose from."""
 MAX_BATCH = SIZES[-1]
 """Without a choice."""
+GPU_MAX_BATCH = 64
+GPU_INSTANCES = 2
+"""While the GPU works for one, the other's batch is put together, copied and read back."""
 TURNS = 2
 """Of each contestant at least."""
 WORTH = 1.05
@@ -135,7 +139,8 @@ def default(settings: Settings, spinning: bool) -> Plan:
     """What is chosen without measuring anything. Its source is `flags` where these leave nothing to choose."""
     cpus = usable_cpus()
     if resolve_provider(settings.provider) == "cuda":
-        return Plan(1, settings.threads or cpus, 0, False, settings.max_batch or MAX_BATCH, "flags")
+        threads, max_batch = settings.threads or cpus, settings.max_batch or GPU_MAX_BATCH
+        return Plan(settings.instances or GPU_INSTANCES, threads, 0, False, max_batch, "flags")
     threads = settings.threads or (max(1, cpus // settings.instances) if settings.instances else 1)
     free = not (settings.threads or settings.instances)
     return Plan(
@@ -162,7 +167,7 @@ def _load(bundle: Bundle, settings: Settings, plan: Plan) -> Instances:
 def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[list[Engine], Engine | None]:
     """The instances: a session each with threads of its own, or one for all where one thread is enough. And the wide
     session. They are loaded side by side."""
-    sessions = plan.instances if plan.threads > 1 else 1
+    sessions = plan.instances if plan.threads > 1 or resolve_provider(settings.provider) == "cuda" else 1
     threads = [plan.threads] * sessions + ([plan.wide_threads] if plan.wide_threads else [])
     with ThreadPoolExecutor(len(threads)) as pool:
         loaded = list(pool.map(partial(_engine, bundle, settings, plan), threads))
@@ -172,9 +177,13 @@ def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[list[Engin
 
 def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Engine:
     return Engine(
-        bundle, settings.provider, threads, settings.graph, settings.device, settings.gpu_memory_mb, plan.max_batch,
-        spinning=plan.spinning and threads > 1,
+        bundle, settings.provider, threads, settings.graph, plan.max_batch, spinning=plan.spinning and threads > 1,
+        gpu=gpu_of(settings),
     )  # fmt: skip
+
+
+def gpu_of(settings: Settings) -> Gpu:
+    return Gpu(settings.device, settings.gpu_memory_mb, settings.cuda_graphs == "auto", settings.tf32)
 
 
 def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances, dict[str, float]]:

@@ -13,6 +13,7 @@ committed bundle, with the gates that the committed graph itself decides for sam
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from export.builder import Builder
 from export.bundle import load_bundle, versions
 from export.calibration import calibrate
+from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float, Int8
 from export.session import Arrays, inputs_of, open_session, session_options
@@ -145,11 +147,33 @@ class Model:
         steered = SteeredVit(GatedVit(model.vit, (), self.spec), sae) if plain else self.steered
         if precision == "int8":
             arithmetic = Int8(self.ranges)
+        if precision == "fp16":
+            arithmetic = Float(np.float16)
+        if variant == "specialised":
+            return build_fused(*self.specialised(), self.spec, {}, np.float16, *self.profile()).SerializeToString()
         if variant.startswith("compact"):
             left = tuple(range(int(variant.split("-")[1])))
             return build(steered, self.spec, "compact", {}, arithmetic, [left] * self.sites).SerializeToString()
         attention = {"dense": "masked", "by_head": "dispatch"}.get(variant, variant)
         return build(steered, self.spec, attention, {}, arithmetic).SerializeToString()
+
+    def specialised(self) -> tuple[GatedVit, Sae]:
+        """With a quarter of the hidden neurons of every gated block's MLP: what a profile with one open group of four
+        would leave."""
+        model = copy.deepcopy(self.steered.model)
+        for index in model.gated_blocks:
+            mlp = model.vit.blocks[index].mlp
+            left = mlp.fc1.out_features // 4
+            for layer, weight in ((mlp.fc1, mlp.fc1.weight[:left]), (mlp.fc2, mlp.fc2.weight[:, :left])):
+                layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            mlp.fc1.bias = nn.Parameter(mlp.fc1.bias[:left].clone(), requires_grad=False)
+        return model, self.steered.sae
+
+    def profile(self) -> tuple[list[tuple[int, ...]], Terms]:
+        """A third of the heads in every gated block, held open by their terms."""
+        left = tuple(range(self.heads // 3))
+        terms = (SteeringTerm(h, 1.0, FORCE if h in left else -FORCE) for h in range(self.heads))
+        return [left] * self.sites, dict.fromkeys(range(self.sites), tuple(terms))
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -175,6 +199,12 @@ def deit_s() -> Model:
     torch.manual_seed(0)
     vit = create_model("deit_small_patch16_224", pretrained=False).eval()
     return Model("deit_s", vit, ImageSpec(224, 224, 3, 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def vit_b() -> Model:
+    torch.manual_seed(0)
+    vit = create_model("vit_base_patch16_224", pretrained=False).eval()
+    return Model("vit_b", vit, ImageSpec(224, 224, 3, 256, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
 def fashion_mnist() -> Model:

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from export.builder import OPSET
@@ -36,20 +37,25 @@ from export.bundle import (
 from export.certify import Reference, steerings
 from service.client.load import Load, Report, run
 from service.config import Settings
+from service.engine import Engine
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, deit_s
-from training.steering import SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
+from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, Model, deit_s
+from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 
 READY = "ready: grpc "
 
 
 def deit_bundle() -> Path:
     """DeiT-S with random weights as a repository: profiles `third0` ... open two heads of six in every block."""
-    repository = OUT / "models"
-    folder = repository / "deit_s" / "1"
+    return bundle_of(deit_s(), OUT / "models", (("dispatch", "fp32"), ("masked", "fp32")))
+
+
+def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) -> Path:
+    """A repository with the model, written when it is not there yet: profiles `third0` ... open a third of the heads in
+    every block. kinds: attention and precision of the graphs."""
+    folder = repository / model.name / "1"
     if folder.is_dir():
         return repository
-    model = deit_s()
     steered, spec = model.steered, model.spec
     pixels = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
 
@@ -63,28 +69,29 @@ def deit_bundle() -> Path:
             for site in range(model.sites)
         }
 
-    profiles = [SteeringProfile("all", ("c0",), "forced", forced(6, 0))]
-    profiles += [SteeringProfile(f"third{offset}", ("c0",), "forced", forced(2, offset)) for offset in range(6)]
+    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model.heads, 0))]
+    third = model.heads // 3
+    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(third, o)) for o in range(6)]
     reference = Reference(
         steered, pixels, steerings([p.terms for p in profiles], [32] * model.sites)[:3], pixels, np.zeros(4, np.int64)
     )
     weights = {key: value.numpy() for key, value in steered.sae.state_dict().items()}
     weights |= {f"gates.{key}": value.numpy() for key, value in steered.model.gates.state_dict().items()}
-    contents = {}
-    graphs = []
-    for attention in ("dispatch", "masked"):
-        content = model.graph(attention, "fp32").read_bytes()
-        certificate = reference.certify(content, attention, "fp32")
-        graphs.append(Graph(f"{attention}.fp32.onnx", attention, "fp32", OPSET, certificate.to_json()))
-        contents[f"{attention}.fp32.onnx"] = content
+    contents, graphs, first = {}, [], {}
+    for attention, precision in kinds:
+        file = f"{attention}.{precision}.onnx"
+        contents[file] = content = model.graph(attention, precision).read_bytes()
+        certificate = reference.certify(content, attention, precision)
+        graphs.append(Graph(file, attention, precision, OPSET, certificate.to_json()))
+        first.setdefault(precision, content)
     contents |= {
         "profiles.json": json.dumps(profiles_to_json(profiles)).encode(),
         "sae.safetensors": save(weights),
-        "golden.npz": golden_bytes(reference.golden({"fp32": contents["masked.fp32.onnx"]}, 4)),
+        "golden.npz": golden_bytes(reference.golden(first, 4)),
     }
     manifest = Manifest(
-        name="deit_s", version=1, labels=tuple(f"c{i}" for i in range(1000)), image=spec,
-        gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=384,
+        name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)), image=spec,
+        gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
         sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
         macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
         gates_sae_digest=gates_sae_digest(weights, steered.model.gated_blocks), files={},
@@ -129,14 +136,18 @@ def alone(
     pixels = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
     terms = [bundle.profiles[profiles[i % len(profiles)]].terms if profiles[0] else {} for i in range(batch)]
     rows = to_arrays(terms, len(bundle.manifest.sites))
-    shaped = pixels.reshape(batch, *bundle.manifest.image.shape)
+    return rate(engines, pixels.reshape(batch, *bundle.manifest.image.shape), rows, seconds)
+
+
+def rate(engines: Sequence[Engine], images: NDArray[np.uint8], rows: SteeringArrays, seconds: float) -> float:
+    """Images a second of the engines, each in a thread of its own with the same batch again and again."""
     counts = [0] * len(engines)
     begun = time.perf_counter()
 
     def run(index: int) -> None:
         while time.perf_counter() - begun < seconds:
-            engines[index].run(shaped, rows)
-            counts[index] += batch
+            engines[index].run(images, rows)
+            counts[index] += len(images)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(engines))]
     for thread in threads:
