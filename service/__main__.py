@@ -21,7 +21,7 @@ from service.config import PREFIX, Settings, unknown_in_environment
 from service.engine import EngineError
 from service.server import Server
 
-M_ARENA_MAX = -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of mallopt(3)."""
 
 
@@ -75,7 +75,7 @@ def _signals_reach_process_1() -> None:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted, unless a second one comes. SIGHUP: reload."""
     _raise_file_limit()
-    _limit_arenas()
+    _set_malloc()
     server = Server(settings)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -114,10 +114,15 @@ async def serve(settings: Settings) -> None:
     await server.stop()
 
 
-def _limit_arenas() -> None:
-    """Threads share two heaps instead of having one each: models that come and go would leave parts in all of them."""
+def _set_malloc() -> None:
+    """Threads share two heaps instead of having one each: models that come and go would leave parts in all of them. And
+    the heaps keep what was freed for the next message: memory that goes back to the system each time costs a large
+    message more than everything else together."""
     with contextlib.suppress(AttributeError):  # of C libraries other than glibc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 2)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc allows
+        mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
 
 
 def _raise_file_limit() -> None:

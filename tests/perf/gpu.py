@@ -263,22 +263,18 @@ def through_grpc(
         terms = [bundle.profiles[PROFILES[i % 4]].terms if PROFILES[i % 4] else {} for i in range(batch)]
         alone = rate(engines, pixels, to_arrays(terms, len(bundle.manifest.sites)), seconds)
         del engines
-        flags = (
-            "--provider",
-            "cuda",
-            "--max-batch",
-            str(batch),
-            "--instances",
-            str(instances),
-            "--max-queue",
-            "4096",
-            "--max-message-mb",
-            "256",
-        )
+        flags = {
+            "provider": "cuda",
+            "max-batch": batch,
+            "instances": instances,
+            "max-queue": 4096,
+            "max-message-mb": 256,
+        }
         with (
-            server(repository, *flags) as running,
+            server(repository, *(f"--{name}={value}" for name, value in flags.items())) as running,
             ProcessPoolExecutor(clients, get_context("spawn")) as pool,
         ):
+            list(pool.map(time.sleep, [1.0] * clients))  # each has started
             asked = Load(3, seconds, batch, PROFILES)
             reports = list(pool.map(load, [running.address] * clients, [images] * clients, [asked] * clients))
         images_per_second = sum(report.images_per_second for report in reports)
@@ -312,7 +308,8 @@ def table(found: Sequence[Timing], plain: dict[str, dict[int, float]]) -> str:
 def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.gpu", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--quick", action="store_true", help="DeiT-S alone, without PyTorch")
+    parser.add_argument("--quick", action="store_true", help="DeiT-S alone")
+    parser.add_argument("--no-pytorch", action="store_true", help="do not compile the plain model")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each timing (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=128, help="images to compare on (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=4, help="processes that load the server (default: %(default)s)")
@@ -342,7 +339,7 @@ def main() -> int:
         print(table(found, plain), flush=True)
         for model in models:
             served[model.name] = through_grpc(model, (8, 32), max(3.0, 10 * options.seconds), options.clients)
-        if torch.cuda.is_available() and not options.quick:
+        if torch.cuda.is_available() and not options.no_pytorch:
             plain = {model.name: compiled(model, (8, 32), options.seconds) for model in models}
         print("\n" + table(found, plain), flush=True)
     right = all(entry.right for entry in agreements)
