@@ -51,16 +51,16 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
     add("--version", type=int, help="a positive integer; default: the next one")
     add(
         "--attention",
-        type=_listed(("dispatch", "masked")),
+        type=_listed(("dispatch", "masked", "fused")),
         default="dispatch,masked",
         help="graphs to write, the default one first: dispatch computes a head for the images that keep it, masked "
-        "computes all heads (for GPUs); default: %(default)s",
+        "computes all heads (the reference), fused too, in few large operations (for GPUs); default: %(default)s",
     )
     add(
         "--precision",
         type=_listed(PRECISIONS),
         default="fp32",
-        help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so of masked alone; "
+        help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so not of dispatch; "
         "default: %(default)s",
     )
     add("--compact-for", metavar="PROFILE", help="leave out the heads that this profile's classes never use")
@@ -71,13 +71,22 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         help="share of its images below which a head counts as not used; default: %(default)s",
     )
     add(
+        "--specialise",
+        metavar="PROFILE",
+        action="append",
+        default=[],
+        help="write a fused graph of this profile's own too, without the heads that its classes never use, for batches "
+        "of that profile on a GPU; may be given several times",
+    )
+    add("--specialise-all", action="store_true", help="the same for every profile")
+    add(
         "--verify-images",
         type=int,
         default=40,
         help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
     add("--accuracy-images", type=int, default=2000, help="images to compare accuracy on; default: %(default)s")
-    options = parser.parse_args(with_names(arguments, "--compact-for"))
+    options = parser.parse_args(with_names(arguments, "--compact-for", "--specialise"))
     from export.certify import ExportError  # torch: not before it is needed
     from export.write import Wanted, write
     from training.checkpoint import Run, RunError
@@ -90,6 +99,7 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         precisions=options.precision,
         compact_for=options.compact_for,
         compact_threshold=options.compact_threshold,
+        specialise=None if options.specialise_all else tuple(options.specialise),
         verify_images=options.verify_images,
         accuracy_images=options.accuracy_images,
     )

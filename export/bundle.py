@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.image_spec import ImageSpec
-from training.steering import SteeringError, SteeringProfile, check, check_name, profiles_from_json
+from training.steering import SteeringError, SteeringProfile, check, check_name, digest, profiles_from_json
 
 SCHEMA_VERSION = 2
 ATTENTIONS = ("dispatch", "masked", "compact", "fused")
@@ -64,6 +64,28 @@ class Graph:
     opset: int
     certificate: Mapping[str, Any]
     """How far its answers were from PyTorch's when it was exported."""
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A graph for one profile: its terms are in it, and heads that its classes almost never keep are not. Its only
+    input is the image; the heads that are not in it report 0."""
+
+    file: str
+    precision: str
+    """One of PRECISIONS."""
+    profile: str
+    digest: str
+    """Of the profile's terms (training/steering.py): the graph answers for these alone."""
+    kept: tuple[tuple[int, ...], ...]
+    """The heads that are left of each gated block."""
+    threshold: float
+    """Heads that a smaller share of the classes' images kept were left out."""
+    before: Mapping[str, Any]
+    """What the profile does on held-out images with all heads, and `after` with those that are left."""
+    after: Mapping[str, Any]
+    certificate: Mapping[str, Any]
+    """As of Graph."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +134,8 @@ class Manifest:
     """Of the weights that give a steering term its meaning; profiles are bound to it."""
     files: Mapping[str, FileEntry]
     """Every file but the manifest itself."""
+    specialised: tuple[Specialised, ...] = ()
+    """Not in older bundles."""
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -119,7 +143,10 @@ class Manifest:
         return tuple(site.latents for site in self.sites)
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        value = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.specialised:
+            del value["specialised"]  # as bundles were before there were such graphs
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
@@ -146,6 +173,10 @@ class Manifest:
                 compact=None if value["compact"] is None else dict(value["compact"]),
                 gates_sae_digest=str(value["gates_sae_digest"]),
                 files={str(k): FileEntry(str(v["sha256"]), int(v["size"])) for k, v in value["files"].items()},
+                specialised=tuple(
+                    Specialised(**{**entry, "kept": tuple(tuple(map(int, heads)) for heads in entry["kept"])})
+                    for entry in value.get("specialised", [])
+                ),
             )
         except KeyError as error:
             raise BundleError(f"manifest.json: {error.args[0]} is missing") from error
@@ -196,10 +227,23 @@ class Manifest:
             file = f"{graph.attention}.{graph.precision}.onnx"
             require(graph.file == file, "graphs.file", graph.file, file)
             require(isinstance(graph.certificate, Mapping), "graphs.certificate", graph.certificate, "an object")
-        for required in ("profiles.json", "sae.safetensors", "golden.npz", *(graph.file for graph in self.graphs)):
+        for index, entry in enumerate(self.specialised):
+            require(entry.precision in PRECISIONS, "specialised.precision", entry.precision, ", ".join(PRECISIONS))
+            file = specialised_file(index, entry.precision)
+            require(entry.file == file, "specialised.file", entry.file, file)
+            require(
+                len(entry.kept) == len(blocks) and all(set(of) <= set(range(self.heads)) for of in entry.kept),
+                "specialised.kept", entry.kept, "some of the heads of each gated block",
+            )  # fmt: skip
+        graphs = [*(graph.file for graph in self.graphs), *(entry.file for entry in self.specialised)]
+        for required in ("profiles.json", "sae.safetensors", "golden.npz", *graphs):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
         for name in self.files:
             require(bool(NAME.fullmatch(name)), "files", name, "plain file names")
+
+
+def specialised_file(index: int, precision: str) -> str:
+    return f"specialised-{index}.{precision}.onnx"
 
 
 @dataclass(frozen=True)
@@ -242,6 +286,13 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
         profiles = profiles_from_json(json.loads((folder / "profiles.json").read_bytes()))
         for profile in profiles:
             check(profile.terms, manifest.latents, f"profile {profile.name!r}")
+        digests = {profile.name: digest(profile.terms) for profile in profiles}
+        for own in manifest.specialised:
+            if digests.get(own.profile) != own.digest:
+                raise BundleError(
+                    f"manifest.json: specialised.digest of profile {own.profile!r} is {own.digest!r}; "
+                    f"allowed: {digests.get(own.profile)!r}, as its terms in profiles.json"
+                )
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}: {error.filename}") from error
     except (BundleError, SteeringError) as error:
@@ -252,29 +303,32 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
     return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16])
 
 
-def load_golden(folder: Path, precision: str) -> Golden:
-    """Of the graphs of one precision. Raises BundleError when golden.npz cannot be read or has no rows."""
+def load_golden(folder: Path, key: str) -> Golden:
+    """Of the graphs of one precision, or of a specialised graph, by its file name.
+
+    Raises BundleError when golden.npz cannot be read or has no rows.
+    """
     try:
         with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
             if not len(arrays["image"]):
                 raise BundleError(f"{folder / 'golden.npz'}: image has 0 rows; allowed: 1 or more")
             return Golden(
                 {name: arrays[name] for name in INPUTS},
-                {name: arrays[f"{precision}.{name}"] for name in ("logits", "gate_logit")},
-                float(arrays[f"{precision}.tolerance"]),
-                float(arrays[f"{precision}.margin"]),
+                {name: arrays[f"{key}.{name}"] for name in ("logits", "gate_logit")},
+                float(arrays[f"{key}.tolerance"]),
+                float(arrays[f"{key}.margin"]),
             )
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{folder / 'golden.npz'}: {type(error).__name__}: {error}") from error
 
 
 def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
-    """golden.npz, by precision; all of them have the same inputs."""
+    """golden.npz, by precision, and by file name for specialised graphs; all of them have the same inputs."""
     arrays: dict[str, NDArray[Any]] = dict(next(iter(golden.values())).inputs)
-    for precision, rows in golden.items():
-        arrays |= {f"{precision}.{name}": value for name, value in rows.outputs.items()}
-        arrays[f"{precision}.tolerance"] = np.array(rows.tolerance)
-        arrays[f"{precision}.margin"] = np.array(rows.margin)
+    for key, rows in golden.items():
+        arrays |= {f"{key}.{name}": value for name, value in rows.outputs.items()}
+        arrays[f"{key}.tolerance"] = np.array(rows.tolerance)
+        arrays[f"{key}.margin"] = np.array(rows.margin)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()

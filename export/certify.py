@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from export.bundle import INPUTS, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session
-from training.steering import SteeringTerm, Terms, at_strength
+from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
 class ExportError(Exception):
@@ -122,7 +122,7 @@ class Certificate:
     max_neighbour_difference: float
     """Of a logit: a row alone and the same row in a mixed batch."""
     images: int
-    """Labelled images that the accuracies are of, without steering."""
+    """Labelled images that the accuracies are of, without steering; of a specialised graph under its profile."""
     accuracy: float
     accuracy_of_model: float
     """In PyTorch."""
@@ -147,7 +147,9 @@ def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), inputs), strict=True))
+    read = {entry.name for entry in session.get_inputs()}  # of a specialised graph the image alone
+    given = {name: value for name, value in inputs.items() if name in read}
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))
 
 
 def steerings(profiles: Sequence[Terms], latents: Sequence[int]) -> list[Terms]:
@@ -171,9 +173,10 @@ class Reference:
         tried: Sequence[Terms],
         labelled: NDArray[np.uint8],
         classes: NDArray[np.int64],
+        steering: Terms = NEUTRAL,
     ):
         """images: uint8 (N, height, width, channels), on which every steering of `tried` is seen; labelled (M, ...) and
-        classes (M,): those that accuracy is measured on."""
+        classes (M,): those that accuracy is measured on, under `steering`."""
         self.steerings = len(tried)
         self.batches: list[tuple[Arrays, Arrays]] = []
         each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
@@ -188,7 +191,7 @@ class Reference:
             self.batches.append((inputs, expected))
         self.classes = classes
         self.labelled = [
-            inputs_of(part, [{}] * len(part), steered.sae.sites)
+            inputs_of(part, [steering] * len(part), steered.sae.sites)
             for part in np.array_split(labelled, max(1, len(labelled) // 64))
         ]
         self.accuracy = self._share(np.concatenate([run_torch(steered, part)["logits"] for part in self.labelled]))

@@ -20,19 +20,22 @@ from export.bundle import (
     Macs,
     Manifest,
     Site,
+    Specialised,
     gates_sae_digest,
     golden_bytes,
     load_bundle,
     new_folder,
+    specialised_file,
     versions,
     write_bundle,
 )
 from export.calibration import calibrate
-from export.certify import Reference, steerings
+from export.certify import LIMITS, Reference, run_onnx, steerings
 from export.compact import Compact, compact
+from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
-from export.session import inputs_of
+from export.session import inputs_of, open_session
 from training import data, soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings
@@ -44,6 +47,8 @@ from training.image_spec import ImageSpec
 from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
 
 CALIBRATION_IMAGES = 256
+SPECIALISED_IMAGES = 200
+"""On which a graph for one profile is compared."""
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -58,6 +63,9 @@ class Wanted:
     precisions: tuple[str, ...] = ("fp32",)
     compact_for: str | None = None
     compact_threshold: float = 0.01
+    """Of compact and specialised graphs."""
+    specialise: tuple[str, ...] | None = ()
+    """Profiles that get a graph of their own; None: every one."""
     verify_images: int = 40
     accuracy_images: int = 2000
 
@@ -92,6 +100,7 @@ def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
     metadata = {"model": wanted.name, "version": str(version), "labels": json.dumps(source.labels)}
     with TemporaryDirectory() as folder:
         graphs, golden = _graphs(source, wanted, metadata, Path(folder))
+        specialised = _specialised(source, wanted, metadata, Path(folder), golden)
         contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     weights = {key: value.numpy() for key, value in sae.state_dict().items()}
     weights |= {f"gates.{key}": value.numpy() for key, value in model.gates.state_dict().items()}
@@ -110,6 +119,7 @@ def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
         compact=compacted.to_json() | {"profile": source.profiles[0].name} if compacted else None,
         gates_sae_digest=gates_sae_digest(weights, model.gated_blocks),
         files={},
+        specialised=specialised,
     )
     contents["profiles.json"] = (json.dumps(profiles_to_json(source.profiles), indent=1) + "\n").encode()
     contents["sae.safetensors"] = safetensors(weights)
@@ -159,7 +169,7 @@ def _graphs(
     first: dict[str, Path] = {}
     for precision in wanted.precisions:
         ranges = _ranges(source) if precision == "int8" else {}
-        for attention in ("masked",) if precision == "fp16" else wanted.attentions:
+        for attention in _fit_for(precision, wanted.attentions):
             kind = "compact" if source.compacted and attention == "masked" else attention
             arithmetic: Arithmetic = Int8(ranges) if ranges else Float(FLOATS[precision])
             kept = source.compacted.kept if source.compacted else None
@@ -170,6 +180,52 @@ def _graphs(
             graphs.append(Graph(path.name, kind, precision, OPSET, certificate.to_json()))
             first.setdefault(precision, path)
     return graphs, reference.golden(first)
+
+
+def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
+    """float16 is for GPUs, and so not of dispatch; the fused operators have no 8-bit form."""
+    if precision == "fp16":
+        return [attention for attention in attentions if attention != "dispatch"] or ["masked"]
+    return [attention for attention in attentions if (attention, precision) != ("fused", "int8")]
+
+
+def _specialised(
+    source: _Source, wanted: Wanted, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
+) -> tuple[Specialised, ...]:
+    """Write the graphs for one profile each, compared with PyTorch under it; their golden rows join the others."""
+    names = [p.name for p in source.profiles] if wanted.specialise is None else wanted.specialise
+    precision = "fp16" if "fp16" in wanted.precisions else "fp32"
+    model, sae, selection = source.steered.model, source.steered.sae, source.selection
+    compared, labelled = (_spread(len(selection), count) for count in (SPECIALISED_IMAGES, wanted.accuracy_images))
+    found = []
+    for index, name in enumerate(names):
+        profile = _named(source.profiles, name, "--specialise")
+        compacted = compact(model, sae, profile, source.labels, selection, wanted.compact_threshold)
+        _show(compacted, profile, model.heads)
+        steered = SteeredVit(compacted.model, sae).eval()
+        path = folder / specialised_file(index, precision)
+        real = FLOATS[precision]
+        save(build_fused(compacted.model, sae, source.spec, metadata, real, compacted.kept, profile.terms), path)
+        reference = Reference(
+            steered,
+            selection.images[compared].numpy(),
+            [profile.terms],
+            selection.images[labelled].numpy(),
+            selection.classes[labelled].numpy(),
+            profile.terms,
+        )
+        certificate = reference.certify(path, "fused", precision)
+        print(f"{path.name} ({profile.name}): {certificate}", flush=True)
+        inputs = next(iter(golden.values())).inputs
+        given = run_onnx(open_session(path, "fused"), dict(inputs))
+        answers = {key: given[key] for key in ("logits", "gate_logit")}
+        golden[path.name] = Golden(inputs, answers, LIMITS[precision].logit, LIMITS[precision].gate_margin)
+        measured = compacted.to_json()
+        found.append(
+            Specialised(path.name, precision, profile.name, digest(profile.terms), compacted.kept, compacted.threshold,
+                        measured["before"], measured["after"], certificate.to_json())
+        )  # fmt: skip
+    return tuple(found)
 
 
 def _ranges(source: _Source) -> dict[str, Range]:
@@ -187,11 +243,11 @@ def _spread(of: int, count: int) -> torch.Tensor:
     return torch.linspace(0, of - 1, min(count, of)).long()
 
 
-def _named(profiles: Sequence[SteeringProfile], name: str) -> SteeringProfile:
+def _named(profiles: Sequence[SteeringProfile], name: str, flag: str = "--compact-for") -> SteeringProfile:
     for profile in profiles:
         if profile.name == canonical(name):
             return profile
-    raise BundleError(f"--compact-for is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
+    raise BundleError(f"{flag} is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
 
 
 def _show(compacted: Compact, profile: SteeringProfile, heads: int) -> None:

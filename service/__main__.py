@@ -18,7 +18,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
 from service.config import PREFIX, Settings, unknown_in_environment
-from service.engine import EngineError
+from service.loaded import EngineError
 from service.server import Server
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8

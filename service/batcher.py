@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -31,7 +31,22 @@ from training.steering import SteeringArrays
 class Runs(Protocol):
     """What the batcher needs of an engine."""
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs: ...
+    def run(
+        self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
+    ) -> Outputs: ...
+
+
+class Specialists(Protocol):
+    """What the batcher needs to know of graphs that answer for one steering alone."""
+
+    @property
+    def specialised(self) -> Collection[str]:
+        """The digests of those steerings."""
+        ...
+
+    def seconds(self, rows: int, digest: str = "") -> float:
+        """That a batch takes; digest: in the graph for that steering."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -124,12 +139,15 @@ class Batcher:
         on_drop: Callable[[str, int], None],
         name: str,
         lone: Runs | None = None,
+        specialists: Specialists | None = None,
     ):
         """engines: one for each batch at a time; the same one several times if its `run` may be called from several
         threads. lone: runs images that are alone in here, after LONE_AFTER such in a row.
+        specialists: where there are graphs for one steering alone: batches are of one steering when that is faster.
         max_batch, max_queue: images; max_delay: seconds that a batch waits to fill up.
         """
         self._lone = lone
+        self._specialists = specialists if specialists and specialists.specialised else None
         self._max_batch, self._max_delay, self._max_queue = max_batch, max_delay, max_queue
         self._on_batch, self._on_drop = on_batch, on_drop
         self._queue: deque[_Call] = deque()
@@ -242,11 +260,13 @@ class Batcher:
         """Run and answer a batch. When the provider fails, each piece alone: one may have been too much for it."""
         start, cpu = time.monotonic(), time.thread_time()
         images = [piece.call.images[piece.rows] for piece in batch]
+        keys = {self._key(piece.call) for piece in batch}
         try:
             outputs = engine.run(
                 np.concatenate(images) if len(images) > 1 else images[0],
                 stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch]),
                 any(piece.call.residual for piece in batch),
+                keys.pop() if len(keys) == 1 else "",
             )
         except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
             if len(batch) == 1:
@@ -323,18 +343,47 @@ class Batcher:
         return max(1, min(self._max_batch, math.ceil(in_play / len(self._running))))
 
     def _take(self, most: int) -> list[_Piece]:
-        """At most so many images. A call is split only where it is larger than that."""
+        """At most so many images, those of the oldest call among them. A call is split only where it is larger."""
+        if not self._by_steering(most):
+            return self._first(self._queue, most)
+        key = self._key(self._queue[0])
+        batch = self._first(deque(call for call in self._queue if self._key(call) == key), most)
+        begun = {id(piece.call) for piece in batch}
+        rest = [call for call in self._queue if id(call) not in begun]
+        self._queue = deque([*rest, *(piece.call for piece in batch if piece.call.waiting)])
+        return batch
+
+    def _first(self, queue: deque[_Call], most: int) -> list[_Piece]:
+        """Take from the queue in its order; what is left of a large call joins its end."""
         batch: list[_Piece] = []
         count = 0
-        while self._queue and count + (size := min(self._queue[0].waiting, most)) <= most:
-            call = self._queue.popleft()
+        while queue and count + (size := min(queue[0].waiting, most)) <= most:
+            call = queue.popleft()
             batch.append(_Piece(call, call.taken, size))
             call.taken += size
             count += size
             if call.waiting:
-                self._queue.append(call)
+                queue.append(call)
         self._queued -= count
         return batch
+
+    def _by_steering(self, most: int) -> bool:
+        """Whether the calls with the oldest one's steering, in the graph for it, take less time an image than whatever
+        is next in the queue together."""
+        if self._specialists is None or not (key := self._key(self._queue[0])):
+            return False
+        mixed = alike = 0
+        for call in self._queue:
+            mixed += min(call.waiting, most - mixed)
+            if self._key(call) == key:
+                alike += min(call.waiting, most - alike)
+        return self._specialists.seconds(alike, key) / alike < self._specialists.seconds(mixed) / mixed
+
+    def _key(self, call: _Call) -> str:
+        """The digest of the call's steering, if there is a graph for it alone that can answer; else ""."""
+        digest = call.steering.digest
+        there = self._specialists is not None and digest in self._specialists.specialised
+        return digest if there and not call.residual else ""
 
     def _drop_finished(self) -> None:
         """Remove cancelled and expired calls, and those of which a part failed."""

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,19 +19,14 @@ from export.contained import check_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
 from service import cuda
-from service.buckets import Buckets
 from service.cuda import Gpu
+from service.loaded import Bounds, EngineError, Loaded
 from training.steering import SteeringArrays
 
 log = logging.getLogger("steervit.engine")
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": cuda.PROVIDER}
 FOR_GPU = ("fused.fp16", "fused.fp32", "masked.fp16", "masked.fp32", "compact.fp16", "compact.fp32")
 """Graphs that are fit for a GPU, the fastest first. `dispatch` would wait for the host at every block, and int8 has no
 kernels there."""
-
-
-class EngineError(Exception):
-    """The engine cannot start as asked; the message says why and what would help."""
 
 
 NEAR_THRESHOLD = 1e-3
@@ -106,10 +101,12 @@ class Engine:
         bounded: bool | None = None,
         spinning: bool = False,
         gpu: Gpu | None = None,
+        specialised: bool | None = None,
     ):
         """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process; graph: auto, or a name such as
         masked.fp32; max_batch: the largest batch to be warm for; bounded: whether batches are filled up so that only a
-        few shapes occur, by default on a GPU; spinning: whether threads spin within a run; gpu: how to use it.
+        few shapes occur; spinning: whether threads spin within a run; gpu: how to use it; specialised: whether graphs
+        for one profile are loaded too. bounded and specialised are by default as suits a GPU, or the CPU.
 
         Raises EngineError or BundleError.
         """
@@ -118,21 +115,60 @@ class Engine:
         self._macs_per_head = np.array(bundle.manifest.macs.per_head, np.int64)  # (G,)
         self.provider = resolve_provider(provider)
         self.graph = choose_graph(bundle, self.provider, graph)
-        path = bundle.folder / self.graph.file
-        check_contained(path, bundle.manifest.files)
         self.threads = threads or usable_cpus()
-        golden = load_golden(bundle.folder, self.graph.precision)
-        options = session_options(self.graph.attention, self.threads, spinning)
         used = (gpu or Gpu()) if self.provider == "cuda" else None
         if used:
             check_gpu(used)
-        bounds = (max_batch, self._terms(golden)) if bounded or (bounded is None and used) else None
-        self.captured: Sequence[int] = ()
+        golden = load_golden(bundle.folder, self.graph.precision)
+        bounds = Bounds(max_batch, self._terms(golden)) if bounded or (bounded is None and used) else None
+
+        def load(file: str, attention: str) -> Loaded:
+            path = bundle.folder / file
+            check_contained(path, bundle.manifest.files)
+            options = session_options(attention, self.threads, spinning)
+            return Loaded(path, options, self.provider, used, bounds)
+
+        self._general = load(self.graph.file, self.graph.attention)
+        self._specialised: dict[str, Loaded] = {}
+        """By the digest of the terms that they answer for."""
+        if specialised or (specialised is None and used):
+            for entry in bundle.manifest.specialised:
+                self._specialised[entry.digest] = load(entry.file, "fused")
+        self._check(golden, self.graph.file, "")
+        for entry in bundle.manifest.specialised:
+            if entry.digest in self._specialised:
+                self._check(load_golden(bundle.folder, entry.file), entry.file, entry.digest)
+        if self._specialised:
+            for loaded in (self._general, *self._specialised.values()):
+                loaded.measure(dict(golden.inputs), max_batch)
+
+    @property
+    def captured(self) -> Sequence[int]:
         """Batch sizes that run as CUDA graphs."""
-        self.session, self._buckets = self._opened(path, options, used, bounds)
+        return self._general.captured
+
+    @property
+    def specialised(self) -> Collection[str]:
+        """The digests of terms for which there is a graph of their own."""
+        return self._specialised.keys()
+
+    def seconds(self, rows: int, digest: str = "") -> float:
+        """What a batch of so many images costs, as measured at the start; digest: in the graph for those terms. Only
+        where there are such graphs."""
+        return self._specialised.get(digest, self._general).seconds(rows)
+
+    def _check(self, golden: Golden, file: str, digest: str) -> None:
+        """Raise BundleError unless a graph gives what golden.npz and the manifest say. It is warm then."""
+        path = self.bundle.folder / file
+
+        def answers(inputs: Arrays) -> Arrays:
+            steering = SteeringArrays(*(inputs[name] for name in INPUTS[1:]))
+            found = self.run(inputs["image"], steering, residual=True, digest=digest)
+            return {name: getattr(found, name) for name in OUTPUTS}
+
         try:
-            self._check_shapes(golden, path)
-            check_golden(self._answers, golden, path)  # right, and warm for small batches
+            self._check_shapes(golden, path, digest)
+            check_golden(answers, golden, path)
         except BundleError:
             raise
         except Exception as error:  # of onnxruntime or numpy: the rows do not fit the graph
@@ -143,43 +179,20 @@ class Engine:
         of_profiles = [len(terms) for profile in self.bundle.profiles.values() for terms in profile.terms.values()]
         return max([TERMS, int(golden.inputs[INPUTS[1]].shape[2]), *of_profiles])
 
-    def _opened(
-        self, path: Path, options: onnxruntime.SessionOptions, gpu: Gpu | None, bounds: tuple[int, int] | None
-    ) -> tuple[onnxruntime.InferenceSession, Buckets | None]:
-        """The session and its shapes, each of which has run once: captured, where that is asked for and possible.
-        bounds: the most rows and terms of a shape."""
-        if gpu and gpu.graphs and bounds:
-            start = time.perf_counter()
-            try:
-                with cuda.quiet.using():  # loading would disturb a capture too
-                    session = _open(path, self.provider, options, gpu, capture=True)
-                    buckets = Buckets(session, *bounds, gpu)
-                with cuda.quiet.capturing():
-                    buckets.first_runs()
-            except Exception as error:  # onnxruntime raises its own kinds, none of them documented
-                log.warning("%s runs without CUDA graphs, more slowly: %s", path.name, error)
-            else:
-                self.captured = buckets.rows
-                log.info("%s: CUDA graphs for batches of %s, captured in %.1f s", path.name,
-                         ", ".join(map(str, self.captured)), time.perf_counter() - start)  # fmt: skip
-                return session, buckets
-        session = _open(path, self.provider, options, gpu)
-        if bounds is None:
-            return session, None
-        buckets = Buckets(session, *bounds, gpu)
-        buckets.first_runs()
-        return session, buckets
-
     @property
     def graph_name(self) -> str:
         return f"{self.graph.attention}.{self.graph.precision}"
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
-        """images (B, height, width, channels), steering arrays (B, S, T)."""
+    def run(
+        self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
+    ) -> Outputs:
+        """images (B, height, width, channels), steering arrays (B, S, T). digest: of the terms, where all images have
+        the same; if there is a graph for them, it runs."""
         inputs: Arrays = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
         names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
+        loaded = self._specialised.get(digest, self._general) if digest else self._general
         start = time.perf_counter()
-        logits, head_gate, gate_logit, *others = self._run(names, inputs)
+        logits, head_gate, gate_logit, *others = loaded.run(names, inputs)
         seconds = time.perf_counter() - start
         macs = self.bundle.manifest.macs
         kept = head_gate.sum(2)  # (B, G)
@@ -192,17 +205,12 @@ class Engine:
             seconds=seconds,
         )  # fmt: skip
 
-    def _run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        found: list[NDArray[Any]]
-        found = self._buckets.run(names, inputs) if self._buckets else self.session.run(names, inputs)
-        return found
-
-    def _check_shapes(self, golden: Golden, path: Path) -> None:
+    def _check_shapes(self, golden: Golden, path: Path, digest: str) -> None:
         """Raise BundleError unless the graph reads and gives what the manifest says: answers are read by it."""
         manifest = self.bundle.manifest
         gates, sites = (len(manifest.gated_blocks), manifest.heads), len(manifest.sites)
         image, *steering = (golden.inputs[name][:1] for name in INPUTS)
-        found = self.run(image, SteeringArrays(*steering), residual=True)
+        found = self.run(image, SteeringArrays(*steering), residual=True, digest=digest)
         for name, value, allowed in (
             ("image", image, manifest.image.shape),
             ("logits", found.logits, (len(manifest.labels),)),
@@ -216,10 +224,6 @@ class Engine:
                 raise BundleError(
                     f"{path}: {name} has the shape {list(value.shape[1:])} an image; the manifest says {list(allowed)}"
                 )
-
-    def _answers(self, inputs: Arrays) -> Arrays:
-        found = self.run(inputs["image"], SteeringArrays(*(inputs[name] for name in INPUTS[1:])), residual=True)
-        return {name: getattr(found, name) for name in OUTPUTS}
 
 
 def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
@@ -289,24 +293,3 @@ def resolve_provider(provider: str) -> str:
         found = cuda.PROVIDER in onnxruntime.get_available_providers() and cuda.has_device()
         return "cuda" if found else "cpu"
     return provider
-
-
-def _open(
-    graph: Path, provider: str, options: onnxruntime.SessionOptions, gpu: Gpu | None, capture: bool = False
-) -> onnxruntime.InferenceSession:
-    """capture: for CUDA graphs."""
-    names: list[Any] = [PROVIDERS["cpu"]]
-    if gpu:
-        names.insert(0, (cuda.PROVIDER, cuda.provider_options(gpu, capture)))
-        cuda.share_memory(gpu, options)
-    try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=names)
-    except Exception as error:  # onnxruntime raises its own kinds, none of them documented
-        raise BundleError(f"{graph}: onnxruntime cannot load it: {error}") from error
-    got = session.get_providers()[0]
-    if got != PROVIDERS[provider]:
-        raise EngineError(
-            f"provider {provider!r} was asked for but the session has {got}. "
-            "Cure: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
-        )
-    return session

@@ -76,6 +76,7 @@ class Model:
             self._metrics.dropped,
             bundle.manifest.name,
             instances.lone,
+            self.engine,
         )
         batcher = weakref.ref(self.batcher)  # what reads a gauge is part of a cycle, which must not hold the session
 

@@ -21,8 +21,8 @@ from export.bundle import BundleError, load_bundle
 from service import plan
 from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan
 from service.config import Settings
-from service.engine import EngineError
 from service.errors import InvalidRequest, NotFound, Unavailable
+from service.loaded import EngineError
 from service.metrics import Metrics
 from service.model import Model
 from service.profiles import ProfileFolder

@@ -85,11 +85,13 @@ class Quickest:
         """Of a run, by engine: recent mean."""
         self._runs = 0
 
-    def run(self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False) -> Outputs:
+    def run(
+        self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
+    ) -> Outputs:
         self._runs += 1
         ranked = sorted(range(len(self._engines)), key=self._seconds.__getitem__)
         chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
-        outputs = self._engines[chosen].run(images, steering, residual)
+        outputs = self._engines[chosen].run(images, steering, residual, digest)
         off = outputs.seconds - (before := self._seconds[chosen] or outputs.seconds)
         self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # what delays a run says little of the session
         return outputs

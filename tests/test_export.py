@@ -15,7 +15,8 @@ from processes import MODELS, run_module, start_server, stop_server
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, FileEntry, load_bundle
 from export.write import _named
-from service.engine import Engine, EngineError, choose_graph
+from service.engine import Engine, choose_graph
+from service.loaded import EngineError
 from training.steering import SteeringProfile, digest, profiles_from_json, to_arrays
 
 

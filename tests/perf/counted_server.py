@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from service import __main__ as service
-from service import engine
+from service.loaded import Loaded
 
 TASKS = Path("/proc/self/task")
 workers: set[str] = set()
 within = 0.0
 
 
-def counted_open(*arguments: Any, inner: Any = engine._open) -> Any:
+def counted_open(*arguments: Any, inner: Any = Loaded._open) -> Any:
     before = set(os.listdir(TASKS))
     session = inner(*arguments)
     workers.update(set(os.listdir(TASKS)) - before)
     return session
 
 
-def counted_run(*arguments: Any, inner: Any = engine.Engine._run) -> Any:
+def counted_run(*arguments: Any, inner: Any = Loaded.run) -> Any:
     global within
     start = time.thread_time()
     found = inner(*arguments)
@@ -41,6 +41,6 @@ async def counted_stop(server: Any, inner: Any = service.Server.stop) -> None:
 
 
 if __name__ == "__main__":
-    engine._open, engine.Engine._run = counted_open, counted_run  # type: ignore[method-assign]
+    Loaded._open, Loaded.run = counted_open, counted_run  # type: ignore[method-assign]
     service.Server.stop = counted_stop  # type: ignore[method-assign]
     sys.exit(service.main(sys.argv[1:]))
