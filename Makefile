@@ -11,7 +11,7 @@ TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench bench-peers soak crash audit faults lock image manifests deploy-check clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (
 
 bench-peers: .venv/.dev  ## steervit and Triton on the same graphs and cores, under perf_analyzer, into build/bench
 	$(RUN) -m tests.perf.peers
+
+gpu-check: .venv/.dev  ## What a GPU gives: right, fast, through gRPC; without one, the part that a CPU can check
+	$(RUN) -m tests.perf.gpu $(if $(QUICK),--quick)
 
 soak: .venv/.dev  ## 50,000 calls and 50 stops, every answer compared with that of a single request; MINUTES=60: with disturbances
 	$(RUN) -m tests.perf.soak $(if $(MINUTES),--minutes $(MINUTES))

@@ -65,6 +65,8 @@ class BatchStats:
     seconds: float
     queue_seconds: tuple[float, ...]
     """Of each call that this batch completes."""
+    specialised: bool = False
+    """Whether a graph for the images' profile alone ran."""
 
 
 @dataclass(slots=True, eq=False)
@@ -261,12 +263,13 @@ class Batcher:
         start, cpu = time.monotonic(), time.thread_time()
         images = [piece.call.images[piece.rows] for piece in batch]
         keys = {self._key(piece.call) for piece in batch}
+        digest = keys.pop() if len(keys) == 1 else ""
         try:
             outputs = engine.run(
                 np.concatenate(images) if len(images) > 1 else images[0],
                 stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch]),
                 any(piece.call.residual for piece in batch),
-                keys.pop() if len(keys) == 1 else "",
+                digest,
             )
         except Exception as error:  # whatever the provider raises is the answer to a call, not the end of the thread
             if len(batch) == 1:
@@ -288,7 +291,7 @@ class Batcher:
                 if answer := piece.call.add(piece.first, start, part):
                     results.append((piece.call, answer))
             waited = tuple(answer.queue_seconds for _, answer in results)
-            self._on_batch(BatchStats(count, outputs.seconds, waited))
+            self._on_batch(BatchStats(count, outputs.seconds, waited, bool(digest)))
         self._answer(index, results, (seconds, cpu_seconds))
 
     def _answer(

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     tf32: bool = False
     """On a GPU, keep 10 bits of each factor in products of float32: faster, and gates near their threshold may decide
     otherwise than the certificate says."""
+    specialised: Literal["auto", "on", "off"] = "auto"
+    """Whether graphs that a bundle has for one profile alone are loaded, and run batches of that profile where that is
+    faster. `auto`: on a GPU."""
     graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact|fused)\.(fp32|int8|fp16))$")
     """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default; on a GPU the fastest that is fit
     for it, fused.fp16 before all others."""

@@ -150,6 +150,8 @@ class VersionCounts:
         self.batch_size = Histogram(SIZES)
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
+        self.specialised = Tally()
+        """Images that a graph for their profile alone has run."""
 
 
 class Retained(Generic[K, V]):

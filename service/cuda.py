@@ -138,11 +138,11 @@ def release(array: NDArray[Any]) -> None:
         cuda.cudaHostUnregister(ctypes.c_void_p(array.ctypes.data))
 
 
-def memory() -> tuple[int, int]:
-    """Bytes of the current device in use, by whomever, and there in all; (0, 0) where that is not known."""
+def memory(device: int) -> tuple[int, int]:
+    """Bytes of the device in use, by whomever, and there in all; (0, 0) where that is not known."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     cuda = runtime()
-    if cuda is None or cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+    if cuda is None or cuda.cudaSetDevice(device) or cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
         return 0, 0
     return total.value - free.value, total.value
 

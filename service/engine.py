@@ -138,6 +138,8 @@ class Engine:
         for entry in bundle.manifest.specialised:
             if entry.digest in self._specialised:
                 self._check(load_golden(bundle.folder, entry.file), entry.file, entry.digest)
+        self.on_gpu = (used.device, len(self.captured)) if used else None
+        """The index of the GPU, and how many batch sizes run as CUDA graphs; None on the CPU."""
         if self._specialised:
             for loaded in (self._general, *self._specialised.values()):
                 loaded.measure(dict(golden.inputs), max_batch)

@@ -94,6 +94,10 @@ FAMILIES = (
         (*MODEL, "instances", "threads", "wide_threads", "spinning", "max_batch", "source"),
     ),
     Family("gauge", "steervit_instances", "Batches of a model that run at a time.", MODEL),
+    Family("counter", "steervit_specialised_images", "Images that a graph for their profile alone has run.", MODEL),
+    Family("gauge", "steervit_cuda_graphs", "Batch sizes of a model that run as CUDA graphs.", MODEL),
+    Family("gauge", "steervit_gpu_memory_bytes", "Memory of the GPU.", ("device",)),
+    Family("gauge", "steervit_gpu_memory_used_bytes", "Memory of the GPU in use, by any process.", ("device",)),
     Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
@@ -119,6 +123,7 @@ def profile_label(key: Key) -> str:
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
+    rows["steervit_specialised_images"].append((names, counts.specialised.value))
     rows["steervit_batch_size_images"].append((names, counts.batch_size.read()))
     rows["steervit_inference_duration_seconds"].append((names, counts.inference.read()))
     rows["steervit_queue_duration_seconds"].append((names, counts.queue.read()))

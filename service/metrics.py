@@ -10,6 +10,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle
+from service import cuda
 from service.batcher import BatchStats
 from service.counting import CUSTOM, NONE, OTHER, SECONDS, Histogram, Key, ProfileCounts, Retained, Tally, VersionCounts
 from service.engine import Outputs
@@ -79,8 +80,11 @@ class Metrics:
                 self._failed[name] = sorted(map(str, versions))
             self._sweep()
 
-    def for_model(self, bundle: Bundle, graph: str, provider: str, plan: Plan) -> "ModelMetrics":
-        return ModelMetrics(self, bundle, graph, provider, plan)
+    def for_model(
+        self, bundle: Bundle, graph: str, provider: str, plan: Plan, gpu: tuple[int, int] | None = None
+    ) -> "ModelMetrics":
+        """gpu: the index of the device, and how many batch sizes run as CUDA graphs; None on the CPU."""
+        return ModelMetrics(self, bundle, graph, provider, plan, gpu)
 
     def rows(self) -> Rows:
         """All series as they are now."""
@@ -158,9 +162,11 @@ class Metrics:
 class ModelMetrics:
     """The counts of one model."""
 
-    def __init__(self, metrics: Metrics, bundle: Bundle, graph: str, provider: str, plan: Plan):
+    def __init__(
+        self, metrics: Metrics, bundle: Bundle, graph: str, provider: str, plan: Plan, gpu: tuple[int, int] | None
+    ):
         manifest = bundle.manifest
-        self._plan = plan
+        self._plan, self._gpu = plan, gpu
         self.names = manifest.name, str(manifest.version)
         self.info = (*self.names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.layout = manifest.gated_blocks, manifest.heads
@@ -199,6 +205,8 @@ class ModelMetrics:
         self._counts.batch_size.observe(stats.images)
         self._counts.inference.observe(stats.seconds)
         self._counts.queue.observe(*stats.queue_seconds)
+        if stats.specialised:
+            self._counts.specialised.inc(stats.images)
 
     def decoded(self, seconds: float) -> None:
         self._counts.decode.observe(seconds)
@@ -221,6 +229,12 @@ class ModelMetrics:
         rows["steervit_instances"].append((self.names, self._plan.instances))
         plan = (str(value).lower() for value in astuple(self._plan))
         rows["steervit_tuning_info"].append(((*self.names, *plan), 1))
+        if self._gpu:
+            device, captured = self._gpu
+            used, there = cuda.memory(device)
+            rows["steervit_cuda_graphs"].append((self.names, captured))
+            rows["steervit_gpu_memory_bytes"][:] = [((str(device),), there)]  # once, however many models
+            rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
         rows["steervit_profiles"].append((self.names, self._served))
         for profile, usage in self._expected.items():
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))

@@ -60,7 +60,9 @@ class Model:
         self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
-        self._metrics: ModelMetrics = metrics.for_model(bundle, self.engine.graph_name, self.engine.provider, self.plan)
+        self._metrics: ModelMetrics = metrics.for_model(
+            bundle, self.engine.graph_name, self.engine.provider, self.plan, self.engine.on_gpu
+        )
         counted, statistics = self._metrics, self.statistics
 
         def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory

@@ -102,6 +102,10 @@ class SteeringService(SteeringServiceServicer):
             profiles=len(bundle.profiles),
             macs_dense=manifest.macs.dense,
             instances=pb.Instances(**asdict(model.plan)),
+            cuda_graph_batches=model.engine.captured,
+            specialised_profiles=[
+                entry.profile for entry in manifest.specialised if entry.digest in model.engine.specialised
+            ],
         )
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:

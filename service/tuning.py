@@ -180,7 +180,7 @@ def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[list[Engin
 def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Engine:
     return Engine(
         bundle, settings.provider, threads, settings.graph, plan.max_batch, spinning=plan.spinning and threads > 1,
-        gpu=gpu_of(settings),
+        gpu=gpu_of(settings), specialised={"auto": None, "on": True, "off": False}[settings.specialised],
     )  # fmt: skip
 
 

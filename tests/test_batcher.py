@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -398,3 +399,64 @@ def test_calls_that_meet_no_others_run_on_the_lone_engine(
         assert not await alone(batcher.LONE_AFTER - 1)
 
     asyncio.run(scenario())
+
+
+@dataclass
+class Costs:
+    """Graphs for some steerings: a batch takes as long as each image, and a start."""
+
+    specialised: set[str]
+    image: float
+    """Of an image in them; 1 in the general graph."""
+    start: float = 0.0
+
+    def seconds(self, rows: int, digest: str = "") -> float:
+        return self.start + rows * (self.image if digest in self.specialised else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("image", "start", "expected"),
+    [
+        # 0: the held one. Then A B A B A A: of one steering, as each image costs half
+        (0.5, 0.0, [["A"], ["A", "A", "A", "A"], ["B", "B"]]),
+        # more of them together are worth more than the graph of their own
+        (0.9, 4.0, [["A"], ["A", "B", "A", "B", "A", "A"]]),
+        (2.0, 0.0, [["A"], ["A", "B", "A", "B", "A", "A"]]),
+    ],
+)
+def test_batches_are_of_one_steering_when_that_is_faster(
+    engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], image: float, start: float,
+    expected: list[list[str]],
+) -> None:  # fmt: skip
+    held = HeldEngine(engine)
+    names = {"A": resolve(bundle, "Shirt", NEUTRAL, 1.0), "B": resolve(bundle, "Bag", NEUTRAL, 1.0)}
+    seen: list[tuple[str, int]] = []
+
+    def run(images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = "") -> Outputs:
+        seen.append((digest, len(images)))
+        return HeldEngine.run(held, images, steering, residual)
+
+    held.run = run  # type: ignore[method-assign]
+    costs = Costs({steering.digest for steering in names.values()}, image, start)
+    batcher_ = Batcher([held], 8, 0.0, 20, lambda _: None, lambda *_: None, "t", specialists=costs)
+
+    async def scenario() -> list[Answer]:
+        held.open.clear()
+        first = asyncio.create_task(batcher_.submit(sample_pixels[:1], names["A"], math.inf))
+        await asyncio.to_thread(held.entered.wait)
+        asked = [
+            asyncio.create_task(batcher_.submit(sample_pixels[i : i + 1], names[name], math.inf))
+            for i, name in enumerate("ABABAA")
+        ]
+        await asyncio.sleep(0.05)
+        held.open.set()
+        return [await first, *[await task for task in asked]]
+
+    answers = asyncio.run(scenario())
+    batcher_.close()
+    assert [count for _, count in seen] == [len(batch) for batch in expected]
+    assert [digest for digest, _ in seen] == [
+        names[batch[0]].digest if len(set(batch)) == 1 else "" for batch in expected
+    ]
+    for index, name in enumerate("ABABAA"):
+        same(answers[1 + index], engine.run(sample_pixels[index : index + 1], names[name].arrays))

@@ -1,6 +1,9 @@
 """python -m export on a run that was trained here: every kind of graph, compact bundles, the server's choice."""
 
+import asyncio
 import json
+import math
+import re
 import shutil
 import unicodedata
 from dataclasses import replace
@@ -13,17 +16,20 @@ from numpy.typing import NDArray
 from processes import MODELS, run_module, start_server, stop_server
 
 from export.builder import save, weight_bytes
-from export.bundle import Bundle, FileEntry, load_bundle
+from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle
 from export.write import _named
+from service.batcher import Answer, Batcher, BatchStats
 from service.engine import Engine, choose_graph
 from service.loaded import EngineError
-from training.steering import SteeringProfile, digest, profiles_from_json, to_arrays
+from service.steering import resolve
+from training.steering import NEUTRAL, SteeringProfile, digest, profiles_from_json, to_arrays
 
 
 @pytest.fixture(scope="module")
 def models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    every = ("--precision", "fp32,int8,fp16", "--verify-images", "12")
+    every = ("--attention", "dispatch,masked,fused", "--precision", "fp32,int8,fp16", "--verify-images", "12")
+    every += ("--specialise", "Shirt", "--specialise", "Bag", "--compact-threshold", "0.05")
     done = run_module("export", str(smoke_run), str(folder), "--name", "smoke", *every)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -33,15 +39,19 @@ def models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_graph_of_a_bundle_serves_the_same_answers(models: Path, sample_pixels: NDArray[np.uint8]) -> None:
     bundle = load_bundle(models / "smoke" / "1")
     names = [f"{graph.attention}.{graph.precision}" for graph in bundle.manifest.graphs]
-    assert names == ["dispatch.fp32", "masked.fp32", "dispatch.int8", "masked.int8", "masked.fp16"]
+    assert names == [
+        *("dispatch.fp32", "masked.fp32", "fused.fp32", "dispatch.int8", "masked.int8", "masked.fp16", "fused.fp16")
+    ]
     profile = bundle.profiles["Shirt"]
     rows = to_arrays([profile.terms if i % 2 else {} for i in range(100)], len(bundle.manifest.sites))
     found = {name: Engine(bundle, "cpu", 1, name).run(sample_pixels, rows) for name in names}
     expected = found["masked.fp32"]
     assert 0.1 < expected.head_gate.mean() < 0.9
-    np.testing.assert_allclose(found["dispatch.fp32"].logits, expected.logits, atol=1e-4)
-    np.testing.assert_array_equal(found["dispatch.fp32"].head_gate, expected.head_gate)
-    for name, share in (("dispatch.int8", 0.98), ("masked.int8", 0.98), ("masked.fp16", 0.995)):
+    for name in ("dispatch.fp32", "fused.fp32"):
+        np.testing.assert_allclose(found[name].logits, expected.logits, atol=1e-4)
+        np.testing.assert_array_equal(found[name].head_gate, expected.head_gate)
+    shares = {"dispatch.int8": 0.98, "masked.int8": 0.98, "masked.fp16": 0.995, "fused.fp16": 0.995}
+    for name, share in shares.items():
         assert (found[name].head_gate == expected.head_gate).mean() >= share, name
         assert (found[name].logits.argmax(1) == expected.logits.argmax(1)).mean() >= 0.97, name
     for graph in bundle.manifest.graphs:
@@ -51,7 +61,78 @@ def test_every_graph_of_a_bundle_serves_the_same_answers(models: Path, sample_pi
         assert seen["batch_sizes"] == [1, 7, 64]
     done = run_module("export", "verify", str(bundle.folder))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("golden rows within") == len(names)
+    assert done.stdout.count("golden rows within") == len(names) + 2
+
+
+@pytest.mark.slow
+def test_a_graph_for_one_profile_answers_for_its_batches(models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+    """As on a GPU: heads that the profile does not use are not in the graph, and the others answer as in the general
+    one; whatever is asked for together, each call has the answer that it has alone."""
+    bundle = load_bundle(models / "smoke" / "1")
+    entries = bundle.manifest.specialised
+    assert [(entry.profile, entry.precision) for entry in entries] == [("Shirt", "fp16"), ("Bag", "fp16")]
+    engine = Engine(bundle, "cpu", 1, "fused.fp32", max_batch=16, bounded=True, specialised=True)
+    assert set(engine.specialised) == {digest(bundle.profiles[name].terms) for name in ("Shirt", "Bag")}
+    sites = len(bundle.manifest.sites)
+    for entry in entries:
+        removed = np.array([[head not in kept for head in range(bundle.manifest.heads)] for kept in entry.kept])
+        assert removed.any(), entry.profile
+        arrays = to_arrays([bundle.profiles[entry.profile].terms] * 100, sites)
+        general = engine.run(sample_pixels, arrays)
+        own = engine.run(sample_pixels, arrays, digest=entry.digest)
+        assert not own.head_gate[:, removed].any()
+        clear = (np.abs(general.gate_logit) > 0.1).all((1, 2)) & ~general.head_gate[:, removed].any(1)
+        assert clear.sum() > 5, entry.profile
+        np.testing.assert_array_equal(own.head_gate[clear], general.head_gate[clear])
+        np.testing.assert_allclose(own.logits[clear], general.logits[clear], atol=0.05)
+        assert (own.macs[clear] == general.macs[clear]).all()
+        assert engine.seconds(16, entry.digest) > 0
+    names = ["", "Shirt", "Bag", "Coat"]
+    asked = [resolve(bundle, names[index % 4], NEUTRAL, 1.0) for index in range(40)]
+    batches: list[BatchStats] = []
+    batcher = Batcher([engine], 16, 0.01, 100, batches.append, lambda *_: None, "t", specialists=engine)
+
+    async def together() -> list[Answer]:
+        calls = [
+            batcher.submit(sample_pixels[i : i + 1], steering, math.inf, residual=i % 8 == 1)
+            for i, steering in enumerate(asked)
+        ]
+        return await asyncio.gather(*calls)
+
+    answers = asyncio.run(together())
+    batcher.close()
+    assert len(batches) < len(asked)
+    for index, (steering, answer) in enumerate(zip(asked, answers, strict=True)):
+        with_residual = index % 8 == 1
+        assert (answer.outputs.residual is not None) or not with_residual
+        alone = [
+            engine.run(sample_pixels[index : index + 1], steering.arrays, digest=which)
+            for which in ("", *([steering.digest] if not with_residual else []))
+        ]
+        apart = [float(np.abs(answer.outputs.logits - one.logits).max()) for one in alone]
+        assert min(apart) < 0.01, (index, apart)
+
+
+def test_specialised_graphs_are_for_the_terms_that_they_were_made_with(bundle: Bundle) -> None:
+    entry = {
+        "file": "specialised-0.fp16.onnx", "precision": "fp16", "profile": "Shirt", "digest": "0" * 16,
+        "kept": [[0, 5]] * 5, "threshold": 0.01, "before": {}, "after": {}, "certificate": {},
+    }  # fmt: skip
+    value = bundle.manifest.to_json()
+    assert "specialised" not in value, "a bundle without them is written as before"
+    files = {**value["files"], entry["file"]: {"sha256": "", "size": 1}}
+    read = Manifest.from_json({**value, "files": files, "specialised": [entry]})
+    assert read.specialised[0].kept == ((0, 5),) * 5
+    assert Manifest.from_json(json.loads(json.dumps(read.to_json()))) == read
+    for change, message in (
+        ({"kept": [[0, 99]] * 5}, "specialised.kept"),
+        ({"file": "other.onnx"}, "specialised.file is 'other.onnx'; allowed: specialised-0.fp16.onnx"),
+        ({"precision": "fp8"}, "specialised.precision is 'fp8'"),
+    ):
+        with pytest.raises(BundleError, match=re.escape(message)):
+            Manifest.from_json({**value, "files": files, "specialised": [{**entry, **change}]})
+    with pytest.raises(BundleError, match="allowed: a list with specialised-0"):
+        Manifest.from_json({**value, "specialised": [entry]})
 
 
 @pytest.mark.slow
@@ -154,7 +235,7 @@ def test_a_compact_bundle_finds_its_profile_in_either_unicode_form(name: str) ->
     ("flags", "message"),
     [
         (("--precision", "fp8"), "'fp8'; allowed: some of fp32,int8,fp16, each once"),
-        (("--attention", "masked,masked"), "'masked,masked'; allowed: some of dispatch,masked, each once"),
+        (("--attention", "masked,masked"), "'masked,masked'; allowed: some of dispatch,masked,fused, each once"),
     ],
 )
 def test_unknown_graphs_are_refused_before_anything_is_done(
@@ -209,7 +290,9 @@ def test_the_server_takes_the_default_graph_and_another_one_on_a_gpu(bundle: Bun
         return f"{chosen.attention}.{chosen.precision}"
 
     assert choice("cpu", "auto", "dispatch.fp32", "masked.fp32") == "dispatch.fp32"
-    assert choice("cuda", "auto", "dispatch.fp32", "masked.int8", "masked.fp16", "masked.fp32") == "masked.fp16"
+    assert choice("cuda", "auto", "dispatch.fp32", "masked.int8", "masked.fp32", "masked.fp16") == "masked.fp16"
+    assert choice("cuda", "auto", "masked.fp16", "fused.fp32", "fused.fp16") == "fused.fp16"
+    assert choice("cuda", "auto", "masked.fp16", "fused.fp32") == "fused.fp32"
     assert choice("cuda", "auto", "dispatch.fp32", "compact.fp32") == "compact.fp32"
     assert choice("cuda", "auto", "dispatch.fp32") == "dispatch.fp32"
     assert choice("cuda", "dispatch.fp32", "masked.fp32", "dispatch.fp32") == "dispatch.fp32"

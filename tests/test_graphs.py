@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from timm.layers import GluMlp, SwiGLU
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, rows, small
+from timm.layers import GluMlp
 
 from export.bundle import INPUTS, OUTPUTS, BundleError
 from export.calibration import calibrate
@@ -29,58 +27,7 @@ from export.precision import Arithmetic, Float, Int8
 from export.session import Arrays, inputs_of, open_session
 from export.verify import check_golden
 from training.data import Split
-from training.gated_vit import GatedVit
-from training.image_spec import ImageSpec
-from training.sae import Sae
-from training.steering import SteeringProfile, SteeringTerm, Terms
-
-SPEC = ImageSpec(16, 16, 3, 16, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-STEERED: Terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(7, 0.0, -4.0)), 1: (SteeringTerm(2, 3.0, 0.5),)}
-small = partial(VisionTransformer, img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
-KINDS: dict[str, Callable[[], VisionTransformer]] = {
-    "plain": small,
-    "distilled": lambda: VisionTransformerDistilled(
-        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5
-    ),
-    "registers and layer scale": lambda: small(reg_tokens=2, init_values=0.3, no_embed_class=True),
-    "normed queries and keys": lambda: small(qk_norm=True),
-    "no biases": lambda: small(qkv_bias=False, proj_bias=False),
-    "gated MLP": lambda: small(mlp_layer=partial(SwiGLU), init_values=0.5),
-    "pre-norm": lambda: small(pre_norm=True, act_layer=partial(nn.GELU, approximate="tanh")),
-}
-
-
-def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2)) -> SteeredVit:
-    """Random weights, biases and gates: about half of the heads are closed."""
-    torch.manual_seed(1)
-    for parameter in vit.parameters():
-        nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.1)
-    for module in vit.modules():
-        if isinstance(module, nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.2)
-    model = GatedVit(vit, gated_blocks, SPEC)
-    for gate in model.gates:
-        nn.init.normal_(gate.linear.weight)
-        nn.init.zeros_(gate.linear.bias)
-    sae = Sae(len(gated_blocks), 12, 24)
-    for parameter in sae.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return SteeredVit(model, sae).eval().requires_grad_(False)
-
-
-def images(count: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, *SPEC.shape), np.uint8)
-
-
-def rows(count: int, seed: int = 0) -> Arrays:
-    return inputs_of(images(count, seed), [STEERED if row % 2 else {} for row in range(count)], 2)
-
-
-def assert_same(found: Arrays, expected: Arrays) -> None:
-    """The same to float rounding, in every row."""
-    np.testing.assert_array_equal(found["head_gate"], expected["head_gate"])
-    for name in ("logits", "gate_logit", "residual"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=2e-5, err_msg=name)
+from training.steering import SteeringProfile, SteeringTerm
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,7 +251,7 @@ def through_grpc(
     model: Model, batches: Sequence[int], seconds: float, clients: int, instances: int = 0
 ) -> dict[str, dict[str, float]]:
     """Images a second of calls with so many images, from several client processes, and of the engines alone."""
-    repository = bundle_of(model, OUT / "gpu", (("fused", "fp16"), ("masked", "fp32")))
+    repository = bundle_of(model, OUT / "gpu", (("fused", "fp16"),))
     say(f"{model.name}: bundle written")
     bundle = load_bundle(repository / model.name / "1")
     images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(128)]
@@ -318,7 +318,7 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     bundle = verify(BUNDLE / str(versions(BUNDLE)[-1]))
     say(f"{bundle.manifest.name}: golden rows are right on the CPU")
-    gpu = None
+    gpu, name = None, ""
     if resolve_provider("auto") == "cuda":
         if missing := cuda.problem(options.device):
             say(f"there is a GPU, but {missing}")
@@ -330,26 +330,25 @@ def main() -> int:
         say("no GPU here: the rest is compared on the CPU, and nothing is timed")
     models = [deit_s()] if options.quick or not gpu else [deit_s(), vit_b()]
     agreements = [found for model in models for found in compare(model, options.rows if gpu else 16, gpu)]
-    found: list[Timing] = []
-    plain: dict[str, dict[int, float]] = {}
-    served: dict[str, object] = {}
+    right = all(entry.right for entry in agreements)
+    result: dict[str, object] = {"gpu": name, "agreement": [asdict(entry) for entry in agreements]}
+
+    def keep(part: str, value: object) -> None:
+        result[part] = value
+        (OUT / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    keep("right", right)
     if gpu:
-        for model in models:
-            found += timings(model, BATCHES, options.seconds, options.device)
-        print(table(found, plain), flush=True)
-        for model in models:
-            served[model.name] = through_grpc(model, (8, 32), max(3.0, 10 * options.seconds), options.clients)
+        timed = [entry for model in models for entry in timings(model, BATCHES, options.seconds, options.device)]
+        keep("timings", [asdict(entry) for entry in timed])
+        seconds = max(3.0, 10 * options.seconds)
+        served = {model.name: through_grpc(model, (8, 32), seconds, options.clients) for model in models}
+        keep("grpc", served)
+        print("\n" + table(timed, {}), flush=True)
         if torch.cuda.is_available() and not options.no_pytorch:
             plain = {model.name: compiled(model, (8, 32), options.seconds) for model in models}
-        print("\n" + table(found, plain), flush=True)
-    right = all(entry.right for entry in agreements)
-    result = {
-        "agreement": [asdict(entry) for entry in agreements],
-        "timings": [asdict(entry) for entry in found],
-        "pytorch_plain_ms": plain,
-        "grpc": served,
-    }
-    (OUT / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+            keep("pytorch_plain_ms", plain)
+            print("\n" + table(timed, plain), flush=True)
     say(f"{'everything is right' if right else 'WRONG, see above'}; written: {OUT / 'gpu.json'}")
     return 0 if right else 1
 

@@ -1,0 +1,120 @@
+"""Batches of fixed shapes, on the CPU as on a GPU; and what is told of a GPU that is not there."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from export.bundle import Bundle
+from export.session import Arrays, inputs_of, open_session
+from service import cuda
+from service.buckets import Buckets, sizes
+from service.cuda import Gpu, Quiet
+from service.engine import Engine
+from service.loaded import EngineError
+from training.steering import SteeringTerm
+
+NAMES = ("logits", "head_gate", "gate_logit", "residual")
+
+
+@pytest.fixture(scope="module")
+def buckets(bundle: Bundle) -> Buckets:
+    graph = next(graph for graph in bundle.manifest.graphs if graph.attention == "dispatch")
+    buckets = Buckets(open_session(bundle.folder / graph.file, "dispatch", 1), 6, 10, None)
+    buckets.first_runs()
+    return buckets
+
+
+def test_shapes_are_powers_of_two(buckets: Buckets) -> None:
+    assert sizes(1) == [1]
+    assert sizes(6) == sizes(8) == [1, 2, 4, 8]
+    assert buckets.rows == [1, 2, 4, 8]
+    assert buckets.terms == 16
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_what_was_in_a_shape_before_changes_nothing(
+    buckets: Buckets, bundle: Bundle, sample_pixels: NDArray[np.uint8], data: st.DataObject
+) -> None:
+    """Batches of 1 to 11 images, 1 to 20 terms, one after the other: also those that fit no shape."""
+    session, sites = buckets._session, len(bundle.manifest.sites)
+
+    def batch() -> Arrays:
+        count = data.draw(st.integers(1, 11))
+        width = data.draw(st.sampled_from([0, 1, 5, 16, 20]))
+        strength = data.draw(st.sampled_from([0.0, 3.0, -20.0]))
+        terms = {site: tuple(SteeringTerm(7 * i, strength, strength) for i in range(width)) for site in range(sites)}
+        first = data.draw(st.integers(0, 80))
+        return inputs_of(sample_pixels[first : first + count], [terms if i % 2 else {} for i in range(count)], sites)
+
+    for inputs in (batch(), batch()):
+        found, expected = buckets.run(NAMES, inputs), session.run(NAMES, inputs)
+        clear = (np.abs(expected[2]) > 1e-3).all((1, 2))
+        for name, one, other in zip(NAMES, found, expected, strict=True):
+            assert one.shape == other.shape, name
+            np.testing.assert_allclose(one[clear], other[clear], rtol=1e-4, atol=2e-4, err_msg=name)
+
+
+def test_answers_are_not_overwritten_by_the_next_batch(
+    buckets: Buckets, bundle: Bundle, sample_pixels: NDArray[np.uint8]
+) -> None:
+    sites = len(bundle.manifest.sites)
+    (first,) = buckets.run(["logits"], inputs_of(sample_pixels[:4], [{}] * 4, sites))
+    kept = first.copy()
+    buckets.run(["logits"], inputs_of(sample_pixels[50:54], [{}] * 4, sites))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_capture_waits_for_the_device_and_has_it_alone() -> None:
+    quiet, order = Quiet(), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def use(name: str) -> None:
+        with quiet.using():
+            order.append(f"{name} in")
+            inside.set()
+            leave.wait(10)
+            order.append(f"{name} out")
+
+    def capture() -> None:
+        with quiet.capturing():
+            order.append("capture in")
+            time.sleep(0.05)
+            order.append("capture out")
+
+    threads = [threading.Thread(target=use, args=("first",)), threading.Thread(target=capture)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    while not quiet._capturing:
+        time.sleep(0.001)
+    threads.append(threading.Thread(target=use, args=("second",)))
+    threads[2].start()
+    time.sleep(0.05)
+    assert order == ["first in"], "neither the capture nor another user may start"
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first in", "first out", "capture in", "capture out", "second in", "second out"]
+
+
+@pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
+def test_without_a_gpu_the_error_says_what_is_missing(bundle: Bundle) -> None:
+    with pytest.raises(
+        EngineError, match=r"CUDA was asked for, but there is no NVIDIA driver \(libcuda.so.1\). Cure: .*"
+    ):
+        Engine(bundle, "cuda", 1)
+
+
+def test_options_of_the_provider_are_those_of_a_server() -> None:
+    options = cuda.provider_options(Gpu(device=3), graphs=True)
+    assert options["device_id"] == "3"
+    assert options["enable_cuda_graph"] == "1"
+    assert options["use_tf32"] == "0", "10-bit products decide no gates unless somebody asks for them"
+    assert cuda.provider_options(Gpu(tf32=True), graphs=False)["use_tf32"] == "1"
+    assert cuda.memory(0) == (0, 0) or cuda.has_device()
