@@ -201,7 +201,7 @@ def _specialised(
     for index, name in enumerate(names):
         profile = _named(source.profiles, name, "--specialise")
         compacted = compact(model, sae, profile, source.labels, selection, wanted.compact_threshold)
-        _show(compacted, profile, model.heads)
+        _show(compacted, profile, model.heads, "specialised")
         steered = SteeredVit(compacted.model, sae).eval()
         path = folder / specialised_file(index, precision)
         real = FLOATS[precision]
@@ -250,10 +250,10 @@ def _named(profiles: Sequence[SteeringProfile], name: str, flag: str = "--compac
     raise BundleError(f"{flag} is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
 
 
-def _show(compacted: Compact, profile: SteeringProfile, heads: int) -> None:
+def _show(compacted: Compact, profile: SteeringProfile, heads: int, how: str = "compact") -> None:
     total, left = heads * len(compacted.kept), sum(map(len, compacted.kept))
     before, after = compacted.before, compacted.after
-    print(f"compact for {profile.name}: {total - left} of {total} heads removed (kept by < {compacted.threshold:.1%})")
+    print(f"{how} for {profile.name}: {total - left} of {total} heads removed (kept by < {compacted.threshold:.1%})")
     for what in ("recall", "precision", "overall_accuracy", "head_usage", "compute_fraction"):
         was, now = getattr(before, what), getattr(after, what)
         print(f"  {what.replace('_', ' '):17}{was:.4f} -> {now:.4f}   (selection images, profile at strength 1)")

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,17 @@ def has_device() -> bool:
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
+_loading = threading.Lock()
+
+
 def load_libraries() -> None:
-    """Those that pip installed beside onnxruntime, where the system has none."""
+    """Load what pip installed of CUDA beside onnxruntime, where the system has none; once in a process."""
+    with _loading:  # models load side by side
+        _load_once()
+
+
+@cache
+def _load_once() -> None:
     with contextlib.redirect_stdout(None):  # it prints what it does not find; `problem` says it better
         onnxruntime.preload_dlls()
 

@@ -1,7 +1,9 @@
 """Batches of fixed shapes, on the CPU as on a GPU; and what is told of a GPU that is not there."""
 
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -101,6 +103,23 @@ def test_a_capture_waits_for_the_device_and_has_it_alone() -> None:
     for thread in threads:
         thread.join()
     assert order == ["first in", "first out", "capture in", "capture out", "second in", "second out"]
+
+
+def test_models_that_load_side_by_side_leave_standard_output_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen: two engines swapped it for nothing at the same time, and the server never said that it was ready."""
+    before, calls = sys.stdout, []
+
+    def preload() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(cuda.onnxruntime, "preload_dlls", preload)
+    cuda._load_once.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: cuda.load_libraries(), range(8)))
+    cuda._load_once.cache_clear()
+    assert sys.stdout is before
+    assert calls == [1]
 
 
 @pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
