@@ -90,7 +90,7 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
     from export.certify import ExportError  # torch: not before it is needed
     from export.write import Wanted, write
     from training.checkpoint import Run, RunError
-    from training.data import DataError
+    from training.data.splits import DataError
 
     wanted = Wanted(
         name=options.name,

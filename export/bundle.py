@@ -90,7 +90,7 @@ class Specialised:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates per image, by the counter of training/macs.py."""
+    """Multiply-accumulates per image, by the counter of training/model/macs.py."""
 
     dense: int
     """Every head on."""

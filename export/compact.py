@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.data import Split
-from training.evaluate import Effect, answers, effect, steered_by
-from training.gated_vit import Gate, GatedVit
-from training.macs import count
-from training.sae import Sae
+from training.data.splits import Split
+from training.model.gated_vit import Gate, GatedVit
+from training.model.inference import Effect, answers, effect, steered_by
+from training.model.macs import count
+from training.model.sae import Sae
 from training.steering import SteeringProfile
 
 

@@ -3,7 +3,7 @@
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from training.gated_vit import GatedVit
+from training.model.gated_vit import GatedVit
 
 
 class Stem(nn.Module):

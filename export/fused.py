@@ -28,9 +28,9 @@ from export.attention import HeadWeights, head_weights
 from export.builder import MICROSOFT, Builder
 from export.bundle import INPUTS, OUTPUTS
 from export.ends import Classifier, Stem
-from training.gated_vit import Gate, GatedVit
 from training.image_spec import ImageSpec
-from training.sae import Sae
+from training.model.gated_vit import Gate, GatedVit
+from training.model.sae import Sae
 from training.steering import GATE_BOUND, Terms
 
 GREY = 128

@@ -24,9 +24,9 @@ from export.bundle import INPUTS, OUTPUTS
 from export.ends import Classifier, Stem
 from export.fused import build_fused
 from export.precision import Arithmetic, Float
-from training.gated_vit import Gate, GatedVit
 from training.image_spec import ImageSpec
-from training.sae import Sae
+from training.model.gated_vit import Gate, GatedVit
+from training.model.sae import Sae
 from training.steering import GATE_BOUND
 
 

@@ -36,15 +36,16 @@ from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
 from export.session import inputs_of, open_session
-from training import data, soundness
+from training import soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings
-from training.data import Split
-from training.fit_profiles import load_profiles
-from training.fit_sae import load_sae
-from training.fit_vit import check_images, load_vit
+from training.data import splits
+from training.data.splits import Split
 from training.image_spec import ImageSpec
+from training.profiles.fit import load_profiles
+from training.sae.fit import load_sae
 from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
+from training.vit.fit import check_images, load_vit
 
 CALIBRATION_IMAGES = 256
 SPECIALISED_IMAGES = 200
@@ -134,7 +135,7 @@ def _read(run: Run, wanted: Wanted) -> _Source:
     model, sae = load_vit(run).cpu(), load_sae(run).cpu()
     profiles = _with_evaluation(results, load_profiles(run))
     evaluation = {"split": results["split"], "images": results["images"], **results["neutral"]}
-    images = data.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"])
+    images = splits.load(DataSettings(**info["settings"]["data"]), info["settings"]["seed"])
     check_images(run, images)
     of_run = [*soundness.of_vit(info), *soundness.of_sae(run.info("sae")), *soundness.of_results(results)]
     soundness.show("export", of_run)

@@ -13,9 +13,9 @@ from torch import nn
 
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of
-from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
-from training.sae import Sae
+from training.model.gated_vit import GatedVit
+from training.model.sae import Sae
 from training.steering import SteeringTerm, Terms
 
 SPEC = ImageSpec(16, 16, 3, 16, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

@@ -30,11 +30,11 @@ from export.certify import (
 from export.graph import SteeredVit, build
 from export.verify import verify
 from service.engine import Engine
-from training.backbone import create_vit
 from training.config import VitSettings
-from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
-from training.sae import Sae
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.model.sae import Sae
 from training.steering import SteeringTerm
 
 GRAPH = {"file": "dispatch.fp32.onnx", "attention": "dispatch", "precision": "fp32", "opset": 20, "certificate": {}}

@@ -22,14 +22,14 @@ from photos import IN_PNG, OTHERS, TURNED, with_exif
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from training import data as of_training
-from training import sources
 from training.config import DataSettings
-from training.data import DEBIAN_FASHION_MNIST, Data, DataError, augment, load
+from training.data import sources
+from training.data import splits as of_training
+from training.data.pixels import LazyPixels, MappedPixels, Pixels, Split
+from training.data.splits import DEBIAN_FASHION_MNIST, Data, DataError, augment, load
+from training.data.streams import Batch, seeded, training_batches
 from training.image_spec import ImageSpec
-from training.pixels import LazyPixels, MappedPixels, Pixels, Split
 from training.presets import PRESETS
-from training.streams import Batch, seeded, training_batches
 
 Settings = Callable[..., DataSettings]
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from training import significance
-from training.backbone import create_vit
-from training.baselines import (
+from training.checkpoint import RunError
+from training.config import VitSettings
+from training.data.splits import Split
+from training.evaluation import significance
+from training.evaluation.baselines import (
     bisect,
     by_predicted_class,
     fixed_heads,
@@ -18,14 +20,12 @@ from training.baselines import (
     prior_bias,
     random_heads,
 )
-from training.checkpoint import RunError
-from training.config import VitSettings
-from training.data import Split
-from training.evaluate import Effect, Outcome, auroc, gate_diagnostics
-from training.fit_profiles import own_and_others, targets_of
-from training.gated_vit import GatedVit
+from training.evaluation.rivals import Measured, compare
 from training.image_spec import ImageSpec
-from training.rivals import Measured, compare
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.model.inference import Effect, Outcome, auroc, gate_diagnostics
+from training.profiles.fit import own_and_others, targets_of
 
 
 def right(*counts: tuple[int, bool]) -> NDArray[np.bool_]:

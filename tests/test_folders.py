@@ -14,8 +14,8 @@ from PIL import Image
 
 from training import soundness
 from training.config import DataSettings
-from training.data import Data, DataError, load
-from training.sources import _read_labels
+from training.data.sources import _read_labels
+from training.data.splits import Data, DataError, load
 
 
 def write(path: Path, seed: int) -> None:

@@ -11,10 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.backbone import create_vit
 from training.config import VitSettings
-from training.evaluate import steered_by
-from training.gated_vit import (
+from training.image_spec import ImageSpec
+from training.model.backbone import create_vit
+from training.model.gated_vit import (
     GatedVit,
     UnsupportedModel,
     check_supported,
@@ -22,9 +22,9 @@ from training.gated_vit import (
     parse_gated_blocks,
     straight_through,
 )
-from training.image_spec import ImageSpec
-from training.macs import count, head_macs
-from training.sae import Sae
+from training.model.inference import steered_by
+from training.model.macs import count, head_macs
+from training.model.sae import Sae
 from training.steering import SteeringTerm
 
 GREY = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))

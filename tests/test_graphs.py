@@ -26,7 +26,7 @@ from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8
 from export.session import Arrays, inputs_of, open_session
 from export.verify import check_golden
-from training.data import Split
+from training.data.splits import Split
 from training.steering import SteeringProfile, SteeringTerm
 
 

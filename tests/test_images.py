@@ -15,9 +15,9 @@ from timm.data import create_transform
 from service.errors import InvalidRequest
 from service.images import MODES, Limits, decode, from_raw
 from training.config import DataSettings
-from training.data import eval_transform
+from training.data.pixels import image_spec, open_image, upright
+from training.data.splits import eval_transform
 from training.image_spec import ImageSpec
-from training.pixels import image_spec, open_image, upright
 
 LIMITS = Limits(max_bytes=1_000_000, max_pixels=1_000_000)
 

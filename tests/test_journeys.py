@@ -14,7 +14,7 @@ from export.bundle import Bundle, load_bundle
 from service.client import Client
 from service.engine import Engine
 from training.config import DataSettings
-from training.data import load
+from training.data.splits import load
 from training.steering import to_arrays
 
 pytestmark = pytest.mark.slow

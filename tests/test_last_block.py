@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from training.backbone import create_vit
 from training.config import VitSettings
-from training.data import Split
-from training.gated_vit import GatedVit, straight_through
+from training.data.splits import Split
 from training.image_spec import ImageSpec
-from training.last_block import LastBlock, best_subsets, shortcut, store, subsets
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit, straight_through
+from training.profiles.last_block import LastBlock, best_subsets, shortcut, store, subsets
 
 SPEC = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
 

@@ -42,6 +42,31 @@ def test_knowledge_flows_one_way(folder: str, may_not: set[str]) -> None:
     assert seen > 10
 
 
+ROOMS = ("data", "model", "vit", "sae", "profiles", "evaluation", "report")
+"""Of training/, in the order in which a run goes through them."""
+WHOLE = {"__main__", "reproduce"}
+"""The modules at the root of training/ that know all rooms; the others know none."""
+
+
+def test_no_room_of_training_knows_a_later_one() -> None:
+    folder = ROOT / "training"
+    assert {path.parent.name for path in folder.glob("*/*.py")} == set(ROOMS)
+    seen = set()
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0] if path.parent != folder else ""
+        allowed = ROOMS if path.stem in WHOLE else ROOMS[: ROOMS.index(own) + 1] if own else ()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "training":
+                continue
+            _, *inner = (node.module or "").split(".")
+            for name in inner[:1] or [alias.name for alias in node.names]:
+                if name in ROOMS:
+                    seen.add((own, name))
+                    assert name in allowed, f"{path} imports training.{name}"
+    assert ("report", "evaluation") in seen
+    assert ("vit", "data") in seen
+
+
 def test_generated_code_matches_the_proto_files(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "grpc_tools.protoc", "-Iservice/pb=proto", f"--python_out={tmp_path}",

@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training.backbone import create_vit
 from training.checkpoint import Run, RunError
 from training.config import VitSettings
-from training.data import Split
-from training.evaluate import steered_by
-from training.figures import kind_of, spread, trained_models
-from training.gated_vit import GatedVit
+from training.data.splits import Split
+from training.evaluation.latent_images import describe_latents
 from training.image_spec import ImageSpec
-from training.latent_images import describe_latents
-from training.report import oracle_at, page, shade, with_targets, write_report
-from training.sae import Sae
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.model.inference import steered_by
+from training.model.sae import Sae
+from training.report.figures import kind_of, spread, trained_models
+from training.report.write import oracle_at, page, shade, with_targets, write_report
 from training.steering import SteeringProfile, SteeringTerm
 
 LABELS = ["cat", "dog", "<eel>"]

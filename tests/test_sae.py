@@ -8,16 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import fit_sae
-from training.activations import moments, residuals
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, SaeSettings, Settings, VitSettings
-from training.data import Data, Split, load
-from training.fidelity import fidelity, reconstruction, recovered, stability
-from training.fit_sae import Fitting, load_sae
-from training.fit_vit import build
-from training.gated_vit import GatedVit
-from training.sae import Sae, batch_top_k, kth_largest, thresholds, top_k
+from training.data.splits import Data, Split, load
+from training.model.gated_vit import GatedVit
+from training.model.sae import Sae, batch_top_k, kth_largest, thresholds, top_k
+from training.sae import fit
+from training.sae.activations import moments, residuals
+from training.sae.fidelity import fidelity, reconstruction, recovered, stability
+from training.sae.fit import Fitting, load_sae
+from training.vit.fit import build
 
 
 def identity_sae(threshold: float = 0.0) -> Sae:
@@ -219,16 +219,16 @@ class Breaking(Run):
 def test_an_interrupted_fit_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted within the first fit, after it, and within that of the second seed."""
     settings, data, model = small(tmp_path, stability_seeds=1)
-    whole = fit_sae.fit_sae(settings, data, Run(tmp_path / "whole"), model).state_dict()
+    whole = fit.fit_sae(settings, data, Run(tmp_path / "whole"), model).state_dict()
     result = Run(tmp_path / "whole").info("sae")["result"]
     steps = 8 * 7  # of a fit; 360 training images in batches of 50
     for at in (20, steps + 1, steps + 20):
         folder = tmp_path / str(at)
         with pytest.raises(Interrupted):
-            fit_sae.fit_sae(settings, data, Breaking(folder, at), model)
+            fit.fit_sae(settings, data, Breaking(folder, at), model)
         with pytest.raises(RunError, match="run the step 'sae' first"):
             load_sae(Run(folder))
-        resumed = fit_sae.fit_sae(settings, data, Run(folder), model).state_dict()
+        resumed = fit.fit_sae(settings, data, Run(folder), model).state_dict()
         for name, value in whole.items():
             assert torch.equal(value, resumed[name]), (at, name)
         assert Run(folder).info("sae")["result"] == result

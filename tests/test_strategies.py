@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.latent_statistics import SiteStatistics, auroc
-from training.steering import SteeringTerm
-from training.strategies import (
+from training.profiles.statistics import SiteStatistics, auroc
+from training.profiles.strategies import (
     STRATEGIES,
     STRENGTHS,
     amplify_all,
@@ -18,6 +17,7 @@ from training.strategies import (
     selectivity,
     suppress,
 )
+from training.steering import SteeringTerm
 
 
 def row(*values: float) -> Tensor:

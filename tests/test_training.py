@@ -10,14 +10,15 @@ import pytest
 import torch
 from processes import ROOT, run_module
 
-from training import fit_vit, phases, reproduce
+from training import reproduce
 from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
-from training.controls import narrower
-from training.data import load
-from training.evaluate import Outcome, effect
-from training.macs import Macs, count
+from training.data.splits import load
+from training.evaluation.controls import narrower
+from training.model.inference import Outcome, effect
+from training.model.macs import Macs, count
+from training.vit import fit, phases
 
 TINY = VitSettings(
     dim=16, depth=2, heads=2, backbone_epochs=2, gate_epochs=1, joint_epochs=2, batch_size=50, learning_rate=5e-3
@@ -38,7 +39,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: P
     """Interrupted in each of the three phases, right after a state was saved."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit_vit.fit_vit(settings, data, Run(tmp_path / "whole"))
+    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     class Breaking(Run):
         saved = 0
@@ -50,10 +51,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: P
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit_vit.fit_vit(settings, data, Breaking(tmp_path / "broken"))
+        fit.fit_vit(settings, data, Breaking(tmp_path / "broken"))
     with pytest.raises(RunError, match="run the step 'vit' first"):
-        fit_vit.load_vit(Run(tmp_path / "broken"))
-    resumed = fit_vit.fit_vit(settings, data, Run(tmp_path / "broken"))
+        fit.load_vit(Run(tmp_path / "broken"))
+    resumed = fit.fit_vit(settings, data, Run(tmp_path / "broken"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
@@ -62,19 +63,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: P
 def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit_vit.fit_vit(settings, data, Run(tmp_path / "whole"))
+    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     def sharing(**changes: Any) -> Settings:
         vit = TINY.model_copy(update={"backbone": tmp_path / "whole", **changes})
         return settings.model_copy(update={"vit": vit})
 
-    again = fit_vit.fit_vit(sharing(), data, Run(tmp_path / "again"))
+    again = fit.fit_vit(sharing(), data, Run(tmp_path / "again"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(RunError, match=r"vit\.backbone is .*whole, trained with another backbone_epochs"):
-        fit_vit.fit_vit(sharing(backbone_epochs=3), data, Run(tmp_path / "other"))
+        fit.fit_vit(sharing(backbone_epochs=3), data, Run(tmp_path / "other"))
     with pytest.raises(RunError, match=r"which has no backbone\.safetensors: run the step 'vit' there first"):
-        fit_vit.fit_vit(sharing(backbone=tmp_path), data, Run(tmp_path / "none"))
+        fit.fit_vit(sharing(backbone=tmp_path), data, Run(tmp_path / "none"))
 
 
 def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"vit\.json has the format None of another version; this one reads and writes 2"
     ):
-        fit_vit.fit_vit(settings, data, Run(tmp_path))
+        fit.fit_vit(settings, data, Run(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["vit.json"]
     assert old.read_text() == '{"settings": {}, "result": {}}'
 
@@ -99,19 +100,19 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     more = replace(data, found={**data.found, "training images": "60001 with the digest 0"})
     images = r"training images: 60000 with the digest \w{16} there, 60001 with the digest 0 now"
     part = Run(tmp_path / "part")
-    model = fit_vit.build(TINY, data.spec, len(data.labels))
+    model = fit.build(TINY, data.spec, len(data.labels))
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     meta = {"phase": 3, "step": 0, "curves": [], "data": data.found}
     part.write_tensors("backbone", model.state_dict())
     part.write_state("vit", settings.fingerprint("vit"), tensors, meta)
     with pytest.raises(RunError, match=rf"part/vit\.state\.safetensors was made with other images \({images}\)"):
-        fit_vit.fit_vit(settings, more, part)
-    fit_vit.fit_vit(settings, data, part)
-    fit_vit.check_images(part, data)
+        fit.fit_vit(settings, more, part)
+    fit.fit_vit(settings, data, part)
+    fit.check_images(part, data)
     with pytest.raises(RunError, match=rf"part/vit\.json was made with other images \({images}\)\. Give the same"):
-        fit_vit.fit_vit(settings, more, part)
+        fit.fit_vit(settings, more, part)
     with pytest.raises(RunError, match=r"labels: 10 there, 11 now; not the same: 'Hat'"):
-        fit_vit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
+        fit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
     old = part.info("vit")
     old["result"]["data"] = more.found
     part.write_json("vit.json", old)
@@ -120,7 +121,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
         assert "vit.json was made with other images (training images: 60001" in capsys.readouterr().err
     del old["result"]["data"]
     part.write_json("vit.json", old)
-    fit_vit.check_images(part, more)
+    fit.check_images(part, more)
 
 
 def test_offsets_spare_the_first_image_and_most_others() -> None:
@@ -134,10 +135,10 @@ def test_offsets_spare_the_first_image_and_most_others() -> None:
 
 def test_the_smaller_control_computes_as_much_as_the_gated_model() -> None:
     data = load(DataSettings(max_train=100, max_test=20), 0)
-    wide = fit_vit.build(VitSettings(), data.spec, 10).eval()
+    wide = fit.build(VitSettings(), data.spec, 10).eval()
     macs = count(wide)
     dim = narrower(VitSettings(), data, usage=0.25)
-    small = count(fit_vit.build(VitSettings(dim=dim), data.spec, 10).eval()).dense
+    small = count(fit.build(VitSettings(dim=dim), data.spec, 10).eval()).dense
     wanted = (
         macs.fraction(torch.cat([torch.zeros(3, 5, 6), torch.ones(1, 5, 6)])).mean().item()
     )  # a quarter of the heads

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from timm.models import create_model
 from torch import Tensor
 
-from training.backbone import create_vit
 from training.config import VitSettings
-from training.gated_vit import UnsupportedModel
 from training.image_spec import ImageSpec
+from training.model.backbone import create_vit
+from training.model.gated_vit import UnsupportedModel
 
 NAME, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
 SPEC = ImageSpec(32, 32, 3, 32, "bicubic", (0.5,) * 3, (0.5,) * 3)

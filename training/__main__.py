@@ -7,19 +7,20 @@ import torch
 from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource
 
-from training import data, processes
-from training.backbone import check_given
+from training import processes
 from training.checkpoint import Run, RunError
 from training.config import STEPS, Settings
-from training.controls import fit_controls
-from training.fit_profiles import fit_profiles, load_profiles, targets_of
-from training.fit_sae import fit_sae, load_sae
-from training.fit_vit import check_images, fit_vit, load_vit
-from training.gated_vit import UnsupportedModel
-from training.protocol import evaluate
-from training.report import write_report
+from training.data import splits
+from training.evaluation.controls import fit_controls
+from training.evaluation.protocol import evaluate
+from training.model.backbone import check_given
+from training.model.gated_vit import UnsupportedModel
+from training.profiles.fit import fit_profiles, load_profiles, targets_of
+from training.report.write import write_report
+from training.sae.fit import fit_sae, load_sae
 from training.steering import SteeringError
 from training.terminal import print_anything
+from training.vit.fit import check_images, fit_vit, load_vit
 
 
 def main(arguments: list[str]) -> int:
@@ -36,11 +37,11 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(settings.threads)
     try:
         check_given(settings)
-        images = data.load(settings.data, settings.seed)
+        images = splits.load(settings.data, settings.seed)
         targets_of(images.labels, settings.profiles.contexts)  # before hours of training
         for step in STEPS if settings.step == "all" else (settings.step,):
             run_step(step, settings, images, Run(settings.out))
-    except (data.DataError, RunError, SteeringError, UnsupportedModel) as error:
+    except (splits.DataError, RunError, SteeringError, UnsupportedModel) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -58,7 +59,7 @@ def parse(arguments: list[str]) -> Settings:
     return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source)
 
 
-def run_step(step: str, settings: Settings, images: data.Data, run: Run) -> None:
+def run_step(step: str, settings: Settings, images: splits.Data, run: Run) -> None:
     """One step, in every process; the ones before it must be finished in the run folder."""
     check_images(run, images)
     match step:

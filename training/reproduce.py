@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.checkpoint import Run
-from training.seeds import table
+from training.evaluation.seeds import table
 
 ORDER: dict[str, tuple[str, ...]] = {
     "vit": (),

@@ -41,8 +41,8 @@ from service.engine import resolve_provider
 from service.tuning import Surroundings, start
 from tests.perf.heads import BUNDLE, OUT, Model, deit_s, patterns, vit_b
 from tests.perf.serving import bundle_of, load, rate, server
-from training.gated_vit import GatedVit
-from training.sae import Sae
+from training.model.gated_vit import GatedVit
+from training.model.sae import Sae
 from training.steering import SteeringTerm, to_arrays
 
 KINDS = (("masked", "fp32"), ("fused", "fp32"), ("fused", "fp16"), ("specialised", "fp16"))

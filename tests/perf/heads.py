@@ -40,13 +40,13 @@ from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float, Int8
 from export.session import Arrays, inputs_of, open_session, session_options
-from training.backbone import create_vit
 from training.config import VitSettings
-from training.gated_vit import GatedVit
 from training.image_spec import ImageSpec
-from training.macs import count
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.model.macs import count
+from training.model.sae import Sae
 from training.presets import PRESETS
-from training.sae import Sae
 from training.steering import SteeringTerm, Terms
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,123 @@
+"""What a sceptic would try instead of a steering profile, at the same head usage.
+
+Those that run the network return a `Rival`: how it is steered and how its gates decide. The others are read off
+answers that are there already.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.data.splits import Split
+from training.model.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.model.inference import Outcome, answers
+
+
+@dataclass(frozen=True)
+class Rival:
+    steer: Steer | None = None
+    decide: Decide = keep_positive
+
+
+def threshold_shift(model: GatedVit, own: Split, usage: float) -> Rival:
+    """One threshold for all gates: a head is kept when its logit is above t, t by bisection to `usage` on `own`."""
+
+    def above(t: float) -> Decide:
+        return lambda _, logit: (logit > t).to(logit.dtype)
+
+    t = bisect(lambda t: answers(model, own, decide=above(t)).head_gate.double().mean().item(), usage, -4.0, 4.0)
+    return Rival(decide=above(t))
+
+
+def residual_direction(model: GatedVit, own: Split, usage: float, difference: Tensor) -> Rival:
+    """Difference of means (S, D), own minus all, added to what each gate reads; its factor by bisection to `usage`.
+
+    The factor may be negative; of the two directions the one that comes nearer to `usage` is taken.
+    """
+
+    def added(factor: float) -> Steer:
+        return lambda site, residual: residual + factor * difference[site].to(residual.device)
+
+    def used(factor: float) -> float:
+        return answers(model, own, added(factor)).head_gate.double().mean().item()
+
+    factors = [bisect(used, usage, 0.0, end) for end in (8.0, -8.0)]
+    return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
+
+
+def matched(model: GatedVit, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+    """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
+
+    def used(factor: float) -> float:
+        rival = at(factor)
+        return answers(model, own, rival.steer, rival.decide).head_gate.double().mean().item()
+
+    return at(bisect(used, usage, 0.0, 2.0, rounds=8))
+
+
+def logit_bias(bias: Tensor) -> Rival:
+    """A constant (G, H) added to the gate logits (learned.gate_bias)."""
+    return Rival(decide=lambda site, logit: keep_positive(site, logit + bias[site].to(logit.device)))
+
+
+def fixed_heads(kept: Tensor) -> Rival:
+    """The same heads (G, H) for every image."""
+    return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
+
+
+def random_heads(model: GatedVit, usage: float, seed: Sequence[int]) -> Rival:
+    """A random set of round(usage x heads) heads, for every image. seed: numbers that no two draws share."""
+    count = len(model.gated_blocks) * model.heads
+    order = np.random.default_rng(seed).permutation(count)
+    kept = torch.zeros(count)
+    kept[torch.from_numpy(order)[: round(usage * count)]] = 1
+    return fixed_heads(kept.view(-1, model.heads))
+
+
+def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:
+    """The highest recall that a constant on the target's class logits reaches at a precision of at least `precision`.
+
+    What steering's recall must be compared with: recall at the same precision, and no steering. Constants from -4 to 4
+    in steps of 0.05. Returns (recall, its precision); (0, 0) when no constant reaches the precision.
+    """
+    wanted = torch.tensor(list(target))
+    own = torch.isin(classes, wanted)
+    best = (0.0, 0.0)
+    for bias in torch.arange(-4, 4.01, 0.05):
+        logits = neutral.logits.clone()
+        logits[:, wanted] += bias
+        predicted = logits.argmax(-1)
+        right = (predicted == classes) & own
+        recall = right.sum().item() / own.sum().item()
+        reached = right.sum().item() / max(torch.isin(predicted, wanted).sum().item(), 1)
+        if reached >= precision and recall > best[0]:
+            best = recall, reached
+    return best
+
+
+def by_predicted_class(neutral: Outcome, under: Sequence[Outcome]) -> Outcome:
+    """Each image under the profile of the class that the unsteered model predicts.
+
+    under[c]: all images under the profile of class c.
+    """
+    chosen = neutral.predicted
+    rows = torch.arange(len(chosen))
+    fields = ("logits", "head_gate", "gate_logit")
+    return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})
+
+
+def bisect(value: Callable[[float], float], wanted: float, low: float, high: float, rounds: int = 12) -> float:
+    """Where a falling function of [low, high] comes to `wanted`; the end nearer to it where it does not.
+
+    low may be the larger number: the function then falls in the other direction.
+    """
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        if value(middle) > wanted:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

@@ -1,0 +1,227 @@
+"""Step `evaluate`: the whole protocol on the test split. results.json has every number of the report.
+
+The criteria (`_criteria`) were set before a test image was read, and count over all classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training import soundness
+from training.checkpoint import Run
+from training.config import Settings
+from training.data.splits import Data
+from training.evaluation import significance
+from training.evaluation.baselines import by_predicted_class, prior_bias
+from training.evaluation.controls import LAST_BLOCK, Control, controls
+from training.evaluation.latent_images import describe_latents
+from training.evaluation.rivals import Slice, compare, rivals_of
+from training.evaluation.significance import mean
+from training.model.gated_vit import GatedVit, keep_all
+from training.model.inference import Outcome, answers, effect, gate_diagnostics, rounded, steered_by
+from training.model.macs import Macs, count
+from training.model.sae import Sae
+from training.profiles.fit import load_profiles
+from training.profiles.last_block import best_subsets, shortcut, store
+from training.profiles.strategies import Target
+from training.sae.fit import load_sae
+from training.steering import SteeringProfile, digest
+from training.vit.fit import load_vit
+
+PATTERN = (
+    "under its own profile at most 0.36 of the heads run, and recall is at least 2 points higher than without "
+    "steering, significantly so (McNemar, Benjamini-Hochberg over the classes, 5%)"
+)
+
+
+def evaluate(
+    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
+) -> dict[str, Any]:
+    """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
+    results = _protocol(settings, data, run, model, sae, profiles)
+    results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
+    present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
+    if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):
+        results["last_block"] = _last_block(present[LAST_BLOCK], data)
+    plain = {name: control for name, control in present.items() if name != LAST_BLOCK}
+    if plain:
+        dense = count(model).dense
+        results["controls"] = {name: _control(control, data, dense) for name, control in plain.items()}
+    of_results = soundness.of_results(results)
+    soundness.show("evaluate", of_results)
+    of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
+    results["warnings"] = [*data.warnings, *of_stages, *of_results]
+    run.write_json("results.json", results)
+    return results
+
+
+def _protocol(
+    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
+) -> dict[str, Any]:
+    macs = count(model)
+    targets = [tuple(data.labels.index(label) for label in profile.classes) for profile in profiles]
+    ungated = answers(model, data.test, decide=keep_all)
+    network, (test, selection) = shortcut(model, [data.test, data.selection])
+    neutral = answers(network, test)
+    under = [
+        answers(network, test, steered_by(sae, profile.terms))
+        for profile in tqdm(profiles, desc="evaluate: profiles", unit="profile", dynamic_ncols=True)
+    ]
+    entries = [
+        _profile_entry(profile, target, neutral, outcome, test.classes, macs)
+        for profile, target, outcome in zip(profiles, targets, under, strict=True)
+    ]
+    singles = [index for index, target in enumerate(targets) if len(target) == 1]
+    slices = []
+    rivals = rivals_of(run, network, sae, selection, profiles, targets, settings.seed)
+    for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
+        others = [under[other] for other in singles if other != index]
+        measured = rivals(index, Slice.of(test, targets[index], neutral, under[index], others), macs)
+        entries[index]["rivals"] = {name: found.effect.to_json() for name, found in measured.items()}
+        slices.append(measured)
+    of_classes = [entries[index] for index in singles]
+    _adjust(of_classes)
+    whole = {"ungated": ungated, "neutral": neutral}
+    if len(singles) == len(data.labels):
+        whole["by_predicted_class"] = by_predicted_class(neutral, [under[index] for index in singles])
+    return {
+        "split": "test",
+        "images": len(test),
+        "most_common_label": soundness.most_common(test.classes),
+        "labels": list(data.labels),
+        "seed": settings.seed,
+        "gated_blocks": list(model.gated_blocks),
+        "macs": macs.to_json(),
+        **{name: _whole(outcome, test.classes, macs) for name, outcome in whole.items()},
+        "diagnostics": gate_diagnostics(neutral, test.classes),
+        "profiles": entries,
+        "mean_change": {
+            key: round(mean(e["after"][key] - e["before"][key] for e in of_classes), 5)
+            for key in of_classes[0]["before"]
+        },
+        "mean_after": {key: round(mean(e["after"][key] for e in of_classes), 5) for key in of_classes[0]["after"]},
+        "rivals": compare([slices[index] for index in singles]),
+        "success": _criteria(of_classes),
+        "pattern": [_pattern(entry) for entry in of_classes if _shows_pattern(entry)],
+        "pattern_definition": PATTERN,
+    }
+
+
+def _profile_entry(
+    profile: SteeringProfile, target: Target, neutral: Outcome, under: Outcome, classes: Tensor, macs: Macs
+) -> dict[str, Any]:
+    own = torch.isin(classes, torch.tensor(target))
+    right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
+    before, after = (values[own.numpy()] for values in right)
+    recall, precision = prior_bias(neutral, classes, target, effect(under, classes, target, macs).precision)
+    return {
+        "name": profile.name,
+        "classes": list(profile.classes),
+        "strategy": profile.strategy,
+        "digest": digest(profile.terms),
+        "terms": sum(map(len, profile.terms.values())),
+        "images": int(own.sum()),
+        "before": effect(neutral, classes, target, macs).to_json(),
+        "after": effect(under, classes, target, macs).to_json(),
+        "recall_interval_before": _pair(significance.wilson(before)),
+        "recall_interval_after": _pair(significance.wilson(after)),
+        "recall_change_interval": _pair(significance.change_interval(before, after)),
+        "overall_change_interval": _pair(significance.change_interval(right[0], right[1])),
+        "mcnemar": significance.mcnemar(before, after),
+        "below_one_point": significance.mcnemar_below(before, after, 0.01),
+        "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
+        "head_usage_before": rounded(neutral.take(own).head_gate.double().mean(0)),
+        "head_usage_after": rounded(under.take(own).head_gate.double().mean(0)),
+    }
+
+
+def _adjust(entries: Sequence[dict[str, Any]]) -> None:
+    """Benjamini-Hochberg over the classes, in place."""
+    for field in ("mcnemar", "below_one_point"):
+        for entry, p in zip(entries, significance.benjamini_hochberg([e[field] for e in entries]), strict=True):
+            entry[f"{field}_adjusted"] = p
+
+
+def _criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Set beforehand, over the single classes."""
+
+    def change(key: str) -> list[float]:
+        return [entry["after"][key] - entry["before"][key] for entry in entries]
+
+    usage = mean(entry["after"]["head_usage"] for entry in entries)
+    below = sum(entry["below_one_point_adjusted"] < 0.05 for entry in entries)
+    criteria: list[tuple[str, float, bool]] = [
+        ("mean head usage <= 0.30", usage, usage <= 0.30),
+        ("mean recall change >= 0", mean(change("recall")), mean(change("recall")) >= 0),
+        ("classes significantly below -1 point (Benjamini-Hochberg, 5%): none", below, below == 0),
+        ("worst recall change >= -3 points", min(change("recall")), min(change("recall")) >= -0.03),
+        (
+            "mean change of the accuracy of all images >= -0.3 point",
+            mean(change("overall_accuracy")),
+            mean(change("overall_accuracy")) >= -0.003,
+        ),
+    ]
+    return [{"criterion": name, "measured": round(value, 5), "met": bool(met)} for name, value, met in criteria]
+
+
+def _shows_pattern(entry: dict[str, Any]) -> bool:
+    gained = entry["after"]["recall"] - entry["before"]["recall"]
+    shown: bool = entry["after"]["head_usage"] <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
+    return shown
+
+
+def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
+    before, after = entry["before"], entry["after"]
+    return {
+        "name": entry["name"],
+        "usage": [before["head_usage"], after["head_usage"]],
+        "recall": [before["recall"], after["recall"]],
+        "precision": [before["precision"], after["precision"]],
+        "p": entry["mcnemar"],
+        "p_adjusted": entry["mcnemar_adjusted"],
+        "prior_bias_recall": entry["prior_bias"]["recall"],
+    }
+
+
+def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
+    """compute_fraction: of the MACs of the run's own model with every head on."""
+    model = load_vit(control.run)
+    gated = control.settings.vit.gate_epochs + control.settings.vit.joint_epochs > 0
+    outcome = answers(model, data.test) if gated else answers(model, data.test, decide=keep_all)
+    macs, classes = count(model), data.test.classes
+    effects = [effect(outcome, classes, (label,), macs) for label in range(len(data.labels))]
+    whole = _whole(outcome, classes, macs)
+    return {
+        "what": control.what,
+        **whole,
+        "compute_fraction": round(whole["compute_fraction"] * macs.dense / dense, 5),
+        "recall": [round(e.recall, 5) for e in effects],
+        "precision": [round(e.precision, 5) for e in effects],
+    }
+
+
+def _last_block(control: Control, data: Data) -> dict[str, Any]:
+    """The same protocol for the model of which only the last block is gated, and the oracle of all its heads' sets."""
+    model = load_vit(control.run)
+    results = _protocol(control.settings, data, control.run, model, load_sae(control.run), load_profiles(control.run))
+    if model.leaving == 1:
+        cache = store(model, data.test)
+        results["oracle"] = {
+            label: best_subsets(cache, data.test.classes, index) for index, label in enumerate(data.labels)
+        }
+    return results
+
+
+def _whole(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
+    return {
+        "accuracy": (outcome.predicted == classes).double().mean().item(),
+        "head_usage": round(outcome.head_gate.double().mean().item(), 5),
+        "compute_fraction": round(macs.fraction(outcome.head_gate).mean().item(), 5),
+    }
+
+
+def _pair(values: tuple[float, float]) -> list[float]:
+    return [round(value, 5) for value in values]

@@ -1,0 +1,162 @@
+"""What else could be done at a profile's head usage: every strategy and baseline on one slice of images per target.
+
+Whatever has a strength is set to the usage of the profile by bisection on selection images of the target.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.checkpoint import Run
+from training.data.splits import Split
+from training.evaluation import significance
+from training.evaluation.baselines import Rival, logit_bias, matched, random_heads, residual_direction, threshold_shift
+from training.evaluation.significance import Rightness, mean
+from training.model.gated_vit import GatedVit
+from training.model.inference import Effect, Outcome, answers, effect, steered_by
+from training.model.macs import Macs
+from training.model.sae import Sae
+from training.profiles.fit import own_and_others
+from training.profiles.strategies import Target
+from training.sae.activations import residuals
+from training.steering import SteeringProfile, Terms, at_strength, terms_from_json
+
+SLICE = 250
+"""Images of the target at most, and as many others."""
+MATCHING = 200
+"""Selection images of the target on which a rival's usage is matched to the profile's."""
+DRAWS = 5
+"""Of what is random."""
+NO_STEERING, PROFILE, SHAM = "no steering", "profile", "another class's profile"
+AT_USAGE = ("learned, random latents",)
+"""Strategies whose strength is matched to the profile's usage; the others have the strength that served best."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The images that the rivals of a profile are measured on, and what is known of them already."""
+
+    split: Split
+    target: Target
+    neutral: Outcome
+    under: Outcome
+    """Under the profile."""
+    others: list[Outcome]
+    """Under the profiles of the other classes."""
+
+    @classmethod
+    def of(cls, split: Split, target: Target, neutral: Outcome, under: Outcome, others: list[Outcome]) -> "Slice":
+        rows = own_and_others(split, target, SLICE, 0)
+        return cls(split.take(rows), target, neutral.take(rows), under.take(rows), [o.take(rows) for o in others])
+
+
+@dataclass(frozen=True)
+class Measured:
+    effect: Effect
+    own_right: Rightness
+    """Per image of the target: whether it got its label, or in which share of the draws."""
+
+
+def rivals_of(
+    run: Run,
+    model: GatedVit,
+    sae: Sae,
+    selection: Split,
+    profiles: Sequence[SteeringProfile],
+    targets: Sequence[Target],
+    seed: int,
+) -> Callable[[int, Slice, Macs], dict[str, Measured]]:
+    """(index of the profile, its slice, MACs) -> what every rival does there, by name."""
+    choices = {choice["name"]: choice["best"] for choice in run.info("profiles")["result"]["choices"]}
+    stored = run.read_tensors("gate_bias")
+    assert stored is not None
+    biases = stored[0]["bias"]
+    means = _class_means(model, selection)
+
+    def measure(index: int, images: Slice, macs: Macs) -> dict[str, Measured]:
+        target = targets[index]
+        rows = own_and_others(selection, target, MATCHING, 0)
+        own = selection.take(rows[: len(rows) // 2])
+        usage = answers(model, own, steered_by(sae, profiles[index].terms)).head_gate.double().mean().item()
+        wanted = torch.tensor(target)
+        rivals = {
+            "gate threshold shift": [threshold_shift(model, own, usage)],
+            "gate-logit bias": [matched(model, own, usage, lambda f: logit_bias(f * biases[index]))],
+            "residual direction": [residual_direction(model, own, usage, means[:, wanted].mean(1) - means.mean(1))],
+            "random heads": [random_heads(model, usage, (seed, draw, *target)) for draw in range(DRAWS)],
+        }
+        for strategy, value in choices[profiles[index].name].items():
+            terms = terms_from_json(value)
+            if strategy in AT_USAGE:
+
+                def at(factor: float, terms: Terms = terms) -> Rival:
+                    return Rival(steered_by(sae, at_strength(terms, factor)))
+
+                rival = matched(model, own, usage, at)
+            else:
+                rival = Rival(steered_by(sae, terms))
+            rivals[strategy] = [rival]
+
+        def found(outcomes: Sequence[Outcome]) -> Measured:
+            return _mean([_measured(outcome, images, macs) for outcome in outcomes])
+
+        results = {NO_STEERING: found([images.neutral]), PROFILE: found([images.under])}
+        if images.others:
+            results[SHAM] = found(images.others)
+        for name, draws in rivals.items():
+            results[name] = found([answers(model, images.split, draw.steer, draw.decide) for draw in draws])
+        return results
+
+    return measure
+
+
+def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]]:
+    """Over the single classes, by name: mean head usage, mean changes from no steering, and recall against the profile.
+
+    against_profile: recall minus that of the profile, in pairs over all images of all classes, with its 95% interval
+    and p. Of what is drawn several times an image has the mean of all draws.
+    """
+    found = {}
+    for name in measured[0]:
+        pairs = [(of_class[name].effect, of_class[NO_STEERING].effect) for of_class in measured]
+        rival, profile = (np.concatenate([m[n].own_right for m in measured]) for n in (name, PROFILE))
+        found[name] = {
+            "head_usage": round(mean(rival.head_usage for rival, _ in pairs), 5),
+            "compute_fraction": round(mean(rival.compute_fraction for rival, _ in pairs), 5),
+            **{
+                key: round(mean(getattr(rival, key) - getattr(none, key) for rival, none in pairs), 5)
+                for key in ("recall", "precision", "others_accuracy", "auroc")
+            },
+            "worst_recall": round(min(rival.recall - none.recall for rival, none in pairs), 5),
+            "against_profile": {
+                "recall": round(float(rival.mean() - profile.mean()), 5),
+                "interval": [round(v, 5) for v in significance.change_interval(profile, rival)],
+                "p": significance.paired(profile, rival),
+            },
+        }
+    return found
+
+
+def _measured(outcome: Outcome, images: Slice, macs: Macs) -> Measured:
+    classes = images.split.classes
+    own = torch.isin(classes, torch.tensor(images.target))
+    right = (outcome.predicted == classes)[own].double().numpy()
+    return Measured(effect(outcome, classes, images.target, macs), right)
+
+
+def _mean(draws: Sequence[Measured]) -> Measured:
+    effects = [draw.effect for draw in draws]
+    fields = effects[0].to_json()
+    own_right = np.mean([draw.own_right for draw in draws], axis=0)
+    return Measured(Effect(**{f: mean(getattr(e, f) for e in effects) for f in fields}), own_right)
+
+
+@torch.no_grad()
+def _class_means(model: GatedVit, split: Split) -> Tensor:
+    """(S, C, D): mean residual of every class at every gated block."""
+    found = residuals(model, split, "evaluate: residuals")
+    return torch.stack([found[:, split.classes == c].mean(1) for c in range(int(split.classes.max()) + 1)], 1)

@@ -1,0 +1,80 @@
+"""What the seeds of one preset agree on: a row a seed from its results.json, and mean and range over them."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from training.checkpoint import Run, RunError
+from training.evaluation.significance import mean
+
+RIVALS = (
+    "profile",
+    "learned, random latents",
+    "gate-logit bias",
+    "gate threshold shift",
+    "another class's profile",
+    "random heads",
+    "causal",
+    "class-mean",
+)
+"""Those that stand in the table; results.json has the others."""
+
+
+def row(results: dict[str, Any]) -> dict[str, Any]:
+    """A seed's main numbers, shares between 0 and 1; changes are from no steering, over the single classes."""
+    singles = [p for p in results["profiles"] if len(p["classes"]) == 1]
+    found = {
+        "seed": results["seed"],
+        "ungated": results["ungated"]["accuracy"],
+        "neutral_accuracy": results["neutral"]["accuracy"],
+        "neutral_usage": results["neutral"]["head_usage"],
+        "usage": mean(p["after"]["head_usage"] for p in singles),
+        "compute_fraction": mean(p["after"]["compute_fraction"] for p in singles),
+        "recall_change": results["mean_change"]["recall"],
+        "worst_recall_change": min(p["after"]["recall"] - p["before"]["recall"] for p in singles),
+        "precision_change": results["mean_change"]["precision"],
+        "overall_change": results["mean_change"]["overall_accuracy"],
+        "criteria_met": sum(c["met"] for c in results["success"]),
+        "criteria": len(results["success"]),
+        "pattern": results["pattern"],
+        "rivals": {name: results["rivals"][name] for name in RIVALS if name in results["rivals"]},
+    }
+    for name, control in results.get("controls", {}).items():
+        found[name] = {key: control[key] for key in ("accuracy", "head_usage", "compute_fraction")}
+    if "last_block" in results:
+        found["last_block"] = row(results["last_block"])
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def table(runs: Sequence[Run]) -> dict[str, Any]:
+    """Rows of evaluated runs, and their mean, lowest and highest. Raises RunError when one is not evaluated."""
+    rows = []
+    for run in runs:
+        path = run.folder / "results.json"
+        if not path.is_file():
+            raise RunError(f"{path} is missing: run the step 'evaluate' there first")
+        rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
+    found: dict[str, Any] = {"seeds": rows, **_over(rows)}
+    if all("last_block" in r for r in rows):
+        found["last_block"] = _over([r["last_block"] for r in rows])
+    return found
+
+
+def _fidelity(run: Run) -> dict[str, float]:
+    """The worst site of a run's autoencoders."""
+    of_sites = run.info("sae")["result"]["fidelity"]
+    worst = (
+        ("fvu", max),
+        ("gate_agreement", min),
+        ("gate_agreement_clear", min),
+        ("dead_training", max),
+        ("dead", max),
+    )
+    return {name: round(choose(site[name] for site in of_sites), 5) for name, choose in worst}
+
+
+def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean, lowest and highest of every number of the rows."""
+    numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
+    functions = (("mean", mean), ("lowest", min), ("highest", max))
+    return {name: {key: round(function([r[key] for r in rows]), 5) for key in numbers} for name, function in functions}

@@ -1,0 +1,143 @@
+"""Measuring a model under some steering: its answers on a split, and what they mean for a target.
+
+A profile presumes that the class is known. So recall never stands alone: precision, the false-positive rate and the
+accuracy of the other images under that profile stand beside it.
+
+Letters: B images, C classes, G gated blocks, H heads.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from training.data.splits import Split
+from training.model.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.model.macs import Macs
+from training.model.sae import Sae
+from training.steering import Terms, to_arrays
+
+NEAR = 0.1
+"""|gate logit| below which a gate counts as near its threshold, in reports."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the model answered for B images."""
+
+    logits: Tensor
+    """float32 (B, C)"""
+    head_gate: Tensor
+    """bool (B, G, H)"""
+    gate_logit: Tensor
+    """float32 (B, G, H)"""
+
+    @property
+    def predicted(self) -> Tensor:
+        """int64 (B,)"""
+        return self.logits.argmax(-1)
+
+    def take(self, index: Tensor) -> "Outcome":
+        return Outcome(self.logits[index], self.head_gate[index], self.gate_logit[index])
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Measured on one set of images, with some of the target and some not. All are shares, 0 to 1."""
+
+    recall: float
+    """Images of the target that get their own label."""
+    precision: float
+    """Images labelled as one of the target's classes that are correct."""
+    f1: float
+    """Harmonic mean of the two."""
+    false_positive_rate: float
+    """Other images that get a label of the target."""
+    auroc: float
+    """How well the target's probability tells its images from the others."""
+    others_accuracy: float
+    """Other images that get their own label under this steering."""
+    overall_accuracy: float
+    """All images under this steering."""
+    head_usage: float
+    """On the target's images."""
+    compute_fraction: float
+    """On the target's images."""
+
+    def to_json(self) -> dict[str, float]:
+        return {key: round(value, 5) for key, value in asdict(self).items()}
+
+
+@torch.no_grad()
+def answers(
+    model: GatedVit, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
+) -> Outcome:
+    """The model's answers on a split, in float32, on the CPU."""
+    logits, gates, gate_logits = [], [], []
+    for start in range(0, len(split), size):
+        of_batch, out = model(split.images[start : start + size], steer, decide)
+        logits.append(of_batch.cpu())
+        gates.append(out["head_gate"].cpu() > 0.5)
+        gate_logits.append(out["gate_logit"].cpu())
+    return Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits))
+
+
+def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
+    """How the gates decide. classes (B,): the true ones.
+
+    usage: class x gated block x head, share of the class's images that keep the head. near_threshold: gated block x
+    head, share of gates with a |logit| below NEAR.
+    """
+    usage = [outcome.head_gate[classes == index].double().mean(0) for index in range(int(classes.max()) + 1)]
+    near = (outcome.gate_logit.abs() < NEAR).double().mean(0)
+    return {"usage": rounded(torch.stack(usage)), "near_threshold": rounded(near)}
+
+
+def rounded(values: Tensor, digits: int = 4) -> list[Any]:
+    """A tensor as nested lists, for JSON."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [round(value, digits) for value in values.tolist()]
+
+
+def steered_by(sae: Sae, terms: Terms) -> Steer | None:
+    """Every image of a batch steered by the same terms; None where there are none."""
+    if not terms:
+        return None
+    arrays = to_arrays([terms], sae.sites)
+    found = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))
+    latent, scale, shift = (a.to(sae.encoder.device) for a in found)  # (1, S, T)
+    return lambda site, residual: sae.steer(site, residual, latent[:, site], scale[:, site], shift[:, site])
+
+
+def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Macs) -> Effect:
+    """classes (B,): the true ones of the outcome's images."""
+    wanted = torch.tensor(target)
+    own, claimed = torch.isin(classes, wanted), torch.isin(outcome.predicted, wanted)
+    correct = outcome.predicted == classes
+    gates = outcome.head_gate[own]
+    recall, precision = _share(correct & own, own), _share(correct & claimed, claimed)
+    return Effect(
+        recall=recall,
+        precision=precision,
+        f1=2 * recall * precision / max(recall + precision, 1e-12),
+        false_positive_rate=_share(claimed & ~own, ~own),
+        auroc=auroc(outcome.logits.softmax(-1)[:, wanted].sum(1), own),
+        others_accuracy=_share(correct & ~own, ~own),
+        overall_accuracy=_share(correct, torch.ones_like(correct)),
+        head_usage=gates.double().mean().item(),
+        compute_fraction=macs.fraction(gates).mean().item(),
+    )
+
+
+def auroc(score: Tensor, own: Tensor) -> float:
+    """Share of (own, other) pairs in which the own image scores higher; ties count half."""
+    n, m = int(own.sum()), int((~own).sum())
+    ranks = rankdata(score.numpy())
+    return float((ranks[own.numpy()].sum() - n * (n + 1) / 2) / max(n * m, 1))
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return part.sum().item() / max(whole.sum().item(), 1)

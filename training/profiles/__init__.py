@@ -1,0 +1,1 @@
+"""Autoencoders -> steering profiles, for classes and contexts."""

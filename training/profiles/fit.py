@@ -1,0 +1,233 @@
+"""Stage `profiles`: terms by every strategy, then strategy and strength per target by the selection slice.
+
+A target is a set of classes: every class alone, and the contexts of the settings. Nothing of the test split is read.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training import processes
+from training.checkpoint import Run, RunError
+from training.config import Settings
+from training.data.splits import Data, Split, balanced
+from training.model.gated_vit import GatedVit
+from training.model.inference import Effect, Outcome, answers, effect, steered_by
+from training.model.macs import Macs, count
+from training.model.sae import Sae
+from training.profiles.last_block import shortcut
+from training.profiles.learned import gate_bias, learned
+from training.profiles.statistics import measure
+from training.profiles.strategies import STRATEGIES, STRENGTHS, Target
+from training.sae.activations import residuals
+from training.steering import (
+    SteeringError,
+    SteeringProfile,
+    Terms,
+    at_strength,
+    canonical,
+    check_name,
+    profiles_from_json,
+    profiles_to_json,
+    terms_from_json,
+    terms_to_json,
+)
+
+T = TypeVar("T")
+Trial = tuple[str, float, Terms]
+"""(strategy, strength, the terms at that strength)"""
+CONTROLS = ("random", "learned, random latents")
+"""Found and measured like the others, never chosen."""
+SCREENING, FINAL = 100, 500
+"""Own images (and as many others) that all candidates, and the best of them, are measured on."""
+FINALISTS = 3
+AT_A_TIME = 25
+"""Targets of one search: each has its rows in every step, with their gradients."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    strategy: str
+    strength: float
+    terms: Terms
+    cost: float
+    effect: Effect
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = {"strategy": self.strategy, "strength": self.strength, "cost": round(self.cost, 4)}
+        return {**chosen, **self.effect.to_json()}
+
+
+def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]]) -> dict[str, Target]:
+    """Class indices by profile name: every label, and every context.
+
+    Raises RunError when a context names a label that is not there, or bears a label's name or one that is not allowed.
+    """
+    targets: dict[str, Target] = {label: (index,) for index, label in enumerate(labels)}
+    for given, of_context in contexts.items():
+        try:
+            name, members = check_name(given), [canonical(member) for member in of_context]
+        except SteeringError as error:
+            raise RunError(f"profiles.contexts: {error}") from error
+        unknown = [label for label in members if label not in labels]
+        if unknown or not members:
+            raise RunError(f"profiles.contexts[{name!r}] names {unknown}; allowed: one or more of {', '.join(labels)}")
+        if name in targets:
+            what = "a label" if name in labels else "there already"
+            raise RunError(f"profiles.contexts has {name!r}, which is {what}; allowed: another name")
+        targets[name] = tuple(labels.index(label) for label in members)
+    return targets
+
+
+def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae) -> tuple[SteeringProfile, ...]:
+    """Find, or load, one profile a target. The targets are dealt out to the processes."""
+    fingerprint = settings.fingerprint("profiles")
+    if run.finished("profiles", fingerprint):
+        return load_profiles(run)
+    targets = targets_of(data.labels, settings.profiles.contexts)
+    pool = data.train.take(
+        balanced(data.train.classes, min(1.0, settings.profiles.pool / len(data.train)), settings.seed)[0]
+    )
+    network, (pool, selection) = shortcut(model, [pool, data.selection])
+    rank_of, count_of = processes.state().process_index, processes.state().num_processes
+    mine = list(targets.values())[rank_of::count_of]
+    found, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
+    choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
+    progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
+    chosen = [
+        choose(target, {strategy: terms[index] for strategy, terms in found.items()})
+        for index, target in enumerate(progress)
+    ]
+    gathered = processes.gather([(t, c, b) for t, c, b in zip(mine, chosen, bias, strict=True)])
+    if processes.is_main():
+        by_target = {target: (choice, of_target) for target, choice, of_target in gathered}
+        profiles, choices = [], []
+        for name, target in targets.items():
+            best, screened = by_target[target][0]
+            profiles.append(SteeringProfile(name, tuple(data.labels[i] for i in target), best.strategy, best.terms))
+            choices.append({
+                "name": name,
+                "chosen": best.to_json(),
+                "screened": [candidate.to_json() for candidate in screened],
+                "best": {c.strategy: terms_to_json(c.terms) for c in reversed(screened)},  # the cheapest of each wins
+            })  # fmt: skip
+        run.write_tensors("gate_bias", {"bias": torch.stack([by_target[target][1] for target in targets.values()])})
+        run.write_json("profiles.json", profiles_to_json(profiles))
+        run.finish("profiles", fingerprint, {"choices": choices})
+    processes.wait()
+    return load_profiles(run)
+
+
+def find(
+    settings: Settings, run: Run, model: GatedVit, sae: Sae, pool: Split, targets: list[Target]
+) -> tuple[dict[str, list[Terms]], list[Tensor]]:
+    """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
+    training images."""
+    options, seed = settings.profiles, settings.seed + 3
+    sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
+    stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
+    unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
+    found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    for name, at_random in (("learned", False), ("learned, random latents", True)):
+
+        def search(at_random: bool = at_random) -> list[Terms]:
+            return _in_parts(
+                targets,
+                lambda part: learned(model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random),
+            )
+
+        found[name] = _learned_once(settings, run, name, search)
+    bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
+    return found, _in_parts(targets, lambda part: list(bias(part)))
+
+
+def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
+    """What a search finds for each target. It depends on no other target, so how many share a search is free."""
+    parts = [targets[start : start + AT_A_TIME] for start in range(0, len(targets), AT_A_TIME)]
+    return [found for part in parts for found in search(part)]
+
+
+def _choose(
+    settings: Settings,
+    macs: Macs,
+    model: GatedVit,
+    sae: Sae,
+    selection: Split,
+    neutral: Outcome,
+    target: Target,
+    found: dict[str, Terms],
+) -> tuple[Candidate, list[Candidate]]:
+    """The best candidate for a target, and all that were screened, the least cost first."""
+
+    def ranked(images: int, tried: Iterable[Trial]) -> list[Candidate]:
+        rows = own_and_others(selection, target, images, settings.seed)
+        return rank(model, sae, macs, selection.take(rows), neutral.take(rows), target, tried)
+
+    screened = ranked(SCREENING, _at_strengths(found))
+    finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:FINALISTS]
+    return ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0], screened
+
+
+def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], list[Terms]]) -> list[Terms]:
+    """The terms of a search that takes minutes: from the run folder when it was finished before an interruption."""
+    file = f"profiles.{name.replace(', ', '-').replace(' ', '-')}"
+    if processes.state().num_processes > 1:  # every process searches for other targets
+        return search()
+    stored = run.read_state(file, settings.fingerprint("profiles"))
+    if stored:
+        return [terms_from_json(terms) for terms in stored[1]["terms"]]
+    found = search()
+    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in found]})
+    return found
+
+
+def rank(
+    model: GatedVit,
+    sae: Sae,
+    macs: Macs,
+    split: Split,
+    neutral: Outcome,
+    target: Target,
+    tried: Iterable[Trial],
+) -> list[Candidate]:
+    """What each trial does on the split, the least `cost` first. neutral: the answers without steering."""
+    before = effect(neutral, split.classes, target, macs)
+    candidates = []
+    for strategy, strength, terms in tried:
+        after = effect(answers(model, split, steered_by(sae, terms)), split.classes, target, macs)
+        candidates.append(Candidate(strategy, strength, terms, cost(before, after), after))
+    return sorted(candidates, key=lambda candidate: candidate.cost)
+
+
+def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
+    """The chosen profiles of a run. Raises RunError when the stage is not finished."""
+    run.info("profiles")
+    return profiles_from_json(json.loads((run.folder / "profiles.json").read_text()))
+
+
+def cost(before: Effect, after: Effect) -> float:
+    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost."""
+    lost = max(0.0, before.recall - after.recall) + max(0.0, before.others_accuracy - after.others_accuracy)
+    return after.head_usage + 10 * lost
+
+
+def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch.Tensor:
+    """Indices of at most `count` images of the target and of as many others, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.isin(split.classes, torch.tensor(target))
+    picked = []
+    for rows in (torch.nonzero(own).flatten(), torch.nonzero(~own).flatten()):
+        picked.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    return torch.cat([picked[0], picked[1][: len(picked[0])]])
+
+
+def _at_strengths(found: Mapping[str, Terms]) -> Iterator[Trial]:
+    for strategy, terms in found.items():
+        for strength in STRENGTHS[strategy]:
+            yield strategy, strength, at_strength(terms, strength)

@@ -1,0 +1,149 @@
+"""The last block, exactly, without the network: what enters it and what each head adds are stored once an image.
+
+    logits = tail(residual + bias + sum of the kept heads' contributions)
+
+where tail is the block's MLP, the final norm and the classifier, of the class token alone. For models in which only
+the last block is gated (the paper's setting) every question about gates is then a question about small vectors: a
+LastBlock takes the place of the model, and row numbers that of the images.
+
+Letters: B images, H heads, D width, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from training.data.splits import Split
+from training.model.gated_vit import Decide, GatedVit, Intermediates, Steer, keep_all, keep_positive
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """Of the images of some splits, with the gates of earlier blocks as they decide without steering."""
+
+    model: GatedVit
+    residual: Tensor
+    """float32 (B, D): the class token that enters the block: what its gate reads."""
+    contribution: Tensor
+    """float32 (B, H, D): what each head adds to it when it is kept."""
+
+    def __call__(
+        self, rows: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
+    ) -> tuple[Tensor, Intermediates]:
+        """As GatedVit, for the images of these row numbers (B,), when the last block alone is gated."""
+        residual = self.residual[rows]
+        with torch.autocast(residual.device.type, enabled=False):
+            logit = self.gates[0](residual if steer is None else steer(0, residual))
+            gate = decide(0, logit)
+            logits = self.tail(residual, self.contribution[rows], gate)
+        return logits, {"residual": residual[:, None], "gate_logit": logit[:, None], "head_gate": gate[:, None]}
+
+    @property
+    def gates(self) -> nn.ModuleList:
+        return self.model.gates
+
+    @property
+    def gated_blocks(self) -> tuple[int, ...]:
+        return self.model.gated_blocks
+
+    @property
+    def heads(self) -> int:
+        return self.model.heads
+
+    @property
+    def dim(self) -> int:
+        return self.model.dim
+
+    @property
+    def mean(self) -> Tensor:
+        return self.model.mean
+
+    def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
+        """Gates (B, H) -> logits (B, C)."""
+        parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
+        return torch.cat(
+            [self.tail(self.residual[p], self.contribution[p], head_gate[p].to(self.residual.device)) for p in parts]
+        )
+
+    def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
+        """(B, D), (B, H, D), (B, H) -> logits (B, C)."""
+        block, vit = cast(Block, self.model.vit.blocks[-1]), self.model.vit
+        bias = cast(Attention, block.attn).proj.bias
+        constant = block.ls1(bias) if bias is not None else 0.0
+        kept = torch.einsum("bh,bhd->bd", head_gate.float(), contribution)
+        x = (residual + constant + kept)[:, None]  # (B, 1, D)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        logits: Tensor = vit.forward_head(vit.norm(x))
+        return logits
+
+
+def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[Any, list[Split]]:
+    """The model and the splits, or what is faster and gives the same: a LastBlock and row numbers.
+
+    For models in which the last block alone is gated and only the class token leaves it.
+    """
+    if model.gated_blocks != (len(model.vit.blocks) - 1,) or model.leaving != 1:
+        return model, list(splits)
+    caches = [store(model, split) for split in splits]
+    cache = LastBlock(model, torch.cat([c.residual for c in caches]), torch.cat([c.contribution for c in caches]))
+    rows = torch.arange(len(cache.residual)).split([len(split) for split in splits])
+    return cache, [Split(part, split.classes) for part, split in zip(rows, splits, strict=True)]
+
+
+@torch.no_grad()
+def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
+    """One forward pass over the split. Raises ValueError for a distilled model, of which two tokens leave the block."""
+    if model.leaving != 1:
+        raise ValueError("the last-block cache is for models of which only the class token leaves the last block")
+    block = cast(Block, model.vit.blocks[-1])
+    attn = cast(Attention, block.attn)
+    h, e = attn.num_heads, attn.head_dim
+    weight = attn.proj.weight.view(-1, h, e)  # (D, H, E)
+    mixed: list[Tensor] = []
+    residuals: list[Tensor] = []
+    hooks = [
+        attn.proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0][:, 0])),  # (B, H*E), ungated
+        block.norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0])),
+    ]
+    last = len(model.gated_blocks) - 1 if model.gated_blocks[-1] == len(model.vit.blocks) - 1 else -1
+
+    def last_open(site: int, logit: Tensor) -> Tensor:
+        return keep_all(site, logit) if site == last else (logit > 0).to(logit.dtype)
+
+    try:
+        for start in range(0, len(split), size):
+            model(split.images[start : start + size], decide=last_open)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heads = torch.cat(mixed).view(-1, h, e)
+    return LastBlock(model, torch.cat(residuals), block.ls1(torch.einsum("bhe,dhe->bhd", heads, weight)))
+
+
+def subsets(heads: int) -> Tensor:
+    """float32 (2^H, H): every set of heads, the empty one included."""
+    return torch.tensor(list(product((0.0, 1.0), repeat=heads)))
+
+
+@torch.no_grad()
+def best_subsets(cache: LastBlock, classes: Tensor, label: int) -> list[dict[str, float | list[int]]]:
+    """The oracle: for every number of heads, the fixed set that keeps the class's recall highest on this split.
+
+    classes (B,). Chosen and measured on the same images, so it is a bound, not a method.
+    """
+    own = torch.nonzero(classes == label).flatten()
+    of_class = LastBlock(cache.model, cache.residual[own], cache.contribution[own])
+    found: dict[int, dict[str, float | list[int]]] = {}
+    for subset in subsets(cache.contribution.shape[1]):
+        recall = (of_class.logits(subset.expand(len(own), -1)).argmax(-1) == label).double().mean().item()
+        count = int(subset.sum())
+        if count not in found or recall > float(found[count]["recall"]):  # type: ignore[arg-type]
+            kept = torch.nonzero(subset).flatten().tolist()
+            found[count] = {"head_usage": count / len(subset), "recall": round(recall, 5), "heads": kept}
+    return [found[count] for count in sorted(found)]

@@ -1,0 +1,197 @@
+"""Terms found by gradient, for all targets at once, through the frozen network; and the baselines found the same way.
+
+One search serves all: every step takes rows for every target, half of the target's classes, half any images; the loss
+is the cross-entropy on true labels (so that other classes are not pulled in; own rows count less, or precision pays
+for recall) + the KL divergence to the unsteered answers + a usage term per target + a penalty. The weight of the usage
+term follows the target's distance from `usage_target`, from both sides: what is compared is compared at the same usage.
+Every target draws its images by itself, so what is found for it does not depend on which others share the batch.
+
+Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, H heads, D width.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from training import processes
+from training.config import ProfileSettings
+from training.data.splits import Split
+from training.model.gated_vit import GatedVit, straight_through
+from training.model.sae import Sae
+from training.profiles.statistics import SiteStatistics
+from training.profiles.strategies import Target
+from training.steering import SteeringTerm, Terms
+
+PRIME = 2**63 - 25
+"""Of the seeds of targets: powers of 2 do not soon come round to the same number."""
+PerRow = Callable[[int, Tensor, Tensor], Tensor]
+"""(site, value of every row, profile index of every row (P*R,)) -> the value as its profile changes it."""
+
+
+def learned(
+    model: GatedVit,
+    sae: Sae,
+    stats: SiteStatistics,
+    targets: Sequence[Target],
+    train: Split,
+    unsteered: Tensor,
+    settings: ProfileSettings,
+    seed: int,
+    bf16: bool,
+    random_candidates: bool = False,
+) -> list[Terms]:
+    """Scale and shift of the `settings.terms` candidates a site, for every target.
+
+    unsteered (B, C): log-probabilities of the training images without steering. random_candidates: draw the latents
+    among all that are active on the target, the control of choosing them.
+    """
+    if random_candidates:
+        scores = [
+            torch.rand(stats.mean[:, 0].shape, generator=drawing(seed, target)) * (stats.of(target, "mean") > 0)
+            for target in targets
+        ]
+    else:
+        scores = [gate_reach(stats, target) for target in targets]
+    count, device = min(settings.terms, stats.mean.shape[-1]), model.mean.device
+    latent = torch.stack([score.topk(count, dim=1).indices for score in scores])  # (P, S, K)
+    unit = torch.stack([  # each latent's own scale on the target, so that one step size fits all
+        _activity(stats, target).gather(1, chosen) for target, chosen in zip(targets, latent, strict=True)
+    ]).clamp_min(1e-3)  # fmt: skip
+    latent, unit = latent.to(device), unit.to(device)
+    scale_change = torch.zeros_like(unit, requires_grad=True)  # scale - 1
+    shift_change = torch.zeros_like(unit, requires_grad=True)  # in units of `unit`
+
+    def steer(site: int, residual: Tensor, profile: Tensor) -> Tensor:
+        terms = latent[:, site], 1 + scale_change[:, site], (shift_change * unit)[:, site]
+        return sae.steer(site, residual, *(of_site[profile] for of_site in terms))
+
+    def penalty() -> Tensor:
+        return settings.sparsity * (scale_change.abs() + shift_change.abs()).sum() / len(targets)
+
+    what = "learned, random latents" if random_candidates else "learned"
+    search(
+        model, targets, train, unsteered, settings, seed, bf16, [scale_change, shift_change], what, steer, None, penalty
+    )
+    latent, scale, shift = latent.cpu(), (1 + scale_change).detach().cpu(), (shift_change * unit).detach().cpu()
+    return [
+        _pruned(stats, target, latent[i], scale[i], shift[i], settings.min_effect) for i, target in enumerate(targets)
+    ]
+
+
+def gate_bias(
+    model: GatedVit,
+    targets: Sequence[Target],
+    train: Split,
+    unsteered: Tensor,
+    settings: ProfileSettings,
+    seed: int,
+    bf16: bool,
+) -> Tensor:
+    """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
+    shape = len(targets), len(model.gated_blocks), model.heads
+    raw = torch.zeros(shape, device=model.mean.device, requires_grad=True)
+
+    def bounded() -> Tensor:
+        return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
+
+    def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
+        return logit + bounded()[profile, site]
+
+    search(model, targets, train, unsteered, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
+    return bounded().detach().cpu()
+
+
+def search(
+    model: GatedVit,
+    targets: Sequence[Target],
+    train: Split,
+    unsteered: Tensor,
+    settings: ProfileSettings,
+    seed: int,
+    bf16: bool,
+    parameters: list[Tensor],
+    what: str,
+    steer: PerRow | None,
+    shift_logit: PerRow | None,
+    penalty: Callable[[], Tensor | float],
+) -> None:
+    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H)."""
+    device = model.mean.device
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    own, rest = settings.rows // 2, settings.rows - settings.rows // 2
+    draws = [drawing(seed, target) for target in targets]
+    members = [torch.nonzero(torch.isin(train.classes, torch.tensor(target))).flatten() for target in targets]
+    profile = torch.arange(len(targets), device=device).repeat_interleave(settings.rows)  # (P*R,)
+    is_own = (torch.arange(settings.rows) < own).repeat(len(targets)).to(device)
+    weight = torch.where(is_own, settings.own_weight, 1.0)
+    usage_weight = torch.full((len(targets),), 2.0, device=device)
+    soft = straight_through(2.0)
+    progress = tqdm(
+        range(settings.steps), desc=f"profiles: {what}", unit="step", mininterval=5, dynamic_ncols=True,
+        disable=not processes.is_main(),
+    )  # fmt: skip
+    for step in progress:
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, 3 * (1 - step / settings.steps))
+        index = torch.cat([
+            torch.cat([
+                rows[torch.randint(len(rows), (own,), generator=generator)],
+                torch.randint(len(train), (rest,), generator=generator),
+            ])
+            for rows, generator in zip(members, draws, strict=True)
+        ])  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits, out = model(
+                train.images[index],
+                None if steer is None else lambda site, residual: steer(site, residual, profile),
+                soft if shift_logit is None else lambda site, logit: soft(site, shift_logit(site, logit, profile)),
+            )
+        answer = logits.float().log_softmax(-1)
+        lost = F.nll_loss(answer, train.classes[index].to(device), reduction="none")
+        if settings.keep_weight:
+            moved = F.kl_div(answer, unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
+            lost = lost + settings.keep_weight * moved * ~is_own
+        loss = (weight * lost).sum() / weight.sum()
+        usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
+        loss = loss + (usage_weight * usage).mean() + penalty()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(-2, 20)
+        if step % 10 == 0:
+            progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
+
+
+def drawing(seed: int, target: Target) -> torch.Generator:
+    """A target's own random numbers, whichever others it is searched with."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + sum(pow(2, index, PRIME) for index in target)) % 2**63)
+
+
+def gate_reach(stats: SiteStatistics, target: Target) -> Tensor:
+    """(S, L): norm of a latent's effect on the gates x its activity on the target."""
+    reach: Tensor = stats.of(target, "effect").norm(dim=-1) * _activity(stats, target)
+    return reach
+
+
+def _activity(stats: SiteStatistics, target: Target) -> Tensor:
+    """(S, L): mean + standard deviation of the activation on the target."""
+    return stats.of(target, "mean") + stats.of(target, "deviation")
+
+
+def _pruned(
+    stats: SiteStatistics, target: Target, latent: Tensor, scale: Tensor, shift: Tensor, min_effect: float
+) -> Terms:
+    """Terms (S, K) without those that move no gate logit of the target by more than `min_effect` on average."""
+    terms: dict[int, tuple[SteeringTerm, ...]] = {}
+    for site, chosen in enumerate(latent):
+        change = ((scale[site] - 1) * _activity(stats, target)[site, chosen]).abs() + shift[site].abs()  # (K,)
+        effect = stats.of(target, "effect")[site, chosen].abs().amax(-1) * change
+        kept = torch.nonzero(effect > min_effect).flatten().tolist()
+        if kept:
+            terms[site] = tuple(
+                SteeringTerm(int(chosen[k]), round(float(scale[site, k]), 4), round(float(shift[site, k]), 4))
+                for k in kept
+            )
+    return terms

@@ -1,0 +1,130 @@
+"""Step `report`: results.json and what the stages measured as one self-contained page, report.html, with pictures.
+
+Nothing is computed here that would need a model. Parts that results.json lacks are left out of the page and of its
+table of contents.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from training.checkpoint import Run, RunError
+from training.evaluation.rivals import SLICE
+from training.evaluation.seeds import table
+from training.report import figures, gate_figures
+from training.vit.phases import annealed
+
+TEMPLATES = Path(__file__).parent
+MOST_DESCRIBED = 16
+"""Profiles whose latents are shown; those of the others stand in results.json."""
+
+
+def write_report(run: Run, others: Sequence[Run] = ()) -> None:
+    """Reads results.json, vit.json and sae.json of the run; writes report.html and a PNG file a picture beside them.
+
+    others: runs of other seeds, for the table of seeds. Raises RunError when a run was not evaluated.
+    """
+    path = run.folder / "results.json"
+    if not path.is_file():
+        raise RunError(f"{path} is missing: run the step 'evaluate' first")
+    results = json.loads(path.read_text())
+    if others:
+        results["seeds"] = table([run, *others])["seeds"]
+    vit, sae = run.info("vit"), run.info("sae")["result"]
+    points = with_targets(vit["result"]["curves"], vit["settings"]["vit"]["usage_target"])
+    encoded = {}
+    for name, figure in pictures(results, points).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", facecolor="white")
+        run.write(f"{name}.png", buffer.getvalue())
+        encoded[name] = base64.b64encode(buffer.getvalue()).decode()
+    run.write("report.html", page(results, sae, vit["settings"], encoded).encode())
+    print(f"report: {run.folder / 'report.html'}", flush=True)
+
+
+def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """By file name; points: the training curves (phase, step, accuracy, usage, maybe target)."""
+    found = {
+        "effects": figures.arrows(results),
+        "precision": figures.precision(results),
+        "frontier": figures.frontier(results),
+        "heads": gate_figures.heads(results),
+        "usage": gate_figures.usage_per_block(results),
+    }
+    if results.get("diagnostics"):
+        found["gates"] = gate_figures.gates(results)
+    if results.get("last_block", {}).get("oracle"):
+        found["last_block"] = figures.last_block(results)
+    if results.get("latents"):
+        found["latents"] = gate_figures.latents(results["latents"][:MOST_DESCRIBED])
+    if points:
+        found["curves"] = gate_figures.curves(points)
+    return found
+
+
+def page(
+    results: Mapping[str, Any], sae: Mapping[str, Any], settings: Mapping[str, Any], encoded: Mapping[str, str]
+) -> str:
+    """The HTML of the report. encoded: pictures by name, PNG as base64; sae: the result of that stage."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    singles = figures.single_classes(results["profiles"])
+    described = results.get("latents", [])[:MOST_DESCRIBED]
+    top = max((abs(v) for profile in described for term in profile["terms"] for v in term["effect"]), default=1.0)
+    return environment.get_template("report.html.jinja").render(
+        r=results,
+        sae=sae,
+        settings=settings,
+        pictures=encoded,
+        singles=singles,
+        described=described,
+        kind=lambda name: figures.KINDS[figures.kind_of(name)][2],
+        mean=mean,
+        spread=standard_deviation,
+        oracle_at=oracle_at,
+        slice=SLICE,
+        shade=lambda value: shade(value, top),
+    )
+
+
+def with_targets(points: Sequence[dict[str, Any]], usage_target: float) -> list[dict[str, Any]]:
+    """Points of the joint phase with the usage that was asked for there, unless they say it."""
+    last = max((point["step"] for point in points if point["phase"] == "joint"), default=0) + 1
+    return [
+        {"target": annealed(usage_target, point["step"] / last), **point} if point["phase"] == "joint" else point
+        for point in points
+    ]
+
+
+def oracle_at(best: Sequence[dict[str, Any]], usage: float) -> dict[str, Any]:
+    """Of the best subsets of each size, the smallest that keeps at least `usage` of the heads."""
+    return min((found for found in best if found["head_usage"] >= usage - 1e-9), key=lambda found: found["head_usage"])
+
+
+def shade(value: float, top: float) -> tuple[str, str]:
+    """(background, text) colour of a signed value, white at 0: orange lowers, purple raises."""
+    colour = matplotlib.colormaps["PuOr"](0.5 + 0.42 * max(-1.0, min(1.0, value / max(top, 1e-9))))
+    luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
+    return to_hex(colour), "#ffffff" if luminance < 0.4 else "#222222"
+
+
+def mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / max(len(listed), 1)
+
+
+def standard_deviation(values: Iterable[float]) -> float:
+    """Of a sample (n - 1); 0 for a single value."""
+    listed = list(values)
+    centre = mean(listed)
+    return math.sqrt(sum((value - centre) ** 2 for value in listed) / max(len(listed) - 1, 1))

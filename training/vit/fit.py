@@ -1,0 +1,182 @@
+"""Stage `vit`: a ViT is trained with every head on, then learns which heads it can do without.
+
+Three phases: `backbone` (ungated), `gates` (gates alone, from fully open), `joint` (both; cross-entropy + KL to the
+ungated model + usage_weight * (usage - target)^2, the target annealed from 1 over the first 60% of the phase).
+In the joint phase a share of the images runs with all its gate logits lowered by a random offset, so that the network
+learns to do with fewer heads than its gates would keep: that is what steering will ask of it.
+
+Under `accelerate launch` every process trains on its share of each batch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training import processes, soundness
+from training.checkpoint import Run, RunError
+from training.config import Settings, VitSettings
+from training.data.splits import Data
+from training.image_spec import ImageSpec
+from training.model.backbone import create_vit
+from training.model.gated_vit import (
+    GatedVit,
+    keep_all,
+    parse_gated_blocks,
+)
+from training.model.inference import Outcome, answers, gate_diagnostics
+from training.model.macs import count
+from training.vit.phases import Phase, State, run_phase
+
+OF_BACKBONE = (
+    "model", "weights", "pretrained", "dim", "depth", "heads", "patch", "unpadded", "mlp_ratio",
+    "backbone_epochs", "batch_size", "learning_rate", "schedule", "weight_decay", "label_smoothing", "ema_decay",
+)  # fmt: skip
+"""The settings of VitSettings that the ungated model depends on."""
+
+
+def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
+    """Train, or go on training, the gated ViT; the finished model is in the run folder and is returned."""
+    vit, fingerprint = settings.vit, settings.fingerprint("vit")
+    if run.finished("vit", fingerprint):
+        check_images(run, data)
+        return load_vit(run)
+    phases = (
+        Phase(0, "backbone", vit.backbone_epochs, vit.learning_rate, 0.0),
+        Phase(1, "gates", vit.gate_epochs, 0.0, vit.gate_learning_rate),
+        Phase(2, "joint", vit.joint_epochs, vit.joint_learning_rate, vit.gate_learning_rate),
+    )
+    torch.manual_seed(settings.seed)
+    model = build(vit, data.spec, len(data.labels)).to(processes.device())
+    state = run.read_state("vit", fingerprint)
+    if state:
+        _check_images(run.folder / "vit.state.safetensors", state[1], data)
+    if state is None and vit.backbone is not None:
+        model.load_state_dict(_shared_backbone(vit.backbone, settings, data), strict=False)
+    first = state[1]["phase"] if state else int(vit.backbone is not None)
+    curves: list[dict[str, Any]] = state[1]["curves"] if state else []
+    if state:  # it may have been saved after the last phase
+        _load(model, state)
+    if first == 1 and state is None:
+        run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
+        processes.wait()
+    for phase in phases[first:]:
+        teacher = None if phase.index == 0 else _stored(run, "backbone", vit, data.spec, len(data.labels))
+        run_phase(settings, data, run, model, teacher, phase, state, curves)
+        if phase.index == 0:
+            run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+        meta = {"phase": phase.index + 1, "step": 0, "curves": curves, "data": dict(data.found)}
+        run.write_state("vit", fingerprint, tensors, meta)
+        processes.wait()
+        state = run.read_state("vit", fingerprint)  # every process goes on from what process 0 has written
+        assert state is not None
+        _load(model, state)
+    model.eval().requires_grad_(False)
+    if processes.is_main():
+        _finish(settings, data, run, model, curves)
+    processes.wait()
+    return model
+
+
+def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
+    backbone = create_vit(settings, spec, classes)
+    return GatedVit(backbone, parse_gated_blocks(settings.gated_blocks, len(backbone.blocks)), spec)
+
+
+def _load(model: GatedVit, state: State) -> None:
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state[0].items() if k.startswith("model.")})
+
+
+def load_vit(run: Run) -> GatedVit:
+    """The finished model of a run, frozen, in evaluation mode. Raises RunError when the stage is not finished."""
+    info = run.info("vit")
+    spec, classes = ImageSpec.from_json(info["result"]["image"]), len(info["result"]["labels"])
+    return _stored(run, "vit", VitSettings(**info["settings"]["vit"]), spec, classes)
+
+
+def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
+    without_weights = settings.model_copy(update={"pretrained": False, "weights": None})
+    model = build(without_weights, spec, classes)
+    tensors = run.read_tensors(name)
+    assert tensors is not None
+    model.load_state_dict(tensors[0])
+    return model.to(processes.device()).eval().requires_grad_(False)
+
+
+def check_images(run: Run, data: Data) -> None:
+    """Raises RunError when the model of the run was trained on other images or labels: images that it has seen could
+    be in the test split. A run that has no model yet, or that was made before the images were written down, passes."""
+    if run.has("vit"):
+        _check_images(run.folder / "vit.json", run.info("vit")["result"], data)
+
+
+def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
+    """made: has `data` and `labels`, where they were written down."""
+    there, now = made.get("data", data.found), data.found
+    different = [name for name in sorted(there | now) if there.get(name) != now.get(name)]
+    changed = [f"{name}: {there.get(name)} there, {now.get(name)} now" for name in different]
+    labels = made.get("labels", list(data.labels))
+    if labels != list(data.labels):
+        apart = ", ".join(map(repr, sorted(set(labels) ^ set(data.labels))[:5])) or "their order"
+        changed.append(f"labels: {len(labels)} there, {len(data.labels)} now; not the same: {apart}")
+    if changed:
+        raise RunError(
+            f"{path} was made with other images ({'; '.join(changed)}). "
+            "Give the same images and labels, another --out, or remove that stage and those after it"
+        )
+
+
+def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, Tensor]:
+    """The ungated model of another run. Raises RunError unless it was trained as this run would train its own."""
+    run = Run(folder)
+    stored = run.read_tensors("backbone")
+    if stored is None:
+        raise RunError(f"vit.backbone is {folder}, which has no backbone.safetensors: run the step 'vit' there first")
+    theirs, ours = stored[1], _backbone_settings(settings)
+    different = sorted(name for name in ours if theirs.get(name) != ours[name])
+    if different:
+        raise RunError(f"vit.backbone is {folder}, trained with another {', '.join(different)}")
+    check_images(run, data)
+    # gates are the run's own: it may gate other blocks
+    return {key: value for key, value in stored[0].items() if key.startswith("vit.")}
+
+
+def _backbone_settings(settings: Settings) -> dict[str, Any]:
+    vit = settings.vit.model_dump(mode="json", include=set(OF_BACKBONE))
+    return {"seed": settings.seed, "data": settings.data.model_dump(mode="json"), **vit}
+
+
+def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: list[dict[str, Any]]) -> None:
+    """Measure the trained model on the selection slice and close the stage."""
+    selection = data.selection
+
+    def accuracy(outcome: Outcome) -> float:
+        return (outcome.predicted == selection.classes).double().mean().item()
+
+    ungated_model = _stored(run, "backbone", settings.vit, data.spec, len(data.labels))
+    ungated, gated = answers(ungated_model, selection, decide=keep_all), answers(model, selection)
+    measured = {
+        "ungated_accuracy": accuracy(ungated),
+        "accuracy": accuracy(gated),
+        "head_usage": gated.head_gate.double().mean().item(),
+        "most_common_label": soundness.most_common(selection.classes),
+    }
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
+    print(f"vit: on the selection slice: {shown}", flush=True)
+    run.write_tensors("vit", model.state_dict())
+    result = {
+        "labels": list(data.labels),
+        "data": dict(data.found),
+        "image": data.spec.to_json(),
+        "gated_blocks": list(model.gated_blocks),
+        "heads": model.heads,
+        "dim": model.dim,
+        "macs": count(model).to_json(),
+        "selection": {**measured, "images": len(selection)},
+        "diagnostics": gate_diagnostics(gated, selection.classes),
+        "curves": curves,
+    }
+    run.finish("vit", settings.fingerprint("vit"), result)
+    soundness.show("vit", soundness.of_vit(run.info("vit")))
