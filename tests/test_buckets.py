@@ -6,18 +6,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
-from export.session import Arrays, inputs_of, open_session
+from export.session import Arrays, inputs_of, open_session, session_options
 from service import cuda
+from service import loaded as loaded_module
 from service.buckets import Buckets, sizes
 from service.cuda import Gpu, Quiet
 from service.engine import Engine
-from service.loaded import EngineError
+from service.loaded import Bounds, EngineError, Loaded
 from training.steering import SteeringTerm
 
 NAMES = ("logits", "head_gate", "gate_logit", "residual")
@@ -137,3 +139,26 @@ def test_options_of_the_provider_are_those_of_a_server() -> None:
     assert options["use_tf32"] == "0", "10-bit products decide no gates unless somebody asks for them"
     assert cuda.provider_options(Gpu(tf32=True), graphs=False)["use_tf32"] == "1"
     assert cuda.memory(0) == (0, 0) or cuda.has_device()
+
+
+@pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
+def test_a_graph_that_cannot_be_captured_runs_without_and_the_log_says_why(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the CPU: the session that is opened for capturing fails, and the next one, which is not, serves."""
+    graph = bundle.manifest.graphs[0]
+    opened: list[bool] = []
+
+    def without_cuda(self: Loaded, options: onnxruntime.SessionOptions, capture: bool = False) -> object:
+        opened.append(capture)
+        if capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return open_session(bundle.folder / graph.file, graph.attention, 1)
+
+    monkeypatch.setattr(Loaded, "_open", without_cuda)
+    monkeypatch.setattr(loaded_module, "Buckets", lambda session, rows, terms, _: Buckets(session, rows, terms, None))
+    options = session_options(graph.attention, 1)
+    loaded = Loaded(bundle.folder / graph.file, options, "cuda", Gpu(), Bounds(4, 8))
+    assert opened == [True, False]
+    assert list(loaded.captured) == []
+    assert "runs without CUDA graphs, more slowly: operation not permitted when stream" in caplog.text
