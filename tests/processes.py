@@ -1,5 +1,7 @@
 """Real processes for the tests: a server on free ports, and the command lines."""
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -81,6 +83,17 @@ def run_module(
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ | environment
     )
+
+
+def run_main(main: Callable[[list[str]], int], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -m` of that main's package would do with these arguments, in this process: for refusals, of which a
+    process that imports torch takes most of the time."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            code = main(list(arguments))
+        except SystemExit as end:  # argparse
+            code = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue())
 
 
 def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:

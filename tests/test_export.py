@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from processes import MODELS, run_module, start_server, stop_server
+from processes import MODELS, run_main, run_module, start_server, stop_server
 
+from export.__main__ import main as export_main
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle
 from export.write import _named
@@ -169,7 +170,7 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     usage = {profile["name"]: np.array(profile["head_usage_after"]) for profile in profiles}
     name = next(name for name, of_heads in usage.items() if of_heads.min() < 0.1 and of_heads.max() > 0.3)
     flags = ("--compact-for", name, "--compact-threshold", "0.2", "--verify-images", "12")
-    done = run_module("export", str(smoke_run), str(models), "--name", "compact", *flags)
+    done = run_main(export_main, str(smoke_run), str(models), "--name", "compact", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "heads removed (kept by < 20.0%)" in done.stdout
     bundle = load_bundle(models / "compact" / "1")
@@ -185,7 +186,7 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert outputs.head_gate[:, ~removed].any()
     assert made["after"]["head_usage"] <= made["before"]["head_usage"]
     assert whole.manifest.macs == bundle.manifest.macs  # closed heads are counted as closed, of the same whole
-    done = run_module("export", str(smoke_run), str(models), "--name", "x", "--compact-for", "-rf")
+    done = run_main(export_main, str(smoke_run), str(models), "--name", "x", "--compact-for", "-rf")
     assert done.returncode == 1
     assert "--compact-for is '-rf'; allowed: 'T-shirt', 'Trouser'" in done.stderr
     assert not (models / "x").exists()
@@ -194,7 +195,7 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
 def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(smoke_run: Path, tmp_path: Path) -> None:
     def export(run: Path, name: str) -> tuple[str, list[str]]:
         flags = ("--attention", "masked", "--verify-images", "2", "--accuracy-images", "50")
-        done = run_module("export", str(run), str(tmp_path / "models"), "--name", name, *flags)
+        done = run_main(export_main, str(run), str(tmp_path / "models"), "--name", name, *flags)
         assert done.returncode == 0, done.stderr
         evaluation = load_bundle(tmp_path / "models" / name / "1").manifest.evaluation
         return done.stderr, list(evaluation.get("warnings", []))
@@ -236,7 +237,7 @@ def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path
         for entry in results["profiles"]:
             entry["digest"] = digests[entry["name"]]
         (run / "results.json").write_text(json.dumps(results))
-        done = run_module("export", str(run), str(tmp_path / "models"), "--name", "x", "--compact-for", "Hat")
+        done = run_main(export_main, str(run), str(tmp_path / "models"), "--name", "x", "--compact-for", "Hat")
         assert done.returncode == 1
         return done.stderr
 
@@ -265,7 +266,7 @@ def test_a_compact_bundle_finds_its_profile_in_either_unicode_form(name: str) ->
 def test_unknown_graphs_are_refused_before_anything_is_done(
     tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    done = run_module("export", str(tmp_path), str(tmp_path / "models"), "--name", "x", *flags)
+    done = run_main(export_main, str(tmp_path), str(tmp_path / "models"), "--name", "x", *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "models").exists()
@@ -282,7 +283,7 @@ def test_unknown_graphs_are_refused_before_anything_is_done(
 def test_names_and_versions_are_refused_before_the_run_is_read(
     tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
-    done = run_module("export", str(tmp_path / "no-run"), str(MODELS), *flags)
+    done = run_main(export_main, str(tmp_path / "no-run"), str(MODELS), *flags)
     assert done.returncode == 1
     assert message in done.stderr
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, run_module
+from processes import ROOT, run_main
 
 from training import reproduce
 from training.__main__ import main, parse
@@ -217,7 +217,7 @@ def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
     ],
 )
 def test_bad_settings_are_named(flags: list[str], message: str, tmp_path: Path) -> None:
-    done = run_module("training", *flags, "--preset", "smoke", "--out", str(tmp_path / "run"))
+    done = run_main(main, *flags, "--preset", "smoke", "--out", str(tmp_path / "run"))
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
