@@ -14,6 +14,10 @@ COMMANDS = "python -m export"
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Export or verify; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    """
     print_anything()
     try:
         bundle = _verify(arguments[1:]) if arguments[:1] == ["verify"] else _export(arguments)

@@ -63,6 +63,11 @@ class Closing:
 
 @torch.no_grad()
 def head_weights(block: Block) -> HeadWeights:
+    """The weights of a block's attention, by head, without gradients.
+
+    The scale of the queries and the layer scale are multiplied in. Unless keys are normed, their bias is None: it would
+    change no answer.
+    """
     attn, gamma = cast(Attention, block.attn), getattr(block.ls1, "gamma", torch.ones(()))
     h, e = attn.num_heads, attn.head_dim
     query, key, value = attn.qkv.weight.view(3, h, e, -1).transpose(2, 3)  # each (H, D, E)

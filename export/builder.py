@@ -25,6 +25,11 @@ EXTERNAL_FROM = 1_900_000_000
 
 
 class Builder:
+    """The nodes, weights and outputs of a graph, until `finish` makes a model of them.
+
+    `op`, `ops`, `weight` and `output` raise ValueError when a name is taken.
+    """
+
     def __init__(self, real: type[np.floating[Any]] = np.float32) -> None:
         """real: what the tokens, and the weights that meet them, are made of; float32 or float16."""
         self._real = real
@@ -59,6 +64,7 @@ class Builder:
         return self._shared("integers", np.array(values, np.int64))
 
     def integer(self, value: int) -> str:
+        """An int64 scalar; equal ones are one constant."""
         return self._shared("integer", np.array(value, np.int64))
 
     def matrix(self, value: int) -> str:
@@ -66,6 +72,7 @@ class Builder:
         return self._shared("matrix", np.array([[value]], np.int64))
 
     def number(self, value: float) -> str:
+        """A float32 scalar, whatever the tokens are; equal ones are one constant."""
         return self._shared("number", np.array(value, np.float32))
 
     def _shared(self, kind: str, array: NDArray[Any]) -> str:
@@ -107,6 +114,7 @@ class Builder:
         return name if out == name else self.real(out, name)
 
     def output(self, value: str, name: str, shape: Sequence[str | int], kind: int = TensorProto.FLOAT) -> None:
+        """Make a value an output of the graph. shape: a size or a symbol for each axis; kind: element type."""
         self.op("Identity", value, name=name)
         self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
@@ -136,6 +144,7 @@ def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelPr
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the weights that the model itself holds. Those in a file beside it do not count."""
     return sum(len(weight.raw_data) for weight in model.graph.initializer)
 
 

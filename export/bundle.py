@@ -49,6 +49,8 @@ class BundleError(Exception):
 
 @dataclass(frozen=True)
 class Site:
+    """A gated block whose gate can be steered: it has an autoencoder."""
+
     block: int
     """The gated block whose gate is steered."""
     latents: int
@@ -56,6 +58,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Graph:
+    """A graph for all profiles: the steering is an input."""
+
     file: str
     attention: str
     """One of ATTENTIONS."""
@@ -105,6 +109,8 @@ class Macs:
 
 @dataclass(frozen=True)
 class FileEntry:
+    """The size and digest that a file of the bundle must have."""
+
     sha256: str
     size: int
     """Bytes."""
@@ -112,6 +118,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of manifest.json: the model, its graphs, its evaluation, and every other file of the bundle."""
+
     name: str
     version: int
     labels: tuple[str, ...]
@@ -143,6 +151,7 @@ class Manifest:
         return tuple(site.latents for site in self.sites)
 
     def to_json(self) -> dict[str, Any]:
+        """The value of manifest.json, which from_json reads."""
         value = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         if not self.specialised:
             del value["specialised"]  # as bundles were before there were such graphs
@@ -243,11 +252,14 @@ class Manifest:
 
 
 def specialised_file(index: int, precision: str) -> str:
+    """The file name of a specialised graph. index: its place in Manifest.specialised; precision: one of PRECISIONS."""
     return f"specialised-{index}.{precision}.onnx"
 
 
 @dataclass(frozen=True)
 class Bundle:
+    """A bundle whose files have been checked. The graphs are still on disk."""
+
     folder: Path
     manifest: Manifest
     profiles: Mapping[str, SteeringProfile]
@@ -335,6 +347,7 @@ def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
 
 
 def is_bundle(folder: Path) -> bool:
+    """Whether the folder has a manifest.json. Its content is not read."""
     return os.path.isfile(folder / "manifest.json")  # False too where the folder may not be read
 
 

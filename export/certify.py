@@ -130,6 +130,7 @@ class Certificate:
     gate_margin: float
 
     def to_json(self) -> dict[str, Any]:
+        """The value of Graph.certificate in the manifest."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -142,11 +143,13 @@ class Certificate:
 
 @torch.no_grad()
 def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
+    """PyTorch's outputs, by OUTPUTS. inputs: by INPUTS. The model must be on the CPU."""
     outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
     return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
+    """The graph's outputs, by OUTPUTS. Inputs that it does not have are left aside."""
     read = {entry.name for entry in session.get_inputs()}  # of a specialised graph the image alone
     given = {name: value for name, value in inputs.items() if name in read}
     return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))

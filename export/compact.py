@@ -21,6 +21,8 @@ from training.steering import SteeringProfile
 
 @dataclass(frozen=True)
 class Compact:
+    """A model with heads closed for good, and what closing them changes for its profile."""
+
     model: GatedVit
     kept: tuple[tuple[int, ...], ...]
     """The heads that are left of each gated block."""
@@ -30,6 +32,7 @@ class Compact:
     after: Effect
 
     def to_json(self) -> dict[str, Any]:
+        """The value of Manifest.compact, without the profile's name."""
         effects = {"before": self.before.to_json(), "after": self.after.to_json()}
         return {"threshold": self.threshold, "kept": self.kept, "split": "selection", **effects}
 

@@ -14,6 +14,7 @@ class Stem(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
+        """image: uint8 (B, height, width, channels). Returns tokens (B, N, D)."""
         return self.model.embed(image)
 
 
@@ -25,5 +26,6 @@ class Classifier(nn.Module):
         self.vit = vit
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, Q, D), Q tokens that leave the last block. Returns logits (B, classes)."""
         logits: Tensor = self.vit.forward_head(self.vit.norm(x))
         return logits

@@ -36,6 +36,8 @@ class Operand:
 
 
 class Arithmetic(Protocol):
+    """How linear layers are computed: `enter` prepares what they read, `linear` adds one to the graph."""
+
     real: type[np.floating[Any]]
     """What the tokens are made of."""
     observed: list[tuple[str, str]]
@@ -52,17 +54,21 @@ class Arithmetic(Protocol):
 
 @dataclass
 class Float:
+    """float32 or float16, as the tokens are."""
+
     real: type[np.floating[Any]] = np.float32
     observe: bool = False
     """Whether what enters linear layers becomes an output, for calibration."""
     observed: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
+        """The value as it is. With `observe` it is added to `observed`."""
         if self.observe:
             self.observed.append((key, value))
         return Operand(value, key)
 
     def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
+        """As Arithmetic.linear; the result is as the tokens are."""
         stored = g.weight(f"{name}.weight", weight)
         if bias is None:
             return g.op("MatMul", x.value, stored, name=name)
@@ -72,6 +78,8 @@ class Float:
 
 @dataclass
 class Int8:
+    """8-bit integers within linear layers, float32 between them."""
+
     ranges: Mapping[str, Range]
     """By key."""
     real: type[np.floating[Any]] = np.float32
@@ -79,6 +87,7 @@ class Int8:
     _scales: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
+        """Quantise the value to uint8, with the scale of its key. Raises KeyError when `ranges` lacks the key."""
         if key not in self._scales:
             low, high = min(self.ranges[key][0], 0.0), max(self.ranges[key][1], 0.0)
             scale = max(high - low, 1e-8) / 255
@@ -87,6 +96,7 @@ class Int8:
         return Operand(g.op("QuantizeLinear", value, *self._scales[key], name=f"{at or key}/quantized"), key)
 
     def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
+        """As Arithmetic.linear. The weight is stored as int8, with one scale a column."""
         stored = weight.detach().double().numpy()
         scale = np.maximum(np.abs(stored).max(0), 1e-12) / 127  # (out,)
         scale_name, zero_name = self._scales[x.key]

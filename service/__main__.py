@@ -26,6 +26,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Serve until stopped; returns the exit status: 0, 1 if the server cannot start, 2 if a setting is wrong.
+
+    arguments: those after the program's name. The reason for a failure goes to standard error.
+    """
     _open_standard_streams()
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments))

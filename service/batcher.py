@@ -33,7 +33,12 @@ class Runs(Protocol):
 
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
-    ) -> Outputs: ...
+    ) -> Outputs:
+        """images: uint8 (B, height, width, channels); steering arrays (B, S, T). residual: whether to return residuals.
+
+        digest: of the terms, if they are the same for all images and have a graph of their own; else "".
+        """
+        ...
 
 
 class Specialists(Protocol):
@@ -51,6 +56,8 @@ class Specialists(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
+    """The outputs of one call, and how long it waited."""
+
     outputs: Outputs
     """Of the images of one call; seconds: during which its batches ran, those that ran side by side counted once."""
     queue_seconds: float

@@ -25,6 +25,8 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True)
 class Found:
+    """One version: its folder, and the state of its files when they were last looked at."""
+
     folder: Path
     fingerprint: Fingerprint
 

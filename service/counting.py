@@ -48,10 +48,12 @@ class Tally:
         self._lock = threading.Lock()
 
     def inc(self, amount: int = 1) -> None:
+        """Add `amount`, which may be negative."""
         with self._lock:
             self.value += amount
 
     def dec(self) -> None:
+        """Subtract 1."""
         self.inc(-1)
 
 
@@ -68,6 +70,8 @@ class Buckets:
 
 
 class Histogram:
+    """Counts of values by bucket, and their sum. bounds: as of Buckets, rising."""
+
     def __init__(self, bounds: tuple[float, ...]):
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
@@ -75,12 +79,14 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, *values: float) -> None:
+        """Count the values. A read sees all of them or none."""
         with self._lock:
             for value in values:
                 self._counts[bisect_left(self._bounds, value)] += 1
                 self._total += value
 
     def read(self) -> Buckets:
+        """The counts at this moment."""
         with self._lock:
             return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total)
 
@@ -136,6 +142,7 @@ class ProfileCounts:
             self._shadow_unsteered += kept[1]
 
     def read(self) -> ProfileTotals:
+        """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
                 self._images, self._heads.tolist(), self._macs_spent, self._macs_dense, self._near_threshold,

@@ -168,6 +168,7 @@ class Quiet:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
+        """Use the device within the context; waits while another thread captures."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
             self._using += 1
@@ -180,6 +181,7 @@ class Quiet:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
+        """Have the device to oneself within the context; waits until nobody else captures or uses it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
             self._capturing = True  # nobody starts any more

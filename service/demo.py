@@ -45,6 +45,7 @@ def running_server(*flags: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
+    """Serve the demo bundle, classify the samples without and with steering, print what changes; returns 0."""
     print_anything()
     start = time.monotonic()
     with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:

@@ -183,6 +183,7 @@ class Engine:
 
     @property
     def graph_name(self) -> str:
+        """<attention>.<precision>, such as masked.fp32."""
         return f"{self.graph.attention}.{self.graph.precision}"
 
     def run(
@@ -291,6 +292,7 @@ def _read_quota(*paths: Path) -> tuple[int, int]:
 
 
 def resolve_provider(provider: str) -> str:
+    """`cpu` or `cuda`. auto: `cuda` if this onnxruntime supports it and the machine has a GPU."""
     if provider == "auto":
         found = cuda.PROVIDER in onnxruntime.get_available_providers() and cuda.has_device()
         return "cuda" if found else "cpu"

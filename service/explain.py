@@ -41,6 +41,8 @@ class Explanation:
 
 
 class Explainer:
+    """Computes explanations in numpy, with the autoencoders and gates of a bundle."""
+
     def __init__(self, folder: Path):
         """Raises BundleError."""
         try:

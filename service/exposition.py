@@ -121,6 +121,7 @@ def profile_label(key: Key) -> str:
 
 
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
+    """Add the series of a version's counts. rows: with a list for every family."""
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))
@@ -131,6 +132,7 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
 
 
 def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
+    """Add the series of a profile's counts, heads by block. rows: with a list for every family."""
     labels, totals = (*names, profile_label(profile)), counts.read()
     rows["steervit_images"].append((labels, totals.images))
     rows["steervit_macs_spent"].append((labels, totals.macs_spent))
@@ -157,5 +159,6 @@ class Page:
         return (family.metric(()) for family in FAMILIES)
 
     def collect(self) -> Iterator[Metric]:
+        """The families with their series at this moment."""
         rows = self._rows()
         return (family.metric(rows[family.name]) for family in FAMILIES)

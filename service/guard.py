@@ -26,6 +26,8 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 
 
 class Guard:
+    """Makes the handlers of a server's services, and counts their calls together."""
+
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
         self.accepted = self.answered = 0

@@ -18,6 +18,8 @@ Image.MAX_IMAGE_PIXELS = None  # Limits decides, with an error of ours
 
 @dataclass(frozen=True)
 class Limits:
+    """What is accepted of encoded images, and how large JPEGs are decoded."""
+
     max_bytes: int
     """Of an encoded image."""
     max_pixels: int
@@ -27,6 +29,7 @@ class Limits:
 
     @staticmethod
     def of(settings: Settings) -> "Limits":
+        """The limits that the settings set."""
         return Limits(settings.max_image_mb * 2**20, settings.max_pixels, settings.jpeg_draft)
 
 

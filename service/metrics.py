@@ -50,6 +50,7 @@ class Metrics:
         registry.register(Page(self.rows))
 
     def request(self, method: str, code: str, seconds: float) -> None:
+        """Count an RPC. method: its path; code: the name of its status; seconds: its duration."""
         tally, histogram = self._requests.get((method, code)), self._request_seconds.get(method)
         if tally is None or histogram is None:
             tally = self._requests.setdefault((method, code), Tally())
@@ -65,10 +66,12 @@ class Metrics:
                 self._requests.setdefault((method, code), Tally())
 
     def profiles_read(self, ok: bool) -> None:
+        """Count a read of the changed profile folder. ok: whether its profiles are served now."""
         self._profile_reads["ok" if ok else "failed"].inc()
         self._profiles_right = ok
 
     def load_failed(self, name: str, version: int) -> None:
+        """Count a failed attempt to load a version."""
         with self._lock:
             self._load_failures.values.setdefault((name, str(version)), Tally()).inc()
 
@@ -125,6 +128,7 @@ class Metrics:
             return self._versions.values.setdefault(model.names, VersionCounts())
 
     def remove(self, model: "ModelMetrics") -> None:
+        """Remove an unloaded model. Its counts are retained for RETAIN_SECONDS."""
         with self._lock:
             self._models.remove(model)
             self._sweep()
@@ -136,6 +140,7 @@ class Metrics:
             self._sweep()
 
     def other(self, model: "ModelMetrics") -> ProfileCounts:
+        """The counts of the model's images under profiles without series of their own."""
         with self._lock:
             if OTHER not in model.profiles:
                 model.profiles = {**model.profiles, OTHER: self._profile_counts(model, OTHER)}
@@ -202,6 +207,7 @@ class ModelMetrics:
         self._metrics.remove(self)
 
     def batch(self, stats: BatchStats) -> None:
+        """Count a batch and, of the calls that it completes, how long they waited."""
         self._counts.batch_size.observe(stats.images)
         self._counts.inference.observe(stats.seconds)
         self._counts.queue.observe(*stats.queue_seconds)
@@ -209,6 +215,7 @@ class ModelMetrics:
             self._counts.specialised.inc(stats.images)
 
     def decoded(self, seconds: float) -> None:
+        """Count the decoding of a call's images. seconds: its duration."""
         self._counts.decode.observe(seconds)
 
     def dropped(self, reason: str, images: int) -> None:
@@ -224,6 +231,7 @@ class ModelMetrics:
         self._counts_of(profile).shadowed(steered, unsteered)
 
     def add_gauges(self, rows: Mapping[str, list[Row]]) -> None:
+        """Add the series that describe the model at this moment. rows: with a list for every family."""
         blocks, heads = self.layout
         rows["steervit_gated_heads"].append((self.names, len(blocks) * heads))
         rows["steervit_instances"].append((self.names, self._plan.instances))

@@ -43,6 +43,8 @@ BY_DEFAULT = OUTPUTS[:3]
 
 
 class OpenInferenceService(GRPCInferenceServiceServicer):
+    """The RPCs of the Open Inference Protocol. They raise RequestError, which Guard turns into a status."""
+
     def __init__(self, repository: Repository, settings: Settings, ready: Callable[[], bool]):
         """ready: whether the server takes requests."""
         self._repository, self._settings, self._ready = repository, settings, ready

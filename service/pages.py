@@ -17,9 +17,14 @@ class State(Protocol):
     """What the probes ask."""
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Whether the server makes progress."""
+        ...
+
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        ...
 
 
 class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
@@ -82,6 +87,7 @@ class Pages:
         self._thread.start()
 
     def close(self) -> None:
+        """Stop listening, and release the port. Requests under way are not waited for."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()

@@ -8,6 +8,8 @@ from service.catalogue import Fingerprint, Shelf
 
 
 class Tries(NamedTuple):
+    """The versions of a model to try to load."""
+
     now: list[int]
     """New or changed versions that are wanted, the newest first."""
     instead: list[int]

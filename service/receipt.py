@@ -30,6 +30,7 @@ class Measures(NamedTuple):
 
 
 def origin(model: Model, steering: Steering) -> Origin:
+    """The model, its graph and the steering of a call. profile: "" for inline terms or none."""
     manifest = model.bundle.manifest
     return Origin(
         manifest.name,
@@ -43,6 +44,7 @@ def origin(model: Model, steering: Steering) -> Origin:
 
 
 def measures(model: Model, answer: Answer) -> Measures:
+    """Head usage and compute fraction are means over the call's images; gates near their threshold are added up."""
     outputs = answer.outputs
     count = len(outputs.logits)
     return Measures(

@@ -73,6 +73,8 @@ class Entry:
 
 
 class Repository:
+    """Loads and unloads models as the folder changes or as clients ask, and gives the one that a request names."""
+
     def __init__(self, settings: Settings, metrics: Metrics, profiles: ProfileFolder):
         """Loads what is to be served. Raises BundleError or EngineError when a model has no version that works; with
         --model-control none already when one of its versions does not."""
@@ -98,6 +100,7 @@ class Repository:
 
     @property
     def alive(self) -> bool:
+        """Whether the threads of every model's batcher are there and make progress. For any thread."""
         return all(model.batcher.alive for model in self.models)
 
     @property

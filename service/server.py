@@ -38,6 +38,7 @@ class NotServed(grpc.GenericRpcHandler):
     """Says so of the protocol's other calls: streams, shared memory, tracing."""
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """A handler that answers UNIMPLEMENTED for a method of the Open Inference Protocol; None for any other."""
         name = details.method
         if not name.startswith("/inference.GRPCInferenceService/"):
             return None
@@ -59,10 +60,12 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         self._ended = asyncio.Event()
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The status of every service."""
         known = (health_pb2.HealthCheckResponse(status=status) for status in self._server_status.values())
         return health_pb2.HealthListResponse(statuses=dict(zip(self._server_status, known, strict=True)))
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Send the status of a service, and each change of it, until the client leaves or the watches end."""
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
         try:
@@ -72,6 +75,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
             ended.cancel()
 
     def end_watches(self) -> None:
+        """End the watches under way, and those that start later."""
         self._ended.set()
 
 

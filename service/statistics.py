@@ -10,10 +10,13 @@ from service.batcher import Answer
 
 @dataclass
 class Duration:
+    """How many there were, and how long they took together."""
+
     count: int = 0
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
+        """Count one that took so many seconds."""
         self.count += 1
         self.seconds += seconds
 
@@ -61,5 +64,6 @@ class Statistics:
             raise
 
     def batch(self, images: int, seconds: float) -> None:
+        """Count a batch that has just ended, by its images. seconds: its duration."""
         self.batches.setdefault(images, Duration()).add(seconds)
         self.last = time.time()

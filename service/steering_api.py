@@ -33,6 +33,8 @@ MESSAGES = 2000
 
 
 class SteeringService(SteeringServiceServicer):
+    """The RPCs of proto/steering.proto. They raise RequestError, which Guard turns into a status."""
+
     def __init__(self, repository: Repository, settings: Settings):
         self._repository, self._settings = repository, settings
         self._limits = Limits.of(settings)
@@ -198,6 +200,7 @@ def _messages(manifest: Manifest, top_k: int) -> int:
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
+    """One message an image, with its top_k most probable classes and the heads that ran."""
     ranking, probability = outputs.ranked()
     rows = (ranking[:, :top_k], probability[:, :top_k], outputs.head_gate)
     said = (outputs.head_usage, outputs.macs, outputs.near_threshold)
@@ -219,6 +222,7 @@ def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Pre
 
 
 def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k: int) -> list[pb.Comparison]:
+    """One message an image, from its row of both outputs. head_changes: the gates that decided differently."""
     pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
     found = []
     for row, (before, after) in enumerate(pairs):
@@ -241,6 +245,7 @@ def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k:
 
 
 def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteExplanation]:
+    """One message a site. of_image: an image's explanations, by site."""
     return [
         pb.SiteExplanation(
             site=index,
@@ -264,10 +269,12 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
 
 
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
+    """The message of how an answer came about (service/receipt.py)."""
     return pb.Receipt(**origin(model, steering)._asdict(), **measures(model, answer)._asdict())
 
 
 def profile_message(profile: SteeringProfile) -> pb.Profile:
+    """A profile without its terms; of its evaluation, what the message has fields for."""
     message = pb.Profile(
         name=profile.name,
         classes=profile.classes,

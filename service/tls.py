@@ -13,6 +13,8 @@ Files = tuple[bytes, bytes, bytes | None]
 
 
 class Certificates:
+    """The server's certificate and key and, if they are set, the authorities of its clients."""
+
     def __init__(self, settings: Settings):
         """Raises OSError when a file cannot be read."""
         assert settings.tls_certificate

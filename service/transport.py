@@ -77,9 +77,11 @@ class Context:
         return None if deadline > FOR_EVER else max(0.0, deadline - time.time())
 
     def invocation_metadata(self) -> Metadata:
+        """What the client sent beside its message, as pairs of key and value."""
         return self._call.metadata
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
+        """What is sent with the status, unless `abort` is given other metadata."""
         self._call.trailers = tuple(metadata)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> None:
@@ -222,6 +224,7 @@ class Server:
         self.loop: asyncio.AbstractEventLoop
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Add handlers, which are asked in this order: the first that knows a method handles its calls."""
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
@@ -236,6 +239,7 @@ class Server:
         return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))  # type: ignore[attr-defined]
 
     async def start(self) -> None:
+        """Take calls from now on. Handlers run on the event loop that is running here."""
         self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._core.start()

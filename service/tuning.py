@@ -53,6 +53,8 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 @dataclass(frozen=True)
 class Plan:
+    """How many batches run at a time, with how many threads, and how large they are."""
+
     instances: Count
     """Batches that run at a time."""
     threads: Count
@@ -88,6 +90,7 @@ class Quickest:
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
     ) -> Outputs:
+        """As Engine.run, on the fastest engine; every COMPARE_EVERY-th run is on the second fastest."""
         self._runs += 1
         ranked = sorted(range(len(self._engines)), key=self._seconds.__getitem__)
         chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
@@ -185,6 +188,7 @@ def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Eng
 
 
 def gpu_of(settings: Settings) -> Gpu:
+    """The GPU that the settings name, and how it is to be used."""
     return Gpu(settings.device, settings.gpu_memory_mb, settings.cuda_graphs == "auto", settings.tf32)
 
 

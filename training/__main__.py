@@ -24,6 +24,10 @@ from training.vit.fit import check_images, fit_vit, load_vit
 
 
 def main(arguments: list[str]) -> int:
+    """Run the step or steps; returns the exit status: 0, 1 if a step cannot run, 2 if a setting is wrong.
+
+    arguments: those after the program's name. The reason for a failure goes to standard error.
+    """
     print_anything()
     try:
         settings = parse(arguments)

@@ -35,6 +35,8 @@ class RunError(Exception):
 
 
 class Run:
+    """A run folder. It is made by the first write."""
+
     def __init__(self, folder: Path):
         self.folder = folder
 
@@ -109,6 +111,7 @@ class Run:
         return self.folder / (f"{stage}.stage.json" if stage == "profiles" else f"{stage}.json")
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON value to the file of that name. Raises ValueError on NaN and infinity."""
         self.write(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:

@@ -21,6 +21,8 @@ STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 
 
 class Group(BaseModel):
+    """Settings that go together. They are immutable, and unknown names are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -271,6 +273,7 @@ class Settings(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line, then the preset. The environment is not read."""
         return init_settings, PresetSource(settings_cls)
 
     def fingerprint(self, stage: str) -> dict[str, Any]:
@@ -286,9 +289,11 @@ class PresetSource(PydanticBaseSettingsSource):
     """
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Never called: __call__ gives all values at once. Raises AssertionError."""
         raise AssertionError("values are given as a whole by __call__")
 
     def __call__(self) -> dict[str, Any]:
+        """Settings by name, as nested dictionaries; none for a preset that does not exist."""
         preset = PRESETS.get(self.current_state.get("preset", "fashion-mnist"), {})
         if "contexts" not in self.current_state.get("profiles", {}):
             return preset

@@ -65,6 +65,7 @@ class ImageSpec:
         return self.height, self.width, self.channels
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name, which from_json reads."""
         return asdict(self)
 
     @classmethod

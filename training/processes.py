@@ -24,11 +24,13 @@ def state() -> PartialState:
 
 
 def device() -> torch.device:
+    """The device of this process."""
     found: torch.device = state().device
     return found
 
 
 def is_main() -> bool:
+    """Whether this is process 0, which writes."""
     return bool(state().is_main_process)
 
 

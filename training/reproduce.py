@@ -35,6 +35,8 @@ CONTROLS = ("dense", "direct", "last-block", "small")
 
 @dataclass
 class Job:
+    """One step or control of one seed, run as a process."""
+
     seed: int
     name: str
     process: subprocess.Popen[bytes] | None = None
@@ -47,6 +49,10 @@ class Job:
 
 
 def main(arguments: list[str]) -> int:
+    """Run all jobs, then write and print the table of the seeds; returns the exit status: 0, or 1 when a job fails.
+
+    arguments: those after the program's name; unknown flags are passed on to the jobs. A failed job ends the others.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m training.reproduce", description=__doc__.split("\n\n")[1], allow_abbrev=False
     )

@@ -24,6 +24,7 @@ LEAST_AGREEMENT = 0.8
 
 
 def show(step: str, warnings: Iterable[str]) -> None:
+    """Print the warnings of a step to standard error."""
     for warning in warnings:
         print(f"{step}: warning: {warning}", file=sys.stderr, flush=True)
 

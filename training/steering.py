@@ -33,6 +33,8 @@ class SteeringError(ValueError):
 
 @dataclass(frozen=True)
 class SteeringTerm:
+    """A change of one latent: z' = scale * z + shift. Raises SteeringError on a value that is not allowed."""
+
     latent: int
     """Index of the latent within its site, from 0."""
     scale: float = 1.0
@@ -85,6 +87,8 @@ SITE = re.compile(r"0|[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class SteeringProfile:
+    """Terms under a name, and what they do to the images of its classes."""
+
     name: str
     """A class profile bears its label's name."""
     classes: tuple[str, ...]
@@ -159,6 +163,7 @@ def digest(terms: Terms) -> str:
 
 
 def terms_to_json(terms: Terms) -> dict[str, Any]:
+    """The terms by site, which terms_from_json reads. Numbers are the shortest that give the same float32."""
     return {
         str(site): [{"latent": t.latent, "scale": _short(t.scale), "shift": _short(t.shift)} for t in of_site]
         for site, of_site in sorted(terms.items())
@@ -179,6 +184,7 @@ def terms_from_json(value: Any) -> Terms:
 
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
+    """The value of profiles.json, which profiles_from_json reads."""
     return {
         "schema_version": SCHEMA_VERSION,
         "profiles": [

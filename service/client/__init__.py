@@ -131,6 +131,7 @@ class Client:
         return call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     def close(self) -> None:
+        """Close the channel. Calls under way are cancelled."""
         self._channel.close()
 
     def __enter__(self) -> "Client":
@@ -165,18 +166,23 @@ class AsyncClient:
         return self._made
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
+        """As Client.predict. top_k: classes to return; 0: five."""
         return await self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
 
     async def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
+        """As Client.compare: the images unsteered and steered, side by side."""
         return await self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
     async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
+        """As Client.explain. latents: of each site; 0: ten."""
         return await self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
 
     async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
+        """As Client.profile: with its terms, and the gates_sae_digest that they were made for."""
         return await self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
 
     async def profiles(self, model: str = "", version: str = "") -> AsyncIterator[pb.Profile]:
+        """As Client.profiles: all profiles, by name, asked for page by page."""
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
             page: pb.ListProfilesResponse = await self._ask(self._stub.ListProfiles, request, {})
@@ -190,6 +196,7 @@ class AsyncClient:
         return await call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
 
     async def close(self) -> None:
+        """Close the channel of the running loop, if there is one. Calls under way are cancelled."""
         if self._loop is asyncio.get_running_loop():
             await self._channel.close()
 
@@ -228,4 +235,5 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
 
 
 def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:
+    """A call's gRPC metadata: its request ID as x-request-id, if it has one."""
     return (("x-request-id", asked["request_id"]),) if "request_id" in asked else ()

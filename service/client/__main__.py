@@ -35,6 +35,10 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    """
     print_anything()
     parser = argparse.ArgumentParser(prog="python -m service.client", description="Ask a running server.")
     commands = parser.add_subparsers(dest="command", required=True)

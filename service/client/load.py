@@ -20,6 +20,8 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 
 @dataclass(frozen=True)
 class Load:
+    """What to send, how fast and for how long."""
+
     concurrency: int = 16
     """Calls at a time."""
     seconds: float = 10.0
@@ -36,6 +38,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Report:
+    """Throughput, latencies and errors, as the client sees them."""
+
     calls: int
     """That were answered."""
     images: int
@@ -59,6 +63,7 @@ class Report:
         )
 
     def to_json(self) -> str:
+        """One line of JSON, by the names of the fields."""
         return json.dumps(asdict(self))
 
 

@@ -19,6 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
+    """One row an image: its classes, and the heads that ran; then the receipt. names: of the images, in order."""
     rows = []
     for name, prediction in zip(names, answer.predictions, strict=True):
         best, *others = prediction.classes
@@ -44,6 +45,7 @@ def _served_by(receipt: pb.Receipt) -> str:
 
 
 def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
+    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed heads."""
     rows = []
     for name, found in zip(names, answer.comparisons, strict=True):
         before, after = found.unsteered, found.steered
@@ -84,6 +86,8 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
 
 
 def profiles_table(profiles: Sequence[pb.Profile]) -> str:
+    """One row a profile: its terms, and its evaluation before and after."""
+
     def change(before: float, after: float) -> str:
         return f"{before:.3f} -> {after:.3f}"
 

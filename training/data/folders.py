@@ -51,13 +51,16 @@ class Part:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """All files, label by label."""
         return tuple(path for files in self.files for path in files)
 
     @property
     def classes(self) -> list[int]:
+        """The class of each of the paths: index into the labels."""
         return [index for index, files in enumerate(self.files) for _ in files]
 
     def without(self, paths: Iterable[str], reason: str) -> "Part":
+        """The part without these files, which are listed as skipped for that reason."""
         left_out, skipped = set(paths), dict(self.skipped)
         for label, folder, files in zip(self.labels, self.folders, self.files, strict=True):
             names = [os.path.relpath(path, folder) for path in files if path in left_out]

@@ -26,6 +26,7 @@ from training.image_spec import ImageSpec
 
 
 def default_cache() -> Path:
+    """steervit in the user's cache folder: $XDG_CACHE_HOME, by default ~/.cache. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steervit"
 
 

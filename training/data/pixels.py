@@ -35,11 +35,17 @@ class DataError(Exception):
 class Source(Protocol):
     """Where images come from, by row."""
 
-    def open(self, row: int) -> Image.Image: ...
+    def open(self, row: int) -> Image.Image:
+        """The decoded image. Raises whatever Pillow or the library behind the source does."""
+        ...
 
-    def name(self, row: int) -> str: ...
+    def name(self, row: int) -> str:
+        """What messages call the image."""
+        ...
 
-    def contents(self) -> str: ...
+    def contents(self) -> str:
+        """A digest of what the images are: Split.contents."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Pixels(ABC):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, W, C), as of a tensor."""
         return (len(self), *self.spec.shape)
 
     def __getitem__(self, key: slice | int | torch.Tensor) -> torch.Tensor:
@@ -79,10 +86,12 @@ class LazyPixels(Pixels):
     source: Source
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """As Pixels.read. Raises DataError on an image that cannot be read."""
         found = list(in_threads(self._decoder(eval_transform(self.spec)), rows.tolist()))
         return torch.from_numpy(np.stack(found)) if found else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
 
     def picture(self, index: int) -> Image.Image:
+        """As Pixels.picture. Raises DataError when the image cannot be read."""
         return self._decoder(lambda image: upright(image, self.spec.channels))(int(self.rows[index]))
 
     def decoded(self, title: str) -> Iterator[np.ndarray | DataError]:
@@ -117,11 +126,13 @@ class MappedPixels(Pixels):
     """Images in the file."""
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """As Pixels.read; a copy in memory."""
         # opened at every access: a memmap cannot go to another process, and opening takes microseconds
         mapped = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.spec.shape))
         return torch.from_numpy(np.asarray(mapped[rows.numpy()]))
 
     def picture(self, index: int) -> Image.Image:
+        """As Pixels.picture: of the size that the model reads, as no other is stored."""
         return as_picture(self[index])
 
 
@@ -130,6 +141,8 @@ Images = torch.Tensor | Pixels
 
 @dataclass(frozen=True)
 class Split:
+    """Images and their classes."""
+
     images: Images
     """uint8 (B, H, W, C): pixels as they enter the model. Pixels that are not in memory are read when indexed."""
     classes: torch.Tensor

@@ -50,9 +50,11 @@ class Files:
     paths: tuple[str, ...]
 
     def open(self, row: int) -> Image.Image:
+        """The decoded image. Raises OSError, or what open_image raises."""
         return open_image(Path(self.paths[row]).read_bytes())
 
     def name(self, row: int) -> str:
+        """The file's path."""
         return self.paths[row]
 
     def identity(self) -> str:
@@ -80,6 +82,7 @@ class Rows:
     title: str
 
     def open(self, row: int) -> Image.Image:
+        """The decoded image. Raises what the data set or open_image raises."""
         if not hasattr(self.dataset, "reader"):
             image: Image.Image = self.dataset[row][0]
             return image
@@ -87,9 +90,11 @@ class Rows:
             return open_image(file.read())
 
     def name(self, row: int) -> str:
+        """The data set and the row."""
         return f"{self.title}: image {row}"
 
     def identity(self) -> str:
+        """A text that changes with the set's fingerprint (hfds), or with its files' names, sizes or times."""
         reader = getattr(self.dataset, "reader", None)
         if reader:
             return str(reader.dataset._fingerprint)

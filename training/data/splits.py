@@ -29,6 +29,8 @@ MEASURED = 20_000
 
 @dataclass(frozen=True)
 class Data:
+    """The images of a run, by split."""
+
     labels: tuple[str, ...]
     spec: ImageSpec
     train: Split
@@ -171,6 +173,7 @@ def _order(images: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def steps(split: Split, size: int, epochs: float) -> int:
+    """Training steps in so many epochs. size: of a batch; an epoch leaves out images that do not fill one."""
     return round(epochs * (len(split) // min(size, len(split))))
 
 

@@ -29,6 +29,8 @@ from training.data.splits import Data, DataError, augment, shuffled, steps
 
 @dataclass(frozen=True)
 class Batch:
+    """What one training step reads, or one process's share of it."""
+
     images: torch.Tensor
     """uint8 (B, H, W, C): augmented, as they enter the model."""
     target: torch.Tensor

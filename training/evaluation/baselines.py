@@ -18,6 +18,8 @@ from training.model.inference import Outcome, answers
 
 @dataclass(frozen=True)
 class Rival:
+    """How the network is run: what its gates read, and how they decide. By default as without steering."""
+
     steer: Steer | None = None
     decide: Decide = keep_positive
 

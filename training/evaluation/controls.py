@@ -22,6 +22,8 @@ LAST_BLOCK = "last-block"
 
 @dataclass(frozen=True)
 class Control:
+    """A model to compare with, and the settings that it is trained with."""
+
     what: str
     """A sentence for the report."""
     run: Run

@@ -50,12 +50,15 @@ class Slice:
 
     @classmethod
     def of(cls, split: Split, target: Target, neutral: Outcome, under: Outcome, others: list[Outcome]) -> "Slice":
+        """At most SLICE images of the target and as many others; the outcomes are of the whole split."""
         rows = own_and_others(split, target, SLICE, 0)
         return cls(split.take(rows), target, neutral.take(rows), under.take(rows), [o.take(rows) for o in others])
 
 
 @dataclass(frozen=True)
 class Measured:
+    """What a rival does on a slice; of what is random, the mean of the draws."""
+
     effect: Effect
     own_right: Rightness
     """Per image of the target: whether it got its label, or in which share of the draws."""

@@ -74,4 +74,5 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; NaN of no values."""
     return float(np.mean(list(values)))

@@ -57,6 +57,7 @@ class ConvStem(nn.Module):
         self.num_patches = side * side
 
     def forward(self, image: Tensor) -> Tensor:
+        """image: (B, channels, height, width). Returns tokens (B, N, D), without class token and positions."""
         tokens: Tensor = self.convolutions(image).flatten(2).transpose(1, 2)  # (B, N, D)
         return tokens
 

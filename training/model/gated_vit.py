@@ -31,6 +31,8 @@ class UnsupportedModel(Exception):
 
 
 class Intermediates(TypedDict):
+    """What the gates read, and how they decided."""
+
     residual: Tensor
     """float32 (B, G, D): the class token that enters each gated block."""
     gate_logit: Tensor
@@ -81,6 +83,7 @@ class Gate(nn.Module):
         nn.init.constant_(self.linear.bias, 2.0)
 
     def forward(self, residual: Tensor) -> Tensor:
+        """residual: (B, D). Returns gate logits (B, H)."""
         return GATE_BOUND * torch.tanh(self.linear(self.norm(residual)) / GATE_BOUND)
 
 

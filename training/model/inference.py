@@ -40,6 +40,7 @@ class Outcome:
         return self.logits.argmax(-1)
 
     def take(self, index: Tensor) -> "Outcome":
+        """The answers for some images. index: int64 rows, or a bool mask (B,)."""
         return Outcome(self.logits[index], self.head_gate[index], self.gate_logit[index])
 
 
@@ -67,6 +68,7 @@ class Effect:
     """On the target's images."""
 
     def to_json(self) -> dict[str, float]:
+        """The fields by name, rounded to five decimals."""
         return {key: round(value, 5) for key, value in asdict(self).items()}
 
 

@@ -19,12 +19,15 @@ from training.model.gated_vit import GatedVit
 
 @dataclass(frozen=True)
 class Macs:
+    """What an image costs, in MACs."""
+
     dense: int
     """The whole model with every head on."""
     per_head: tuple[int, ...]
     """What one head costs in each gated block: its share of q, k, v, of the attention and of the output projection."""
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
     def fraction(self, head_gate: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Sae(nn.Module):
 
     @property
     def sites(self) -> int:
+        """How many sites have an autoencoder."""
         return self.encoder.shape[0]
 
     @property

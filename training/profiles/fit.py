@@ -53,6 +53,8 @@ AT_A_TIME = 25
 
 @dataclass(frozen=True)
 class Candidate:
+    """The terms of a strategy at a strength, and what they do on some images: their `cost` and their effect."""
+
     strategy: str
     strength: float
     terms: Terms
@@ -60,6 +62,7 @@ class Candidate:
     effect: Effect
 
     def to_json(self) -> dict[str, Any]:
+        """Everything but the terms."""
         chosen = {"strategy": self.strategy, "strength": self.strength, "cost": round(self.cost, 4)}
         return {**chosen, **self.effect.to_json()}
 

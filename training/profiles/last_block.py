@@ -46,22 +46,27 @@ class LastBlock:
 
     @property
     def gates(self) -> nn.ModuleList:
+        """One Gate for each gated block."""
         return self.model.gates
 
     @property
     def gated_blocks(self) -> tuple[int, ...]:
+        """Indices of the model's gated blocks, rising."""
         return self.model.gated_blocks
 
     @property
     def heads(self) -> int:
+        """Heads of a block."""
         return self.model.heads
 
     @property
     def dim(self) -> int:
+        """Width of the residual stream."""
         return self.model.dim
 
     @property
     def mean(self) -> Tensor:
+        """As GatedVit.mean, (channels, 1, 1); it tells the model's device."""
         return self.model.mean
 
     def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:

@@ -41,6 +41,7 @@ def single_classes(profiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def style(axis: Any, grid: str = "both") -> None:
+    """Give the axis the look of all figures. grid: x, y or both."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")
     axis.tick_params(labelsize=8.5, color="#999999", length=3)

@@ -119,6 +119,7 @@ def shade(value: float, top: float) -> tuple[str, str]:
 
 
 def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; 0 of no values."""
     listed = list(values)
     return sum(listed) / max(len(listed), 1)
 

@@ -81,6 +81,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
 
 
 def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
+    """A new model on the CPU, with the pretrained weights if the settings ask for some. Raises UnsupportedModel."""
     backbone = create_vit(settings, spec, classes)
     return GatedVit(backbone, parse_gated_blocks(settings.gated_blocks, len(backbone.blocks)), spec)
 

@@ -28,6 +28,8 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Phase:
+    """A phase of stage `vit`. A rate is a learning rate; where it is 0, that part of the model is frozen."""
+
     index: int
     name: str
     epochs: float
