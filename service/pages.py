@@ -52,7 +52,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class Pages:
-    """HTTP in a thread of its own: /metrics, /livez (its threads get on), /readyz (takes requests)."""
+    """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests)."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, state: State):
         """Raises OSError when the port is taken."""

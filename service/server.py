@@ -69,7 +69,9 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
         try:
-            await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+            if watch in done:
+                watch.result()  # what it raised is the end of this call too
         finally:
             watch.cancel()
             ended.cancel()
@@ -135,7 +137,7 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether inference threads and, while calls are taken, the event loop get on."""
+        """Whether inference threads and, while calls are taken, the event loop make progress."""
         return self._repository.alive and (not self.ready or time.monotonic() - self._beat < HANGS_AFTER)
 
     def _bundles(self) -> list[Bundle]:
@@ -179,7 +181,9 @@ class Server:
             await asyncio.sleep(1)
             if alive != self.alive:
                 alive = not alive
-                log.warning("all inference threads get on again" if alive else "an inference thread has ended or hangs")
+                log.warning(
+                    "all inference threads make progress again" if alive else "an inference thread has ended or hangs"
+                )
                 status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
                 await self._set_health(status)
 
