@@ -44,7 +44,10 @@ class Arithmetic(Protocol):
     """(key, value) of what is to be an output of the graph too."""
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
-        """Prepare a value of the tokens' kind for linear layers. at: the path of the nodes, where several values share a key."""
+        """Prepare a value of the tokens' kind for linear layers.
+
+        at: the path of the nodes, where several values share a key.
+        """
         ...
 
     def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
