@@ -125,8 +125,8 @@ def _set_malloc() -> None:
     with contextlib.suppress(AttributeError):  # of C libraries other than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_ARENA_MAX, 2)
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc allows
-        mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 32 * 2**20)
 
 
 def _raise_file_limit() -> None:

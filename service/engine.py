@@ -253,7 +253,7 @@ def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
 def check_gpu(gpu: Gpu) -> None:
     """Raise EngineError unless CUDA is wholly installed and has that device."""
     if missing := cuda.problem(gpu.device):
-        raise EngineError(f"CUDA was asked for, but {missing}; or start with --provider cpu")
+        raise EngineError(f"provider 'cuda' was asked for, but {missing}; or start with --provider cpu")
 
 
 def check_installation() -> None:
