@@ -226,5 +226,4 @@ def _normed(g: Builder, norm: nn.Module, value: str, shape: tuple[int, ...], nam
 
 def _first(g: Builder, tokens: Operand, count: int, name: str) -> Operand:
     """(B, N, D) -> (B, count, D)"""
-    cut = g.op("Slice", tokens.value, g.integers(0), g.integers(count), g.integers(1), name=name)
-    return tokens.through(cut)
+    return tokens.through(g.first(tokens.value, count, name))

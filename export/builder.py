@@ -81,6 +81,16 @@ class Builder:
             self._weights[name] = numpy_helper.from_array(array, name)
         return name
 
+    def affine(self, norm: nn.LayerNorm, name: str, dtype: Any = None) -> tuple[str, str]:
+        """The constants <name>.weight and <name>.bias of a norm, 1 and 0 where it has none; dtype: as of weight."""
+        weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
+        bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
+        return self.weight(f"{name}.weight", weight, dtype), self.weight(f"{name}.bias", bias, dtype)
+
+    def first(self, tokens: str, count: int, name: str) -> str:
+        """(B, N, D) -> (B, count, D)"""
+        return self.op("Slice", tokens, self.integers(0), self.integers(count), self.integers(1), name=name)
+
     def real(self, value: str, name: str) -> str:
         """A float32 or bool value as the tokens are."""
         return self.op("Cast", value, name=name, to=helper.np_dtype_to_tensor_dtype(np.dtype(self._real)))

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
 from export.bundle import INPUTS, OUTPUTS, Golden
 from export.graph import SteeredVit
-from export.session import Arrays, inputs_of, not_finite, open_session
+from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
@@ -146,13 +145,6 @@ def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
     """PyTorch's outputs, by OUTPUTS. inputs: by INPUTS. The model must be on the CPU."""
     outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
     return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
-
-
-def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
-    """The graph's outputs, by OUTPUTS. Inputs that it does not have are left aside."""
-    read = {entry.name for entry in session.get_inputs()}  # of a specialised graph the image alone
-    given = {name: value for name, value in inputs.items() if name in read}
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))
 
 
 def steerings(profiles: Sequence[Terms], latents: Sequence[int]) -> list[Terms]:

@@ -86,7 +86,7 @@ def build_fused(
                 open_ = opened if heads else None
         leavers = y
         if index == last:
-            x, leavers = (_first(g, value, model.leaving, f"{name}/leaving/{of}") for of, value in (("x", x), ("y", y)))
+            x, leavers = (g.first(value, model.leaving, f"{name}/leaving/{of}") for of, value in (("x", x), ("y", y)))
         mixed = _attention(g, head_weights(block), leavers, y, open_, heads, name)
         if index == last:
             tokens = tokens[:, : model.leaving]
@@ -170,7 +170,7 @@ class _Steering:
     latent without a term. What does not depend on the residual is worked out for all sites at once."""
 
     def __init__(self, g: Builder, sae: Sae):
-        self._g, self._sae, self._bias = g, sae, _encoder_bias(sae)
+        self._g, self._sae, self._bias = g, sae, sae.product_bias
         first = g.op("Gather", INPUTS[1], g.integer(0), name="steering/first", axis=2)  # (B, S)
         none = g.op("Mul", first, g.integer(0), name="steering/none")
         zeros = g.weight("steering/zeros.weight", np.zeros((1, sae.latents)), np.float32)
@@ -214,7 +214,7 @@ class _Fixed:
     """
 
     def __init__(self, g: Builder, sae: Sae, terms: Terms):
-        self._g, self._sae, self._terms, self._bias = g, sae, terms, _encoder_bias(sae)
+        self._g, self._sae, self._terms, self._bias = g, sae, terms, sae.product_bias
 
     def moved(self, site: int, residual: str, name: str) -> tuple[str | None, Tensor | None]:
         """As of _Steering."""
@@ -234,11 +234,6 @@ class _Fixed:
         change = g.op("Where", active, raw, without, name=f"{name}/change")  # (B, 1, T)
         weight = g.weight(f"{name}/decoder.weight", amount[scaled, None] * decoder[scaled], np.float32)
         return g.op("MatMul", change, weight, name=f"{name}/moved"), added
-
-
-def _encoder_bias(sae: Sae) -> Tensor:
-    """(S, L): z = W_enc x + this, before the threshold."""
-    return sae.encoder_bias - torch.einsum("sld,sd->sl", sae.encoder, sae.decoder_bias)
 
 
 def _active(g: Builder, encoder: Tensor, cut: Tensor, residual: str, name: str) -> tuple[str, str]:
@@ -296,9 +291,9 @@ def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: st
     if not isinstance(norm, nn.LayerNorm) or stream.delta is None:
         x = _sum(g, stream, f"{name}/residual")
         if isinstance(norm, nn.LayerNorm):
-            return g.op("LayerNormalization", x, *_affine(g, norm, name), name=name, axis=-1, epsilon=norm.eps), x
+            return g.op("LayerNormalization", x, *g.affine(norm, name), name=name, axis=-1, epsilon=norm.eps), x
         return g.call(norm, x, tokens, name), x
-    parameters = [*_affine(g, norm, name)]
+    parameters = [*g.affine(norm, name)]
     if stream.bias is not None:
         parameters.append(g.weight(f"{name}/added.bias", stream.bias))
     g.ops(
@@ -306,12 +301,6 @@ def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: st
         domain=MICROSOFT, epsilon=norm.eps,
     )  # fmt: skip
     return name, f"{name}/residual"
-
-
-def _affine(g: Builder, norm: nn.LayerNorm, name: str) -> tuple[str, str]:
-    weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
-    bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
-    return g.weight(f"{name}.weight", weight), g.weight(f"{name}.bias", bias)
 
 
 def _sum(g: Builder, stream: _Stream, name: str) -> str:
@@ -393,8 +382,3 @@ def _mlp(g: Builder, block: Block, y: str, tokens: Tensor, name: str) -> tuple[s
         hidden = g.op(kind, hidden, g.weight(f"{name}/fc1.bias", mlp.fc1.bias), name=f"{name}/gelu", domain=MICROSOFT)
     out = g.op("MatMul", hidden, g.weight(f"{name}/fc2.weight", mlp.fc2.weight.T * scale), name=f"{name}/fc2")
     return out, None if mlp.fc2.bias is None else mlp.fc2.bias * scale
-
-
-def _first(g: Builder, value: str, count: int, name: str) -> str:
-    """(B, N, D) -> (B, count, D)"""
-    return g.op("Slice", value, g.integers(0), g.integers(count), g.integers(1), name=name)

@@ -96,7 +96,7 @@ def build(
         y = _norm(g, block.norm1, x, tokens, f"{name}/norm1")
         leaving = model.leaving if index == last else None
         if leaving is not None:
-            x = _first(g, x, leaving, f"{name}/leaving")
+            x = g.first(x, leaving, f"{name}/leaving")
             tokens = tokens[:, :leaving]
         x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, closing, leaving, name)
         y = _norm(g, block.norm2, x, tokens, f"{name}/norm2")
@@ -129,7 +129,6 @@ class _Steering:
 
     def __init__(self, g: Builder, sae: Sae):
         self._g, self._sae = g, sae
-        bias = sae.encoder_bias - torch.einsum("sld,sd->sl", sae.encoder, sae.decoder_bias)  # (S, L)
         latent, scale, shift = (
             g.op("Unsqueeze", value, g.integers(3), name=f"steering/{value.removeprefix('steering_')}")
             for value in INPUTS[1:]
@@ -144,7 +143,7 @@ class _Steering:
 
         parts = {
             "latent": INPUTS[1],
-            "bias": table(bias, "bias"),
+            "bias": table(sae.product_bias, "bias"),
             "threshold": table(sae.threshold, "threshold"),
             "scale": g.op("Sub", scale, g.number(1), name="steering/scale-1"),
             "shift": shift,
@@ -198,10 +197,7 @@ def _norm(g: Builder, norm: nn.Module, x: str, tokens: Tensor, name: str) -> str
 
 
 def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = None) -> str:
-    weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
-    bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
-    parameters = (g.weight(f"{name}.weight", weight, dtype), g.weight(f"{name}.bias", bias, dtype))
-    return g.op("LayerNormalization", x, *parameters, name=name, axis=-1, epsilon=norm.eps)
+    return g.op("LayerNormalization", x, *g.affine(norm, name, dtype), name=name, axis=-1, epsilon=norm.eps)
 
 
 def _mlp(g: Builder, arithmetic: Arithmetic, block: Block, y: str, tokens: Tensor, name: str) -> str:
@@ -215,7 +211,3 @@ def _mlp(g: Builder, arithmetic: Arithmetic, block: Block, y: str, tokens: Tenso
     entered = arithmetic.enter(g, hidden, f"{name}/hidden")
     bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
     return arithmetic.linear(g, entered, mlp.fc2.weight.T * scale, bias, f"{name}/fc2")
-
-
-def _first(g: Builder, x: str, count: int, name: str) -> str:
-    return g.op("Slice", x, g.integers(0), g.integers(count), g.integers(1), name=name)

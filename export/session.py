@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS
+from export.bundle import INPUTS, OUTPUTS
 from training.steering import Terms, to_arrays
 
 Arrays = dict[str, NDArray[Any]]
@@ -31,6 +31,13 @@ def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 
     """On the CPU."""
     source = str(graph) if isinstance(graph, Path) else graph
     return onnxruntime.InferenceSession(source, session_options(attention, threads), ["CPUExecutionProvider"])
+
+
+def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
+    """All outputs by name. Inputs that the graph does not have are left out: a specialised one has the image alone."""
+    read = {entry.name for entry in session.get_inputs()}
+    given = {name: value for name, value in inputs.items() if name in read}
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))
 
 
 def not_finite(outputs: Arrays, first: int = 0) -> str:

@@ -4,14 +4,14 @@ Checksums, then the golden rows through every graph on the CPU. No torch: the se
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
+from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
 from export.contained import check_contained
-from export.session import Arrays, not_finite, open_session
+from export.session import Arrays, not_finite, open_session, run_onnx
 
 Run = Callable[[Arrays], Arrays]
 """Inputs of a graph -> its outputs."""
@@ -30,13 +30,8 @@ def verify(folder: Path) -> Bundle:
         except Exception as error:  # onnxruntime raises its own kinds, none of them documented
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
 
-        def run(inputs: Arrays, session: onnxruntime.InferenceSession = session) -> Arrays:
-            read = {entry.name for entry in session.get_inputs()}
-            given = {name: value for name, value in inputs.items() if name in read}
-            return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))
-
         golden = load_golden(folder, rows)
-        worst = check_golden(run, golden, path)
+        worst = check_golden(partial(run_onnx, session), golden, path)
         print(f"{file}: golden rows within {worst:.2g} (allowed: {golden.tolerance:g})")
     return bundle
 

@@ -30,12 +30,12 @@ from export.bundle import (
     write_bundle,
 )
 from export.calibration import calibrate
-from export.certify import LIMITS, Reference, run_onnx, steerings
+from export.certify import LIMITS, Reference, steerings
 from export.compact import Compact, compact
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
-from export.session import inputs_of, open_session
+from export.session import inputs_of, open_session, run_onnx
 from training import soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings

@@ -269,8 +269,7 @@ class Batcher:
         """Run and answer a batch. When the provider fails, each piece alone: one may have been too much for it."""
         start, cpu = time.monotonic(), time.thread_time()
         images = [piece.call.images[piece.rows] for piece in batch]
-        keys = {self._key(piece.call) for piece in batch}
-        digest = keys.pop() if len(keys) == 1 else ""
+        digest = self._common(batch)
         try:
             outputs = engine.run(
                 np.concatenate(images) if len(images) > 1 else images[0],
@@ -388,6 +387,13 @@ class Batcher:
             if self._key(call) == key:
                 alike += min(call.waiting, most - alike)
         return self._specialists.seconds(alike, key) / alike < self._specialists.seconds(mixed) / mixed
+
+    def _common(self, batch: Sequence[_Piece]) -> str:
+        """The digest of the steering of all calls of a batch, if there is a graph for it alone that can answer."""
+        if self._specialists is None:
+            return ""
+        keys = {self._key(piece.call) for piece in batch}
+        return keys.pop() if len(keys) == 1 else ""
 
     def _key(self, call: _Call) -> str:
         """The digest of the call's steering, if there is a graph for it alone that can answer; else ""."""

@@ -7,7 +7,7 @@ terms that it does not fill have no effect on the others. Works on the CPU alike
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -17,7 +17,6 @@ from export.bundle import INPUTS
 from export.session import Arrays
 from service import cuda
 
-P = ParamSpec("P")
 R = TypeVar("R")
 KINDS = {
     "tensor(uint8)": np.uint8,
@@ -72,10 +71,9 @@ class Buckets:
         """Run the shape of so many rows on what is in it."""
         self._call(self._buckets[rows].again)
 
-    def _call(self, work: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> R:
-        return (
-            self._thread.submit(work, *arguments, **keywords).result() if self._thread else work(*arguments, **keywords)
-        )
+    def _call(self, work: Callable[..., R], *arguments: Any) -> R:
+        """In the thread, if there is one."""
+        return self._thread.submit(work, *arguments).result() if self._thread else work(*arguments)
 
     def _at_its_own_shape(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
         options = onnxruntime.RunOptions()
@@ -92,7 +90,7 @@ class _Bucket:
     """One shape."""
 
     def __init__(self, session: onnxruntime.InferenceSession, rows: int, terms: int, gpu: cuda.Gpu | None):
-        self._session, self._rows = session, rows
+        self._session = session
         where = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
         make: Callable[[tuple[int, ...], Any], NDArray[Any]] = np.zeros if gpu is None else cuda.page_locked
         lengths = {"batch": rows, "terms": terms}

@@ -1,4 +1,4 @@
-"""One onnxruntime session: arrays in, arrays out. Knows nothing of requests, protobuf or metrics."""
+"""A bundle's graphs, checked: arrays in, arrays out. Knows nothing of requests, protobuf or metrics."""
 
 import logging
 import math
@@ -27,8 +27,6 @@ log = logging.getLogger("steervit.engine")
 FOR_GPU = ("fused.fp16", "fused.fp32", "masked.fp16", "masked.fp32", "compact.fp16", "compact.fp32")
 """Graphs that are fit for a GPU, the fastest first. `dispatch` would wait for the host at every block, and int8 has no
 kernels there."""
-
-
 NEAR_THRESHOLD = 1e-3
 """|gate logit| below which rounding could decide a gate."""
 TERMS = 16

@@ -8,12 +8,12 @@ import pytest
 from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, rows
 
 from export.bundle import INPUTS, OUTPUTS
-from export.certify import LIMITS, run_onnx, run_torch
+from export.certify import LIMITS, run_torch
 from export.compact import _close
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float
-from export.session import inputs_of, open_session
+from export.session import inputs_of, open_session, run_onnx
 from training.steering import SteeringTerm, Terms
 
 CAPTURED = {

@@ -20,11 +20,11 @@ from timm.layers import GluMlp
 
 from export.bundle import INPUTS, OUTPUTS, BundleError
 from export.calibration import calibrate
-from export.certify import LIMITS, Reference, run_onnx, run_torch
+from export.certify import LIMITS, Reference, run_torch
 from export.compact import compact
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8
-from export.session import Arrays, inputs_of, open_session
+from export.session import Arrays, inputs_of, open_session, run_onnx
 from export.verify import check_golden
 from training.data.splits import Split
 from training.steering import SteeringProfile, SteeringTerm

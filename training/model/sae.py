@@ -36,6 +36,11 @@ class Sae(nn.Module):
         """Latents a site."""
         return self.encoder.shape[1]
 
+    @property
+    def product_bias(self) -> Tensor:
+        """(S, L): a pre-activation is W_enc x plus this, b_enc - W_enc b_dec, with the biases multiplied out."""
+        return self.encoder_bias - torch.einsum("sld,sd->sl", self.encoder, self.decoder_bias)
+
     def encode(self, site: int, residual: Tensor) -> Tensor:
         """(B, D) -> latents (B, L)."""
         raw = (residual - self.decoder_bias[site]) @ self.encoder[site].T + self.encoder_bias[site]
