@@ -327,12 +327,12 @@ def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, reposi
 def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
     repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
-    running = start_server(repository, "--model-control", "explicit")
+    running = start_server(repository, "--model-control", "explicit", "--max-images", "2000", "--max-queue", "2000")
     info = "steervit_model_info{digest="
     try:
         with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
             stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            images = [image for of_label in samples.values() for image in of_label]
+            images = [image for of_label in samples.values() for image in of_label] * 20  # a second and more
             for call, change, after in (
                 (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="fashion_mnist"), False),
                 (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fashion_mnist"), True),
@@ -342,7 +342,7 @@ def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
                     busy.start()
                     until(lambda: running.count("steervit_requests_in_flight") > 0)
                 with pytest.raises(grpc.RpcError) as caught:
-                    call(change, timeout=0.03)
+                    call(change, timeout=0.05)
                 assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
                 until(lambda after=after: (ready(running) == {("fashion_mnist", "1")}) is after)
                 until(lambda after=after: (info in running.page()) is after)
