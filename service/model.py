@@ -23,7 +23,8 @@ from service.explain import Explainer, Explanation
 from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
-from service.steering import Steering, from_tensors, joined, resolve
+from service.steering import Steering, joined, resolve
+from service.steering_tensors import from_tensors
 from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 

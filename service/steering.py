@@ -1,8 +1,7 @@
 """From a request's steering to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from training.steering import (
     SteeringArrays,
     SteeringError,
     SteeringProfile,
-    SteeringTerm,
     Terms,
     at_strength,
     canonical,
@@ -44,7 +42,8 @@ class Steering:
         """Of some images of the call."""
         if len(self.arrays.latent) == 1:
             return self
-        return replace(self, arrays=SteeringArrays(*(array[part] for array in astuple(self.arrays))))
+        arrays = self.arrays
+        return replace(self, arrays=SteeringArrays(arrays.latent[part], arrays.scale[part], arrays.shift[part]))
 
 
 def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
@@ -90,37 +89,6 @@ def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
 
 def _folded(name: str) -> str:
     return "".join(canonical(name).casefold().split())
-
-
-def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:
-    """Terms of each image (B, S, T), filled up with neutral ones (any latent, scale 1, shift 0).
-
-    Raises InvalidRequest naming the image, the site and what is wrong with a term.
-    """
-    sites = len(bundle.manifest.sites)
-    if arrays.latent.shape[1] != sites or arrays.latent.shape[2] < 1:
-        raise InvalidRequest(
-            f"steering_latent has the shape {list(arrays.latent.shape)}; allowed: [images, {sites}, 1 or more]"
-        )
-    digests, rows = [], []
-    for index, (latent, scale, shift) in enumerate(zip(arrays.latent, arrays.scale, arrays.shift, strict=True)):
-        changes = (scale != 1) | (shift != 0)  # NaN too
-        try:
-            terms = {
-                site: tuple(
-                    SteeringTerm(int(latent[site, i]), float(scale[site, i]), float(shift[site, i]))
-                    for i in np.flatnonzero(of_site)
-                )
-                for site, of_site in enumerate(changes)
-            }
-            check(terms, bundle.manifest.latents, "terms")
-            rows.append(at_strength(terms, strength))
-        except SteeringError as error:
-            raise InvalidRequest(f"steering of image {index}: {str(error).removeprefix('terms: ')}") from error
-        digests.append(digest(rows[-1]))
-    same = len(set(digests)) == 1
-    name = digests[0] if same else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-    return Steering(to_arrays(rows[:1] if same else rows, sites), "", any(map(any, (r.values() for r in rows))), name)
 
 
 def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
