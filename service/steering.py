@@ -1,4 +1,4 @@
-"""From a request's steering to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
+"""From the steering of a request to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ MAX_STRENGTH = 100.0
 
 @dataclass(frozen=True)
 class Steering:
-    """Checked against the bundle that serves it."""
+    """The steering of a call, checked against the bundle that serves it."""
 
     arrays: SteeringArrays
     """(1, S, T) for all images of the call, or (B, S, T)."""
@@ -36,10 +36,10 @@ class Steering:
     digest: str
     """Of the terms, strength included."""
     off: bool = False
-    """Strength 0: whatever the terms, nothing is steered."""
+    """Whether the strength is 0: nothing is steered."""
 
     def rows(self, part: slice) -> "Steering":
-        """Of some images of the call."""
+        """The steering of some images of the call."""
         if len(self.arrays.latent) == 1:
             return self
         arrays = self.arrays
@@ -47,7 +47,7 @@ class Steering:
 
 
 def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-    """The steering that a request asks for. made_for: the gates_sae_digest that its terms were made for, or "".
+    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "".
 
     Raises InvalidRequest, NotFound or DigestMismatch.
     """
@@ -61,8 +61,8 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     if profile:
-        asked = named(bundle, profile, "steering.profile")
-        profile, terms = asked.name, asked.terms
+        entry = named(bundle, profile, "steering.profile")
+        profile, terms = entry.name, entry.terms
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
@@ -78,13 +78,13 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
-    """Raises NotFound, naming the field, when the bundle has no such profile; names that differ in case and spaces
-    alone come first among those it has."""
-    found = bundle.profiles.get(canonical(name))
-    if found is None:
+    """The profile of that name. Raises NotFound, with the field and the names that exist; names that differ only in
+    case and spaces come first."""
+    profile = bundle.profiles.get(canonical(name))
+    if profile is None:
         nearest = sorted(bundle.profiles, key=lambda other: (_folded(other) != _folded(name), other))
         raise NotFound(f"{field} is {name!r}; allowed: {_some(nearest)}")
-    return found
+    return profile
 
 
 def _folded(name: str) -> str:
@@ -92,12 +92,12 @@ def _folded(name: str) -> str:
 
 
 def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
-    """Steerings for so many images each, one after the other, as one; for the batch alone: it goes by no name."""
+    """One steering without a name for consecutive groups of images: (steering, images) each."""
     return Steering(stack([part for part, _ in parts], [count for _, count in parts]), "", True, "")
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
-    """The arrays (B, S, T) of a batch in which steering i holds for counts[i] rows; padded with the neutral term."""
+    """The arrays (B, S, T) of a batch with counts[i] rows of steering i, padded with the neutral term."""
     first = steerings[0].arrays
     if len(steerings) == 1 and len(first.latent) == counts[0]:
         return first
