@@ -218,8 +218,8 @@ def _specialised(
         certificate = reference.certify(path, "fused", precision)
         print(f"{path.name} ({profile.name}): {certificate}", flush=True)
         inputs = next(iter(golden.values())).inputs
-        given = run_onnx(open_session(path, "fused"), dict(inputs))
-        answers = {key: given[key] for key in ("logits", "gate_logit")}
+        outputs = run_onnx(open_session(path, "fused"), dict(inputs))
+        answers = {key: outputs[key] for key in ("logits", "gate_logit")}
         golden[path.name] = Golden(inputs, answers, LIMITS[precision].logit, LIMITS[precision].gate_margin)
         measured = compacted.to_json()
         specialised.append(

@@ -188,9 +188,9 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             )
         shapes = {tensor.shape for tensor in tensors}
         if len(tensors) != 3 or len(shapes) != 1 or tensors[0].ndim != 3 or len(tensors[0]) != images:
-            given = {name: list(inputs[name].shape) for name in STEERING if name in inputs}
+            by_name = {name: list(inputs[name].shape) for name in STEERING if name in inputs}
             raise InvalidRequest(
-                f"steering tensors have the shapes {given}; allowed: {', '.join(STEERING)}, "
+                f"steering tensors have the shapes {by_name}; allowed: {', '.join(STEERING)}, "
                 f"all [{images}, {len(model.bundle.manifest.sites)}, terms]"
             )
         if tensors[0][0].size > self._settings.max_terms:

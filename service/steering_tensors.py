@@ -7,6 +7,7 @@ compares the two.
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,7 @@ MAX_VALUE = 1e6
 
 
 def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:
-    """Terms of each image (B, S, T), filled up with neutral ones (any latent, scale 1, shift 0).
+    """The steering of tensors (B, S, T): terms of each image, padded with neutral ones (any latent, scale 1, shift 0).
 
     Raises InvalidRequest naming the image, the site and what is wrong with a term.
     """
@@ -33,19 +34,12 @@ def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) 
             f"steering_latent has the shape {list(arrays.latent.shape)}; allowed: [images, {len(latents)}, 1 or more]"
         )
     terms = (arrays.scale != 1) | (arrays.shift != 0)  # NaN too
-    scale, shift = arrays.scale.astype(np.float64), arrays.shift.astype(np.float64)
-    invalid = terms & (_outside(scale) | _outside(shift))
-    if strength != 1:  # as SteeringTerm.at: 1 + (scale - 1) is not scale for every float
-        with np.errstate(over="ignore", invalid="ignore"):
-            scale, shift = 1 + strength * (scale - 1), strength * shift
-        invalid |= terms & (_outside(scale) | _outside(shift))
-    invalid |= terms & ((arrays.latent < 0) | (arrays.latent >= np.array(latents)[:, None]))
-    each = np.sort(np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2])), 2)  # no two of the others are equal
-    invalid_rows = invalid.any((1, 2)) | (each[:, :, 1:] == each[:, :, :-1]).any((1, 2))
+    scale, shift = _at_strength(arrays, strength)
+    invalid = _invalid_rows(arrays, terms, latents) | (terms & (_outside(scale) | _outside(shift))).any((1, 2))
     if not math.isfinite(strength):
-        invalid_rows[0] = True
-    if invalid_rows.any():
-        raise _invalid_row(bundle, arrays, int(invalid_rows.argmax()), strength)
+        invalid[0] = True
+    if invalid.any():
+        raise _error(bundle, arrays, int(invalid.argmax()), strength)
     applied = _ordered(
         SteeringArrays(arrays.latent, scale.astype(np.float32) + 0.0, shift.astype(np.float32) + 0.0), terms, ~terms
     )  # + 0.0: no -0.0, as in SteeringTerm
@@ -58,12 +52,31 @@ def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) 
     return Steering(SteeringArrays(*(array[rows] for array in _parts(applied))), "", bool(terms.any()), name)
 
 
-def _outside(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where a scale or shift is not allowed (training/steering.py: SteeringTerm)."""
+def _at_strength(arrays: SteeringArrays, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scale and shift, as by SteeringTerm.at."""
+    scale, shift = arrays.scale.astype(np.float64), arrays.shift.astype(np.float64)
+    if strength == 1:  # 1 + (scale - 1) is not scale for every float
+        return scale, shift
+    with np.errstate(over="ignore", invalid="ignore"):
+        return 1 + strength * (scale - 1), strength * shift
+
+
+def _invalid_rows(arrays: SteeringArrays, terms: NDArray[np.bool_], latents: Sequence[int]) -> NDArray[np.bool_]:
+    """(B,): whether an image has a term that SteeringTerm or check refuses. terms: where terms are not neutral."""
+    missing = (arrays.latent < 0) | (arrays.latent >= np.array(latents)[:, None])
+    invalid = terms & (missing | _outside(arrays.scale) | _outside(arrays.shift))
+    distinct = np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2]))  # neutral terms repeat no latent
+    ordered = np.sort(distinct, 2)
+    repeated: NDArray[np.bool_] = ordered[:, :, 1:] == ordered[:, :, :-1]
+    return invalid.any((1, 2)) | repeated.any((1, 2))
+
+
+def _outside(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each scale or shift is out of bounds."""
     return ~(np.abs(values) <= MAX_VALUE)
 
 
-def _invalid_row(bundle: Bundle, arrays: SteeringArrays, index: int, strength: float) -> InvalidRequest:
+def _error(bundle: Bundle, arrays: SteeringArrays, index: int, strength: float) -> InvalidRequest:
     """The error of the first image with an invalid term."""
     latent, scale, shift = (array[index] for array in _parts(arrays))
     try:
