@@ -67,13 +67,15 @@ def _invalid_rows(arrays: SteeringArrays, terms: NDArray[np.bool_], latents: Seq
     invalid = terms & (missing | _outside(arrays.scale) | _outside(arrays.shift))
     distinct = np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2]))  # neutral terms repeat no latent
     ordered = np.sort(distinct, 2)
-    repeated: NDArray[np.bool_] = ordered[:, :, 1:] == ordered[:, :, :-1]
-    return invalid.any((1, 2)) | repeated.any((1, 2))
+    invalid[:, :, 1:] |= ordered[:, :, 1:] == ordered[:, :, :-1]
+    rows: NDArray[np.bool_] = invalid.any((1, 2))
+    return rows
 
 
 def _outside(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each scale or shift is out of bounds."""
-    return ~(np.abs(values) <= MAX_VALUE)
+    outside: NDArray[np.bool_] = ~(np.abs(values) <= MAX_VALUE)
+    return outside
 
 
 def _error(bundle: Bundle, arrays: SteeringArrays, index: int, strength: float) -> InvalidRequest:
