@@ -35,11 +35,11 @@ def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) 
         )
     terms = (arrays.scale != 1) | (arrays.shift != 0)  # NaN too
     scale, shift = _at_strength(arrays, strength)
-    invalid = _invalid_rows(arrays, terms, latents) | (terms & (_outside(scale) | _outside(shift))).any((1, 2))
+    invalid = _invalid(arrays, terms, latents) | (terms & (_outside(scale) | _outside(shift)))
     if not math.isfinite(strength):
         invalid[0] = True
     if invalid.any():
-        raise _error(bundle, arrays, int(invalid.argmax()), strength)
+        raise _error(bundle, arrays, int(invalid.any((1, 2)).argmax()), strength)
     applied = _ordered(
         SteeringArrays(arrays.latent, scale.astype(np.float32) + 0.0, shift.astype(np.float32) + 0.0), terms, ~terms
     )  # + 0.0: no -0.0, as in SteeringTerm
@@ -61,15 +61,14 @@ def _at_strength(arrays: SteeringArrays, strength: float) -> tuple[NDArray[np.fl
         return 1 + strength * (scale - 1), strength * shift
 
 
-def _invalid_rows(arrays: SteeringArrays, terms: NDArray[np.bool_], latents: Sequence[int]) -> NDArray[np.bool_]:
-    """(B,): whether an image has a term that SteeringTerm or check refuses. terms: where terms are not neutral."""
+def _invalid(arrays: SteeringArrays, terms: NDArray[np.bool_], latents: Sequence[int]) -> NDArray[np.bool_]:
+    """(B, S, T): terms that SteeringTerm or check refuses. terms: where terms are not neutral."""
     missing = (arrays.latent < 0) | (arrays.latent >= np.array(latents)[:, None])
-    invalid = terms & (missing | _outside(arrays.scale) | _outside(arrays.shift))
+    invalid: NDArray[np.bool_] = terms & (missing | _outside(arrays.scale) | _outside(arrays.shift))
     distinct = np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2]))  # neutral terms repeat no latent
     ordered = np.sort(distinct, 2)
-    invalid[:, :, 1:] |= ordered[:, :, 1:] == ordered[:, :, :-1]
-    rows: NDArray[np.bool_] = invalid.any((1, 2))
-    return rows
+    invalid[:, :, 1:] |= ordered[:, :, 1:] == ordered[:, :, :-1]  # at some term of the image
+    return invalid
 
 
 def _outside(values: NDArray[Any]) -> NDArray[np.bool_]:

@@ -78,6 +78,8 @@ def tensors(draw: st.DrawFn) -> SteeringArrays:
     )
     if draw(st.booleans()):  # distinct latents
         made.latent[:] = draw(st.permutations(range(22)))[: shape[2]]
+    if draw(st.booleans()):  # an image without terms
+        made.scale[0], made.shift[0] = 1, 0
     if draw(st.booleans()):  # the same terms for every image, each in an order of its own
         orders: list[NDArray[np.int64]] = [np.array(draw(st.permutations(range(shape[2])))) for _ in range(shape[0])]
         for values in (made.latent, made.scale, made.shift):
