@@ -1,13 +1,12 @@
 """How an ONNX graph closes a head.
 
 `masked`    every head is computed and multiplied by its gate. The reference; any execution provider.
-`dispatch`  a head is computed for the images whose gate is open, and for no other: what is off costs nothing.
-`compact`   as masked, of a model some of whose heads are closed for good and not in the graph at all (compact.py).
+`dispatch`  a head is computed for the images whose gate is open only: a closed head costs nothing.
+`compact`   as masked, for a model with heads that are always closed and not in the graph (compact.py).
 
-All give the same numbers, up to rounding. Three pieces of algebra save work in each: the softmax does not change when a
-number is added to all scores of a query, so the bias of the keys goes away (unless keys are normed); its weights add
-up to 1, so the bias of the values passes through to the output, where a closed head's is left out; and scales are
-multiplied into weights.
+All give the same numbers, up to rounding. Each saves work in three ways. The softmax does not change when a number is
+added to all scores of a query, so the keys need no bias unless they are normed. Its weights add up to 1, so the bias of
+the values passes through to the output, without that of closed heads. Scales are multiplied into weights.
 
 Letters: B batch, R images whose gate of the head at hand is open, N tokens, Q tokens that leave the block, D residual
 width, H heads, E head width.
@@ -15,39 +14,14 @@ width, H heads, E head width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from onnx import TensorProto
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from export.builder import MICROSOFT, Builder
 from export.precision import Arithmetic, Operand
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """A block's attention, head by head, with scales multiplied in."""
-
-    query: Tensor
-    """(H, D, E)"""
-    query_bias: Tensor | None
-    """(H, E)"""
-    key: Tensor
-    key_bias: Tensor | None
-    value: Tensor
-    """(H, D, E), without its bias, which is in `added`."""
-    value_bias: Tensor | None
-    output: Tensor
-    """(H, E, D)"""
-    added: Tensor | None
-    """(H, D): what the bias of the values adds to the output of an open head."""
-    bias: Tensor | None
-    """(D,) of the output."""
-    query_norm: nn.Module
-    key_norm: nn.Module
+from export.weights import HeadWeights
 
 
 @dataclass(frozen=True)
@@ -59,42 +33,6 @@ class Closing:
     """bool (B, 1, 1, heads)"""
     number: str
     """The same as float32, 0 or 1."""
-
-
-@torch.no_grad()
-def head_weights(block: Block) -> HeadWeights:
-    """The weights of a block's attention, by head, without gradients.
-
-    The scale of the queries and the layer scale are multiplied in. Unless keys are normed, their bias is None: it would
-    change no answer.
-    """
-    attn, gamma = cast(Attention, block.attn), getattr(block.ls1, "gamma", torch.ones(()))
-    h, e = attn.num_heads, attn.head_dim
-    query, key, value = attn.qkv.weight.view(3, h, e, -1).transpose(2, 3)  # each (H, D, E)
-    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.view(3, h, e).unbind()
-    key_bias: Tensor | None
-    query_bias, key_bias, value_bias = biases
-    query_norm, key_norm = attn.q_norm, attn.k_norm
-    if isinstance(query_norm, nn.Identity):
-        query = query * attn.scale
-        query_bias = None if query_bias is None else query_bias * attn.scale
-    else:
-        query_norm = nn.Sequential(query_norm, _Scale(attn.scale))
-    if isinstance(key_norm, nn.Identity):
-        key_bias = None
-    output = (attn.proj.weight.T * gamma).view(h, e, -1)  # (H, E, D)
-    added = None if value_bias is None else torch.einsum("he,hed->hd", value_bias, output)
-    bias = None if attn.proj.bias is None else attn.proj.bias * gamma
-    return HeadWeights(query, query_bias, key, key_bias, value, value_bias, output, added, bias, query_norm, key_norm)
-
-
-class _Scale(nn.Module):
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 def masked(
@@ -160,7 +98,7 @@ def dispatch(
     if not heads:
         return total
     entered = arithmetic.enter(g, y, f"{name}/attention/in")
-    if closing is None:  # every head on: head by head all the same, which is faster on a CPU than all at once
+    if closing is None:  # every head open: one by one, which is faster on a CPU than all at once
         all_mixed = [_mixed(g, arithmetic, w, entered, leaving, head, f"{name}/head{head}") for head in heads]
         mixed = g.op("Concat", *all_mixed, name=f"{name}/mixed", axis=-1)
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed")
@@ -179,7 +117,7 @@ def dispatch(
         mixed = _mixed(g, arithmetic, w, tokens, leaving, head, at)
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed", at)
         out = arithmetic.linear(g, operand, w.output[head], None, f"{at}/output")
-        total = g.op("ScatterND", total, own, out, name=f"{at}/added", reduction="add")  # no image twice
+        total = g.op("ScatterND", total, own, out, name=f"{at}/added", reduction="add")  # no image occurs twice
     return total
 
 
@@ -206,7 +144,7 @@ ATTENTION: dict[str, Attend] = {"dispatch": dispatch, "masked": masked, "compact
 
 
 def _with_biases(g: Builder, w: HeadWeights, x: str, closing: Closing | None, heads: Sequence[int], name: str) -> str:
-    """x plus what does not depend on the tokens: the bias of the output, and those of the open heads' values."""
+    """x plus the bias of the output and the biases of the open heads' values, which do not depend on the tokens."""
     if closing is None or w.added is None or not heads:
         bias = w.bias
         if w.added is not None and closing is None:

@@ -4,6 +4,7 @@ A value is its name. A node bears the name of its first output, a path such as `
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnx
 import torch
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
 OPSET = 20
@@ -21,17 +23,17 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 EXTERNAL_FROM = 1_900_000_000
-"""Bytes of weights from which they go into a file beside the graph: a protobuf message ends at 2 GiB."""
+"""Bytes of weights from which they go into a file beside the graph: a protobuf message has at most 2 GiB."""
 
 
 class Builder:
     """The nodes, weights and outputs of a graph, until `finish` makes a model of them.
 
-    `op`, `ops`, `weight` and `output` raise ValueError when a name is taken.
+    Every method that names something raises ValueError when the name is taken.
     """
 
     def __init__(self, real: type[np.floating[Any]] = np.float32) -> None:
-        """real: what the tokens, and the weights that meet them, are made of; float32 or float16."""
+        """real: the type of the tokens and the weights that meet them, float32 or float16."""
         self._real = real
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, TensorProto] = {}
@@ -43,19 +45,15 @@ class Builder:
         return self.ops(kind, *inputs, names=(name,), domain=domain, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str], domain: str = "", **attributes: Any) -> Sequence[str]:
-        """Add a node with several outputs; returns their names. An output that nobody needs has the name ""."""
-        for name in filter(None, names):
-            if name in self._names:
-                raise ValueError(f"the name {name} is taken")
-            self._names.add(name)
+        """Add a node with several outputs; returns their names. An unused output has the name ""."""
+        self._take(*filter(None, names))
         self._nodes.append(helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes))
         return names
 
     def weight(self, name: str, array: ArrayLike | Tensor, dtype: Any = None) -> str:
-        """A constant with a name of its own; dtype: as the tokens when it is not given."""
+        """A constant with its own name. dtype: by default that of the tokens."""
         value = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-        if name in self._weights or name in self._names:
-            raise ValueError(f"the name {name} is taken")
+        self._take(name)
         self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype or self._real)), name)
         return name
 
@@ -72,14 +70,21 @@ class Builder:
         return self._shared("matrix", np.array([[value]], np.int64))
 
     def number(self, value: float) -> str:
-        """A float32 scalar, whatever the tokens are; equal ones are one constant."""
+        """A float32 scalar; equal ones are one constant."""
         return self._shared("number", np.array(value, np.float32))
 
     def _shared(self, kind: str, array: NDArray[Any]) -> str:
         name = f"{kind}/{'x'.join(map(str, array.flatten().tolist()))}"
         if name not in self._weights:
+            self._take(name)
             self._weights[name] = numpy_helper.from_array(array, name)
         return name
+
+    def _take(self, *names: str) -> None:
+        for name in names:
+            if name in self._names:
+                raise ValueError(f"the name {name} is taken")
+            self._names.add(name)
 
     def affine(self, norm: nn.LayerNorm, name: str, dtype: Any = None) -> tuple[str, str]:
         """The constants <name>.weight and <name>.bias of a norm, 1 and 0 where it has none; dtype: as of weight."""
@@ -92,17 +97,17 @@ class Builder:
         return self.op("Slice", tokens, self.integers(0), self.integers(count), self.integers(1), name=name)
 
     def real(self, value: str, name: str) -> str:
-        """A float32 or bool value as the tokens are."""
+        """A float32 or bool value, cast to the type of the tokens."""
         return self.op("Cast", value, name=name, to=helper.np_dtype_to_tensor_dtype(np.dtype(self._real)))
 
     def float32(self, value: str, name: str) -> str:
-        """A value of the tokens as float32."""
+        """A value of the tokens, cast to float32."""
         return value if self._real is np.float32 else self.op("Cast", value, name=name, to=TensorProto.FLOAT)
 
     def call(self, module: nn.Module, value: str, example: Tensor, name: str) -> str:
-        """What PyTorch's exporter makes of a module of one input, whose axis 0 is the batch, and one output.
+        """A module of one input and one output, with the batch on axis 0, as PyTorch's exporter writes it.
 
-        It is computed in float32; the output is as the tokens.
+        It computes in float32; the output has the type of the tokens.
         """
         part = exported(module, example)
         out = name if self._real is np.float32 else f"{name}/float32"
@@ -114,12 +119,13 @@ class Builder:
 
         for tensor in part.initializer:
             tensor.name = rename(tensor.name)
+            self._take(tensor.name)
             self._weights[tensor.name] = tensor
         for node in part.node:
             node.name = f"{name}/{node.name}"
             node.input[:] = [rename(old) for old in node.input]
             node.output[:] = [rename(old) for old in node.output]
-            self._names.update(node.output)
+            self._take(*filter(None, node.output))
             self._nodes.append(node)
         return name if out == name else self.real(out, name)
 
@@ -154,8 +160,12 @@ def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelPr
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the weights that the model itself holds. Those in a file beside it do not count."""
-    return sum(len(weight.raw_data) for weight in model.graph.initializer)
+    """Bytes of the weights in the model itself, without those in a file beside it."""
+    return sum(
+        math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        for weight in model.graph.initializer
+        if not uses_external_data(weight)
+    )
 
 
 def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM) -> list[Path]:
@@ -171,9 +181,9 @@ def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM)
 
 def exported(module: nn.Module, example: Tensor) -> onnx.GraphProto:
     """The graph of one module in evaluation mode. example (batch, ...), any batch."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every node that it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every node that it does not convert
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes to itself; what matters is compared in certify.py
+        warnings.simplefilter("ignore")  # internal to the exporter; certify.py checks the result
         program = torch.onnx.export(
             module.eval(),
             (example,),

@@ -43,8 +43,8 @@ def dashboard(title: str, uid: str, description: str, variables: list[QueryVaria
     board.link(others.include_vars(True).keep_time(True)).tooltip(DashboardCursorSync.CROSSHAIR)
     board.time("now-1h", "now").refresh("30s").timezone("browser")
     board.with_variable(DatasourceVariable("datasource").label("Data source").type("prometheus"))
-    for found in variables:
-        board.with_variable(found)
+    for variable in variables:
+        board.with_variable(variable)
     ids = count(1)
     for name, height, panels in rows:
         board.with_row(Row(name).id(next(ids)))
@@ -55,11 +55,11 @@ def dashboard(title: str, uid: str, description: str, variables: list[QueryVaria
 
 def variable(name: str, label: str, query: str, description: str, every: bool = True) -> QueryVariable:
     """every: whether several values can be chosen, and all of them are at first; else it is one."""
-    found = QueryVariable(name).label(label).description(description).datasource(SOURCE).query(query)
-    found.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
+    query_variable = QueryVariable(name).label(label).description(description).datasource(SOURCE).query(query)
+    query_variable.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
     if every:
-        found.multi(True).include_all(True).all_value(".*").current(VariableOption(True, "All", "$__all"))
-    return found
+        query_variable.multi(True).include_all(True).all_value(".*").current(VariableOption(True, "All", "$__all"))
+    return query_variable
 
 
 def number(title: str, description: str, unit: str, expr: str, steps: Steps = ((None, "blue"),)) -> stat.Panel:
