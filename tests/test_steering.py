@@ -21,6 +21,7 @@ from training.steering import (
     digest,
     profiles_from_json,
     profiles_to_json,
+    terms_from_json,
     to_arrays,
 )
 
@@ -107,6 +108,10 @@ def test_profiles_survive_json(of_profiles: list[Terms]) -> None:
         SteeringProfile(f"p{i}", ("a", "b"), "learned", t, {"split": "test"}) for i, t in enumerate(of_profiles)
     )
     assert profiles_from_json(json.loads(json.dumps(profiles_to_json(profiles)))) == profiles
+
+
+def one_term(**changes: object) -> Terms:
+    return terms_from_json({"0": [{"latent": 1, "scale": 2.0, "shift": 0, **changes}]})
 
 
 @pytest.mark.parametrize(
