@@ -264,8 +264,10 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
                 )
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}: {error.filename}") from error
-    except (BundleError, SteeringError) as error:
+    except BundleError as error:
         raise BundleError(f"{folder}: {error}") from error
+    except SteeringError as error:
+        raise BundleError(f"{folder / 'profiles.json'}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}

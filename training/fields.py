@@ -55,7 +55,7 @@ def sentence(error: ValidationError) -> str:
         case "missing":
             return f"{path} is missing"
         case "value_error":
-            return f"{path}: {first['ctx']['error']}".removeprefix("the whole: ")
+            return f"{path}: {first['ctx']['error']}".removeprefix("the content: ")
         case kind if kind in ALLOWED:
             allowed = ALLOWED[kind].format(**first.get("ctx", {}))
         case _:
@@ -67,4 +67,4 @@ def _path(location: tuple[int | str, ...]) -> str:
     if location[-1:] == ("[key]",):
         return f"a key of {_path(location[:-2])}"
     names = (f".{part}" if str(part).isidentifier() else f"[{part!r}]" for part in location)
-    return "".join(names).removeprefix(".") or "the whole"
+    return "".join(names).removeprefix(".") or "the content"

@@ -67,11 +67,11 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def check_name(name: object) -> str:
+def check_name(name: str) -> str:
     """A name that every file, message and metric can carry, in its canonical form. Raises SteeringError."""
-    name = canonical(name) if isinstance(name, str) else name
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        raise SteeringError(f"name is {str(name)[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
+    name = canonical(name)
+    if not 0 < len(name) <= MAX_NAME:
+        raise SteeringError(f"name is {name[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         raise SteeringError(
             f"name is {name!a}; allowed: no control characters, no line separators, no halves of surrogate pairs"
@@ -83,7 +83,7 @@ def check_name(name: object) -> str:
 
 @dataclass(frozen=True)
 class TermEntry:
-    """A term in a file, where nothing is left out."""
+    """A term in a file, where no field is left out: z' = scale * z + shift."""
 
     latent: Annotated[int, Field(strict=True, ge=0)]
     scale: Number
