@@ -28,7 +28,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from training.fields import AS_INTEGER, Count, Natural, Number, checked_as, read, read_as
 from training.image_spec import ImageSpec
@@ -170,7 +170,7 @@ class Manifest:
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
         """Raises BundleError, naming the field, when the manifest is not one that this program reads."""
-        manifest = read(_MANIFEST, value, BundleError, "manifest.json: ")
+        manifest = read(cls, value, BundleError, "manifest.json: ")
         manifest._validate()
         return manifest
 
@@ -203,9 +203,6 @@ class Manifest:
         graphs = [*(graph.file for graph in self.graphs), *(entry.file for entry in self.specialised)]
         for required in ("profiles.json", "sae.safetensors", "golden.npz", *graphs):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
-
-
-_MANIFEST = TypeAdapter(Manifest)
 
 
 def specialised_file(index: int, precision: str) -> str:

@@ -3,8 +3,10 @@
 Pydantic and the standard library only: the server imports this module.
 """
 
+import functools
 import re
 import reprlib
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError, WrapValidator
@@ -27,6 +29,8 @@ ALLOWED = {
     "unexpected_keyword_argument": "no such field",
 }
 """By pydantic's name of an error, where its own words are of Python."""
+adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
+"""Made when first used: programs that read no file, such as clients, need none."""
 
 
 def read_as(kind: Any) -> GetPydanticSchema:
@@ -39,12 +43,13 @@ def checked_as(kind: Any) -> GetPydanticSchema:
     return read_as(Annotated[kind, WrapValidator(lambda value, check: (check(value), value)[1])])
 
 
-def read(adapter: TypeAdapter[T], value: Any, error: type[Exception], where: str = "") -> T:
-    """The object that a JSON value describes. Raises `error` with one sentence, which begins with `where`."""
+def read(kind: type[T], value: Any, error: type[Exception], where: str = "") -> T:
+    """The object of this type that a JSON value describes. Raises `error` with one sentence, after `where`."""
     try:
-        return adapter.validate_python(value)
+        content: T = adapter(kind).validate_python(value)
     except ValidationError as invalid:
         raise error(where + sentence(invalid)) from invalid
+    return content
 
 
 def sentence(error: ValidationError) -> str:

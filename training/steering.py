@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field
 
 from training.fields import Number, checked_as, read, read_as
 
@@ -134,10 +134,6 @@ class ProfileFile:
     profiles: tuple[SteeringProfile, ...] = ()
 
 
-_TERMS: TypeAdapter[Terms] = TypeAdapter(Terms)
-_FILE = TypeAdapter(ProfileFile)
-
-
 @dataclass(frozen=True)
 class SteeringArrays:
     """The steering inputs of the graph for B images, S sites and T terms, padded with the neutral term."""
@@ -210,7 +206,7 @@ def terms_to_json(terms: Terms) -> dict[str, Any]:
 
 def terms_from_json(value: Any) -> Terms:
     """What terms_to_json wrote. Raises SteeringError, naming the field."""
-    return read(_TERMS, value, SteeringError)
+    return read(Terms, value, SteeringError)  # type: ignore[type-abstract]
 
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
@@ -221,7 +217,7 @@ def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
 
 def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
     """Profiles of a profiles.json, whatever it holds. Raises SteeringError, naming the field."""
-    profiles = read(_FILE, value, SteeringError).profiles
+    profiles = read(ProfileFile, value, SteeringError).profiles
     counts = Counter(profile.name for profile in profiles)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise SteeringError(f"profile {twice[0]!r} is there twice; allowed: once")
