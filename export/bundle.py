@@ -8,7 +8,7 @@
   sae.safetensors      autoencoders and gates, for explanations
   golden.npz           a few inputs and the outputs expected of them
 ```
-Standard library and numpy only: the server imports this module.
+Standard library, numpy and pydantic only: the server imports this module.
 """
 
 import fcntl
@@ -24,23 +24,27 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from training.fields import AS_INTEGER, Count, Natural, Number, checked_as, read, read_as
 from training.image_spec import ImageSpec
-from training.steering import SteeringError, SteeringProfile, check, check_name, digest, profiles_from_json
+from training.steering import Name, SteeringError, SteeringProfile, check, digest, profiles_from_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION: Final = 2
 ATTENTIONS = ("dispatch", "masked", "compact", "fused")
 PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
-MOST = 2**53
-"""Of what is counted: every whole number up to it is a float too."""
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
+
+FileName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Attention = Annotated[str, read_as(Literal[ATTENTIONS])]
+Precision = Annotated[str, read_as(Literal[PRECISIONS])]
 
 
 class BundleError(Exception):
@@ -51,9 +55,9 @@ class BundleError(Exception):
 class Site:
     """A gated block whose gate can be steered: it has an autoencoder."""
 
-    block: int
+    block: Count
     """The gated block whose gate is steered."""
-    latents: int
+    latents: Count
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,9 @@ class Graph:
     """A graph for all profiles: the steering is an input."""
 
     file: str
-    attention: str
-    """One of ATTENTIONS."""
-    precision: str
-    """One of PRECISIONS."""
-    opset: int
+    attention: Attention
+    precision: Precision
+    opset: Count
     certificate: Mapping[str, Any]
     """How far its answers were from PyTorch's when it was exported."""
 
@@ -76,14 +78,13 @@ class Specialised:
     input is the image; the heads that are not in it report 0."""
 
     file: str
-    precision: str
-    """One of PRECISIONS."""
+    precision: Precision
     profile: str
     digest: str
     """Of the profile's terms (training/steering.py): the graph answers for these alone."""
-    kept: tuple[tuple[int, ...], ...]
+    kept: tuple[tuple[Natural, ...], ...]
     """The heads that are left of each gated block."""
-    threshold: float
+    threshold: Number
     """Heads that a smaller share of the classes' images kept were left out."""
     before: Mapping[str, Any]
     """What the profile does on held-out images with all heads, and `after` with those that are left."""
@@ -96,9 +97,9 @@ class Specialised:
 class Macs:
     """Multiply-accumulates per image, by the counter of training/model/macs.py."""
 
-    dense: int
+    dense: Count
     """Every head on."""
-    per_head: tuple[int, ...]
+    per_head: tuple[Natural, ...]
     """What one head costs, by gated block."""
 
     def spent(self, head_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -112,35 +113,44 @@ class FileEntry:
     """The size and digest that a file of the bundle must have."""
 
     sha256: str
-    size: int
+    size: Natural
     """Bytes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is read of a model's evaluation; there may be more in it."""
+
+    head_usage: Number = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json: the model, its graphs, its evaluation, and every other file of the bundle."""
 
-    name: str
-    version: int
-    labels: tuple[str, ...]
+    schema_version: Literal[2]
+    name: FileName
+    version: Annotated[int, Field(strict=True, ge=1, lt=10**18), AS_INTEGER]
+    labels: Annotated[tuple[Name, ...], Field(min_length=2)]
     image: ImageSpec
-    gated_blocks: tuple[int, ...]
-    heads: int
+    gated_blocks: Annotated[tuple[Count, ...], Field(min_length=1)]
+    heads: Count
     """A block."""
-    dim: int
+    dim: Count
     """Width of the residual stream."""
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)]
     macs: Macs
-    graphs: tuple[Graph, ...]
+    graphs: Annotated[tuple[Graph, ...], Field(min_length=1)]
     """The first is the default."""
-    evaluation: Mapping[str, Any]
+    evaluation: Annotated[Mapping[str, Any], checked_as(Measured)]
     """Of the unsteered model on the test split, not in a compact bundle; and the `warnings` of its run, if any."""
     compact: Mapping[str, Any] | None
     """Of a compact bundle: its profile, the heads that are left, and what leaving out the others did on held-out
     images."""
     gates_sae_digest: str
     """Of the weights that give a steering term its meaning; profiles are bound to it."""
-    files: Mapping[str, FileEntry]
+    files: Mapping[FileName, FileEntry]
     """Every file but the manifest itself."""
     specialised: tuple[Specialised, ...] = ()
     """Not in older bundles."""
@@ -152,7 +162,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The value of manifest.json, which from_json reads."""
-        value = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        value = asdict(self)
         if not self.specialised:
             del value["specialised"]  # as bundles were before there were such graphs
         return value
@@ -160,95 +170,39 @@ class Manifest:
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
         """Raises BundleError, naming the field, when the manifest is not one that this program reads."""
-        if not isinstance(value, dict):
-            raise BundleError(f"manifest.json holds a {type(value).__name__}; allowed: an object")
-        if value.get("schema_version") != SCHEMA_VERSION:
-            raise BundleError(
-                f"manifest.json: schema_version is {value.get('schema_version')}; allowed: {SCHEMA_VERSION}"
-            )
-        try:
-            manifest = cls(
-                name=str(value["name"]),
-                version=int(value["version"]),
-                labels=tuple(map(check_name, value["labels"])),
-                image=ImageSpec.from_json(value["image"]),
-                gated_blocks=tuple(map(int, value["gated_blocks"])),
-                heads=int(value["heads"]),
-                dim=int(value["dim"]),
-                sites=tuple(Site(int(s["block"]), int(s["latents"])) for s in value["sites"]),
-                macs=Macs(int(value["macs"]["dense"]), tuple(map(int, value["macs"]["per_head"]))),
-                graphs=tuple(Graph(**g) for g in value["graphs"]),
-                evaluation=dict(value["evaluation"]),
-                compact=None if value["compact"] is None else dict(value["compact"]),
-                gates_sae_digest=str(value["gates_sae_digest"]),
-                files={str(k): FileEntry(str(v["sha256"]), int(v["size"])) for k, v in value["files"].items()},
-                specialised=tuple(
-                    Specialised(**{**entry, "kept": tuple(tuple(map(int, heads)) for heads in entry["kept"])})
-                    for entry in value.get("specialised", [])
-                ),
-            )
-        except KeyError as error:
-            raise BundleError(f"manifest.json: {error.args[0]} is missing") from error
-        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise BundleError(f"manifest.json: {error}") from error
+        manifest = read(cls, value, BundleError, "manifest.json: ")
         manifest._validate()
         return manifest
 
     def _validate(self) -> None:
+        """What fields say of each other."""
+
         def require(condition: bool, field: str, value: object, allowed: str) -> None:
             if not condition:
                 raise BundleError(f"manifest.json: {field} is {value!r}; allowed: {allowed}")
 
-        require(bool(NAME.fullmatch(self.name)), "name", self.name, NAME.pattern)
-        require(1 <= self.version < 10**18, "version", self.version, "a positive integer of at most 18 digits")
-        require(len(set(self.labels)) == len(self.labels) >= 2, "labels", self.labels, "two or more different labels")
-        for name in ("heads", "dim"):
-            require(1 <= getattr(self, name) < MOST, name, getattr(self, name), "1 or more")
-        blocks = self.gated_blocks
-        require(
-            bool(blocks) and blocks[0] >= 1 and list(blocks) == sorted(set(blocks)),
-            "gated_blocks", blocks, "rising block numbers from 1 on",
-        )  # fmt: skip
-        site_blocks = [site.block for site in self.sites]
-        require(
-            set(site_blocks) <= set(blocks) and site_blocks == sorted(set(site_blocks)) != [],
-            "sites", site_blocks, "some of the gated blocks, rising",
-        )  # fmt: skip
-        require(min(self.latents) >= 1, "sites.latents", self.latents, "1 or more each")
-        dense, per_head = self.macs.dense, self.macs.per_head
-        require(
-            len(per_head) == len(blocks) and min(per_head) >= 0,
-            "macs.per_head", per_head, "one number of 0 or more a gated block",
-        )  # fmt: skip
-        least = max(1, self.heads * sum(per_head))
-        require(least <= dense < MOST, "macs.dense", dense, f"{least} or more, as all heads together")
-        usage = self.evaluation.get("head_usage", 0.0)
-        require(isinstance(usage, int | float), "evaluation.head_usage", usage, "a number")
-        warnings = self.evaluation.get("warnings", [])
-        require(
-            isinstance(warnings, list) and all(isinstance(warning, str) for warning in warnings),
-            "evaluation.warnings", warnings, "a list of sentences",
-        )  # fmt: skip
-        require(bool(self.graphs), "graphs", self.graphs, "one or more")
+        require(len(set(self.labels)) == len(self.labels), "labels", self.labels, "different ones")
+        blocks, sites = self.gated_blocks, tuple(site.block for site in self.sites)
+        require(list(blocks) == sorted(set(blocks)), "gated_blocks", blocks, "rising block numbers")
+        allowed = "some of the gated blocks, rising"
+        require(set(sites) <= set(blocks) and list(sites) == sorted(set(sites)), "sites", sites, allowed)
+        per_head = self.macs.per_head
+        require(len(per_head) == len(blocks), "macs.per_head", per_head, "one number a gated block")
+        least = self.heads * sum(per_head)
+        require(least <= self.macs.dense, "macs.dense", self.macs.dense, f"{least} or more, as all heads together")
         for graph in self.graphs:
-            require(graph.attention in ATTENTIONS, "graphs.attention", graph.attention, ", ".join(ATTENTIONS))
-            require(graph.precision in PRECISIONS, "graphs.precision", graph.precision, ", ".join(PRECISIONS))
             file = f"{graph.attention}.{graph.precision}.onnx"
             require(graph.file == file, "graphs.file", graph.file, file)
-            require(isinstance(graph.certificate, Mapping), "graphs.certificate", graph.certificate, "an object")
         for index, entry in enumerate(self.specialised):
-            require(entry.precision in PRECISIONS, "specialised.precision", entry.precision, ", ".join(PRECISIONS))
             file = specialised_file(index, entry.precision)
             require(entry.file == file, "specialised.file", entry.file, file)
             require(
-                len(entry.kept) == len(blocks) and all(set(of) <= set(range(self.heads)) for of in entry.kept),
+                len(entry.kept) == len(blocks) and all(head < self.heads for of in entry.kept for head in of),
                 "specialised.kept", entry.kept, "some of the heads of each gated block",
             )  # fmt: skip
         graphs = [*(graph.file for graph in self.graphs), *(entry.file for entry in self.specialised)]
         for required in ("profiles.json", "sae.safetensors", "golden.npz", *graphs):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
-        for name in self.files:
-            require(bool(NAME.fullmatch(name)), "files", name, "plain file names")
 
 
 def specialised_file(index: int, precision: str) -> str:
@@ -307,8 +261,10 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
                 )
     except OSError as error:
         raise BundleError(f"{folder}: {error.strerror}: {error.filename}") from error
-    except (BundleError, SteeringError) as error:
+    except BundleError as error:
         raise BundleError(f"{folder}: {error}") from error
+    except SteeringError as error:
+        raise BundleError(f"{folder / 'profiles.json'}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}

@@ -13,6 +13,7 @@ from safetensors.numpy import save as safetensors
 
 from export.builder import OPSET, save
 from export.bundle import (
+    SCHEMA_VERSION,
     Bundle,
     BundleError,
     Golden,
@@ -106,6 +107,7 @@ def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
     weights = {key: value.numpy() for key, value in sae.state_dict().items()}
     weights |= {f"gates.{key}": value.numpy() for key, value in model.gates.state_dict().items()}
     manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
         name=settings.name,
         version=version,
         labels=source.labels,
@@ -149,7 +151,7 @@ def _read(run: Run, settings: ExportSettings) -> _Source:
         model, evaluation = compacted.model, {}
         _show(compacted, profile, model.heads)
     evaluation |= warnings
-    spec, steered = ImageSpec.from_json(made["image"]), SteeredVit(model, sae).eval()
+    spec, steered = ImageSpec(**made["image"]), SteeredVit(model, sae).eval()
     return _Source(spec, labels, macs, steered, profiles, evaluation, selection, compacted)
 
 

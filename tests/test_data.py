@@ -557,7 +557,7 @@ def test_unusable_folders_are_named(folder: Path, of_folder: Settings, tmp_path:
         refused(r"a/deep\.png is not a readable image: the pixel format is I;16; allowed: 8 bits", memory=memory)
         deep.unlink()
     refused(r"label 'a' has too few images: none is left for the train split", test_fraction=0.89, max_train=10)
-    refused(r"data\.mean, data\.std: image\.mean has 1 values; allowed: one per channel \(3\)", mean=(0.5,))
+    refused(r"data\.mean, data\.std: mean has 1 values; allowed: one per channel \(3\)", mean=(0.5,))
     refused(r"data\.root is nowhere; allowed: a folder of images", root=Path("nowhere"))
     (folder / "empty").mkdir()
     refused(r"images/empty has 0 images; allowed: at least 3 a label")

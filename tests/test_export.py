@@ -155,7 +155,7 @@ def test_specialised_graphs_are_for_the_terms_that_they_were_made_with(bundle: B
     for change, message in (
         ({"kept": [[0, 99]] * 5}, "specialised.kept"),
         ({"file": "other.onnx"}, "specialised.file is 'other.onnx'; allowed: specialised-0.fp16.onnx"),
-        ({"precision": "fp8"}, "specialised.precision is 'fp8'"),
+        ({"precision": "fp8"}, "specialised[0].precision is 'fp8'"),
     ):
         with pytest.raises(BundleError, match=re.escape(message)):
             Manifest.from_json({**value, "files": files, "specialised": [{**entry, **change}]})

@@ -1,6 +1,7 @@
 """The borders of the project: who may import what, and generated files that match their sources."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from processes import ROOT
 
 from export.bundle import Bundle
@@ -16,6 +18,7 @@ FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
     "matplotlib", "jinja2", "tqdm",
 }  # fmt: skip
+SCHEMAS = ROOT / "docs" / "schemas"
 SERVING = ["service.__main__", "service.client", "service.demo", "service.server", "export.bundle"]
 
 
@@ -81,6 +84,35 @@ def test_generated_code_matches_the_proto_files(tmp_path: Path) -> None:
         assert fresh.read_text() == committed.read_text(), f"{name} is stale: make proto"
 
 
+def test_the_schemas_are_what_the_classes_write(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "export.schemas", str(tmp_path)], cwd=ROOT, check=True)
+    for name in ("manifest", "profiles"):
+        fresh, committed = (folder / f"{name}.schema.json" for folder in (tmp_path, SCHEMAS))
+        assert fresh.read_text() == committed.read_text(), f"{committed.name} is stale: make schemas"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("manifest", {"schema_version": 1}),
+        ("manifest", {"image": {"height": 28}}),
+        ("manifest", {"labels": ["one"]}),
+        (
+            "profiles",
+            {"profiles": [{"name": "x", "classes": [], "strategy": "", "terms": {"0": [{"latent": 1}]}}]},
+        ),
+    ],
+)
+def test_the_committed_bundle_is_valid_by_the_schemas_and_a_wrong_one_is_not(
+    bundle: Bundle, name: str, wrong: dict[str, object]
+) -> None:
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    valid = json.loads((bundle.folder / f"{name}.json").read_text())
+    assert Draft202012Validator(schema).is_valid(valid)
+    assert not Draft202012Validator(schema).is_valid(valid | wrong)
+
+
 def test_the_readme_names_only_files_and_targets_that_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
@@ -92,7 +124,7 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
 
 def test_the_architecture_page_names_only_files_that_exist() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    named = set(re.findall(r"`((?:training|export|service|tests|deploy|proto)/[\w./-]*)", page))
+    named = set(re.findall(r"`((?:training|export|service|tests|deploy|docs|proto)/[\w./-]*)", page))
     assert len(named) > 50
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

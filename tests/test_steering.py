@@ -21,6 +21,7 @@ from training.steering import (
     digest,
     profiles_from_json,
     profiles_to_json,
+    terms_from_json,
     to_arrays,
 )
 
@@ -109,6 +110,10 @@ def test_profiles_survive_json(of_profiles: list[Terms]) -> None:
     assert profiles_from_json(json.loads(json.dumps(profiles_to_json(profiles)))) == profiles
 
 
+def one_term(**changes: object) -> Terms:
+    return terms_from_json({"0": [{"latent": 1, "scale": 2.0, "shift": 0, **changes}]})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -120,7 +125,10 @@ def test_profiles_survive_json(of_profiles: list[Terms]) -> None:
         (lambda: check({1: (SteeringTerm(0),)}, [8]), "site is 1; allowed: 0 to 0"),
         (lambda: check({0: (SteeringTerm(1), SteeringTerm(1))}, [8]), "latent 1 at site 0 is given twice"),
         (lambda: profiles_from_json({"schema_version": 2}), "schema_version is 2; allowed: 1"),
-        (lambda: profiles_from_json({"schema_version": 1, "profiles": [{"name": "x"}]}), "profile 'x'"),
+        (
+            lambda: profiles_from_json({"schema_version": 1, "profiles": [{"name": "x"}]}),
+            "profiles[0].classes is missing",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_named(make: object, message: str) -> None:

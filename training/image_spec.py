@@ -1,14 +1,16 @@
-"""What pixels a model reads: the one definition that training, export and the server share.
+"""What pixels a model reads: the one definition that training, export and the server share. No torch."""
 
-Standard library only, so that the server can import it without torch.
-"""
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+from training.fields import Number
+
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Pillow's names of the pixel formats that are read. Of more than 8 bits a channel it would make white."""
+Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 
 
 def check_mode(mode: str) -> None:
@@ -17,7 +19,7 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"the pixel format is {mode}; allowed: 8 bits a channel ({', '.join(MODES)})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ImageSpec:
     """How an encoded image becomes the `image` input of a model.
 
@@ -26,38 +28,27 @@ class ImageSpec:
     (pixel / 255 - mean) / std per channel.
     """
 
-    height: int
+    height: Side
     """Pixels."""
-    width: int
+    width: Side
     """Pixels."""
-    channels: int
+    channels: Literal[1, 3]
     """1 (grey) or 3 (RGB)."""
-    resize: int
+    resize: Side
     """Length of the shorter side after resizing, in pixels; at least height and width."""
-    interpolation: str
-    """One of INTERPOLATIONS."""
-    mean: tuple[float, ...]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    mean: tuple[Number, ...]
     """Per channel, of pixels scaled to 0..1."""
-    std: tuple[float, ...]
-    """Per channel, of pixels scaled to 0..1; above 0."""
+    std: tuple[Annotated[Number, Field(gt=0)], ...]
+    """Per channel, of pixels scaled to 0..1."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "resize"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 4096:
-                raise ValueError(f"image.{name} is {value!r}; allowed: 1 to 4096")
-        if self.channels not in (1, 3):
-            raise ValueError(f"image.channels is {self.channels}; allowed: 1 (grey) or 3 (RGB)")
+        """Raises ValueError, of which pydantic's ValidationError is one, as for a field that is wrong in itself."""
         if self.resize < max(self.height, self.width):
-            raise ValueError(f"image.resize is {self.resize}; allowed: at least {max(self.height, self.width)}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"image.interpolation is {self.interpolation!r}; allowed: {', '.join(INTERPOLATIONS)}")
+            raise ValueError(f"resize is {self.resize}; allowed: at least {max(self.height, self.width)}")
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if len(value) != self.channels:
-                raise ValueError(f"image.{name} has {len(value)} values; allowed: one per channel ({self.channels})")
-        if not min(self.std) > 0:
-            raise ValueError(f"image.std is {self.std}; allowed: above 0")
+            if (count := len(getattr(self, name))) != self.channels:
+                raise ValueError(f"{name} has {count} values; allowed: one per channel ({self.channels})")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,10 +56,5 @@ class ImageSpec:
         return self.height, self.width, self.channels
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, which from_json reads."""
+        """The fields by name."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "ImageSpec":
-        """Raises ValueError, naming the field, on a value that is not allowed; TypeError on a missing or extra one."""
-        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})

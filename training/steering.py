@@ -3,22 +3,25 @@
 A term changes one latent of one site: z' = scale * z + shift. What is added to the gate's input is
 ((scale - 1) * z + shift) * decoder row, so the neutral term (scale 1, shift 0) adds exactly nothing.
 
-Standard library and numpy only: the server imports this module.
+Standard library, numpy and pydantic only: the server imports this module.
 """
 
 import hashlib
 import json
 import math
-import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
 
-SCHEMA_VERSION = 1
+from training.fields import Number, checked_as, read, read_as
+
+SCHEMA_VERSION: Final = 1
 GATE_BOUND = 4.0
 """A gate logit is GATE_BOUND * tanh(linear / GATE_BOUND)."""
 GATE_EPSILON = 1e-5
@@ -47,7 +50,7 @@ class SteeringTerm:
             raise SteeringError(f"latent is {self.latent}; allowed: 0 or more")
         for name in ("scale", "shift"):
             value = getattr(self, name)
-            if not math.isfinite(value) or abs(value) > 1e6:
+            if not -1e6 <= value <= 1e6:  # NaN too
                 raise SteeringError(f"{name} is {value}; allowed: a finite number from -1e6 to 1e6")
             object.__setattr__(self, name, float(np.float32(value)) + 0.0)  # no -0.0: equal terms look alike
 
@@ -64,11 +67,11 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def check_name(name: object) -> str:
+def check_name(name: str) -> str:
     """A name that every file, message and metric can carry, in its canonical form. Raises SteeringError."""
-    name = canonical(name) if isinstance(name, str) else name
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        raise SteeringError(f"name is {str(name)[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
+    name = canonical(name)
+    if not 0 < len(name) <= MAX_NAME:
+        raise SteeringError(f"name is {name[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         raise SteeringError(
             f"name is {name!a}; allowed: no control characters, no line separators, no halves of surrogate pairs"
@@ -78,26 +81,57 @@ def check_name(name: object) -> str:
     return name
 
 
-Terms = Mapping[int, tuple[SteeringTerm, ...]]
-"""The terms of one image, by site index. Sites without terms are left out."""
+@dataclass(frozen=True)
+class TermEntry:
+    """A term in a file, where no field is left out: z' = scale * z + shift."""
 
+    latent: Annotated[int, Field(strict=True, ge=0)]
+    scale: Number
+    shift: Number
+
+    def term(self) -> SteeringTerm:
+        """Raises SteeringError on a value that is not allowed."""
+        return SteeringTerm(self.latent, self.scale, self.shift)
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+SiteIndex = Annotated[int, read_as(Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$"), AfterValidator(int)])]
+Term = Annotated[SteeringTerm, read_as(Annotated[TermEntry, AfterValidator(TermEntry.term)])]
+Terms = Mapping[SiteIndex, tuple[Term, ...]]
+"""The terms of one image, by site index. Sites without terms are left out."""
 NEUTRAL: Terms = {}
-SITE = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is read of a profile's evaluation; there may be more in it."""
+
+    images: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    before: Mapping[str, Number] = field(default_factory=dict)
+    after: Mapping[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SteeringProfile:
     """Terms under a name, and what they do to the images of its classes."""
 
-    name: str
+    name: Name
     """A class profile bears its label's name."""
-    classes: tuple[str, ...]
+    classes: tuple[Name, ...]
     """The set of labels that it was made for."""
-    strategy: str
+    strategy: Name
     """How its terms were found."""
     terms: Terms
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Annotated[Mapping[str, Any], checked_as(Measured)] = field(default_factory=dict)
     """Its measured effect, before and after."""
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """The content of profiles.json."""
+
+    schema_version: Literal[1]
+    profiles: tuple[SteeringProfile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,100 +205,25 @@ def terms_to_json(terms: Terms) -> dict[str, Any]:
 
 
 def terms_from_json(value: Any) -> Terms:
-    """Raises SteeringError on a term that is not allowed; KeyError, TypeError or ValueError on another structure."""
-    terms = {}
-    for site, of_site in value.items():
-        if not SITE.fullmatch(site):
-            raise SteeringError(f"site is {site!r}; allowed: a number from 0")
-        terms[int(site)] = tuple(
-            SteeringTerm(_whole(t["latent"], "latent"), _number(t["scale"], "scale"), _number(t["shift"], "shift"))
-            for t in of_site
-        )
-    return terms
+    """What terms_to_json wrote. Raises SteeringError, naming the field."""
+    return read(Terms, value, SteeringError)  # type: ignore[type-abstract]
 
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
     """The value of profiles.json, which profiles_from_json reads."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "profiles": [
-            {
-                "name": profile.name,
-                "classes": list(profile.classes),
-                "strategy": profile.strategy,
-                "terms": terms_to_json(profile.terms),
-                "evaluation": dict(profile.evaluation),
-            }
-            for profile in profiles
-        ],
-    }
+    entries = [{**vars(profile), "terms": terms_to_json(profile.terms)} for profile in profiles]
+    return {"schema_version": SCHEMA_VERSION, "profiles": entries}
+
+
+def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
+    """Profiles of a profiles.json, whatever it holds. Raises SteeringError, naming the field."""
+    profiles = read(ProfileFile, value, SteeringError).profiles
+    counts = Counter(profile.name for profile in profiles)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise SteeringError(f"profile {twice[0]!r} is there twice; allowed: once")
+    return profiles
 
 
 def _short(value: float) -> float:
     """The shortest decimal that is the same float32."""
     return float(str(np.float32(value)))
-
-
-def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
-    """Profiles of a profiles.json, whatever it holds. Raises SteeringError, naming the profile and the field."""
-    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
-        found = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
-        raise SteeringError(f"profiles: schema_version is {found}; allowed: {SCHEMA_VERSION}")
-    profiles: dict[str, SteeringProfile] = {}
-    entries = value.get("profiles", [])
-    if not isinstance(entries, list):
-        raise SteeringError(f"profiles: is a {type(entries).__name__}; allowed: a list")
-    for index, entry in enumerate(entries):
-        where = f"profiles[{index}]"
-        try:
-            name = check_name(entry["name"])
-            where = f"profile {name!r}"
-            profile = SteeringProfile(
-                name,
-                tuple(map(check_name, _instance(entry["classes"], list, "classes"))),
-                check_name(entry["strategy"]),
-                terms_from_json(entry["terms"]),
-                _evaluation(entry.get("evaluation", {})),
-            )
-        except SteeringError as error:
-            raise SteeringError(f"{where}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise SteeringError(f"{where}: {type(error).__name__}: {error}") from error
-        if name in profiles:
-            raise SteeringError(f"{where} is there twice; allowed: once")
-        profiles[name] = profile
-    return tuple(profiles.values())
-
-
-def _evaluation(value: Any) -> Mapping[str, Any]:
-    """What is read of it has the type that it is read as."""
-    evaluation: dict[str, Any] = _instance(value, dict, "evaluation")
-    if not 0 <= _whole(evaluation.get("images", 0), "evaluation.images") < 2**32:
-        raise SteeringError(f"evaluation.images is {evaluation['images']}; allowed: 0 to {2**32 - 1}")
-    for part in ("before", "after"):
-        for name, number in _instance(evaluation.get(part, {}), dict, f"evaluation.{part}").items():
-            _number(number, f"evaluation.{part}.{name}")
-    return evaluation
-
-
-def _whole(value: Any, field: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise SteeringError(f"{field} is {_shown(value)}; allowed: a whole number")
-    return value
-
-
-def _number(value: Any, field: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
-        raise SteeringError(f"{field} is {_shown(value)}; allowed: a finite number")
-    return float(value)
-
-
-def _instance(value: Any, kind: type, field: str) -> Any:
-    if not isinstance(value, kind):
-        raise SteeringError(f"{field} is {_shown(value)}; allowed: a JSON {'object' if kind is dict else 'array'}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

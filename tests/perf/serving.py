@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from export.builder import OPSET
 from export.bundle import (
+    SCHEMA_VERSION,
     Graph,
     Macs,
     Manifest,
@@ -90,8 +91,8 @@ def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) 
         "golden.npz": golden_bytes(reference.golden(first, 4)),
     }
     manifest = Manifest(
-        name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)), image=spec,
-        gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
+        schema_version=SCHEMA_VERSION, name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)),
+        image=spec, gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
         sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
         macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
         gates_sae_digest=gates_sae_digest(weights, steered.model.gated_blocks), files={},

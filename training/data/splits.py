@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from training import processes, soundness
@@ -16,6 +17,7 @@ from training.config import DataSettings
 from training.data.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.data.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory, settle
 from training.data.sources import find
+from training.fields import sentence
 from training.image_spec import ImageSpec
 from training.steering import SteeringError, check_name
 
@@ -90,8 +92,8 @@ def load(settings: DataSettings, seed: int) -> Data:
         mean, std = mean or measured[0], std or measured[1]
     try:
         return Data(labels, image_spec(settings, mean, std), found=found, warnings=warnings, **splits)
-    except ValueError as error:
-        raise DataError(f"data.mean, data.std: {error}") from error
+    except ValidationError as error:
+        raise DataError(f"data.mean, data.std: {sentence(error)}") from error
 
 
 def _check_classes(

@@ -93,7 +93,7 @@ def _load(model: GatedVit, state: State) -> None:
 def load_vit(run: Run) -> GatedVit:
     """The finished model of a run, frozen, in evaluation mode. Raises RunError when the stage is not finished."""
     info = run.info("vit")
-    spec, classes = ImageSpec.from_json(info["result"]["image"]), len(info["result"]["labels"])
+    spec, classes = ImageSpec(**info["result"]["image"]), len(info["result"]["labels"])
     return _stored(run, "vit", VitSettings(**info["settings"]["vit"]), spec, classes)
 
 
