@@ -137,23 +137,23 @@ def test_a_mapped_file_is_complete_or_absent(folder: Path, of_folder: Settings) 
 def test_what_was_found_is_the_same_wherever_it_lies_until_an_image_or_label_is_another(
     folder: Path, of_folder: Settings, tmp_path: Path
 ) -> None:
-    found = load(of_folder(), 0).found
+    found = load(of_folder(), 0).digests
     assert list(found) == ["training images"]
     assert found["training images"].startswith("24 with the digest ")
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
     for changes in ({"memory": "lazy"}, {"memory": "map"}, {"root": tmp_path / "copy"}, {"image_size": 12}):
-        assert load(of_folder(**changes), 1).found == found, changes
+        assert load(of_folder(**changes), 1).digests == found, changes
     added = folder / "a" / "new.png"
     picture(1).save(added)
-    assert load(of_folder(), 0).found["training images"].startswith("25 with the digest ")
+    assert load(of_folder(), 0).digests["training images"].startswith("25 with the digest ")
     added.unlink()
     (folder / "a" / "03.bmp").rename(folder / "b" / "03.bmp")
-    assert load(of_folder(), 0).found != found
+    assert load(of_folder(), 0).digests != found
     shards = write_shards(tmp_path / "shards")
-    of_both = load(of_shards(shards), 0).found
+    of_both = load(of_shards(shards), 0).digests
     assert list(of_both) == ["training images", "test images"]
     (shards / "validation-0.tar").write_bytes((shards / "validation-0.tar").read_bytes() + bytes(1024))
-    again = load(of_shards(shards), 0).found
+    again = load(of_shards(shards), 0).digests
     assert (again["training images"] == of_both["training images"], again == of_both) == (True, False)
 
 
@@ -314,7 +314,7 @@ def test_labels_of_imagenet_are_told_apart(tmp_path: Path) -> None:
                 picture(5 * index + copy).save(tmp_path / split / name / f"{copy}.png")
     found = load(DataSettings(dataset="torch/imagenet", root=tmp_path, channels=3, image_size=16), 0)
     assert found.labels == ("crane (0)", "maillot", "crane (2)", "ox")
-    assert found.found["test images"].startswith("12 with the digest ")
+    assert found.digests["test images"].startswith("12 with the digest ")
 
 
 def test_mean_and_deviation_are_those_of_the_training_pixels() -> None:

@@ -97,12 +97,12 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     """An added image moves the split, so that images of the training would be in the test."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    more = replace(data, found={**data.found, "training images": "60001 with the digest 0"})
+    more = replace(data, digests={**data.digests, "training images": "60001 with the digest 0"})
     images = r"training images: 60000 with the digest \w{16} there, 60001 with the digest 0 now"
     part = Run(tmp_path / "part")
     model = fit.build(TINY, data.spec, len(data.labels))
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    meta = {"phase": 3, "step": 0, "curves": [], "data": data.found}
+    meta = {"phase": 3, "step": 0, "curves": [], "data": data.digests}
     part.write_tensors("backbone", model.state_dict())
     part.write_state("vit", settings.fingerprint("vit"), tensors, meta)
     with pytest.raises(RunError, match=rf"part/vit\.state\.safetensors was made with other images \({images}\)"):
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     with pytest.raises(RunError, match=r"labels: 10 there, 11 now; not the same: 'Hat'"):
         fit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
     old = part.info("vit")
-    old["result"]["data"] = more.found
+    old["result"]["data"] = more.digests
     part.write_json("vit.json", old)
     for step in ("sae", "profiles", "controls", "evaluate"):
         assert main([step, "--preset=smoke", "--out", str(part.folder)]) == 1
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
 
 def test_offsets_spare_the_first_image_and_most_others() -> None:
     torch.manual_seed(0)
-    offsets = phases.offsets(10_000, VitSettings(offset=3.0, offset_share=0.4), torch.device("cpu"))[:, 0]
+    offsets = phases.offsets(10_000, 3.0, 0.4, torch.device("cpu"))[:, 0]
     assert offsets[0] == 0
     assert (offsets > 0).float().mean().item() == pytest.approx(0.4, abs=0.02)
     assert offsets[offsets > 0].mean().item() == pytest.approx(1.5, abs=0.05)
