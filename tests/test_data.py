@@ -20,6 +20,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from photos import IN_PNG, OTHERS, TURNED, with_exif
 from PIL import Image
+from small_models import KINDS, model_of
 from torchvision.datasets import CIFAR100
 
 from training.config import DataSettings
@@ -30,6 +31,8 @@ from training.data.splits import DEBIAN_FASHION_MNIST, Data, DataError, augment,
 from training.data.streams import Batch, seeded, training_batches
 from training.image_spec import ImageSpec
 from training.presets import PRESETS
+from training.profiles.statistics import measure
+from training.sae.activations import residuals
 
 Settings = Callable[..., DataSettings]
 
@@ -109,6 +112,17 @@ def test_pixels_are_the_same_in_memory_lazy_and_mapped(channels: int, of_folder:
         assert other.train.images.shape == tuple(images.shape)
         assert torch.equal(pickle.loads(pickle.dumps(other.train)).images[:2], images[:2])
         assert other.train.images[:0].shape == (0, 16, 16, channels)
+
+
+@pytest.mark.parametrize("memory", ["lazy", "map"])
+def test_the_statistics_of_latents_do_not_depend_on_where_the_pixels_are(memory: str, of_folder: Settings) -> None:
+    steered = model_of(KINDS["plain"]())
+    one, two = (
+        measure(steered.model, steered.sae, residuals(steered.model, split, "test"), split)
+        for split in (load(of_folder(), 0).train, load(of_folder(memory=memory), 0).train)
+    )
+    for name, value in vars(one).items():
+        assert torch.equal(value, getattr(two, name)), name
 
 
 def test_a_mapped_file_is_complete_or_absent(folder: Path, of_folder: Settings) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.data.splits import Split
-from training.model.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.model.gated_vit import Decide, GatedNetwork, Steer, keep_positive
 from training.model.inference import Outcome, answers
 
 
@@ -24,7 +24,7 @@ class Rival:
     decide: Decide = keep_positive
 
 
-def threshold_shift(model: GatedVit, own: Split, usage: float) -> Rival:
+def threshold_shift(model: GatedNetwork, own: Split, usage: float) -> Rival:
     """One threshold for all gates: a head is kept when its logit is above t, t by bisection to `usage` on `own`."""
 
     def above(t: float) -> Decide:
@@ -34,7 +34,7 @@ def threshold_shift(model: GatedVit, own: Split, usage: float) -> Rival:
     return Rival(decide=above(t))
 
 
-def residual_direction(model: GatedVit, own: Split, usage: float, difference: Tensor) -> Rival:
+def residual_direction(model: GatedNetwork, own: Split, usage: float, difference: Tensor) -> Rival:
     """Difference of means (S, D), own minus all, added to what each gate reads; its factor by bisection to `usage`.
 
     The factor may be negative; of the two directions the one that comes nearer to `usage` is taken.
@@ -50,7 +50,7 @@ def residual_direction(model: GatedVit, own: Split, usage: float, difference: Te
     return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
 
 
-def matched(model: GatedVit, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+def matched(model: GatedNetwork, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
     """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
 
     def used(factor: float) -> float:
@@ -70,9 +70,9 @@ def fixed_heads(kept: Tensor) -> Rival:
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
-def random_heads(model: GatedVit, usage: float, seed: Sequence[int]) -> Rival:
+def random_heads(model: GatedNetwork, usage: float, seed: Sequence[int]) -> Rival:
     """A random set of round(usage x heads) heads, for every image. seed: numbers that no two draws share."""
-    count = len(model.gated_blocks) * model.heads
+    count = len(model.gates) * model.heads
     order = np.random.default_rng(seed).permutation(count)
     kept = torch.zeros(count)
     kept[torch.from_numpy(order)[: round(usage * count)]] = 1

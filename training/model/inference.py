@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from training.data.splits import Split
-from training.model.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.model.gated_vit import Decide, GatedNetwork, Steer, keep_positive
 from training.model.macs import Macs
 from training.model.sae import Sae
 from training.steering import Terms, to_arrays
@@ -74,7 +74,7 @@ class Effect:
 
 @torch.no_grad()
 def answers(
-    model: GatedVit, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
+    model: GatedNetwork, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
 ) -> Outcome:
     """The model's answers on a split, in float32, on the CPU."""
     logits, gates, gate_logits = [], [], []

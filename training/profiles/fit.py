@@ -17,7 +17,7 @@ from training import processes
 from training.checkpoint import Run, RunError
 from training.config import Settings
 from training.data.splits import Data, Split, balanced
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedNetwork, GatedVit
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
 from training.model.macs import Macs, count
 from training.model.sae import Sae
@@ -128,7 +128,7 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
 
 
 def find(
-    settings: Settings, run: Run, model: GatedVit, sae: Sae, pool: Split, targets: list[Target]
+    settings: Settings, run: Run, model: GatedNetwork, sae: Sae, pool: Split, targets: list[Target]
 ) -> tuple[dict[str, list[Terms]], list[Tensor]]:
     """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
     training images."""
@@ -159,7 +159,7 @@ def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) 
 def _choose(
     settings: Settings,
     macs: Macs,
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     selection: Split,
     neutral: Outcome,
@@ -191,7 +191,7 @@ def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], 
 
 
 def rank(
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     macs: Macs,
     split: Split,

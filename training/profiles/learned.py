@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training import processes
 from training.config import ProfileSettings
 from training.data.splits import Split
-from training.model.gated_vit import GatedVit, straight_through
+from training.model.gated_vit import GatedNetwork, straight_through
 from training.model.sae import Sae
 from training.profiles.statistics import SiteStatistics
 from training.profiles.strategies import Target
@@ -32,7 +32,7 @@ PerRow = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def learned(
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     stats: SiteStatistics,
     targets: Sequence[Target],
@@ -55,7 +55,7 @@ def learned(
         ]
     else:
         scores = [gate_reach(stats, target) for target in targets]
-    count, device = min(settings.terms, stats.mean.shape[-1]), model.mean.device
+    count, device = min(settings.terms, stats.mean.shape[-1]), model.device
     latent = torch.stack([score.topk(count, dim=1).indices for score in scores])  # (P, S, K)
     unit = torch.stack([  # each latent's own scale on the target, so that one step size fits all
         _activity(stats, target).gather(1, chosen) for target, chosen in zip(targets, latent, strict=True)
@@ -82,7 +82,7 @@ def learned(
 
 
 def gate_bias(
-    model: GatedVit,
+    model: GatedNetwork,
     targets: Sequence[Target],
     train: Split,
     unsteered: Tensor,
@@ -91,8 +91,8 @@ def gate_bias(
     bf16: bool,
 ) -> Tensor:
     """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
-    shape = len(targets), len(model.gated_blocks), model.heads
-    raw = torch.zeros(shape, device=model.mean.device, requires_grad=True)
+    shape = len(targets), len(model.gates), model.heads
+    raw = torch.zeros(shape, device=model.device, requires_grad=True)
 
     def bounded() -> Tensor:
         return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
@@ -105,7 +105,7 @@ def gate_bias(
 
 
 def search(
-    model: GatedVit,
+    model: GatedNetwork,
     targets: Sequence[Target],
     train: Split,
     unsteered: Tensor,
@@ -119,7 +119,7 @@ def search(
     penalty: Callable[[], Tensor | float],
 ) -> None:
     """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H)."""
-    device = model.mean.device
+    device = model.device
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     own, rest = settings.rows // 2, settings.rows - settings.rows // 2
     draws = [drawing(seed, target) for target in targets]

@@ -15,24 +15,24 @@ from tqdm import tqdm
 
 from training.checkpoint import RunError
 from training.data.splits import Split
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedNetwork
 
 
 @torch.no_grad()
 def residuals(
-    model: GatedVit, split: Split, what: str, size: int = 500, folder: Path | None = None, memory: int | None = None
+    model: GatedNetwork, split: Split, what: str, size: int = 500, folder: Path | None = None, memory: int | None = None
 ) -> Tensor:
     """(S, B, D) on the CPU, without augmentation; all sites in one pass, on the model's device.
 
     float32 in memory; when that would take more than `memory` bytes, float16 in a file in `folder`, mapped into memory
     and gone with the tensor (or the process). Raises RunError when a residual does not fit float16.
     """
-    shape = (len(model.gated_blocks), len(split), model.dim)
+    shape = (len(model.gates), len(split), model.dim)
     mapped = folder is not None and memory is not None and 4 * shape[0] * shape[1] * shape[2] > memory
     found = _file(cast(Path, folder), shape) if mapped else torch.empty(shape)
     starts = range(0, len(split), size)
     for start in tqdm(starts, desc=what, unit="batch", mininterval=5, dynamic_ncols=True):
-        images = split.images[start : start + size].to(model.mean.device)
+        images = split.images[start : start + size].to(model.device)
         batch = model(images)[1]["residual"].transpose(0, 1)  # (S, b, D)
         if mapped and batch.abs().max() > torch.finfo(torch.float16).max:
             raise RunError(

@@ -49,7 +49,7 @@ def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
     measured_on = data.selection.take(torch.arange(1, len(data.selection), 2))
     for index in range(first, 1 + settings.sae.stability_seeds):
         torch.manual_seed(settings.seed + 1 + 1000 * index)
-        fitting = Fitting(train, settings.sae, model.mean.device)
+        fitting = Fitting(train, settings.sae, model.device)
         save = partial(_save, run, made_with, index, result)
         unfinished = state if state and state.tensors else None
         curve = fitting.fit(settings.seed + index, settings.bf16, unfinished, save, settings.save_every)
