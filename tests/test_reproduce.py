@@ -179,6 +179,7 @@ def test_a_killed_training_ends_as_one_left_alone(reproduced: Path, tmp_path: Pa
 
 
 IN_EACH_PROCESS = """
+import copy
 import sys
 import torch
 from training import processes
@@ -192,13 +193,13 @@ settings = parse(["vit", *sys.argv[1:], "--no-bf16"])
 data, rank = load(settings.data, settings.seed), processes.state().process_index
 torch.manual_seed(0)
 model = build(settings.vit, data.spec, len(data.labels)).eval()
+model.gates.requires_grad_(False)
 gradients = []
-for network, share in ((model, slice(None)), (processes.parallel(model), slice(rank, None, 2))):
+for network, share in ((copy.deepcopy(model), slice(None)), (processes.parallel(model), slice(rank, None, 2))):
     batch = Batch(data.train.images[:40][share], data.train.classes[:40][share])
     loss, _ = train_step(network, None, phases_of(settings.vit)[0], settings, batch, 0.0)
-    model.zero_grad()
     loss.backward()
-    gradients.append([p.grad.clone() for p in model.vit.parameters() if p.grad is not None])
+    gradients.append([p.grad for p in network.parameters() if p.grad is not None])
 assert len(gradients[0]) > 20
 for whole, shared in zip(*gradients, strict=True):
     torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
@@ -230,5 +231,5 @@ def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
     one, two = read(reproduced / "results.json"), read(out / "results.json")
     assert two["profiles"] == read(alone / "results.json")["profiles"]
     assert two["ungated"]["accuracy"] == pytest.approx(one["ungated"]["accuracy"], abs=0.1)
-    assert two["neutral"]["head_usage"] == pytest.approx(one["neutral"]["head_usage"], abs=0.15)
+    assert two["neutral"]["head_usage"] == pytest.approx(one["neutral"]["head_usage"], abs=0.25)
     assert two["mean_after"]["head_usage"] < two["neutral"]["head_usage"]

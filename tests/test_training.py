@@ -16,6 +16,7 @@ from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
 from training.data.splits import load
 from training.evaluation.controls import narrower
+from training.model.gated_vit import GatedVit
 from training.model.inference import Outcome, effect
 from training.model.macs import Macs, count
 from training.vit import fit, phases
@@ -34,12 +35,25 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [3, 9, 14])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: Path) -> None:
-    """Interrupted in each of the three phases, right after a state was saved."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    settings = tiny(folder)
+    fit.fit_vit(settings, load(settings.data, settings.seed), Run(folder))
+    return folder
+
+
+def assert_same(model: GatedVit, run: Path) -> None:
+    for name, value in fit.load_vit(Run(run)).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("states", [6, 15, 18, 23, 28, 38])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(states: int, whole: Path, tmp_path: Path) -> None:
+    """Interrupted within and after each of the three phases of 14, 7 and 14 steps, right after a state was saved."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     class Breaking(Run):
         saved = 0
@@ -47,31 +61,29 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: P
         def write_state(self, *arguments: Any) -> None:
             super().write_state(*arguments)
             self.saved += 1
-            if self.saved == after * 2:
+            if self.saved == states:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
         fit.fit_vit(settings, data, Breaking(tmp_path / "broken"))
     with pytest.raises(RunError, match="run the step 'vit' first"):
         fit.load_vit(Run(tmp_path / "broken"))
-    resumed = fit.fit_vit(settings, data, Run(tmp_path / "broken"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    state = Run(tmp_path / "broken").read_state("vit", settings.fingerprint("vit"))
+    assert state is not None
+    assert (state.meta["step"] == 0) == (states in (15, 23, 38))
+    assert_same(fit.fit_vit(settings, data, Run(tmp_path / "broken")), whole)
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
 
 
-def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(tmp_path: Path) -> None:
+def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(whole: Path, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     def sharing(**changes: Any) -> Settings:
-        vit = TINY.model_copy(update={"backbone": tmp_path / "whole", **changes})
+        vit = TINY.model_copy(update={"backbone": whole, **changes})
         return settings.model_copy(update={"vit": vit})
 
-    again = fit.fit_vit(sharing(), data, Run(tmp_path / "again"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert_same(fit.fit_vit(sharing(), data, Run(tmp_path / "again")), whole)
     with pytest.raises(RunError, match=r"vit\.backbone is .*whole, trained with another backbone_epochs"):
         fit.fit_vit(sharing(backbone_epochs=3), data, Run(tmp_path / "other"))
     with pytest.raises(RunError, match=r"which has no backbone\.safetensors: run the step 'vit' there first"):

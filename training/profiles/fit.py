@@ -22,7 +22,7 @@ from training.model.inference import Effect, Outcome, answers, effect, steered_b
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.last_block import shortcut
-from training.profiles.learned import gate_bias, learned
+from training.profiles.learned import Search, gate_bias, learned
 from training.profiles.statistics import measure
 from training.profiles.strategies import STRATEGIES, STRENGTHS, Target
 from training.sae.activations import residuals
@@ -107,7 +107,7 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
         choose(target, {strategy: terms[index] for strategy, terms in proposals.items()})
         for index, target in enumerate(progress)
     ]
-    gathered = processes.gather([(t, c, b) for t, c, b in zip(mine, chosen, bias, strict=True)])
+    gathered = processes.gather(list(zip(mine, chosen, bias, strict=True)))
     if processes.is_main():
         by_target = {target: (choice, of_target) for target, choice, of_target in gathered}
         profiles, choices = [], []
@@ -132,22 +132,16 @@ def find(
 ) -> tuple[dict[str, list[Terms]], list[Tensor]]:
     """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
     training images."""
-    options, seed = settings.profiles, settings.seed + 3
+    options = settings.profiles
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
     proposals = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    search = Search(model, pool, unsteered, options, settings.seed + 3, settings.bf16)
     for name, at_random in (("learned", False), ("learned, random latents", True)):
-
-        def search(at_random: bool = at_random) -> list[Terms]:
-            return _in_parts(
-                targets,
-                lambda part: learned(model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random),
-            )
-
-        proposals[name] = _learned_once(settings, run, name, search)
-    bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
-    return proposals, _in_parts(targets, lambda part: list(bias(part)))
+        by_gradient = partial(learned, search, sae, stats, random_candidates=at_random)
+        proposals[name] = _learned_once(settings, run, name, partial(_in_parts, targets, by_gradient))
+    return proposals, _in_parts(targets, partial(gate_bias, search))
 
 
 def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
