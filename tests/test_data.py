@@ -20,6 +20,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from photos import IN_PNG, OTHERS, TURNED, with_exif
 from PIL import Image
+from small_models import KINDS, model_of
 from torchvision.datasets import CIFAR100
 
 from training.config import DataSettings
@@ -30,6 +31,8 @@ from training.data.splits import DEBIAN_FASHION_MNIST, Data, DataError, augment,
 from training.data.streams import Batch, seeded, training_batches
 from training.image_spec import ImageSpec
 from training.presets import PRESETS
+from training.profiles.statistics import measure
+from training.sae.activations import residuals
 
 Settings = Callable[..., DataSettings]
 
@@ -111,6 +114,17 @@ def test_pixels_are_the_same_in_memory_lazy_and_mapped(channels: int, of_folder:
         assert other.train.images[:0].shape == (0, 16, 16, channels)
 
 
+@pytest.mark.parametrize("memory", ["lazy", "map"])
+def test_the_statistics_of_latents_do_not_depend_on_where_the_pixels_are(memory: str, of_folder: Settings) -> None:
+    steered = model_of(KINDS["plain"]())
+    one, two = (
+        measure(steered.model, steered.sae, residuals(steered.model, split, "test"), split)
+        for split in (load(of_folder(), 0).train, load(of_folder(memory=memory), 0).train)
+    )
+    for name, value in vars(one).items():
+        assert torch.equal(value, getattr(two, name)), name
+
+
 def test_a_mapped_file_is_complete_or_absent(folder: Path, of_folder: Settings) -> None:
     settings = of_folder(memory="map")
     broken = folder / "b" / "01.png"
@@ -137,23 +151,23 @@ def test_a_mapped_file_is_complete_or_absent(folder: Path, of_folder: Settings) 
 def test_what_was_found_is_the_same_wherever_it_lies_until_an_image_or_label_is_another(
     folder: Path, of_folder: Settings, tmp_path: Path
 ) -> None:
-    found = load(of_folder(), 0).found
+    found = load(of_folder(), 0).digests
     assert list(found) == ["training images"]
     assert found["training images"].startswith("24 with the digest ")
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
     for changes in ({"memory": "lazy"}, {"memory": "map"}, {"root": tmp_path / "copy"}, {"image_size": 12}):
-        assert load(of_folder(**changes), 1).found == found, changes
+        assert load(of_folder(**changes), 1).digests == found, changes
     added = folder / "a" / "new.png"
     picture(1).save(added)
-    assert load(of_folder(), 0).found["training images"].startswith("25 with the digest ")
+    assert load(of_folder(), 0).digests["training images"].startswith("25 with the digest ")
     added.unlink()
     (folder / "a" / "03.bmp").rename(folder / "b" / "03.bmp")
-    assert load(of_folder(), 0).found != found
+    assert load(of_folder(), 0).digests != found
     shards = write_shards(tmp_path / "shards")
-    of_both = load(of_shards(shards), 0).found
+    of_both = load(of_shards(shards), 0).digests
     assert list(of_both) == ["training images", "test images"]
     (shards / "validation-0.tar").write_bytes((shards / "validation-0.tar").read_bytes() + bytes(1024))
-    again = load(of_shards(shards), 0).found
+    again = load(of_shards(shards), 0).digests
     assert (again["training images"] == of_both["training images"], again == of_both) == (True, False)
 
 
@@ -314,7 +328,7 @@ def test_labels_of_imagenet_are_told_apart(tmp_path: Path) -> None:
                 picture(5 * index + copy).save(tmp_path / split / name / f"{copy}.png")
     found = load(DataSettings(dataset="torch/imagenet", root=tmp_path, channels=3, image_size=16), 0)
     assert found.labels == ("crane (0)", "maillot", "crane (2)", "ox")
-    assert found.found["test images"].startswith("12 with the digest ")
+    assert found.digests["test images"].startswith("12 with the digest ")
 
 
 def test_mean_and_deviation_are_those_of_the_training_pixels() -> None:

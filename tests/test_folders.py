@@ -115,7 +115,7 @@ def test_hidden_and_system_files_are_skipped_and_every_skipped_file_is_counted_b
         shutil.copyfile(tmp_path / "a" / "0.png", tmp_path / name)
     for name in ("b/Thumbs.db", "b/scan.TIF", "b/deep.tif", "b/notes", "loose.png"):
         (tmp_path / name).touch()
-    assert read(tmp_path).found == plain.found
+    assert read(tmp_path).digests == plain.digests
     out = capsys.readouterr().out.splitlines()
     assert out == [
         f"data: {tmp_path}: 10 images of 2 labels, 5 each",
@@ -153,7 +153,7 @@ def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split_folders(tmp_path)
-    whole = read(tmp_path).found["test images"]
+    whole = read(tmp_path).digests["test images"]
     shutil.copyfile(tmp_path / "test" / "a" / "0.png", tmp_path / "train" / "a" / "again.png")
     shutil.copyfile(tmp_path / "test" / "a" / "1.png", tmp_path / "train" / "b" / "other.png")
     message = (
@@ -164,7 +164,7 @@ def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
         read(tmp_path)
     capsys.readouterr()
     dropped = read(tmp_path, copies="drop")
-    assert (sizes(dropped), dropped.found["test images"]) == ((10, 4), whole)
+    assert (sizes(dropped), dropped.digests["test images"]) == ((10, 4), whole)
     assert "a: 5 images; skipped: 1 copies (again.png)" in capsys.readouterr().out
     kept = read(tmp_path, copies="keep")
     assert sizes(kept) == (12, 4)

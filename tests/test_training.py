@@ -16,6 +16,7 @@ from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
 from training.data.splits import load
 from training.evaluation.controls import narrower
+from training.model.gated_vit import GatedVit
 from training.model.inference import Outcome, effect
 from training.model.macs import Macs, count
 from training.vit import fit, phases
@@ -34,12 +35,25 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [3, 9, 14])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: Path) -> None:
-    """Interrupted in each of the three phases, right after a state was saved."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    settings = tiny(folder)
+    fit.fit_vit(settings, load(settings.data, settings.seed), Run(folder))
+    return folder
+
+
+def assert_same(model: GatedVit, run: Path) -> None:
+    for name, value in fit.load_vit(Run(run)).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("states", [6, 15, 18, 23, 28, 38])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(states: int, whole: Path, tmp_path: Path) -> None:
+    """Interrupted within and after each of the three phases of 14, 7 and 14 steps, right after a state was saved."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     class Breaking(Run):
         saved = 0
@@ -47,31 +61,29 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(after: int, tmp_path: P
         def write_state(self, *arguments: Any) -> None:
             super().write_state(*arguments)
             self.saved += 1
-            if self.saved == after * 2:
+            if self.saved == states:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
         fit.fit_vit(settings, data, Breaking(tmp_path / "broken"))
     with pytest.raises(RunError, match="run the step 'vit' first"):
         fit.load_vit(Run(tmp_path / "broken"))
-    resumed = fit.fit_vit(settings, data, Run(tmp_path / "broken"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    state = Run(tmp_path / "broken").read_state("vit", settings.fingerprint("vit"))
+    assert state is not None
+    assert (state.meta["step"] == 0) == (states in (15, 23, 38))
+    assert_same(fit.fit_vit(settings, data, Run(tmp_path / "broken")), whole)
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
 
 
-def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(tmp_path: Path) -> None:
+def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(whole: Path, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    whole = fit.fit_vit(settings, data, Run(tmp_path / "whole"))
 
     def sharing(**changes: Any) -> Settings:
-        vit = TINY.model_copy(update={"backbone": tmp_path / "whole", **changes})
+        vit = TINY.model_copy(update={"backbone": whole, **changes})
         return settings.model_copy(update={"vit": vit})
 
-    again = fit.fit_vit(sharing(), data, Run(tmp_path / "again"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert_same(fit.fit_vit(sharing(), data, Run(tmp_path / "again")), whole)
     with pytest.raises(RunError, match=r"vit\.backbone is .*whole, trained with another backbone_epochs"):
         fit.fit_vit(sharing(backbone_epochs=3), data, Run(tmp_path / "other"))
     with pytest.raises(RunError, match=r"which has no backbone\.safetensors: run the step 'vit' there first"):
@@ -97,12 +109,12 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     """An added image moves the split, so that images of the training would be in the test."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
-    more = replace(data, found={**data.found, "training images": "60001 with the digest 0"})
+    more = replace(data, digests={**data.digests, "training images": "60001 with the digest 0"})
     images = r"training images: 60000 with the digest \w{16} there, 60001 with the digest 0 now"
     part = Run(tmp_path / "part")
     model = fit.build(TINY, data.spec, len(data.labels))
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    meta = {"phase": 3, "step": 0, "curves": [], "data": data.found}
+    meta = {"phase": 3, "step": 0, "curves": [], "data": data.digests}
     part.write_tensors("backbone", model.state_dict())
     part.write_state("vit", settings.fingerprint("vit"), tensors, meta)
     with pytest.raises(RunError, match=rf"part/vit\.state\.safetensors was made with other images \({images}\)"):
@@ -114,7 +126,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     with pytest.raises(RunError, match=r"labels: 10 there, 11 now; not the same: 'Hat'"):
         fit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
     old = part.info("vit")
-    old["result"]["data"] = more.found
+    old["result"]["data"] = more.digests
     part.write_json("vit.json", old)
     for step in ("sae", "profiles", "controls", "evaluate"):
         assert main([step, "--preset=smoke", "--out", str(part.folder)]) == 1
@@ -126,7 +138,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
 
 def test_offsets_spare_the_first_image_and_most_others() -> None:
     torch.manual_seed(0)
-    offsets = phases.offsets(10_000, VitSettings(offset=3.0, offset_share=0.4), torch.device("cpu"))[:, 0]
+    offsets = phases.offsets(10_000, 3.0, 0.4, torch.device("cpu"))[:, 0]
     assert offsets[0] == 0
     assert (offsets > 0).float().mean().item() == pytest.approx(0.4, abs=0.02)
     assert offsets[offsets > 0].mean().item() == pytest.approx(1.5, abs=0.05)

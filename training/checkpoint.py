@@ -14,13 +14,15 @@ of a stage is written last: a stage without it is not finished. It holds the dig
 import hashlib
 import json
 import os
+from collections import defaultdict
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from training import processes
 
@@ -32,6 +34,14 @@ MADE_OF = {"sae": "vit", "profiles": "sae"}
 
 class RunError(Exception):
     """The run folder does not fit what was asked of it."""
+
+
+class Stored(NamedTuple):
+    """What one safetensors file of a run folder holds."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    """The JSON value beside the tensors."""
 
 
 class Run:
@@ -83,14 +93,14 @@ class Run:
         known = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage)}
         self.write_tensors(f"{stage}.state", tensors, {**meta, **known})
 
-    def read_state(self, stage: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read_state(self, stage: str, settings: dict[str, Any]) -> Stored | None:
         """The last state of an interrupted stage, or None. Raises RunError when it was made with other settings."""
         state = self.read_tensors(f"{stage}.state")
         if state:
             path = self.folder / f"{stage}.state.safetensors"
-            _check_format(path, state[1])
-            _check_same(path, state[1]["settings"], settings)
-            self._check_made_of(stage, path, state[1])
+            _check_format(path, state.meta)
+            _check_same(path, state.meta["settings"], settings)
+            self._check_made_of(stage, path, state.meta)
         return state
 
     def _made_of(self, stage: str) -> str | None:
@@ -119,14 +129,14 @@ class Run:
         contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
         self.write(f"{name}.safetensors", save(contiguous, {"meta": json.dumps(meta or {})}))
 
-    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the JSON value, or None when the file does not exist."""
+    def read_tensors(self, name: str) -> Stored | None:
+        """What the file holds, or None when it does not exist."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-        return load_file(path), meta
+        return Stored(load_file(path), meta)
 
     def write(self, name: str, content: bytes) -> None:
         """Only process 0 writes."""
@@ -141,6 +151,26 @@ class Run:
         os.replace(temporary, self.folder / name)
         for abandoned in self.folder.glob(f".{escape(name)}.*"):  # by writers that were killed
             abandoned.unlink(missing_ok=True)
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors whose keys start with `<name>.`, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """What an optimizer has accumulated, by `optimizer.<number of the parameter>.<name>`, without learning rates."""
+    states = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": value for i, state in states.items() for name, value in state.items()}
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo `optimizer_tensors` in an optimizer of the same parameters. Other tensors are ignored."""
+    states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in part(tensors, "optimizer").items():
+        index, name = key.split(".")
+        states[int(index)][name] = value
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _check_format(path: Path, meta: dict[str, Any]) -> None:
@@ -161,11 +191,11 @@ def _check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None
 
 
 def _differences(made: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    differences = []
     for key in made.keys() | asked.keys():
         a, b = made.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            differences += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} asked")
-    return found
+            differences.append(f"{prefix}{key}: {a} there, {b} asked")
+    return differences

@@ -1,18 +1,20 @@
 """python -m training.reproduce --preset fashion-mnist --out runs/fm --seeds 3
 
 Everything from data to report: the run of each seed in <out>/seed-<n>, with all its controls and a report that has the
-other seeds beside it. Every step is taken up where it was interrupted; a finished one costs seconds.
+other seeds beside it. Every step is resumed where it was interrupted; a finished one costs seconds.
 
 The jobs are independent processes of one or more threads, as many at a time as `--jobs` says: on a CPU, two trainings
 of one thread each get further than one after the other with two threads (NOTES.md).
 """
 
 import argparse
+import asyncio
 import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from training.checkpoint import Run
@@ -33,19 +35,119 @@ ORDER: dict[str, tuple[str, ...]] = {
 CONTROLS = ("dense", "direct", "last-block", "small")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """One step or control of one seed, run as a process."""
+    """One step or control of one seed."""
 
     seed: int
     name: str
-    process: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
-    seconds: float | None = None
-    """None: not over yet."""
 
     def __str__(self) -> str:
         return f"seed {self.seed}, {self.name}"
+
+
+class JobFailed(Exception):
+    """A job ended with an exit status other than 0; the message names the jobs that wait for it."""
+
+    def __init__(self, job: Job, code: int, blocked: Collection[Job]):
+        super().__init__(f"{job}: exit {code}" + (f". Blocked: {'; '.join(map(str, blocked))}" if blocked else ""))
+        self.job, self.code, self.blocked = job, code, blocked
+
+
+def jobs_of(seeds: int) -> dict[Job, list[Job]]:
+    """All jobs, and those that must be over before each. A report shows all seeds, so it waits for all of them."""
+    return {
+        Job(seed, name): [
+            Job(other, before) for before in ORDER[name] for other in range(seeds) if other == seed or name == "report"
+        ]
+        for seed in range(seeds)
+        for name in ORDER
+    }
+
+
+async def run_jobs(jobs: Mapping[Job, Collection[Job]], run: Callable[[Job], Awaitable[int]], limit: int) -> None:
+    """Run each job after those that it waits for, `limit` at a time, the first of `jobs` first.
+
+    run: returns the exit status of a job. Raises JobFailed when one is not 0, and cancels the jobs that are running.
+    """
+    order, sorter = list(jobs), TopologicalSorter(jobs)
+    sorter.prepare()
+    ready: list[Job] = []
+    running: dict[asyncio.Future[int], Job] = {}
+    try:
+        while sorter.is_active():
+            ready = sorted([*ready, *sorter.get_ready()], key=order.index)
+            while ready and len(running) < limit:
+                job = ready.pop(0)
+                running[asyncio.ensure_future(run(job))] = job
+            ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                job = running.pop(task)
+                if code := task.result():
+                    raise JobFailed(job, code, _after(job, jobs))
+                sorter.done(job)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _after(job: Job, jobs: Mapping[Job, Collection[Job]]) -> list[Job]:
+    """The jobs that wait for this one, directly or not."""
+    blocked = {job}
+    for other in TopologicalSorter(jobs).static_order():
+        if not blocked.isdisjoint(jobs[other]):
+            blocked.add(other)
+    return [other for other in jobs if other in blocked and other != job]
+
+
+@dataclass
+class Processes:
+    """Runs jobs as processes, each with a log of its own, and prints their progress."""
+
+    options: argparse.Namespace
+    flags: list[str]
+    """Of python -m training, for every job."""
+    threads: int
+    """Of a job."""
+    total: int
+    ended: int = 0
+    begun: float = field(default_factory=time.monotonic)
+
+    async def run(self, job: Job) -> int:
+        """The exit status. A job that is cancelled is terminated."""
+        log, started = self.log(job), time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            command = [sys.executable, "-m", "training", *self.arguments(job)]
+            process = await asyncio.create_subprocess_exec(*command, stdout=file, stderr=asyncio.subprocess.STDOUT)
+        print(f"{job}: started, progress in {log}", flush=True)
+        try:
+            code = await process.wait()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+        if code == 0:
+            self.ended += 1
+            now = time.monotonic()
+            print(f"[{_clock(now - self.begun)}] {self.ended}/{self.total} {job}: {_clock(now - started)}", flush=True)
+        return code
+
+    def arguments(self, job: Job) -> list[str]:
+        """Of python -m training."""
+        options, out = self.options, self.options.out
+        step = ["controls", "--only", job.name] if job.name in CONTROLS else [job.name]
+        if job.name == "report":
+            others = (seed for seed in range(options.seeds) if seed != job.seed)
+            step += [argument for seed in others for argument in ("--others", f"{out / f'seed-{seed}'}")]
+        step += ["--preset", options.preset, "--out", f"{out / f'seed-{job.seed}'}"]
+        return [*step, "--seed", f"{job.seed}", "--threads", f"{self.threads}", *self.flags]
+
+    def log(self, job: Job) -> Path:
+        """Where the output of a job is."""
+        folder: Path = self.options.out / "logs"
+        return folder / f"seed-{job.seed}-{job.name}.log"
 
 
 def main(arguments: list[str]) -> int:
@@ -66,74 +168,26 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
         parser.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
-    jobs = [Job(seed, name) for seed in range(options.seeds) for name in ORDER]
-    threads = max(1, cores // options.jobs)
-    begun = time.monotonic()
+    jobs = jobs_of(options.seeds)
+    processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
     try:
-        while any(job.seconds is None for job in jobs):
-            running = [job for job in jobs if job.process and job.seconds is None]
-            for job in jobs:
-                if job.process is None and len(running) < options.jobs and _ready(job, jobs):
-                    _start(job, options, flags, threads)
-                    running.append(job)
-            time.sleep(0.5)
-            for job in running:
-                assert job.process is not None
-                code = job.process.poll()
-                if code is None:
-                    continue
-                job.seconds = time.monotonic() - job.started
-                if code != 0:
-                    print(f"{job}: exit {code}. Its last lines ({_log(job, options)}):", file=sys.stderr)
-                    print(
-                        "\n".join(_log(job, options).read_text().replace("\r", "\n").split("\n")[-12:]), file=sys.stderr
-                    )
-                    return 1
-                done = sum(other.seconds is not None for other in jobs)
-                print(
-                    f"[{_clock(time.monotonic() - begun)}] {done}/{len(jobs)} {job}: {_clock(job.seconds)}", flush=True
-                )
-    finally:
-        for job in jobs:
-            if job.process and job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait()
-    found = table([Run(options.out / f"seed-{seed}") for seed in range(options.seeds)])
-    Run(options.out).write_json("table.json", found)
-    shown = ("usage", "recall_change", "precision_change", "overall_change")
-    for row in [*found["seeds"], {"seed": "mean", **found["mean"]}]:
-        print(f"seed {row['seed']}: " + ", ".join(f"{key.replace('_', ' ')} {row[key]:+.4f}" for key in shown))
+        asyncio.run(run_jobs(jobs, processes.run, options.jobs))
+    except JobFailed as failure:
+        log = processes.log(failure.job)
+        lines = log.read_text().replace("\r", "\n").split("\n")[-12:]
+        print(f"{failure}. Its last lines ({log}):", *lines, sep="\n", file=sys.stderr)
+        return 1
+    _report(options.out, options.seeds)
     return 0
 
 
-def _ready(job: Job, jobs: list[Job]) -> bool:
-    """A report shows all seeds, so it waits for the evaluation of each."""
-    return all(
-        other.seconds is not None
-        for other in jobs
-        if other.name in ORDER[job.name] and (other.seed == job.seed or job.name == "report")
-    )
-
-
-def _start(job: Job, options: argparse.Namespace, flags: list[str], threads: int) -> None:
-    step = ["controls", "--only", job.name] if job.name in CONTROLS else [job.name]
-    out = options.out / f"seed-{job.seed}"
-    if job.name == "report":
-        others = [str(options.out / f"seed-{seed}") for seed in range(options.seeds) if seed != job.seed]
-        step += [f for other in others for f in ("--others", other)]
-    command = [sys.executable, "-m", "training", *step, "--preset", options.preset, "--out", str(out)]
-    command += ["--seed", str(job.seed), "--threads", str(threads), *flags]
-    log = _log(job, options)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    job.started = time.monotonic()
-    with log.open("wb") as file:
-        job.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    print(f"{job}: started, progress in {log}", flush=True)
-
-
-def _log(job: Job, options: argparse.Namespace) -> Path:
-    folder: Path = options.out / "logs"
-    return folder / f"seed-{job.seed}-{job.name}.log"
+def _report(out: Path, seeds: int) -> None:
+    """Write the table of the seeds, and print its main columns."""
+    of_seeds = table([Run(out / f"seed-{seed}") for seed in range(seeds)])
+    Run(out).write_json("table.json", of_seeds)
+    shown = ("usage", "recall_change", "precision_change", "overall_change")
+    for row in [*of_seeds["seeds"], {"seed": "mean", **of_seeds["mean"]}]:
+        print(f"seed {row['seed']}: " + ", ".join(f"{key.replace('_', ' ')} {row[key]:+.4f}" for key in shown))
 
 
 def _clock(seconds: float) -> str:

@@ -40,7 +40,7 @@ class Data:
     """Held out of train: profiles are chosen on it."""
     test: Split
     """Read by `evaluate` alone."""
-    found: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     """What was there before it was split: number and digest of the training images, and of the test images if the set
     has its own. With the settings and the seed they decide which image is in which split."""
     warnings: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ def load(settings: DataSettings, seed: int) -> Data:
     """
     labels, train, test, warnings = find(settings)
     labels = _check_classes(settings, labels, train, test)
-    found = {
+    digests = {
         f"{name} images": f"{len(split)} with the digest {_digest(split)}"
         for name, split in {"training": train, "test": test}.items()
         if split is not None
@@ -91,7 +91,7 @@ def load(settings: DataSettings, seed: int) -> Data:
         measured = _mean_and_std(settings, splits["train"])
         mean, std = mean or measured[0], std or measured[1]
     try:
-        return Data(labels, image_spec(settings, mean, std), found=found, warnings=warnings, **splits)
+        return Data(labels, image_spec(settings, mean, std), digests=digests, warnings=warnings, **splits)
     except ValidationError as error:
         raise DataError(f"data.mean, data.std: {sentence(error)}") from error
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.data.splits import Split
-from training.model.gated_vit import Decide, GatedVit, Steer, keep_positive
+from training.model.gated_vit import Decide, GatedNetwork, Steer, keep_positive
 from training.model.inference import Outcome, answers
 
 
@@ -24,7 +24,7 @@ class Rival:
     decide: Decide = keep_positive
 
 
-def threshold_shift(model: GatedVit, own: Split, usage: float) -> Rival:
+def threshold_shift(model: GatedNetwork, own: Split, usage: float) -> Rival:
     """One threshold for all gates: a head is kept when its logit is above t, t by bisection to `usage` on `own`."""
 
     def above(t: float) -> Decide:
@@ -34,7 +34,7 @@ def threshold_shift(model: GatedVit, own: Split, usage: float) -> Rival:
     return Rival(decide=above(t))
 
 
-def residual_direction(model: GatedVit, own: Split, usage: float, difference: Tensor) -> Rival:
+def residual_direction(model: GatedNetwork, own: Split, usage: float, difference: Tensor) -> Rival:
     """Difference of means (S, D), own minus all, added to what each gate reads; its factor by bisection to `usage`.
 
     The factor may be negative; of the two directions the one that comes nearer to `usage` is taken.
@@ -50,7 +50,7 @@ def residual_direction(model: GatedVit, own: Split, usage: float, difference: Te
     return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
 
 
-def matched(model: GatedVit, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+def matched(model: GatedNetwork, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
     """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
 
     def used(factor: float) -> float:
@@ -70,9 +70,9 @@ def fixed_heads(kept: Tensor) -> Rival:
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
-def random_heads(model: GatedVit, usage: float, seed: Sequence[int]) -> Rival:
+def random_heads(model: GatedNetwork, usage: float, seed: Sequence[int]) -> Rival:
     """A random set of round(usage x heads) heads, for every image. seed: numbers that no two draws share."""
-    count = len(model.gated_blocks) * model.heads
+    count = len(model.gates) * model.heads
     order = np.random.default_rng(seed).permutation(count)
     kept = torch.zeros(count)
     kept[torch.from_numpy(order)[: round(usage * count)]] = 1
@@ -85,16 +85,16 @@ def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precisi
     What steering's recall must be compared with: recall at the same precision, and no steering. Constants from -4 to 4
     in steps of 0.05. Returns (recall, its precision); (0, 0) when no constant reaches the precision.
     """
-    wanted = torch.tensor(list(target))
-    own = torch.isin(classes, wanted)
+    members = torch.tensor(list(target))
+    own = torch.isin(classes, members)
     best = (0.0, 0.0)
     for bias in torch.arange(-4, 4.01, 0.05):
         logits = neutral.logits.clone()
-        logits[:, wanted] += bias
+        logits[:, members] += bias
         predicted = logits.argmax(-1)
         right = (predicted == classes) & own
         recall = right.sum().item() / own.sum().item()
-        reached = right.sum().item() / max(torch.isin(predicted, wanted).sum().item(), 1)
+        reached = right.sum().item() / max(torch.isin(predicted, members).sum().item(), 1)
         if reached >= precision and recall > best[0]:
             best = recall, reached
     return best
@@ -111,14 +111,14 @@ def by_predicted_class(neutral: Outcome, under: Sequence[Outcome]) -> Outcome:
     return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})
 
 
-def bisect(value: Callable[[float], float], wanted: float, low: float, high: float, rounds: int = 12) -> float:
-    """Where a falling function of [low, high] comes to `wanted`; the end nearer to it where it does not.
+def bisect(value: Callable[[float], float], target: float, low: float, high: float, rounds: int = 12) -> float:
+    """Where a falling function of [low, high] comes to `target`; the end nearer to it where it does not.
 
     low may be the larger number: the function then falls in the other direction.
     """
     for _ in range(rounds):
         middle = (low + high) / 2
-        if value(middle) > wanted:
+        if value(middle) > target:
             low = middle
         else:
             high = middle

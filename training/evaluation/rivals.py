@@ -16,7 +16,7 @@ from training.data.splits import Split
 from training.evaluation import significance
 from training.evaluation.baselines import Rival, logit_bias, matched, random_heads, residual_direction, threshold_shift
 from training.evaluation.significance import Rightness, mean
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedNetwork
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
 from training.model.macs import Macs
 from training.model.sae import Sae
@@ -66,7 +66,7 @@ class Measured:
 
 def rivals_of(
     run: Run,
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     selection: Split,
     profiles: Sequence[SteeringProfile],
@@ -159,7 +159,7 @@ def _mean(draws: Sequence[Measured]) -> Measured:
 
 
 @torch.no_grad()
-def _class_means(model: GatedVit, split: Split) -> Tensor:
+def _class_means(model: GatedNetwork, split: Split) -> Tensor:
     """(S, C, D): mean residual of every class at every gated block."""
     found = residuals(model, split, "evaluate: residuals")
     return torch.stack([found[:, split.classes == c].mean(1) for c in range(int(split.classes.max()) + 1)], 1)

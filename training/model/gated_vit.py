@@ -8,7 +8,7 @@ Letters: B images, N tokens, D residual width, H heads, E head width, G gated bl
 """
 
 from collections.abc import Callable, Iterable
-from typing import TypedDict, cast
+from typing import Protocol, TypedDict, cast
 
 import torch
 from timm.layers import Attention
@@ -39,6 +39,31 @@ class Intermediates(TypedDict):
     """float32 (B, G, H)"""
     head_gate: Tensor
     """float32 (B, G, H): 0 or 1 (in the forward pass)."""
+
+
+class GatedNetwork(Protocol):
+    """What answers with gates: a GatedVit for images, or what takes its place (profiles/last_block.py)."""
+
+    @property
+    def gates(self) -> nn.ModuleList:
+        """One Gate for each gated block."""
+
+    @property
+    def heads(self) -> int:
+        """Heads of a block."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def __call__(
+        self, image: Tensor, steer: Steer | None = None, decide: Decide = ..., /
+    ) -> tuple[Tensor, Intermediates]:
+        """Logits (B, classes) and the intermediates, as GatedVit.forward."""
 
 
 def keep_positive(_: int, logit: Tensor) -> Tensor:
@@ -139,6 +164,11 @@ class GatedVit(nn.Module):
         }
         return vit.forward_head(vit.norm(x)), out
 
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and buffers."""
+        return self.mean.device
+
     def embed(self, image: Tensor) -> Tensor:
         """uint8 (B, height, width, channels) -> the tokens that enter the first block, (B, N, D)."""
         vit, image = self.vit, image.to(self.mean.device, non_blocking=True)
@@ -176,9 +206,9 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
 def check_supported(vit: nn.Module) -> None:
     """Raises UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
 
-    def require(condition: bool, found: str, allowed: str) -> None:
+    def require(condition: bool, feature: str, allowed: str) -> None:
         if not condition:
-            raise UnsupportedModel(f"the model has {found}; allowed: {allowed}")
+            raise UnsupportedModel(f"the model has {feature}; allowed: {allowed}")
 
     known = (VisionTransformer, VisionTransformerDistilled)
     require(type(vit) in known, f"type {type(vit).__name__}", "a timm VisionTransformer, distilled or not")

@@ -17,12 +17,12 @@ from training import processes
 from training.checkpoint import Run, RunError
 from training.config import Settings
 from training.data.splits import Data, Split, balanced
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedNetwork, GatedVit
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.last_block import shortcut
-from training.profiles.learned import gate_bias, learned
+from training.profiles.learned import Search, gate_bias, learned
 from training.profiles.statistics import measure
 from training.profiles.strategies import STRATEGIES, STRENGTHS, Target
 from training.sae.activations import residuals
@@ -100,14 +100,14 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
     network, (pool, selection) = shortcut(model, [pool, data.selection])
     rank_of, count_of = processes.state().process_index, processes.state().num_processes
     mine = list(targets.values())[rank_of::count_of]
-    found, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
+    proposals, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
     choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
     progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
     chosen = [
-        choose(target, {strategy: terms[index] for strategy, terms in found.items()})
+        choose(target, {strategy: terms[index] for strategy, terms in proposals.items()})
         for index, target in enumerate(progress)
     ]
-    gathered = processes.gather([(t, c, b) for t, c, b in zip(mine, chosen, bias, strict=True)])
+    gathered = processes.gather(list(zip(mine, chosen, bias, strict=True)))
     if processes.is_main():
         by_target = {target: (choice, of_target) for target, choice, of_target in gathered}
         profiles, choices = [], []
@@ -128,43 +128,37 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
 
 
 def find(
-    settings: Settings, run: Run, model: GatedVit, sae: Sae, pool: Split, targets: list[Target]
+    settings: Settings, run: Run, model: GatedNetwork, sae: Sae, pool: Split, targets: list[Target]
 ) -> tuple[dict[str, list[Terms]], list[Tensor]]:
     """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
     training images."""
-    options, seed = settings.profiles, settings.seed + 3
+    options = settings.profiles
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
-    found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    proposals = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    search = Search(model, pool, unsteered, options, settings.seed + 3, settings.bf16)
     for name, at_random in (("learned", False), ("learned, random latents", True)):
-
-        def search(at_random: bool = at_random) -> list[Terms]:
-            return _in_parts(
-                targets,
-                lambda part: learned(model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random),
-            )
-
-        found[name] = _learned_once(settings, run, name, search)
-    bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
-    return found, _in_parts(targets, lambda part: list(bias(part)))
+        by_gradient = partial(learned, search, sae, stats, random_candidates=at_random)
+        proposals[name] = _learned_once(settings, run, name, partial(_in_parts, targets, by_gradient))
+    return proposals, _in_parts(targets, partial(gate_bias, search))
 
 
 def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
     """What a search finds for each target. It depends on no other target, so how many share a search is free."""
     parts = [targets[start : start + AT_A_TIME] for start in range(0, len(targets), AT_A_TIME)]
-    return [found for part in parts for found in search(part)]
+    return [result for part in parts for result in search(part)]
 
 
 def _choose(
     settings: Settings,
     macs: Macs,
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     selection: Split,
     neutral: Outcome,
     target: Target,
-    found: dict[str, Terms],
+    proposals: dict[str, Terms],
 ) -> tuple[Candidate, list[Candidate]]:
     """The best candidate for a target, and all that were screened, the least cost first."""
 
@@ -172,7 +166,7 @@ def _choose(
         rows = own_and_others(selection, target, images, settings.seed)
         return rank(model, sae, macs, selection.take(rows), neutral.take(rows), target, tried)
 
-    screened = ranked(SCREENING, _at_strengths(found))
+    screened = ranked(SCREENING, _at_strengths(proposals))
     finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:FINALISTS]
     return ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0], screened
 
@@ -185,13 +179,13 @@ def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], 
     stored = run.read_state(file, settings.fingerprint("profiles"))
     if stored:
         return [terms_from_json(terms) for terms in stored[1]["terms"]]
-    found = search()
-    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in found]})
-    return found
+    results = search()
+    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in results]})
+    return results
 
 
 def rank(
-    model: GatedVit,
+    model: GatedNetwork,
     sae: Sae,
     macs: Macs,
     split: Split,
@@ -230,7 +224,7 @@ def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch
     return torch.cat([picked[0], picked[1][: len(picked[0])]])
 
 
-def _at_strengths(found: Mapping[str, Terms]) -> Iterator[Trial]:
-    for strategy, terms in found.items():
+def _at_strengths(proposals: Mapping[str, Terms]) -> Iterator[Trial]:
+    for strategy, terms in proposals.items():
         for strength in STRENGTHS[strategy]:
             yield strategy, strength, at_strength(terms, strength)

@@ -12,7 +12,7 @@ Letters: B images, H heads, D width, C classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import torch
 from timm.layers import Attention
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.data.splits import Split
-from training.model.gated_vit import Decide, GatedVit, Intermediates, Steer, keep_all, keep_positive
+from training.model.gated_vit import Decide, GatedNetwork, GatedVit, Intermediates, Steer, keep_all, keep_positive
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LastBlock:
     def __call__(
         self, rows: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
     ) -> tuple[Tensor, Intermediates]:
-        """As GatedVit, for the images of these row numbers (B,), when the last block alone is gated."""
+        """As GatedVit, for the images of these row numbers (B,); only if the last block alone is gated."""
         residual = self.residual[rows]
         with torch.autocast(residual.device.type, enabled=False):
             logit = self.gates[0](residual if steer is None else steer(0, residual))
@@ -50,30 +50,25 @@ class LastBlock:
         return self.model.gates
 
     @property
-    def gated_blocks(self) -> tuple[int, ...]:
-        """Indices of the model's gated blocks, rising."""
-        return self.model.gated_blocks
-
-    @property
     def heads(self) -> int:
-        """Heads of a block."""
-        return self.model.heads
+        """Heads of the block."""
+        return self.contribution.shape[1]
 
     @property
     def dim(self) -> int:
         """Width of the residual stream."""
-        return self.model.dim
+        return self.residual.shape[1]
 
     @property
-    def mean(self) -> Tensor:
-        """As GatedVit.mean, (channels, 1, 1); it tells the model's device."""
-        return self.model.mean
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self.residual.device
 
     def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
         """Gates (B, H) -> logits (B, C)."""
         parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
         return torch.cat(
-            [self.tail(self.residual[p], self.contribution[p], head_gate[p].to(self.residual.device)) for p in parts]
+            [self.tail(self.residual[p], self.contribution[p], head_gate[p].to(self.device)) for p in parts]
         )
 
     def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
@@ -88,10 +83,10 @@ class LastBlock:
         return logits
 
 
-def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[Any, list[Split]]:
-    """The model and the splits, or what is faster and gives the same: a LastBlock and row numbers.
+def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, list[Split]]:
+    """The model and the splits, or what answers the same and faster: a LastBlock and row numbers.
 
-    For models in which the last block alone is gated and only the class token leaves it.
+    That takes a model of which the last block alone is gated, and of which only the class token leaves that block.
     """
     if model.gated_blocks != (len(model.vit.blocks) - 1,) or model.leaving != 1:
         return model, list(splits)
@@ -144,11 +139,11 @@ def best_subsets(cache: LastBlock, classes: Tensor, label: int) -> list[dict[str
     """
     own = torch.nonzero(classes == label).flatten()
     of_class = LastBlock(cache.model, cache.residual[own], cache.contribution[own])
-    found: dict[int, dict[str, float | list[int]]] = {}
+    best: dict[int, dict[str, float | list[int]]] = {}
     for subset in subsets(cache.contribution.shape[1]):
         recall = (of_class.logits(subset.expand(len(own), -1)).argmax(-1) == label).double().mean().item()
         count = int(subset.sum())
-        if count not in found or recall > float(found[count]["recall"]):  # type: ignore[arg-type]
+        if count not in best or recall > float(best[count]["recall"]):  # type: ignore[arg-type]
             kept = torch.nonzero(subset).flatten().tolist()
-            found[count] = {"head_usage": count / len(subset), "recall": round(recall, 5), "heads": kept}
-    return [found[count] for count in sorted(found)]
+            best[count] = {"head_usage": count / len(subset), "recall": round(recall, 5), "heads": kept}
+    return [best[count] for count in sorted(best)]

@@ -9,7 +9,8 @@ Every target draws its images by itself, so what is found for it does not depend
 Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, H heads, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from training import processes
 from training.config import ProfileSettings
 from training.data.splits import Split
-from training.model.gated_vit import GatedVit, straight_through
+from training.model.gated_vit import GatedNetwork, straight_through
 from training.model.sae import Sae
 from training.profiles.statistics import SiteStatistics
 from training.profiles.strategies import Target
@@ -31,31 +32,35 @@ PerRow = Callable[[int, Tensor, Tensor], Tensor]
 """(site, value of every row, profile index of every row (P*R,)) -> the value as its profile changes it."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """What every search by gradient starts from."""
+
+    network: GatedNetwork
+    train: Split
+    unsteered: Tensor
+    """(B, C): log-probabilities of the training images without steering."""
+    settings: ProfileSettings
+    seed: int
+    bf16: bool
+
+
 def learned(
-    model: GatedVit,
-    sae: Sae,
-    stats: SiteStatistics,
-    targets: Sequence[Target],
-    train: Split,
-    unsteered: Tensor,
-    settings: ProfileSettings,
-    seed: int,
-    bf16: bool,
-    random_candidates: bool = False,
+    search: Search, sae: Sae, stats: SiteStatistics, targets: Sequence[Target], random_candidates: bool = False
 ) -> list[Terms]:
     """Scale and shift of the `settings.terms` candidates a site, for every target.
 
-    unsteered (B, C): log-probabilities of the training images without steering. random_candidates: draw the latents
-    among all that are active on the target, the control of choosing them.
+    random_candidates: draw the latents among all that are active on the target, the control of choosing them.
     """
+    settings, device = search.settings, search.network.device
     if random_candidates:
         scores = [
-            torch.rand(stats.mean[:, 0].shape, generator=drawing(seed, target)) * (stats.of(target, "mean") > 0)
+            torch.rand(stats.mean[:, 0].shape, generator=drawing(search.seed, target)) * (stats.of(target, "mean") > 0)
             for target in targets
         ]
     else:
         scores = [gate_reach(stats, target) for target in targets]
-    count, device = min(settings.terms, stats.mean.shape[-1]), model.mean.device
+    count = min(settings.terms, stats.mean.shape[-1])
     latent = torch.stack([score.topk(count, dim=1).indices for score in scores])  # (P, S, K)
     unit = torch.stack([  # each latent's own scale on the target, so that one step size fits all
         _activity(stats, target).gather(1, chosen) for target, chosen in zip(targets, latent, strict=True)
@@ -72,27 +77,17 @@ def learned(
         return settings.sparsity * (scale_change.abs() + shift_change.abs()).sum() / len(targets)
 
     what = "learned, random latents" if random_candidates else "learned"
-    search(
-        model, targets, train, unsteered, settings, seed, bf16, [scale_change, shift_change], what, steer, None, penalty
-    )
+    optimise(search, targets, [scale_change, shift_change], what, steer=steer, penalty=penalty)
     latent, scale, shift = latent.cpu(), (1 + scale_change).detach().cpu(), (shift_change * unit).detach().cpu()
     return [
         _pruned(stats, target, latent[i], scale[i], shift[i], settings.min_effect) for i, target in enumerate(targets)
     ]
 
 
-def gate_bias(
-    model: GatedVit,
-    targets: Sequence[Target],
-    train: Split,
-    unsteered: Tensor,
-    settings: ProfileSettings,
-    seed: int,
-    bf16: bool,
-) -> Tensor:
-    """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
-    shape = len(targets), len(model.gated_blocks), model.heads
-    raw = torch.zeros(shape, device=model.mean.device, requires_grad=True)
+def gate_bias(search: Search, targets: Sequence[Target]) -> list[Tensor]:
+    """The baseline that steering must beat: one constant added to each gate logit. Returns (G, H) for every target."""
+    shape = len(targets), len(search.network.gates), search.network.heads
+    raw = torch.zeros(shape, device=search.network.device, requires_grad=True)
 
     def bounded() -> Tensor:
         return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
@@ -100,30 +95,23 @@ def gate_bias(
     def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
         return logit + bounded()[profile, site]
 
-    search(model, targets, train, unsteered, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
-    return bounded().detach().cpu()
+    optimise(search, targets, [raw], "gate-logit bias", shift_logit=shifted)
+    return list(bounded().detach().cpu())
 
 
-def search(
-    model: GatedVit,
+def optimise(
+    search: Search,
     targets: Sequence[Target],
-    train: Split,
-    unsteered: Tensor,
-    settings: ProfileSettings,
-    seed: int,
-    bf16: bool,
     parameters: list[Tensor],
     what: str,
-    steer: PerRow | None,
-    shift_logit: PerRow | None,
-    penalty: Callable[[], Tensor | float],
+    steer: PerRow | None = None,
+    shift_logit: PerRow | None = None,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> None:
     """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H)."""
-    device = model.mean.device
+    settings, train, device = search.settings, search.train, search.network.device
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    own, rest = settings.rows // 2, settings.rows - settings.rows // 2
-    draws = [drawing(seed, target) for target in targets]
-    members = [torch.nonzero(torch.isin(train.classes, torch.tensor(target))).flatten() for target in targets]
+    own = settings.rows // 2
     profile = torch.arange(len(targets), device=device).repeat_interleave(settings.rows)  # (P*R,)
     is_own = (torch.arange(settings.rows) < own).repeat(len(targets)).to(device)
     weight = torch.where(is_own, settings.own_weight, 1.0)
@@ -133,17 +121,10 @@ def search(
         range(settings.steps), desc=f"profiles: {what}", unit="step", mininterval=5, dynamic_ncols=True,
         disable=not processes.is_main(),
     )  # fmt: skip
-    for step in progress:
+    for step, index in zip(progress, rows(search, targets), strict=False):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, 3 * (1 - step / settings.steps))
-        index = torch.cat([
-            torch.cat([
-                rows[torch.randint(len(rows), (own,), generator=generator)],
-                torch.randint(len(train), (rest,), generator=generator),
-            ])
-            for rows, generator in zip(members, draws, strict=True)
-        ])  # fmt: skip
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits, out = model(
+        with torch.autocast(device.type, torch.bfloat16, enabled=search.bf16):
+            logits, out = search.network(
                 train.images[index],
                 None if steer is None else lambda site, residual: steer(site, residual, profile),
                 soft if shift_logit is None else lambda site, logit: soft(site, shift_logit(site, logit, profile)),
@@ -151,7 +132,7 @@ def search(
         answer = logits.float().log_softmax(-1)
         lost = F.nll_loss(answer, train.classes[index].to(device), reduction="none")
         if settings.keep_weight:
-            moved = F.kl_div(answer, unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
+            moved = F.kl_div(answer, search.unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
             lost = lost + settings.keep_weight * moved * ~is_own
         loss = (weight * lost).sum() / weight.sum()
         usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
@@ -162,6 +143,22 @@ def search(
         usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(-2, 20)
         if step % 10 == 0:
             progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
+
+
+def rows(search: Search, targets: Sequence[Target]) -> Iterator[Tensor]:
+    """For each step, without end, the numbers of the training images of all targets (P*R,): half of a target's images
+    have its classes, half any."""
+    own, rest = search.settings.rows // 2, search.settings.rows - search.settings.rows // 2
+    draws = [drawing(search.seed, target) for target in targets]
+    members = [torch.nonzero(torch.isin(search.train.classes, torch.tensor(target))).flatten() for target in targets]
+    while True:
+        yield torch.cat([
+            torch.cat([
+                of_target[torch.randint(len(of_target), (own,), generator=generator)],
+                torch.randint(len(search.train), (rest,), generator=generator),
+            ])
+            for of_target, generator in zip(members, draws, strict=True)
+        ])  # fmt: skip
 
 
 def drawing(seed: int, target: Target) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from training.data.splits import Split
-from training.model.gated_vit import GatedVit, straight_through
+from training.model.gated_vit import GatedNetwork, straight_through
 from training.model.sae import Sae
 
 
@@ -41,10 +41,10 @@ class SiteStatistics:
 
 
 def measure(
-    model: GatedVit, sae: Sae, residuals: Tensor, split: Split, sample: int = 64, usage_weight: float = 10.0
+    model: GatedNetwork, sae: Sae, residuals: Tensor, split: Split, sample: int = 64, usage_weight: float = 10.0
 ) -> SiteStatistics:
     """residuals: (S, B, D) of the split's images. Effect and attribution are taken from `sample` images a class."""
-    classes, device = int(split.classes.max()) + 1, model.mean.device
+    classes, device = int(split.classes.max()) + 1, model.device
     members = [torch.nonzero(split.classes == index).flatten() for index in range(classes)]
     columns: dict[str, list[Tensor]] = {
         name: [] for name in ("mean", "deviation", "frequency", "rest", "auroc", "effect")
@@ -81,7 +81,7 @@ def auroc(z: Tensor, members: list[Tensor]) -> Tensor:
     return torch.stack(rows).float()
 
 
-def attribution(model: GatedVit, sae: Sae, split: Split, label: int, usage_weight: float) -> Tensor:
+def attribution(model: GatedNetwork, sae: Sae, split: Split, label: int, usage_weight: float) -> Tensor:
     """(S, L): mean over the split of z_k * d(logit of `label` - usage_weight * usage)/dz_k, through soft gates."""
     changes: list[Tensor] = []
     latents: list[Tensor] = []
@@ -93,7 +93,7 @@ def attribution(model: GatedVit, sae: Sae, split: Split, label: int, usage_weigh
         return residual + change
 
     with torch.enable_grad():
-        logits, out = model(split.images, steer, straight_through(2.0))
+        logits, out = model(split.images[:], steer, straight_through(2.0))
         objective = logits[:, label].sum() - usage_weight * out["head_gate"].mean((1, 2)).sum()
         gradients = torch.autograd.grad(objective, changes)
     return torch.stack([

@@ -42,12 +42,12 @@ def measure(
     train (S, N, D): the residuals that they were fitted to. held_out (S, B, D): those of the images of the split.
     dead_training: share of latents that are active on no training image, after the conversion.
     """
-    after = reconstruction(sae.to(model.mean.device))
+    after = reconstruction(sae.to(model.device))
     quality_before = fidelity(before, model, held_out, "sae: before", size)
     quality = fidelity(after, model, held_out, "sae: after")
     whole = recovered(after, model, held_out, split)
     for site, measured in enumerate(quality):
-        measured["dead_training"] = silent(after, train[site : site + 1], site, model.mean.device)
+        measured["dead_training"] = silent(after, train[site : site + 1], site, model.device)
         print(f"sae: site {site} (block {model.gated_blocks[site]}): {_listed(measured)}")
     print(f"sae: whole model: {_listed(whole)}", flush=True)
     return {"fidelity": quality, "fidelity_before": quality_before, "recovered": whole, "images": len(split)}
@@ -68,7 +68,7 @@ def fidelity(
     that are never active, and on more than half of the images. gate_agreement: share of gates that decide alike when
     they read the reconstruction; gate_agreement_clear: of those with |logit| above NEAR (1 when there are none).
     """
-    device, count = model.mean.device, held_out.shape[1]
+    device, count = model.device, held_out.shape[1]
     scale = moments(held_out)[1]
     variance = scale.double().pow(2).flatten() * (count * held_out.shape[2])  # (S,): sum over images and dimensions
     quality: list[dict[str, float]] = []
@@ -115,7 +115,7 @@ def recovered(reconstruct: Reconstruct, model: GatedVit, held_out: Tensor, split
     reconstruction is worth no more than the mean; None when the mean does no harm, so that nothing can be recovered.
     (The loss recovered of https://transformer-circuits.pub/2023/monosemantic-features, with the mean in place of 0.)
     """
-    mean = moments(held_out)[0].to(model.mean.device)  # (S, 1, D)
+    mean = moments(held_out)[0].to(model.device)  # (S, 1, D)
     accuracy, ce = _accuracy_and_loss(model, split, None)
     accuracy_rebuilt, ce_rebuilt = _accuracy_and_loss(model, split, lambda site, x: reconstruct(site, x)[1])
     _, ce_mean = _accuracy_and_loss(model, split, lambda site, x: mean[site].expand_as(x))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from training import processes, soundness
-from training.checkpoint import Run
+from training.checkpoint import Run, Stored, optimizer_tensors, part, restore_optimizer
 from training.config import SaeSettings, Settings
 from training.data.splits import Data
 from training.model.gated_vit import GatedVit
@@ -24,9 +24,6 @@ from training.sae.fidelity import measure, stability
 
 SAMPLE = 20_000
 """Residuals that the starting point and the thresholds are taken from, at most."""
-
-State = tuple[dict[str, Tensor], dict[str, Any]]
-"""What an interrupted fit goes on from: tensors, and {"step": ..., "curve": ...}."""
 
 
 def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
@@ -45,17 +42,17 @@ def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
     """
     made_with, memory = settings.fingerprint("sae"), settings.sae.memory_limit
     state = run.read_state("sae", made_with)
-    first: int = state[1]["fit"] if state else 0
-    result: dict[str, Any] = state[1]["result"] if state else {}
+    first: int = state.meta["fit"] if state else 0
+    result: dict[str, Any] = state.meta["result"] if state else {}
     train = residuals(model, data.train, "sae: residuals", folder=run.folder, memory=memory)
     held_out = residuals(model, data.selection, "sae: held out", folder=run.folder, memory=memory)
     measured_on = data.selection.take(torch.arange(1, len(data.selection), 2))
     for index in range(first, 1 + settings.sae.stability_seeds):
         torch.manual_seed(settings.seed + 1 + 1000 * index)
-        fitting = Fitting(train, settings.sae, model.mean.device)
+        fitting = Fitting(train, settings.sae, model.device)
         save = partial(_save, run, made_with, index, result)
-        going_on = state if state and state[0] else None
-        curve = fitting.fit(settings.seed + index, settings.bf16, going_on, save, settings.save_every)
+        unfinished = state if state and state.tensors else None
+        curve = fitting.fit(settings.seed + index, settings.bf16, unfinished, save, settings.save_every)
         state = None
         sae = fitting.folded(held_out[:, ::2])
         if index == 0:
@@ -85,9 +82,9 @@ def load_sae(run: Run) -> Sae:
 
 
 def _stored(run: Run) -> Sae:
-    tensors = run.read_tensors("sae")
-    assert tensors is not None
-    return from_tensors(tensors[0])
+    stored = run.read_tensors("sae")
+    assert stored is not None
+    return from_tensors(stored.tensors)
 
 
 class Fitting(nn.Module):
@@ -144,7 +141,7 @@ class Fitting(nn.Module):
         self,
         seed: int,
         bf16: bool = False,
-        state: State | None = None,
+        state: Stored | None = None,
         save: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
         save_every: float = 60,
     ) -> list[dict[str, float]]:
@@ -161,34 +158,27 @@ class Fitting(nn.Module):
         optimizer = torch.optim.Adam(self.parameters(), lr=s.learning_rate, fused=True)
         start, curve = 0, []
         if state:
-            self._restore(state[0], optimizer)
-            start, curve = state[1]["step"], list(state[1]["curve"])
+            self.load_state_dict(part(state.tensors, "fit"))
+            restore_optimizer(optimizer, state.tensors)
+            start, curve = state.meta["step"], list(state.meta["curve"])
         saved = time.monotonic()
         progress = tqdm(
             range(start, total), "sae: fit", total, initial=start, unit="step", mininterval=5, dynamic_ncols=True
         )
         for step in progress:
             if save and time.monotonic() - saved > save_every:
-                save(self._state(optimizer), {"step": step, "curve": curve})
+                tensors = self.state_dict(prefix="fit.") | optimizer_tensors(optimizer)
+                save(tensors, {"step": step, "curve": curve})
                 saved = time.monotonic()
             epoch, offset = divmod(step, per_epoch)
             if offset == 0 or step == start:
                 order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
             rows = order[offset * size : (offset + 1) * size]
-            x = (self.train_residuals[:, rows].to(self.mean.device).float() - self.mean) / self.scale
             warm, decay = min(1.0, (step + 1) / (0.05 * total + 1)), min(1.0, (total - step) / (0.2 * total))
             optimizer.param_groups[0]["lr"] = s.learning_rate * warm * decay
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                z = self.sparse(self.raw(x))
-                rebuilt = torch.baddbmm(self.decoder_bias, z, self.decoder)
-            error = x - rebuilt
-            loss = error.pow(2).mean((1, 2))  # (S,): the variance is 1
-            self.silent = torch.where(z.detach().amax(1) > 0, 0, self.silent + 1)
-            dead = self.silent > s.dead_epochs * per_epoch  # (S, L)
-            if s.aux_weight and dead.any():
-                loss = loss + s.aux_weight * self._auxiliary(x, error.detach(), dead)
+            loss, error, dead = self._loss(rows, s.dead_epochs * per_epoch, bf16)
             optimizer.zero_grad(set_to_none=True)
-            loss.sum().backward()
+            loss.backward()
             self._remove_parallel_gradient()
             torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
             optimizer.step()
@@ -199,6 +189,23 @@ class Fitting(nn.Module):
                 curve.append({"step": step, **{k: round(v, 5) for k, v in point.items()}})
                 progress.set_postfix({k: f"{v:.4f}" for k, v in point.items()}, refresh=False)
         return curve
+
+    def _loss(self, rows: Tensor, patience: float, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the residuals with these numbers: the loss, the errors (S, B, D), and which latents are dead (S, L).
+
+        patience: the steps that a latent may be silent for. Counts the silent steps.
+        """
+        x = (self.train_residuals[:, rows].to(self.mean.device).float() - self.mean) / self.scale
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            z = self.sparse(self.raw(x))
+            rebuilt = torch.baddbmm(self.decoder_bias, z, self.decoder)
+        error = x - rebuilt
+        loss = error.pow(2).mean((1, 2))  # (S,): the variance is 1
+        self.silent = torch.where(z.detach().amax(1) > 0, 0, self.silent + 1)
+        dead = self.silent > patience
+        if self.settings.aux_weight and dead.any():
+            loss = loss + self.settings.aux_weight * self._auxiliary(x, error.detach(), dead)
+        return loss.sum(), error.detach(), dead
 
     def _auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """(S,): AuxK (arXiv:2406.04093), what the dead latents (S, L) leave of the error; computes those rows only."""
@@ -215,21 +222,6 @@ class Fitting(nn.Module):
         gradient = self.decoder.grad
         assert gradient is not None
         gradient -= (gradient * self.decoder.data).sum(-1, keepdim=True) * self.decoder.data
-
-    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        tensors = {f"fit.{k}": v for k, v in self.state_dict().items()}
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-        return tensors
-
-    def _restore(self, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self.load_state_dict({k.removeprefix("fit."): v for k, v in tensors.items() if k.startswith("fit.")})
-        values: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                values.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
     @torch.no_grad()
     def folded(self, held_out: Tensor) -> Sae:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training import processes, soundness
-from training.checkpoint import Run, RunError
+from training.checkpoint import Run, RunError, part
 from training.config import Settings, VitSettings
 from training.data.splits import Data
 from training.image_spec import ImageSpec
@@ -27,7 +27,7 @@ from training.model.gated_vit import (
 )
 from training.model.inference import Outcome, answers, gate_diagnostics
 from training.model.macs import count
-from training.vit.phases import Phase, State, run_phase
+from training.vit.phases import phases_of, run_phase, save
 
 OF_BACKBONE = (
     "model", "weights", "pretrained", "dim", "depth", "heads", "patch", "unpadded", "mlp_ratio",
@@ -37,42 +37,35 @@ OF_BACKBONE = (
 
 
 def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
-    """Train, or go on training, the gated ViT; the finished model is in the run folder and is returned."""
+    """Train, or resume training, the gated ViT; the finished model is in the run folder and is returned."""
     vit, fingerprint = settings.vit, settings.fingerprint("vit")
     if run.finished("vit", fingerprint):
         check_images(run, data)
         return load_vit(run)
-    phases = (
-        Phase(0, "backbone", vit.backbone_epochs, vit.learning_rate, 0.0),
-        Phase(1, "gates", vit.gate_epochs, 0.0, vit.gate_learning_rate),
-        Phase(2, "joint", vit.joint_epochs, vit.joint_learning_rate, vit.gate_learning_rate),
-    )
     torch.manual_seed(settings.seed)
     model = build(vit, data.spec, len(data.labels)).to(processes.device())
     state = run.read_state("vit", fingerprint)
+    first: int = 0
+    curves: list[dict[str, Any]] = []
     if state:
-        _check_images(run.folder / "vit.state.safetensors", state[1], data)
-    if state is None and vit.backbone is not None:
+        _check_images(run.folder / "vit.state.safetensors", state.meta, data)
+        first, curves = state.meta["phase"], state.meta["curves"]
+        model.load_state_dict(part(state.tensors, "model"))  # it may have been saved after the last phase
+    elif vit.backbone is not None:
+        first = 1
         model.load_state_dict(_shared_backbone(vit.backbone, settings, data), strict=False)
-    first = state[1]["phase"] if state else int(vit.backbone is not None)
-    curves: list[dict[str, Any]] = state[1]["curves"] if state else []
-    if state:  # it may have been saved after the last phase
-        _load(model, state)
-    if first == 1 and state is None:
         run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
         processes.wait()
-    for phase in phases[first:]:
+    for phase in phases_of(vit)[first:]:
         teacher = None if phase.index == 0 else _stored(run, "backbone", vit, data.spec, len(data.labels))
         run_phase(settings, data, run, model, teacher, phase, state, curves)
         if phase.index == 0:
             run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
-        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-        meta = {"phase": phase.index + 1, "step": 0, "curves": curves, "data": dict(data.found)}
-        run.write_state("vit", fingerprint, tensors, meta)
+        save(settings, data, run, model, phase.index + 1, 0, curves, {})
         processes.wait()
-        state = run.read_state("vit", fingerprint)  # every process goes on from what process 0 has written
+        state = run.read_state("vit", fingerprint)  # every process continues with what process 0 has written
         assert state is not None
-        _load(model, state)
+        model.load_state_dict(part(state.tensors, "model"))
     model.eval().requires_grad_(False)
     if processes.is_main():
         _finish(settings, data, run, model, curves)
@@ -86,10 +79,6 @@ def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     return GatedVit(backbone, parse_gated_blocks(settings.gated_blocks, len(backbone.blocks)), spec)
 
 
-def _load(model: GatedVit, state: State) -> None:
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state[0].items() if k.startswith("model.")})
-
-
 def load_vit(run: Run) -> GatedVit:
     """The finished model of a run, frozen, in evaluation mode. Raises RunError when the stage is not finished."""
     info = run.info("vit")
@@ -100,9 +89,9 @@ def load_vit(run: Run) -> GatedVit:
 def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     without_weights = settings.model_copy(update={"pretrained": False, "weights": None})
     model = build(without_weights, spec, classes)
-    tensors = run.read_tensors(name)
-    assert tensors is not None
-    model.load_state_dict(tensors[0])
+    stored = run.read_tensors(name)
+    assert stored is not None
+    model.load_state_dict(stored.tensors)
     return model.to(processes.device()).eval().requires_grad_(False)
 
 
@@ -115,7 +104,7 @@ def check_images(run: Run, data: Data) -> None:
 
 def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
     """made: has `data` and `labels`, where they were written down."""
-    there, now = made.get("data", data.found), data.found
+    there, now = made.get("data", data.digests), data.digests
     different = [name for name in sorted(there | now) if there.get(name) != now.get(name)]
     changed = [f"{name}: {there.get(name)} there, {now.get(name)} now" for name in different]
     labels = made.get("labels", list(data.labels))
@@ -135,13 +124,13 @@ def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, 
     stored = run.read_tensors("backbone")
     if stored is None:
         raise RunError(f"vit.backbone is {folder}, which has no backbone.safetensors: run the step 'vit' there first")
-    theirs, ours = stored[1], _backbone_settings(settings)
+    theirs, ours = stored.meta, _backbone_settings(settings)
     different = sorted(name for name in ours if theirs.get(name) != ours[name])
     if different:
         raise RunError(f"vit.backbone is {folder}, trained with another {', '.join(different)}")
     check_images(run, data)
     # gates are the run's own: it may gate other blocks
-    return {key: value for key, value in stored[0].items() if key.startswith("vit.")}
+    return {key: value for key, value in stored.tensors.items() if key.startswith("vit.")}
 
 
 def _backbone_settings(settings: Settings) -> dict[str, Any]:
@@ -169,7 +158,7 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
     run.write_tensors("vit", model.state_dict())
     result = {
         "labels": list(data.labels),
-        "data": dict(data.found),
+        "data": dict(data.digests),
         "image": data.spec.to_json(),
         "gated_blocks": list(model.gated_blocks),
         "heads": model.heads,

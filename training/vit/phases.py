@@ -1,8 +1,9 @@
-"""One phase of the training of a gated ViT: its loop, what it optimises, and the state it goes on from."""
+"""The phases of the training of a gated ViT: what each optimises, one step of it, and the loop around the steps."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,31 +11,58 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from training import processes
-from training.checkpoint import Run
+from training.checkpoint import Run, Stored, optimizer_tensors, part, restore_optimizer
 from training.config import Settings, VitSettings
 from training.data.splits import Data, steps
-from training.data.streams import training_batches
-from training.model.gated_vit import Decide, Gate, GatedVit, keep_all, lowered, straight_through
+from training.data.streams import Batch, training_batches
+from training.model.gated_vit import Gate, GatedVit, keep_all, lowered, straight_through
 
 UNDECAYED = ("cls_token", "pos_embed")
-State = tuple[dict[str, Tensor], dict[str, Any]]
-"""What Run.read_state gives."""
+Schedule = Callable[[float], float]
+"""The share of a phase that is over -> a value."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of stage `vit`. A rate is a learning rate; where it is 0, that part of the model is frozen."""
+    """A phase of stage `vit`. Where a learning rate is 0, that part of the model is frozen."""
 
     index: int
     name: str
     epochs: float
     backbone_rate: float
+    """Learning rate."""
     gate_rate: float
+    """Learning rate."""
+    gate_noise: Schedule = lambda done: 0.0
+    """Share of Gumbel noise in the gates' decisions."""
+    usage_target: Schedule = lambda done: 1.0
+    """Head usage that the loss draws the gates to."""
+    offset: float = 0.0
+    """The largest offset by which the gate logits of an image are lowered; 0: none are drawn."""
+
+
+def phases_of(vit: VitSettings) -> tuple[Phase, Phase, Phase]:
+    """`backbone` (every head on), `gates` (gates alone) and `joint`."""
+
+    def noise(schedule: Schedule) -> Schedule:
+        return schedule if vit.gate == "gumbel" else lambda done: 0.0
+
+    return (
+        Phase(0, "backbone", vit.backbone_epochs, vit.learning_rate, 0.0),
+        Phase(
+            1, "gates", vit.gate_epochs, 0.0, vit.gate_learning_rate,
+            gate_noise=noise(lambda done: 1.0), usage_target=lambda done: 0.9,
+        ),
+        Phase(
+            2, "joint", vit.joint_epochs, vit.joint_learning_rate, vit.gate_learning_rate,
+            gate_noise=noise(fading), usage_target=partial(annealed, vit.usage_target), offset=vit.offset,
+        ),
+    )  # fmt: skip
 
 
 def run_phase(
@@ -44,23 +72,23 @@ def run_phase(
     model: GatedVit,
     teacher: GatedVit | None,
     phase: Phase,
-    state: State | None,
+    state: Stored | None,
     curves: list[dict[str, Any]],
 ) -> None:
     """Train `model` through one phase; it ends with the averaged weights.
 
-    state: what `model` was loaded from, if it goes on from one.
+    teacher: the ungated model, from the second phase on. state: what `model` was loaded from, if a run is resumed.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
     model.train(phase.backbone_rate > 0)
     # the others may hold gradients of the phase before
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    wrapped = processes.parallel(model)
+    network = processes.parallel(model)
     average = ModelEmaV3(model, decay=vit.ema_decay, use_warmup=True)
-    start = state[1]["step"] if state else 0
+    start = state.meta["step"] if state else 0
     if state:
-        _restore(state[0], average.module, optimizer)
+        _restore(state.tensors, average.module, optimizer)
     total = steps(data.train, vit.batch_size, phase.epochs)
     schedule = _schedule(optimizer, vit.schedule, total)
     saved = time.monotonic()
@@ -74,45 +102,70 @@ def run_phase(
     )  # fmt: skip
     for step, batch in stream:
         if time.monotonic() - saved > settings.save_every:
-            meta = {"phase": phase.index, "step": step, "curves": curves, "data": dict(data.found)}
-            run.write_state("vit", settings.fingerprint("vit"), _state(model, average.module, optimizer), meta)
+            tensors = {**average.module.state_dict(prefix="average."), **optimizer_tensors(optimizer)}
+            save(settings, data, run, model, phase.index, step, curves, tensors)
             saved = time.monotonic()
         # a resumed step draws what it would have drawn; each process its own gate noise
         torch.manual_seed((settings.seed * 3 + phase.index) * 10_000_000 + step + rank * 1_000_000_007)
         schedule.step_update(step + 1)
-        done, target = step / total, batch.target.to(model.mean.device)
-        offset = torch.zeros(len(target), 1, device=target.device)
-        decide: Decide = keep_all
-        if teacher is not None:
-            noise = gate_noise(done) if phase.name == "joint" else 1.0
-            decide = straight_through(vit.gumbel_temperature, noise if vit.gate == "gumbel" else 0.0)
-            if phase.name == "joint" and vit.offset:
-                offset = offsets(len(target), vit, target.device)
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=settings.bf16):
-            logits, out = wrapped(batch.images, decide=lowered(decide, offset))
-        logits, plain = logits.float(), out["head_gate"][offset[:, 0] == 0]
-        loss = F.cross_entropy(logits, target, label_smoothing=vit.label_smoothing if target.ndim == 1 else 0.0)
-        if teacher is not None:
-            with torch.no_grad(), torch.autocast(target.device.type, torch.bfloat16, enabled=settings.bf16):
-                wanted = teacher(batch.images, decide=keep_all)[0].float().log_softmax(-1)
-            divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-            goal = annealed(vit.usage_target, done) if phase.name == "joint" else 0.9
-            used = plain.mean() if vit.budget == "global" else plain.mean((0, 2))  # () or (G,)
-            loss = loss + vit.distillation_weight * divergence + vit.usage_weight * (used - goal).pow(2).mean()
+        loss, measured = train_step(network, teacher, phase, settings, batch, step / total)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         average.update(model, step)
         if step % 20 == 0 or step == total - 1:
-            right = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
-            point = {"loss": loss.item(), "accuracy": right.float().mean().item(), "usage": plain.mean().item()}
+            point = {name: value.item() for name, value in measured.items()}
             curves.append({"phase": phase.name, "step": step, **{k: round(v, 4) for k, v in point.items()}})
             progress.set_postfix({k: f"{v:.3f}" for k, v in point.items()}, refresh=False)
         progress.update()
     progress.close()
     model.load_state_dict(average.module.state_dict())
     model.eval()
+
+
+def train_step(
+    network: nn.Module, teacher: GatedVit | None, phase: Phase, settings: Settings, batch: Batch, done: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and what is recorded of it: loss, accuracy and head usage. Draws from torch's generator.
+
+    network: the GatedVit that is trained, or what wraps it. done: the share of the phase that is over.
+    """
+    vit, device = settings.vit, processes.device()
+    target, images = batch.target.to(device), len(batch.target)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.bf16)
+    offset = torch.zeros(images, 1, device=device)
+    if phase.offset:
+        offset = offsets(images, phase.offset, vit.offset_share, device)
+    decide = keep_all if teacher is None else straight_through(vit.gumbel_temperature, phase.gate_noise(done))
+    with autocast():
+        logits, out = network(batch.images, decide=lowered(decide, offset))
+    logits, plain = logits.float(), out["head_gate"][offset[:, 0] == 0]
+    loss = F.cross_entropy(logits, target, label_smoothing=vit.label_smoothing if target.ndim == 1 else 0.0)
+    if teacher is not None:
+        with torch.no_grad(), autocast():
+            ungated = teacher(batch.images, decide=keep_all)[0].float().log_softmax(-1)
+        divergence = F.kl_div(logits.log_softmax(-1), ungated, reduction="batchmean", log_target=True)
+        usage = plain.mean() if vit.budget == "global" else plain.mean((0, 2))  # () or (G,)
+        excess = (usage - phase.usage_target(done)).pow(2).mean()
+        loss = loss + vit.distillation_weight * divergence + vit.usage_weight * excess
+    correct = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
+    return loss, {"loss": loss.detach(), "accuracy": correct.float().mean(), "usage": plain.detach().mean()}
+
+
+def save(
+    settings: Settings,
+    data: Data,
+    run: Run,
+    model: GatedVit,
+    phase: int,
+    step: int,
+    curves: list[dict[str, Any]],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write what the stage resumes from, before `step` of `phase`: the model and the further `tensors`."""
+    meta = {"phase": phase, "step": step, "curves": curves, "data": dict(data.digests)}
+    run.write_state("vit", settings.fingerprint("vit"), {**model.state_dict(prefix="model."), **tensors}, meta)
 
 
 def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.Optimizer:
@@ -154,41 +207,26 @@ def _schedule(optimizer: torch.optim.Optimizer, name: str, total: int) -> Schedu
     return schedule
 
 
-def offsets(images: int, vit: VitSettings, device: torch.device) -> Tensor:
-    """(B, 1): zero for most images, for a random share of `offset_share` uniform between 0 and `offset`."""
-    chosen = torch.rand(images, 1, device=device) < vit.offset_share
+def offsets(images: int, largest: float, share: float, device: torch.device) -> Tensor:
+    """(B, 1): zero for most images, for a random `share` of them uniform between 0 and `largest`."""
+    chosen = torch.rand(images, 1, device=device) < share
     chosen[0] = False  # at least one image tells the usage
-    return chosen * torch.rand(images, 1, device=device) * vit.offset
+    return chosen * torch.rand(images, 1, device=device) * largest
 
 
-def gate_noise(done: float) -> float:
-    """Share of Gumbel noise when a share `done` of the joint phase is over: 1 for half of it, 0 in the last fifth."""
+def fading(done: float) -> float:
+    """Gate noise of the joint phase: 1 for the first half of it, falling to 0 for the last fifth."""
     return min(1.0, max(0.0, (0.8 - done) / 0.3))
 
 
 def annealed(target: float, done: float) -> float:
-    """The usage asked for when a share `done` of the joint phase is over: 1 -> target over the first 60%."""
+    """Usage target of the joint phase: 1 -> target over the first 60%."""
     return 1 - (1 - target) * min(1.0, done / 0.6)
 
 
-def _state(model: GatedVit, average: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
-    return tensors
-
-
-def _restore(tensors: dict[str, Tensor], average: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-    if "average" not in {key.partition(".")[0] for key in tensors}:  # saved between two phases
-        average.load_state_dict(part("model"))
-        return
-    average.load_state_dict(part("average"))
-    values: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimizer").items():
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+def _restore(tensors: dict[str, Tensor], average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if weights := part(tensors, "average"):
+        average.load_state_dict(weights)
+        restore_optimizer(optimizer, tensors)
+    else:  # saved between two phases
+        average.load_state_dict(part(tensors, "model"))
