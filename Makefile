@@ -6,6 +6,8 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
+# Two tests at a time; files are dealt out as wholes (tests/conftest.py).
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -23,10 +25,11 @@ serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
-	$(RUN) -m pytest --ignore tests/deploy --durations=20
+	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not alone" --durations=20
+	$(RUN) -m pytest --ignore tests/deploy -m alone
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
-	$(RUN) -m pytest --ignore tests/deploy -m "not slow"
+	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow and not alone"
 
 lint: .venv/.dev  ## Style, format, types and known weaknesses
 	$(RUN) -m ruff check .

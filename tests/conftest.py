@@ -23,6 +23,18 @@ if os.environ.get("CI"):  # the same examples each time; a developer's run draws
     hypothesis.settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What pytest-xdist deals out: a file as a whole, because its tests share servers, and as one all that needs the
+    smoke run. What takes longest comes first."""
+    groups = {}
+    for item in items:
+        smoke_run = "smoke_run" in getattr(item, "fixturenames", ())
+        groups[item] = "smoke run" if smoke_run else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (groups[item] != "smoke run", groups[item] not in slow))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A server process with the committed bundle, shared by the tests that leave it as it was."""
