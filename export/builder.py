@@ -4,6 +4,7 @@ A value is its name. A node bears the name of its first output, a path such as `
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnx
 import torch
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
 from torch import Tensor, nn
 
 OPSET = 20
@@ -27,7 +29,7 @@ EXTERNAL_FROM = 1_900_000_000
 class Builder:
     """The nodes, weights and outputs of a graph, until `finish` makes a model of them.
 
-    `op`, `ops`, `weight` and `output` raise ValueError when a name is taken.
+    Every method that names something raises ValueError when the name is taken.
     """
 
     def __init__(self, real: type[np.floating[Any]] = np.float32) -> None:
@@ -44,18 +46,14 @@ class Builder:
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str], domain: str = "", **attributes: Any) -> Sequence[str]:
         """Add a node with several outputs; returns their names. An output that nobody needs has the name ""."""
-        for name in filter(None, names):
-            if name in self._names:
-                raise ValueError(f"the name {name} is taken")
-            self._names.add(name)
+        self._take(*filter(None, names))
         self._nodes.append(helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes))
         return names
 
     def weight(self, name: str, array: ArrayLike | Tensor, dtype: Any = None) -> str:
         """A constant with a name of its own; dtype: as the tokens when it is not given."""
         value = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-        if name in self._weights or name in self._names:
-            raise ValueError(f"the name {name} is taken")
+        self._take(name)
         self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype or self._real)), name)
         return name
 
@@ -78,8 +76,15 @@ class Builder:
     def _shared(self, kind: str, array: NDArray[Any]) -> str:
         name = f"{kind}/{'x'.join(map(str, array.flatten().tolist()))}"
         if name not in self._weights:
+            self._take(name)
             self._weights[name] = numpy_helper.from_array(array, name)
         return name
+
+    def _take(self, *names: str) -> None:
+        for name in names:
+            if name in self._names:
+                raise ValueError(f"the name {name} is taken")
+            self._names.add(name)
 
     def affine(self, norm: nn.LayerNorm, name: str, dtype: Any = None) -> tuple[str, str]:
         """The constants <name>.weight and <name>.bias of a norm, 1 and 0 where it has none; dtype: as of weight."""
@@ -114,12 +119,13 @@ class Builder:
 
         for tensor in part.initializer:
             tensor.name = rename(tensor.name)
+            self._take(tensor.name)
             self._weights[tensor.name] = tensor
         for node in part.node:
             node.name = f"{name}/{node.name}"
             node.input[:] = [rename(old) for old in node.input]
             node.output[:] = [rename(old) for old in node.output]
-            self._names.update(node.output)
+            self._take(*filter(None, node.output))
             self._nodes.append(node)
         return name if out == name else self.real(out, name)
 
@@ -155,7 +161,11 @@ def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelPr
 
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of the weights that the model itself holds. Those in a file beside it do not count."""
-    return sum(len(weight.raw_data) for weight in model.graph.initializer)
+    return sum(
+        math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        for weight in model.graph.initializer
+        if not uses_external_data(weight)
+    )
 
 
 def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM) -> list[Path]:

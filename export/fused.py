@@ -20,14 +20,14 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from export.attention import HeadWeights, head_weights
 from export.builder import MICROSOFT, Builder
 from export.bundle import INPUTS, OUTPUTS
 from export.ends import Classifier, Stem
+from export.weights import HeadWeights, head_weights, mlp_weights
 from training.image_spec import ImageSpec
 from training.model.gated_vit import Gate, GatedVit
 from training.model.sae import Sae
@@ -371,14 +371,13 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
 def _mlp(g: Builder, block: Block, y: str, tokens: Tensor, name: str) -> tuple[str, Tensor | None]:
     """The output without the bias that is to be added to it, and that bias. Two linear layers with a GELU between;
     timm's other kinds through the exporter, in float32."""
-    mlp, scale = cast(Mlp, block.mlp), getattr(block.ls2, "gamma", torch.ones(()))
-    if not (type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU):
-        return g.call(nn.Sequential(mlp, block.ls2), y, tokens, name), None
-    hidden = g.op("MatMul", y, g.weight(f"{name}/fc1.weight", mlp.fc1.weight.T), name=f"{name}/fc1")
-    if mlp.fc1.bias is None:
-        hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=mlp.act.approximate)
+    w = mlp_weights(block)
+    if w is None:
+        return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name), None
+    hidden = g.op("MatMul", y, g.weight(f"{name}/fc1.weight", w.first), name=f"{name}/fc1")
+    if w.first_bias is None:
+        hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=w.approximate)
     else:
-        kind = "FastGelu" if mlp.act.approximate == "tanh" else "BiasGelu"
-        hidden = g.op(kind, hidden, g.weight(f"{name}/fc1.bias", mlp.fc1.bias), name=f"{name}/gelu", domain=MICROSOFT)
-    out = g.op("MatMul", hidden, g.weight(f"{name}/fc2.weight", mlp.fc2.weight.T * scale), name=f"{name}/fc2")
-    return out, None if mlp.fc2.bias is None else mlp.fc2.bias * scale
+        kind = "FastGelu" if w.approximate == "tanh" else "BiasGelu"
+        hidden = g.op(kind, hidden, g.weight(f"{name}/fc1.bias", w.first_bias), name=f"{name}/gelu", domain=MICROSOFT)
+    return g.op("MatMul", hidden, g.weight(f"{name}/fc2.weight", w.second), name=f"{name}/fc2"), w.second_bias

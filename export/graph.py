@@ -14,16 +14,16 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from export.attention import ATTENTION, Closing, head_weights
+from export.attention import ATTENTION, Closing
 from export.builder import Builder
 from export.bundle import INPUTS, OUTPUTS
 from export.ends import Classifier, Stem
 from export.fused import build_fused
 from export.precision import Arithmetic, Float
+from export.weights import head_weights, mlp_weights
 from training.image_spec import ImageSpec
 from training.model.gated_vit import Gate, GatedVit
 from training.model.sae import Sae
@@ -202,12 +202,9 @@ def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = 
 
 def _mlp(g: Builder, arithmetic: Arithmetic, block: Block, y: str, tokens: Tensor, name: str) -> str:
     """Two linear layers with a GELU between; timm's other kinds through the exporter, in float32."""
-    mlp, scale = cast(Mlp, block.mlp), getattr(block.ls2, "gamma", torch.ones(()))
-    usual = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU
-    if not usual:
-        return g.call(nn.Sequential(mlp, block.ls2), y, tokens, name)
-    hidden = arithmetic.linear(g, arithmetic.enter(g, y, f"{name}/in"), mlp.fc1.weight.T, mlp.fc1.bias, f"{name}/fc1")
-    hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=mlp.act.approximate)
-    entered = arithmetic.enter(g, hidden, f"{name}/hidden")
-    bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
-    return arithmetic.linear(g, entered, mlp.fc2.weight.T * scale, bias, f"{name}/fc2")
+    w = mlp_weights(block)
+    if w is None:
+        return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name)
+    hidden = arithmetic.linear(g, arithmetic.enter(g, y, f"{name}/in"), w.first, w.first_bias, f"{name}/fc1")
+    hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=w.approximate)
+    return arithmetic.linear(g, arithmetic.enter(g, hidden, f"{name}/hidden"), w.second, w.second_bias, f"{name}/fc2")

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(map(str, problem["loc"])).replace("_", "-")
-            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            shown = f"--{name} is {found}: {problem['msg']}" if name else problem["msg"]
+            value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+            shown = f"--{name} is {value}: {problem['msg']}" if name else problem["msg"]
             print(shown.removeprefix("Value error, "), file=sys.stderr)
         return 2
     if unknown := unknown_in_environment(os.environ):
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Where a standard stream is closed, the next file or socket would get its number, and what is printed."""
+    """Open closed standard streams: otherwise the next file or socket would get their numbers, and printed text."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -70,14 +70,14 @@ def _open_standard_streams() -> None:
 
 
 def _signals_reach_process_1() -> None:
-    """A signal without a handler ends any process but a container's first: the kernel keeps it from that one."""
+    """Handle the signals in a container's first process: the kernel does not end that one by default."""
     if os.getpid() == 1:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: os._exit(128 + number))
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was accepted, unless a second one comes. SIGHUP: reload."""
+    """Serve until SIGTERM or SIGINT, then answer the accepted calls; a second signal ends at once. SIGHUP: reload."""
     _raise_file_limit()
     _set_malloc()
     server = Server(settings)
@@ -85,7 +85,7 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps no hold of them
+    reloads: set[asyncio.Task[None]] = set()  # the loop keeps no reference to them
 
     def reload() -> None:
         task = loop.create_task(server.reload())
@@ -95,7 +95,7 @@ async def serve(settings: Settings) -> None:
     loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
     gc.collect()
-    gc.freeze()  # what is there now stays: later collections need not look at it
+    gc.freeze()  # these objects are permanent: later collections skip them
     where = f"http://{settings.url_host}:{server.metrics_port}/metrics"
     try:
         print(f"ready: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
@@ -114,14 +114,13 @@ async def serve(settings: Settings) -> None:
     loop.remove_signal_handler(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _signals_reach_process_1()
-    logging.getLogger("steervit").info("stopping: answering what was accepted")
+    logging.getLogger("steervit").info("stopping: answering the accepted calls")
     await server.stop()
 
 
 def _set_malloc() -> None:
-    """Threads share two heaps instead of having one each: models that come and go would leave parts in all of them. And
-    the heaps keep what was freed for the next message: memory that goes back to the system each time costs a large
-    message more than everything else together."""
+    """Let all threads share two heaps: unloaded models would leave fragments in each thread's own. And let the heaps
+    retain freed memory: returning it to the system costs a large message more than everything else together."""
     with contextlib.suppress(AttributeError):  # of C libraries other than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_ARENA_MAX, 2)
@@ -130,7 +129,7 @@ def _set_malloc() -> None:
 
 
 def _raise_file_limit() -> None:
-    """As many connections as the system lets this process have."""
+    """Allow as many connections as the system lets this process have."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

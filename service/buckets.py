@@ -1,8 +1,8 @@
-"""Batches of a few fixed shapes: as many rows as a power of two, and one number of terms.
+"""Runs batches in a few fixed shapes: a power of two of rows, and one number of terms.
 
-On a GPU each new shape costs time, and a CUDA graph repeats what was captured, at the addresses it was captured with.
-So each shape has its inputs and outputs on the device, made and bound once; a batch is copied into them, and rows and
-terms that it does not fill have no effect on the others. Works on the CPU alike.
+On a GPU each new shape costs time, and a CUDA graph replays a captured run at the same addresses. So each shape has its
+inputs and outputs on the device, allocated and bound once, and a batch is copied into them. Unused rows and terms have
+no effect on the others. It works the same way on the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,22 +25,22 @@ KINDS = {
     "tensor(bool)": np.bool_,
 }
 NOT_CAPTURED = -1
-"""The number of a run that neither captures nor repeats a graph."""
+"""The graph id of a run that neither captures nor replays a graph."""
 
 
 def sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... up to the first that is not smaller."""
+    """1, 2, 4, ... up to the first that is not smaller than `largest`."""
     return [2**power for power in range((largest - 1).bit_length() + 1)]
 
 
 class Buckets:
     """A session and its shapes.
 
-    On a GPU everything happens in one thread: what onnxruntime has captured belongs to the thread that captured it.
+    On a GPU everything runs in one thread: a captured graph belongs to the thread that captured it.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, largest: int, terms: int, gpu: cuda.Gpu | None):
-        """largest: rows of the largest shape at least; terms: of each row and site; gpu: None for the CPU."""
+        """largest: minimum rows of the largest shape; terms: of each row and site; gpu: None for the CPU."""
         self._session, self._gpu = session, gpu
         self.terms = sizes(terms)[-1]
         self._thread = ThreadPoolExecutor(1, "buckets") if gpu else None
@@ -48,11 +48,11 @@ class Buckets:
 
     @property
     def rows(self) -> Sequence[int]:
-        """Of each shape."""
+        """The rows of each shape."""
         return list(self._buckets)
 
     def run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        """Outputs of those names. A batch of more rows or terms than any shape runs at its own, more slowly."""
+        """The outputs of those names. A batch that fits no shape runs in its own, more slowly."""
         count = len(inputs[INPUTS[0]])
         width = inputs[INPUTS[1]].shape[2]
         bucket = self._buckets.get(sizes(count)[-1])
@@ -60,19 +60,19 @@ class Buckets:
         return self._call(bucket.run if bucket and fits else self._at_its_own_shape, names, inputs)
 
     def first_runs(self) -> None:
-        """Run every shape once, on black images: where CUDA graphs are on, this captures them.
+        """Run every shape once, on black images. With CUDA graphs on, this captures them.
 
-        Raises what onnxruntime raises when it cannot.
+        Raises onnxruntime's exceptions when it cannot.
         """
         for bucket in self._buckets.values():
             self._call(bucket.again)
 
     def again(self, rows: int) -> None:
-        """Run the shape of so many rows on what is in it."""
+        """Run the shape of so many rows again, on its present inputs."""
         self._call(self._buckets[rows].again)
 
     def _call(self, work: Callable[..., R], *arguments: Any) -> R:
-        """In the thread, if there is one."""
+        """Call `work`, in the thread if there is one."""
         return self._thread.submit(work, *arguments).result() if self._thread else work(*arguments)
 
     def _at_its_own_shape(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
@@ -80,10 +80,10 @@ class Buckets:
         if self._gpu:
             options.add_run_config_entry("gpu_graph_id", str(NOT_CAPTURED))
         read = {entry.name for entry in self._session.get_inputs()}
-        given = {name: value for name, value in filled_up(inputs).items() if name in read}
+        padded = {name: value for name, value in filled_up(inputs).items() if name in read}
         with cuda.quiet.using():
-            found: list[NDArray[Any]] = self._session.run(list(names), given, options)
-        return [value[: len(inputs[INPUTS[0]])] for value in found]
+            outputs: list[NDArray[Any]] = self._session.run(list(names), padded, options)
+        return [value[: len(inputs[INPUTS[0]])] for value in outputs]
 
 
 class _Bucket:
@@ -99,7 +99,7 @@ class _Bucket:
             self._options.add_run_config_entry("gpu_graph_id", str(rows))
         self._binding = session.io_binding()
         self._staged: dict[str, NDArray[Any]] = {}
-        """On the host."""
+        """The inputs on the host."""
         self._inputs: dict[str, onnxruntime.OrtValue] = {}
         self._outputs: dict[str, onnxruntime.OrtValue] = {}
         for entry in session.get_inputs():
@@ -128,25 +128,25 @@ class _Bucket:
         count = len(inputs[INPUTS[0]])
         with cuda.quiet.using():
             for name, staged in self._staged.items():
-                given = inputs[name]
+                value = inputs[name]
                 if name == INPUTS[0]:
-                    staged[:count] = given  # what is left of earlier batches in other rows changes no row of this one
+                    staged[:count] = value  # other rows keep earlier images, which have no effect on these
                 else:
-                    width = given.shape[2]
-                    staged[:count, :, :width] = given
+                    width = value.shape[2]
+                    staged[:count, :, :width] = value
                     staged[:count, :, width:] = 1 if name == "steering_scale" else 0
                 self._inputs[name].update_inplace(staged)
             self._session.run_with_iobinding(self._binding, self._options)
-            found = [self._outputs[name].numpy()[:count] for name in names]
-            return found if self._locked else [value.copy() for value in found]  # on a CPU they are views
+            outputs = [self._outputs[name].numpy()[:count] for name in names]
+            return outputs if self._locked else [value.copy() for value in outputs]  # on a CPU they are views
 
 
 def filled_up(inputs: Arrays) -> Arrays:
-    """As many rows as the next power of two, the new ones black images without steering, and likewise terms."""
+    """The inputs padded to powers of two: rows with black images without steering, terms with neutral ones."""
     count, _, terms = inputs[INPUTS[1]].shape
     rows, width = sizes(count)[-1] - count, sizes(terms)[-1] - terms
-    found = {INPUTS[0]: np.pad(inputs[INPUTS[0]], ((0, rows), (0, 0), (0, 0), (0, 0)))}
+    padded = {INPUTS[0]: np.pad(inputs[INPUTS[0]], ((0, rows), (0, 0), (0, 0), (0, 0)))}
     for name in INPUTS[1:]:
         neutral = 1 if name == "steering_scale" else 0
-        found[name] = np.pad(inputs[name], ((0, rows), (0, 0), (0, width)), constant_values=neutral)
-    return found
+        padded[name] = np.pad(inputs[name], ((0, rows), (0, 0), (0, width)), constant_values=neutral)
+    return padded

@@ -1,4 +1,4 @@
-"""What lies in the repository folder: models, versions, labels. Reads names and sizes, loads nothing.
+"""The contents of the repository folder: models, versions, labels. Reads names and sizes, loads nothing.
 
 ```
 <repository>/<model>/<version>/manifest.json ...      or <repository>/manifest.json: a single bundle
@@ -18,16 +18,16 @@ from export.bundle import VERSION, BundleError, check_inside, is_bundle
 
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
-"""The version that is served where a request names none, if there is this label; else the newest."""
+"""The label of the version that serves requests without a version; if it is missing, the newest serves them."""
 Fingerprint = tuple[tuple[str, int, int], ...]
-"""Name, size and time of change of every file: another one may load although the last one did not."""
+"""Name, size and modification time of every file. After a change a version that did not load is tried again."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """One version: its folder, and the state of its files when they were last looked at."""
+class VersionFolder:
+    """One version: its folder, and the state of its files at the last scan."""
 
-    folder: Path
+    path: Path
     fingerprint: Fingerprint
 
 
@@ -35,7 +35,7 @@ class Found:
 class Shelf:
     """One model."""
 
-    versions: Mapping[int, Found]
+    versions: Mapping[int, VersionFolder]
     labels: Mapping[str, int] = field(default_factory=dict)
     problem: str = ""
     """What is wrong with labels.json."""
@@ -47,25 +47,25 @@ class Catalogue(dict[str, Shelf]):
     def __init__(self) -> None:
         super().__init__()
         self.skipped: dict[Path, str] = {}
-        """What could not be looked at or is no folder, and why."""
+        """Paths that cannot be read or are no folders, and why."""
 
 
 def scan(repository: Path) -> Catalogue:
-    """Raises BundleError when there is no bundle."""
+    """The catalogue of a repository. Raises BundleError when it has no bundle."""
     shelves = Catalogue()
     if is_bundle(repository):
         name, version = _single(repository)
-        shelves[name] = Shelf({version: Found(repository, _fingerprint(repository))})
+        shelves[name] = Shelf({version: VersionFolder(repository, _fingerprint(repository))})
         return shelves
     if not repository.is_dir():
         raise BundleError(f"repository is {repository}, which is not a folder")
     for model in _folders(repository, lambda name: not name.startswith("."), shelves.skipped):
-        found = {}
+        versions = {}
         for folder in _folders(model, lambda name: bool(VERSION.fullmatch(name)), shelves.skipped):
             with contextlib.suppress(FileNotFoundError):  # removed since
-                found[int(folder.name)] = Found(folder, _fingerprint(folder))
-        if found:
-            shelves[model.name] = Shelf(found, *_labels(repository, model, found))
+                versions[int(folder.name)] = VersionFolder(folder, _fingerprint(folder))
+        if versions:
+            shelves[model.name] = Shelf(versions, *_labels(repository, model, versions))
     if not shelves:
         skipped = "".join(f"; {path}: {reason}" for path, reason in shelves.skipped.items())
         raise BundleError(
@@ -75,8 +75,8 @@ def scan(repository: Path) -> Catalogue:
 
 
 def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str]) -> list[Path]:
-    """The folders in a folder whose name is one of those, by name; what is none or cannot be read is noted."""
-    found = []
+    """The subfolders with a name that `named` accepts, by name. Others and unreadable ones are added to `skipped`."""
+    folders = []
     try:
         paths = sorted(path for path in parent.iterdir() if named(path.name))
     except FileNotFoundError:  # removed since
@@ -87,7 +87,7 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
     for path in paths:
         try:
             if stat.S_ISDIR(path.stat().st_mode):
-                found.append(path)
+                folders.append(path)
             elif VERSION.fullmatch(path.name):
                 skipped[path] = "is not a folder"
         except FileNotFoundError:
@@ -95,10 +95,10 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
                 skipped[path] = "is a link to nothing"
         except OSError as error:
             skipped[path] = error.strerror or str(error)
-    return found
+    return folders
 
 
-def _labels(repository: Path, model: Path, found: Mapping[int, Found]) -> tuple[dict[str, int], str]:
+def _labels(repository: Path, model: Path, versions: Mapping[int, VersionFolder]) -> tuple[dict[str, int], str]:
     path = model / "labels.json"
     try:
         check_inside(path, repository)
@@ -114,8 +114,8 @@ def _labels(repository: Path, model: Path, found: Mapping[int, Found]) -> tuple[
     for label, version in value.items():
         if not LABEL.fullmatch(label):
             return {}, f"{path}: label {label!r}; allowed: {LABEL.pattern}"
-        if type(version) is not int or version not in found:
-            return {}, f"{path}: {label} is {version!r}; allowed: one of {', '.join(map(str, sorted(found)))}"
+        if type(version) is not int or version not in versions:
+            return {}, f"{path}: {label} is {version!r}; allowed: one of {', '.join(map(str, sorted(versions)))}"
     return value, ""
 
 
@@ -128,8 +128,8 @@ def _single(folder: Path) -> tuple[str, int]:
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
-    """Raises FileNotFoundError. Of a folder that cannot be read: empty, as loading it says why."""
-    found = []
+    """The state of a folder; empty if it cannot be read: loading it gives the reason. Raises FileNotFoundError."""
+    files = []
     try:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _fingerprint(folder: Path) -> Fingerprint:
     for path in paths:
         try:
             status = path.stat()
-        except OSError:  # a link to nowhere, or removed since
+        except OSError:  # a dangling link, or removed since
             continue
-        found.append((path.name, status.st_size, status.st_mtime_ns))
-    return tuple(found)
+        files.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(files)

@@ -134,6 +134,6 @@ class Settings(BaseSettings):
 
 
 def unknown_in_environment(names: Iterable[str]) -> list[str]:
-    """Those that begin like a setting and are none: a mistyped one would go unnoticed."""
+    """Names that begin like a setting and are none: a mistyped one would go unnoticed."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)

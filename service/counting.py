@@ -21,9 +21,9 @@ V = TypeVar("V")
 
 
 class NoProfile(Enum):
-    """What images are counted under when it is no profile of their own; the value is that of the label `profile`.
+    """The keys of counts without a profile; their values are values of the label `profile`.
 
-    Not strings, so that no name of a profile is mistaken for one of them.
+    They are not strings, so that no profile's name equals one of them.
     """
 
     NONE = "none"
@@ -37,11 +37,11 @@ class NoProfile(Enum):
 
 NONE, CUSTOM, OTHER = NoProfile
 Key = str | NoProfile
-"""A profile's name, or what there is instead."""
+"""A profile's name, or a key for images without one."""
 
 
 class Tally:
-    """A number that is added to."""
+    """A counter."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -108,7 +108,7 @@ class ProfileTotals:
 
 
 class ProfileCounts:
-    """What was answered under one profile of a model."""
+    """The counts of one profile of a model."""
 
     def __init__(self, blocks: tuple[int, ...], heads: int):
         """blocks: those with gates; heads: of each."""
@@ -151,7 +151,7 @@ class ProfileCounts:
 
 
 class VersionCounts:
-    """What was counted of a version, whatever the profile."""
+    """The counts of a version, over all profiles."""
 
     def __init__(self) -> None:
         self.batch_size = Histogram(SIZES)
@@ -162,18 +162,15 @@ class VersionCounts:
 
 
 class Retained(Generic[K, V]):
-    """Values by key. One that is out of use is retained for some time, so that its last counts are still read.
-
-    Not for several threads at once.
-    """
+    """Values by key. An unused one is retained for some time, so that its last counts are scraped. Not thread-safe."""
 
     def __init__(self) -> None:
         self.values: dict[K, V] = {}
         self._unused: dict[K, float] = {}
-        """Since when."""
+        """When each unused key was last used."""
 
     def sweep(self, used: Collection[K], now: float, seconds: float) -> None:
-        """Forget what has been out of use for so many seconds."""
+        """Remove values that have been unused for so many seconds. used: the keys in use now."""
         for key in self.values.keys() - used:
             if now - self._unused.setdefault(key, now) >= seconds:
                 del self.values[key], self._unused[key]

@@ -1,5 +1,5 @@
-"""What the engine needs of CUDA beyond onnxruntime: whether it is wholly installed, page-locked memory, how much is in
-use. Through the libraries that onnxruntime itself loads; nothing of it is loaded on a machine that does without."""
+"""CUDA functions that onnxruntime lacks: checking the installation, page-locked memory, memory in use. They call the
+libraries that onnxruntime loads; on a machine without a GPU nothing is loaded."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,7 @@ class Gpu:
     device: int = 0
     """Its index."""
     memory_mb: int = 0
-    """MiB that all models together may take; 0: no limit."""
+    """Limit for all models together, MiB; 0: no limit."""
     graphs: bool = True
     """Whether to capture CUDA graphs."""
     tf32: bool = False
@@ -33,8 +33,8 @@ class Gpu:
 
 
 def provider_options(gpu: Gpu, graphs: bool) -> dict[str, str]:
-    """What a server must set: memory grows by what is asked for, algorithms are chosen without timing them at each new
-    shape, and 10-bit products decide no gates unless somebody asked for them."""
+    """Options for a server: memory grows by the requested amount, algorithms are chosen without timing each new shape,
+    and products keep all bits unless tf32 is set."""
     return {
         "device_id": str(gpu.device),
         "arena_extend_strategy": "kSameAsRequested",
@@ -45,11 +45,11 @@ def provider_options(gpu: Gpu, graphs: bool) -> dict[str, str]:
 
 
 _shared: set[int] = set()
-"""Devices whose memory all models share."""
+"""Devices with an arena that all models share."""
 
 
 def share_memory(gpu: Gpu, options: onnxruntime.SessionOptions) -> None:
-    """Let the session take its memory from the one arena of all models, if it has a limit."""
+    """With a memory limit, let the session use the arena that all models share."""
     if not gpu.memory_mb:
         return
     if gpu.device not in _shared:
@@ -63,7 +63,7 @@ def share_memory(gpu: Gpu, options: onnxruntime.SessionOptions) -> None:
 
 
 def has_device() -> bool:
-    """Whether the machine has a GPU with NVIDIA's driver: also under WSL, which has another device file."""
+    """Whether the machine has a GPU with NVIDIA's driver, also under WSL, which has another device file."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
@@ -71,19 +71,19 @@ _loading = threading.Lock()
 
 
 def load_libraries() -> None:
-    """Load what pip installed of CUDA beside onnxruntime, where the system has none; once in a process."""
-    with _loading:  # models load side by side
+    """Load the CUDA libraries that pip installed, unless the system has them; once in a process."""
+    with _loading:  # models load in parallel
         _load_once()
 
 
 @cache
 def _load_once() -> None:
-    with contextlib.redirect_stdout(None):  # it prints what it does not find; `problem` says it better
+    with contextlib.redirect_stdout(None):  # it prints what is missing; `problem` reports it
         onnxruntime.preload_dlls()
 
 
 def problem(device: int) -> str:
-    """What is missing for CUDA on that device, and the cure; empty if nothing is."""
+    """What CUDA lacks on that device, and the cure; "" if nothing."""
     if PROVIDER not in onnxruntime.get_available_providers():
         return "this onnxruntime is built without CUDA. Cure: pip uninstall onnxruntime, pip install onnxruntime-gpu"
     try:
@@ -118,10 +118,10 @@ def problem(device: int) -> str:
 
 
 def _needed(library: Path) -> int:
-    """The major version of CUDA that the provider was built for; 0: not known."""
+    """The major version of CUDA that the provider was built for; 0: unknown."""
     with contextlib.suppress(OSError), library.open("rb") as file:
-        if found := re.search(rb"libcudart\.so\.(\d+)", file.read(2**20)):
-            return int(found[1])
+        if match := re.search(rb"libcudart\.so\.(\d+)", file.read(2**20)):
+            return int(match[1])
     return 0
 
 
@@ -134,8 +134,8 @@ def runtime() -> "ctypes.CDLL | None":
 
 
 def page_locked(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
-    """Zeros in memory that the device reads without a copy through the driver's own; ordinary memory where that is
-    refused. It is held until the process ends."""
+    """Zeros in memory that the device reads without an extra copy; in ordinary memory if the driver refuses it. To be
+    released before it is freed."""
     array = np.zeros(shape, kind)
     if array.nbytes and (cuda := runtime()):
         cuda.cudaHostRegister(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
@@ -143,13 +143,13 @@ def page_locked(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
 
 
 def release(array: NDArray[Any]) -> None:
-    """Memory of `page_locked` becomes ordinary again; to be called before it is freed."""
+    """Unlock memory of `page_locked`. To be called before it is freed."""
     if array.nbytes and (cuda := runtime()):
         cuda.cudaHostUnregister(ctypes.c_void_p(array.ctypes.data))
 
 
 def memory(device: int) -> tuple[int, int]:
-    """Bytes of the device in use, by whomever, and there in all; (0, 0) where that is not known."""
+    """Bytes in use on the device, by any process, and its total; (0, 0) if unknown."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     cuda = runtime()
     if cuda is None or cuda.cudaSetDevice(device) or cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
@@ -158,8 +158,8 @@ def memory(device: int) -> tuple[int, int]:
 
 
 class Quiet:
-    """Many may use the device at a time, or one may capture: what others do to it meanwhile would fail, or end up in
-    the graph."""
+    """Lets many threads use the device, or one capture: operations of others during a capture would fail or be
+    captured."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -168,7 +168,7 @@ class Quiet:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Use the device within the context; waits while another thread captures."""
+        """Use the device within the context. Waits while another thread captures."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
             self._using += 1
@@ -181,10 +181,10 @@ class Quiet:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
-        """Have the device to oneself within the context; waits until nobody else captures or uses it."""
+        """Have exclusive use of the device within the context. Waits until no other thread uses it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
-            self._capturing = True  # nobody starts any more
+            self._capturing = True  # no new users from now on
             self._changed.wait_for(lambda: not self._using)
         try:
             yield

@@ -1,4 +1,4 @@
-"""A bundle's graphs, checked: arrays in, arrays out. Knows nothing of requests, protobuf or metrics."""
+"""Runs the checked graphs of a bundle: arrays in, arrays out. Knows no requests, protobuf or metrics."""
 
 import logging
 import math
@@ -25,17 +25,17 @@ from training.steering import SteeringArrays
 
 log = logging.getLogger("steervit.engine")
 FOR_GPU = ("fused.fp16", "fused.fp32", "masked.fp16", "masked.fp32", "compact.fp16", "compact.fp32")
-"""Graphs that are fit for a GPU, the fastest first. `dispatch` would wait for the host at every block, and int8 has no
-kernels there."""
+"""Graphs for a GPU, the fastest first. `dispatch` would wait for the host at every block, and int8 has no GPU
+kernels."""
 NEAR_THRESHOLD = 1e-3
 """|gate logit| below which rounding could decide a gate."""
 TERMS = 16
-"""Of an image and site, that fixed shapes have room for at least."""
+"""The least number of terms of an image and site that fixed shapes have room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """For B images. What every answer needs of a row is computed for a whole batch: that costs as much as one row."""
+    """The outputs for B images. Derived numbers are computed for the whole batch, which costs as much as one row."""
 
     logits: NDArray[np.float32]
     """(B, classes)"""
@@ -50,12 +50,12 @@ class Outputs:
     near_threshold: NDArray[np.int64]
     """(B,) gates that rounding could decide."""
     residual: NDArray[np.float32] | None
-    """(B, sites, width), when it was asked for."""
+    """(B, sites, width), if requested."""
     seconds: float
     """Wall time of the inference."""
 
     def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
-        """Of some images; the time stays that of all."""
+        """The outputs of some images, with the time of all."""
         return Outputs(
             self.logits[index], self.head_gate[index], self.gate_logit[index],
             self.head_usage[index], self.macs[index], self.near_threshold[index],
@@ -77,7 +77,7 @@ def joined(parts: Sequence[Outputs]) -> Outputs:
     names = ("logits", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     residuals = [part.residual for part in parts if part.residual is not None]
-    # A part may have them only because another call in its batch asked.
+    # a part may have residuals only because another call in its batch requested them
     residual = np.concatenate(residuals) if len(residuals) == len(parts) else None
     return Outputs(**arrays, residual=residual, seconds=sum(part.seconds for part in parts))
 
@@ -102,9 +102,9 @@ class Engine:
         specialised: bool | None = None,
     ):
         """provider: auto, cpu or cuda; threads: 0 for all CPUs of the process; graph: auto, or a name such as
-        masked.fp32; max_batch: the largest batch to be warm for; bounded: whether batches are filled up so that only a
-        few shapes occur; spinning: whether threads spin within a run; gpu: how to use it; specialised: whether graphs
-        for one profile are loaded too. bounded and specialised are by default as suits a GPU, or the CPU.
+        masked.fp32; max_batch: the largest batch to be warm for; bounded: whether batches are padded to a few
+        shapes; spinning: whether threads spin within a run; gpu: how to use it; specialised: whether graphs
+        for one profile are loaded too. bounded and specialised are on by default with CUDA alone.
 
         Raises EngineError or BundleError.
         """
@@ -128,7 +128,7 @@ class Engine:
 
         self._general = load(self.graph.file, self.graph.attention)
         self._specialised: dict[str, Loaded] = {}
-        """By the digest of the terms that they answer for."""
+        """By the digest of their terms."""
         if specialised or (specialised is None and used):
             for entry in bundle.manifest.specialised:
                 self._specialised[entry.digest] = load(entry.file, "fused")
@@ -149,33 +149,33 @@ class Engine:
 
     @property
     def specialised(self) -> Collection[str]:
-        """The digests of terms for which there is a graph of their own."""
+        """The digests of the steerings with a graph of their own."""
         return self._specialised.keys()
 
     def seconds(self, rows: int, digest: str = "") -> float:
-        """What a batch of so many images costs, as measured at the start; digest: in the graph for those terms. Only
-        where there are such graphs."""
+        """Seconds for a batch, as measured at the start. digest: in the graph for those terms. Only for an engine with
+        such graphs."""
         return self._specialised.get(digest, self._general).seconds(rows)
 
     def _check(self, golden: Golden, file: str, digest: str) -> None:
-        """Raise BundleError unless a graph gives what golden.npz and the manifest say. It is warm then."""
+        """Raise BundleError unless a graph agrees with golden.npz and the manifest. Afterwards it is warm."""
         path = self.bundle.folder / file
 
         def answers(inputs: Arrays) -> Arrays:
             steering = SteeringArrays(*(inputs[name] for name in INPUTS[1:]))
-            found = self.run(inputs["image"], steering, residual=True, digest=digest)
-            return {name: getattr(found, name) for name in OUTPUTS}
+            outputs = self.run(inputs["image"], steering, residual=True, digest=digest)
+            return {name: getattr(outputs, name) for name in OUTPUTS}
 
         try:
             self._check_shapes(golden, path, digest)
             check_golden(answers, golden, path)
         except BundleError:
             raise
-        except Exception as error:  # of onnxruntime or numpy: the rows do not fit the graph
+        except Exception as error:  # from onnxruntime or numpy: the rows do not fit the graph
             raise BundleError(f"{path}: the rows of golden.npz cannot be run: {error}") from error
 
     def _terms(self, golden: Golden) -> int:
-        """Of each image and site at most, but for requests with very many: of the profiles and the golden rows."""
+        """The most terms of an image and site in the profiles and golden rows. Requests may have more."""
         of_profiles = [len(terms) for profile in self.bundle.profiles.values() for terms in profile.terms.values()]
         return max([TERMS, int(golden.inputs[INPUTS[1]].shape[2]), *of_profiles])
 
@@ -187,8 +187,8 @@ class Engine:
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
     ) -> Outputs:
-        """images (B, height, width, channels), steering arrays (B, S, T). digest: of the terms, where all images have
-        the same; if there is a graph for them, it runs."""
+        """images (B, height, width, channels), steering arrays (B, S, T). digest: of the terms, if all images have
+        the same; a graph for them runs if there is one."""
         inputs: Arrays = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
         names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
         loaded = self._specialised.get(digest, self._general) if digest else self._general
@@ -207,17 +207,17 @@ class Engine:
         )  # fmt: skip
 
     def _check_shapes(self, golden: Golden, path: Path, digest: str) -> None:
-        """Raise BundleError unless the graph reads and gives what the manifest says: answers are read by it."""
+        """Raise BundleError unless inputs and outputs have the shapes of the manifest, by which answers are read."""
         manifest = self.bundle.manifest
         gates, sites = (len(manifest.gated_blocks), manifest.heads), len(manifest.sites)
         image, *steering = (golden.inputs[name][:1] for name in INPUTS)
-        found = self.run(image, SteeringArrays(*steering), residual=True, digest=digest)
+        outputs = self.run(image, SteeringArrays(*steering), residual=True, digest=digest)
         for name, value, allowed in (
             ("image", image, manifest.image.shape),
-            ("logits", found.logits, (len(manifest.labels),)),
-            ("head_gate", found.head_gate, gates),
-            ("gate_logit", found.gate_logit, gates),
-            ("residual", found.residual, (sites, manifest.dim)),
+            ("logits", outputs.logits, (len(manifest.labels),)),
+            ("head_gate", outputs.head_gate, gates),
+            ("gate_logit", outputs.gate_logit, gates),
+            ("residual", outputs.residual, (sites, manifest.dim)),
             *((name, array, (sites, array.shape[2])) for name, array in zip(INPUTS[1:], steering, strict=True)),
         ):
             assert value is not None
@@ -228,7 +228,7 @@ class Engine:
 
 
 def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
-    """The graph of that name. auto: the bundle's default; on a GPU the fastest of those that are fit for it.
+    """The graph of that name. auto: the bundle's default; on a GPU the fastest of FOR_GPU.
 
     Raises EngineError when the bundle has no such graph.
     """
@@ -249,22 +249,22 @@ def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
 
 
 def check_gpu(gpu: Gpu) -> None:
-    """Raise EngineError unless CUDA is wholly installed and has that device."""
+    """Raise EngineError unless CUDA is completely installed and has that device."""
     if missing := cuda.problem(gpu.device):
-        raise EngineError(f"provider 'cuda' was asked for, but {missing}; or start with --provider cpu")
+        raise EngineError(f"provider is 'cuda', but {missing}; or start with --provider cpu")
 
 
 def check_installation() -> None:
     """Raise EngineError when both builds of onnxruntime are installed: they share a folder and break each other."""
-    found = []
+    installed = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    if len(found) > 1:
+    if len(installed) > 1:
         raise EngineError(
-            f"{' and '.join(found)} are both installed; allowed: one. "
+            f"{' and '.join(installed)} are both installed; allowed: one. "
             "Cure: pip uninstall onnxruntime onnxruntime-gpu, then install this project again"
         )
 
@@ -292,6 +292,6 @@ def _read_quota(*paths: Path) -> tuple[int, int]:
 def resolve_provider(provider: str) -> str:
     """`cpu` or `cuda`. auto: `cuda` if this onnxruntime supports it and the machine has a GPU."""
     if provider == "auto":
-        found = cuda.PROVIDER in onnxruntime.get_available_providers() and cuda.has_device()
-        return "cuda" if found else "cpu"
+        usable = cuda.PROVIDER in onnxruntime.get_available_providers() and cuda.has_device()
+        return "cuda" if usable else "cpu"
     return provider

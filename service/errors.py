@@ -1,10 +1,10 @@
-"""What can be wrong with a request, and the one table from there to gRPC status codes."""
+"""The errors of requests, and the one table from errors to gRPC status codes."""
 
 import grpc
 
 
 class RequestError(Exception):
-    """Base of the errors that a client is told; the message names the field, the value and what is allowed."""
+    """Base of the errors that a client receives; the message names the field, the value and what is allowed."""
 
 
 class InvalidRequest(RequestError):
@@ -20,7 +20,7 @@ class DigestMismatch(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full. retry_after_seconds: when what waits will have been run."""
+    """The queue is full. retry_after_seconds: when the queued images are expected to have run."""
 
     def __init__(self, message: str, retry_after_seconds: float):
         super().__init__(message)
@@ -36,11 +36,11 @@ class Stopping(RequestError):
 
 
 class Unavailable(RequestError):
-    """What was asked for is there but does not work."""
+    """The requested model exists but cannot be loaded."""
 
 
 class NotAllowed(RequestError):
-    """The server was not started so that clients may do this."""
+    """The server's settings do not allow this to clients."""
 
 
 STATUS: dict[type[RequestError], grpc.StatusCode] = {

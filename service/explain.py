@@ -1,9 +1,9 @@
-"""What the latents of an image do to its gates, from the weights that the bundle keeps for this. On the host.
+"""What the latents of an image do to its gates. Computed on the host from weights of the bundle.
 
 A gate reads x' = x + sum_k (z'_k - z_k) W_dec[k]; its logits are 4 tanh(linear(norm(x')) / 4). The effect of a latent
-is what its share z'_k W_dec[k] of x' adds to the logits: the logits with it, minus the logits without it.
+is what its share z'_k W_dec[k] of x' adds to the logits: the logits with the share minus those without it.
 
-Letters: L latents, D residual width, H heads, T terms, K latents that are told of.
+Letters: L latents, D residual width, H heads, T terms, K reported latents.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of one image at one site."""
+    """The explanation of one image at one site."""
 
     latent: NDArray[np.int64]
     """(K,): the steered ones first, then by value."""
     value: Floats
     """(K,) z."""
     steered_value: Floats
-    """(K,) z': the same where nothing steers it."""
+    """(K,) z': equal to z without steering."""
     effect: Floats
     """(K, H) on the gate logits."""
     gate_logit: Floats
@@ -51,7 +51,7 @@ class Explainer:
             raise BundleError(f"{folder / 'sae.safetensors'} cannot be read: {error}") from error
 
     def explain(self, site: int, residual: Floats, steering: SteeringArrays, count: int) -> Explanation:
-        """residual (D,); steering (1, S, T). count: latents to tell of beside those that are steered."""
+        """residual (D,); steering (1, S, T). count: latents to report beside the steered ones."""
         w = {name: value[site] for name, value in self._weights.items() if not name.startswith("gates.")}
         raw = w["encoder"] @ (residual - w["decoder_bias"]) + w["encoder_bias"]  # (L,)
         z = np.where(raw > w["threshold"], raw, np.float32(0))

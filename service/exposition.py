@@ -1,4 +1,4 @@
-"""The metrics page: its families and how their values are written. The only file that knows Prometheus."""
+"""The metrics page: its families, and how their values are written. The only file that knows Prometheus."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ Row = tuple[Sequence[str], float | Buckets]
 Rows = Mapping[str, Iterable[Row]]
 """By the name of their family."""
 Lists = Mapping[str, list[Row]]
-"""Rows while they are put together."""
+"""Rows being collected."""
 Version = tuple[str, str]
 """Model and version."""
 RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoProfile)))
@@ -113,8 +113,8 @@ FAMILIES = (
 
 
 def profile_label(key: Key) -> str:
-    """The value of the label `profile`. A profile whose name would be mistaken for one of NoProfile gets a prefix, as
-    in `profile:none`, and so does one whose name would be mistaken for that."""
+    """The value of the label `profile`. A profile named like a value of NoProfile gets a prefix, as in `profile:none`.
+    So does one whose name has the form of such a label."""
     if isinstance(key, NoProfile):
         return str(key.value)
     return f"profile:{key}" if RESERVED.fullmatch(key) else key

@@ -1,4 +1,4 @@
-"""Around every RPC of ours: the message is read, errors become statuses, and the call is counted, timed and logged."""
+"""Wraps every RPC: parses the message, turns errors into statuses, and counts, times and logs the call."""
 
 import asyncio
 import logging
@@ -18,27 +18,27 @@ from service.metrics import Metrics
 
 log = logging.getLogger("steervit.requests")
 MAX_SENTENCE = 620
-"""Characters; at 12 bytes each, percent-encoded, they fit the 8 kB that gRPC allows."""
+"""Characters. Percent-encoded, at 12 bytes each, they fit the 8 kB that gRPC allows."""
 REQUEST_ID = "x-request-id"
 SLACK = 0.05, 0.01
-"""Seconds, and share of the time that a call has: by so much gRPC may round its deadline up on the way here."""
+"""By how much gRPC may round a deadline up: seconds, and a share of the time that the call has."""
 Call = Callable[[Any, Any], Awaitable[Any]]
 
 
 class Guard:
-    """Makes the handlers of a server's services, and counts their calls together."""
+    """Makes the handlers of the services, and counts the calls of all of them."""
 
     def __init__(self, metrics: Metrics):
         self._metrics = metrics
         self.accepted = self.answered = 0
-        """Calls whose handler was entered, and those of them that were not cancelled before they had an answer."""
+        """Calls whose handler was entered, and those of them that were answered rather than cancelled."""
 
     def handler(self, servicer: Any, service: Any) -> grpc.GenericRpcHandler:
         """servicer: with a coroutine method(request, context) for each method of `service`, a service descriptor. It
         returns a message, or the bytes of one."""
         paths = {method: f"/{service.full_name}/{method.name}" for method in service.methods}
         self._metrics.known_methods(list(paths.values()))
-        # messages are read in `guarded`, so that what cannot be read is answered and counted like any bad request
+        # messages are parsed in `guarded`, so that an invalid one is answered and counted like any bad request
         methods: dict[str, Any] = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(getattr(servicer, method.name), path, GetMessageClass(method.input_type)),
@@ -66,7 +66,7 @@ class Guard:
             except Exception:
                 code = "INTERNAL"
                 log.exception("%s failed, request %s", path, name, extra={"method": path, "request_id": name})
-                sentence = f"the server failed on this request; its log says more of request {name}"
+                sentence = f"the server failed on this request; its log has the cause under request {name}"
                 refusal = grpc.StatusCode.INTERNAL, sentence, _named(name)
             finally:
                 seconds = time.perf_counter() - start
@@ -74,9 +74,9 @@ class Guard:
                 self.answered += answered
                 self._metrics.request(path, code, seconds)
                 if log.isEnabledFor(logging.DEBUG):
-                    said = {"method": path, "code": code, "seconds": seconds, "request_id": name}
-                    log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", said, extra=said)
-            # here, and without the message: what abort raises would keep both until cycles are looked for
+                    fields = {"method": path, "code": code, "seconds": seconds, "request_id": name}
+                    log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", fields, extra=fields)
+            # here, and without the message: the exception that abort raises would keep both until a garbage collection
             del message
             return await context.abort(*refusal)
 
@@ -84,7 +84,7 @@ class Guard:
 
 
 def _is_over(context: Any, allowed: float | None) -> bool:
-    """Whether the deadline of a call that had so many seconds has passed: then gRPC cancels it, as a client may too."""
+    """Whether the deadline of a call has passed: gRPC cancels such a call, as a client may. allowed: seconds it had."""
     return allowed is not None and context.time_remaining() <= SLACK[0] + SLACK[1] * allowed
 
 
@@ -104,27 +104,27 @@ def _written(answer: Any) -> bytes:
 
 
 def _sentence(error: RequestError) -> str:
-    """A client gets no status at all whose headers are too long, so a long value loses its middle."""
-    said = str(error)
-    return said if len(said) <= MAX_SENTENCE else f"{said[:400]} [...] {said[-200:]}"
+    """The message, with its middle cut out if it is long: gRPC drops a status whose headers are too long."""
+    text = str(error)
+    return text if len(text) <= MAX_SENTENCE else f"{text[:400]} [...] {text[-200:]}"
 
 
 def _request_id(context: Any) -> str:
-    """What the client calls its request (metadata x-request-id), or a name for it."""
-    for key, given in context.invocation_metadata() or ():
-        fits = key == REQUEST_ID and isinstance(given, str) and 0 < len(given) <= 128
-        if fits and given.isascii() and given.isprintable():
-            return str(given)
+    """The client's name for its request (metadata x-request-id), or a random one."""
+    for key, value in context.invocation_metadata() or ():
+        fits = key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= 128
+        if fits and value.isascii() and value.isprintable():
+            return str(value)
     return f"{random.getrandbits(64):016x}"
 
 
 def _named(name: str) -> tuple[tuple[str, str | bytes], ...]:
-    """The trailer by which the client can name its request."""
+    """The trailer with the name of the request."""
     return ((REQUEST_ID, name),)
 
 
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
-    """For an overload: when to try again, as RetryInfo and as the trailer that gRPC's own retries obey."""
+    """For an overload: when to retry, as RetryInfo and as the trailer that gRPC's own retries obey."""
     if not isinstance(error, Overloaded):
         return ()
     milliseconds = round(error.retry_after_seconds * 1000)

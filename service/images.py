@@ -12,13 +12,13 @@ from training.image_files import FORMATS, kind, load, resized, to_pixels
 from training.image_spec import MODES, ImageSpec
 
 DRAFT = 2
-"""Times the resized image along each side that a JPEG's draft has at least: with fewer, what is left is blurred."""
-Image.MAX_IMAGE_PIXELS = None  # Limits decides, with an error of ours
+"""The least size of a JPEG's draft along each side, in sizes of the resized image: smaller ones blur it."""
+Image.MAX_IMAGE_PIXELS = None  # Limits checks the size
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is accepted of encoded images, and how large JPEGs are decoded."""
+    """Limits of encoded images, and how large JPEGs are decoded."""
 
     max_bytes: int
     """Of an encoded image."""
@@ -61,7 +61,7 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
         return to_pixels(load(encoded, check), spec)
     except InvalidRequest:
         raise
-    except Exception as error:  # Pillow raises many kinds for broken files; all of them are the sender's
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise InvalidRequest(
             f"{where} is not a readable image ({len(encoded)} bytes, {kind(encoded) or type(error).__name__}); "
             f"allowed: {', '.join(FORMATS)}"
@@ -69,7 +69,7 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
 
 
 def from_raw(pixels: bytes, spec: ImageSpec, where: str) -> NDArray[np.uint8]:
-    """Raw uint8 pixels of the model's own size. Raises InvalidRequest when their number is another."""
+    """Raw uint8 pixels of the model's own size. Raises InvalidRequest for any other number of bytes."""
     expected = spec.height * spec.width * spec.channels
     if len(pixels) != expected:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""One graph, open and warm: its session, the shapes of its batches, and what a batch costs."""
+"""One graph, open and warm: its session, the shapes of its batches, and the duration of a batch."""
 
 import logging
 import time
@@ -21,23 +21,23 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": cuda.PROVIDER}
 
 
 class EngineError(Exception):
-    """The engine cannot start as asked; the message says why and what would help."""
+    """The engine cannot start with these settings; the message has the reason and a cure."""
 
 
 class Bounds(NamedTuple):
-    """Of the shapes of batches."""
+    """Upper bounds of the shapes of batches."""
 
     rows: int
     terms: int
 
 
 class Loaded:
-    """`run` may be called from several threads at once."""
+    """An open graph. `run` may be called from several threads at once."""
 
     def __init__(
         self, path: Path, options: onnxruntime.SessionOptions, provider: str, gpu: Gpu | None, bounds: Bounds | None
     ):
-        """gpu: None for the CPU; bounds: None for batches of any shape.
+        """Opens and warms the graph. gpu: None for the CPU; bounds: None for batches of any shape.
 
         Raises EngineError or BundleError.
         """
@@ -45,17 +45,17 @@ class Loaded:
         self.captured: Sequence[int] = ()
         """Batch sizes that run as CUDA graphs."""
         self._seconds: list[float] = []
-        """Of a batch of 1, 2, 4, ... images."""
+        """Durations of batches of 1, 2, 4, ... images."""
         self._session, self._buckets = self._opened(options, bounds)
         self._inputs = {entry.name for entry in self._session.get_inputs()}
 
     def run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        """The outputs of those names. Inputs that the graph does not have are left aside."""
+        """The outputs of those names. Inputs that the graph does not have are ignored."""
         if self._buckets:
             return self._buckets.run(names, inputs)
-        given = inputs if len(self._inputs) == len(inputs) else {name: inputs[name] for name in self._inputs}
-        found: list[NDArray[Any]] = self._session.run(list(names), given)
-        return found
+        own = inputs if len(self._inputs) == len(inputs) else {name: inputs[name] for name in self._inputs}
+        outputs: list[NDArray[Any]] = self._session.run(list(names), own)
+        return outputs
 
     def measure(self, inputs: Arrays, largest: int) -> None:
         """Time batches of 1, 2, 4, ... images, made of these rows: the fastest of three runs each."""
@@ -70,14 +70,14 @@ class Loaded:
             self._seconds.append(min(taken))
 
     def seconds(self, rows: int) -> float:
-        """Of a batch of so many images, as measured: on a GPU of the shape that it runs in, else in proportion."""
+        """The measured duration of a batch: of the shape that it runs in on a GPU, else in proportion to the rows."""
         upper = min((rows - 1).bit_length(), len(self._seconds) - 1)
         return self._seconds[upper] * (1.0 if self._buckets and rows <= 2**upper else rows / 2**upper)
 
     def _opened(
         self, options: onnxruntime.SessionOptions, bounds: Bounds | None
     ) -> tuple[onnxruntime.InferenceSession, Buckets | None]:
-        """The session and its shapes, each of which has run once: captured, where that is asked for and possible."""
+        """The session and its shapes, each of which has run once: as CUDA graphs, if settings and graph allow it."""
         gpu, name = self._gpu, self._path.name
         if gpu and gpu.graphs and bounds:
             start = time.perf_counter()
@@ -87,7 +87,7 @@ class Loaded:
                     buckets = Buckets(session, *bounds, gpu)
                 with cuda.quiet.capturing():
                     buckets.first_runs()
-            except Exception as error:  # onnxruntime raises its own kinds, none of them documented
+            except Exception as error:  # onnxruntime raises undocumented kinds
                 log.warning("%s runs without CUDA graphs, more slowly: %s", name, error)
             else:
                 self.captured = buckets.rows
@@ -109,12 +109,12 @@ class Loaded:
             cuda.share_memory(self._gpu, options)
         try:
             session = onnxruntime.InferenceSession(str(self._path), options, providers=names)
-        except Exception as error:  # onnxruntime raises its own kinds, none of them documented
+        except Exception as error:  # onnxruntime raises undocumented kinds
             raise BundleError(f"{self._path}: onnxruntime cannot load it: {error}") from error
         got = session.get_providers()[0]
         if got != PROVIDERS[self._provider]:
             raise EngineError(
-                f"provider {self._provider!r} was asked for but the session has {got}. "
+                f"provider is {self._provider!r}, but the session has {got}. "
                 "Cure: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
             )
         return session

@@ -1,4 +1,4 @@
-"""What is counted, under which labels, and for how long. (Counting: counting.py; the page: exposition.py.)"""
+"""What the server counts, under which labels, and for how long. (Counting: counting.py; the page: exposition.py.)"""
 
 import threading
 import time
@@ -22,13 +22,13 @@ CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
     "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
-"""Status codes that this server answers with."""
+"""The status codes of this server."""
 RETAIN_SECONDS = 120.0
 """How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
 
 
 class Metrics:
-    """The counts of the process. For any thread; what is loaded and unloaded changes on one at a time."""
+    """The counts of the process. Thread-safe; models are added and removed by one thread at a time."""
 
     def __init__(self, registry: CollectorRegistry, max_profile_series: int):
         self.max_profile_series = max_profile_series
@@ -39,14 +39,14 @@ class Metrics:
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
         self._lock = threading.Lock()
-        """Of all that follows."""
+        """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
-        """By model: versions that are there and could not be loaded."""
+        """By model: versions that could not be loaded."""
         self._load_failures: Retained[Version, Tally] = Retained()
         self._versions: Retained[Version, VersionCounts] = Retained()
         self._profiles: Retained[tuple[str, str, Key], ProfileCounts] = Retained()
         self._models: list[ModelMetrics] = []
-        """Those loaded, by age. Of one version there are two while one takes the place of the other."""
+        """Loaded models, oldest first. A version has two while one replaces the other."""
         registry.register(Page(self.rows))
 
     def request(self, method: str, code: str, seconds: float) -> None:
@@ -66,7 +66,7 @@ class Metrics:
                 self._requests.setdefault((method, code), Tally())
 
     def profiles_read(self, ok: bool) -> None:
-        """Count a read of the changed profile folder. ok: whether its profiles are served now."""
+        """Count a read of the changed profile folder. ok: whether its profiles are valid and served."""
         self._profile_reads["ok" if ok else "failed"].inc()
         self._profiles_right = ok
 
@@ -76,7 +76,7 @@ class Metrics:
             self._load_failures.values.setdefault((name, str(version)), Tally()).inc()
 
     def failed_versions(self, name: str, versions: Collection[int]) -> None:
-        """The versions of a model that are not loaded now because they do not work."""
+        """Set the versions of a model that could not be loaded."""
         with self._lock:
             self._failed.pop(name, None)
             if versions:
@@ -86,11 +86,11 @@ class Metrics:
     def for_model(
         self, bundle: Bundle, graph: str, provider: str, plan: Plan, gpu: tuple[int, int] | None = None
     ) -> "ModelMetrics":
-        """gpu: the index of the device, and how many batch sizes run as CUDA graphs; None on the CPU."""
+        """Add a model. gpu: the index of the device and the number of batch sizes with CUDA graphs; None on the CPU."""
         return ModelMetrics(self, bundle, graph, provider, plan, gpu)
 
     def rows(self) -> Rows:
-        """All series as they are now."""
+        """All series at this moment."""
         with self._lock:
             self._sweep()
             models, failed = self._models.copy(), self._failed.copy()
@@ -120,7 +120,7 @@ class Metrics:
         return rows
 
     def add(self, model: "ModelMetrics") -> "VersionCounts":
-        """A model that is loaded, and the counts of its version: those that there are, if it was loaded before."""
+        """Add a loaded model. Returns the counts of its version, retained ones if it was loaded before."""
         with self._lock:
             self._sweep()
             self._load_failures.values.setdefault(model.names, Tally())
@@ -134,7 +134,7 @@ class Metrics:
             self._sweep()
 
     def use(self, model: "ModelMetrics", profiles: Collection[Key]) -> None:
-        """Those of its profiles that have series of their own from now on."""
+        """Set the profiles of a model that have series of their own."""
         with self._lock:
             model.profiles = {profile: self._profile_counts(model, profile) for profile in profiles}
             self._sweep()
@@ -147,14 +147,14 @@ class Metrics:
             return model.profiles[OTHER]
 
     def _profile_counts(self, model: "ModelMetrics", profile: Key) -> ProfileCounts:
-        """Those that there are, unless they are of other blocks and heads."""
+        """Existing counts if they have the same blocks and heads, else new ones."""
         counts, key = self._profiles.values, (*model.names, profile)
         if key not in counts or counts[key].layout != model.layout:
             counts[key] = ProfileCounts(*model.layout)
         return counts[key]
 
     def _sweep(self) -> None:
-        """Forget what has been out of use for RETAIN_SECONDS."""
+        """Remove counts that have been unused for RETAIN_SECONDS."""
         now = time.monotonic()
         versions = {model.names for model in self._models}
         failed = {(name, version) for name, of_model in self._failed.items() for version in of_model}
@@ -176,22 +176,22 @@ class ModelMetrics:
         self.info = (*self.names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.layout = manifest.gated_blocks, manifest.heads
         self.profiles: dict[Key, ProfileCounts] = {}
-        """Those that have series of their own. Replaced as a whole."""
+        """By profile with series of its own. Replaced as a whole."""
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
         self._expected: dict[Key, float] = {}
         """Head usage by profile."""
         self._served = 0
-        """Profiles that the model is served with."""
+        """The number of profiles."""
         self._queue: tuple[Callable[[], int], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
 
     def follow_queue(self, queued: Callable[[], int], limit: int) -> None:
-        """queued: how many images wait; called at every look at the metrics until the model retires."""
+        """queued: returns the queued images; called at every scrape until the model retires."""
         self._queue = queued, limit
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
-        """The profiles that the model is served with: those that have series of their own start at 0."""
+        """Set the model's profiles. The series of new ones start at 0."""
         own = sorted(profiles)[: self._metrics.max_profile_series]
         evaluations: dict[Key, Mapping[str, float] | None] = {
             NONE: self._evaluation,
@@ -202,12 +202,12 @@ class ModelMetrics:
         self._metrics.use(self, [NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles))])
 
     def retire(self) -> None:
-        """Take away what describes the model; what it counted is retained for RETAIN_SECONDS."""
+        """Remove the gauges of the model. Its counts are retained for RETAIN_SECONDS."""
         self._queue = None
         self._metrics.remove(self)
 
     def batch(self, stats: BatchStats) -> None:
-        """Count a batch and, of the calls that it completes, how long they waited."""
+        """Count a batch and the queue time of the calls that it completes."""
         self._counts.batch_size.observe(stats.images)
         self._counts.inference.observe(stats.seconds)
         self._counts.queue.observe(*stats.queue_seconds)
@@ -219,15 +219,15 @@ class ModelMetrics:
         self._counts.decode.observe(seconds)
 
     def dropped(self, reason: str, images: int) -> None:
-        """reason: one of DROP_REASONS."""
+        """Count dropped images. reason: one of DROP_REASONS."""
         self._counts.dropped[reason].inc(images)
 
     def answered(self, profile: Key, outputs: Outputs) -> None:
-        """Images answered under a profile, NONE or CUSTOM."""
+        """Count the answers of images under a profile, NONE or CUSTOM."""
         self._counts_of(profile).answered(outputs, self._dense)
 
     def shadowed(self, profile: Key, steered: Outputs, unsteered: Outputs) -> None:
-        """The same images with and without steering."""
+        """Count the same images with and without steering."""
         self._counts_of(profile).shadowed(steered, unsteered)
 
     def add_gauges(self, rows: Mapping[str, list[Row]]) -> None:
@@ -239,9 +239,9 @@ class ModelMetrics:
         rows["steervit_tuning_info"].append(((*self.names, *plan), 1))
         if self._gpu:
             device, captured = self._gpu
-            used, there = cuda.memory(device)
+            used, total = cuda.memory(device)
             rows["steervit_cuda_graphs"].append((self.names, captured))
-            rows["steervit_gpu_memory_bytes"][:] = [((str(device),), there)]  # once, however many models
+            rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, however many models
             rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
         rows["steervit_profiles"].append((self.names, self._served))
         for profile, usage in self._expected.items():
@@ -252,5 +252,5 @@ class ModelMetrics:
             rows["steervit_queue_limit_images"].append((self.names, limit))
 
     def _counts_of(self, profile: Key) -> ProfileCounts:
-        """OTHER for a profile without series: past the cap, or taken away while its call was under way."""
+        """OTHER for a profile without series: past the cap, or removed during its call."""
         return self.profiles.get(profile) or self._metrics.other(self)

@@ -1,4 +1,4 @@
-"""A bundle that is being served: images and steering in, answers out, everything counted."""
+"""A served bundle: images and steering in, answers out, everything counted."""
 
 import asyncio
 import math
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
-from service.batcher import Answer, Batcher, BatchStats
+from service.batcher import Batcher, BatchStats
+from service.calls import Answer
 from service.config import Settings
 from service.counting import CUSTOM, NONE, Key
 from service.errors import Overloaded
@@ -23,21 +24,22 @@ from service.explain import Explainer, Explanation
 from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
-from service.steering import Steering, from_tensors, joined, resolve
+from service.steering import Steering, joined, resolve
+from service.steering_tensors import from_tensors
 from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
-"""Steerings that a model keeps, those used last: profile x strength."""
+"""Steerings, profile x strength, that a model caches; the least recently used go first."""
 SLICE_SECONDS = 0.01
-"""How long a request has a thread of the pool before it is another's turn."""
+"""How long a request uses a thread of the pool before it is another's turn."""
 T = TypeVar("T")
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
-"""uint8 (B, height, width, channels), or a decoder an image, each of which gives one."""
+"""uint8 (B, height, width, channels), or a decoder for each image."""
 
 
 class Model:
-    """All of its calls raise what a decoder raises (InvalidRequest), and Overloaded, Expired or Stopping."""
+    """Answers calls. They raise InvalidRequest from the decoders, and Overloaded, Expired or Stopping."""
 
     def __init__(
         self,
@@ -49,11 +51,11 @@ class Model:
     ):
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
-        """With the profiles that it is served with: use()."""
+        """With the profiles of the last use()."""
         self._own = bundle.profiles
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
-        self._explainer = Explainer(bundle.folder)  # now: its file has been checked just before
+        self._explainer = Explainer(bundle.folder)  # now: its file has just been checked
         self.statistics = Statistics()
         self._in_flight = 0
         self._resolved = _resolver(bundle)
@@ -65,7 +67,7 @@ class Model:
         )
         counted, statistics = self._metrics, self.statistics
 
-        def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
+        def count_batch(stats: BatchStats) -> None:  # no method: a cycle would keep the session in memory
             counted.batch(stats)
             statistics.batch(stats.images, stats.seconds)
 
@@ -80,18 +82,18 @@ class Model:
             instances.lone,
             self.engine,
         )
-        batcher = weakref.ref(self.batcher)  # what reads a gauge is part of a cycle, which must not hold the session
+        batcher = weakref.ref(self.batcher)  # the gauge's cycle must not hold the session
 
         def queued() -> int:
-            there = batcher()
-            return there.queued if there else 0
+            alive = batcher()
+            return alive.queued if alive else 0
 
         self._metrics.follow_queue(queued, settings.max_queue)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
     ) -> Answer:
-        """seconds_left: until the deadline, if there is one. residual: whether the answer has residuals too."""
+        """The answer. seconds_left: to the deadline, None without one; residual: whether to include residuals."""
         count = len(images)
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
@@ -120,7 +122,7 @@ class Model:
     async def explain(
         self, images: Images, steering: Steering, seconds_left: float | None, latents: int
     ) -> tuple[Answer, list[list[Explanation]]]:
-        """The answers, and per image and site the latents that say most about the gates, at most so many."""
+        """The answers, and by image and site the latents with the largest values, at most `latents` unsteered ones."""
         answer = await self.predict(images, steering, seconds_left, residual=True)
         residual = answer.outputs.residual
         assert residual is not None
@@ -132,8 +134,7 @@ class Model:
         return answer, await self.in_turns([partial(explain, image) for image in range(len(images))])
 
     async def in_turns(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """What they return. In the pool, a slice of time after the other: requests take turns, and one whose client has
-        gone is left."""
+        """The results of the calls. Run in the pool, in slices of time: requests take turns, a cancelled one stops."""
         loop = asyncio.get_running_loop()
         done: list[T] = []
         while len(done) < len(calls):
@@ -141,13 +142,13 @@ class Model:
         return done
 
     def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-        """What a request asks for, checked (service/steering.py). A profile at a strength is computed once."""
+        """The steering of a request, checked (service/steering.py). Profiles at a strength are cached."""
         if terms or made_for:
             return resolve(self.bundle, profile, terms, strength, made_for)
         return self._resolved(profile, strength)
 
     async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
-        """Each image's own terms, checked; in the pool, as they may be very many."""
+        """The steering of tensors, checked; in the pool, as they may be large."""
         self._in_flight += 1
         try:
             loop = asyncio.get_running_loop()
@@ -156,13 +157,13 @@ class Model:
             self._in_flight -= 1
 
     def use(self, profiles: Profiles) -> None:
-        """Serve these beside the bundle's own from now on; calls that are in here already are not disturbed."""
+        """Serve these profiles beside the bundle's own. Calls in progress are not affected."""
         self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
         self._resolved = _resolver(self.bundle)
         self._metrics.use(self.bundle.profiles)
 
     async def retire(self) -> None:
-        """Answer the calls that are in here already, and release everything. No new ones may come."""
+        """Answer the calls in progress, and release everything. There must be no new calls."""
         while self._in_flight:
             await asyncio.sleep(0.01)
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
@@ -171,7 +172,7 @@ class Model:
     async def _run(
         self, images: Images, order: Sequence[int], steering: Steering, seconds_left: float | None, residual: bool
     ) -> Answer:
-        """Run the images in this order, each as often as it is in there."""
+        """Run the images in this order, in which they may occur several times."""
         self._in_flight += 1
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
         start, decoded, answer = time.perf_counter(), None, None
@@ -191,7 +192,7 @@ class Model:
         return answer
 
     async def _decoded(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-        """The images (B, height, width, channels), each put where it belongs when it is decoded."""
+        """The decoded images (B, height, width, channels)."""
         pixels = np.empty((len(decoders), *self.bundle.manifest.image.shape), np.uint8)
 
         def put(index: int) -> None:
@@ -201,7 +202,7 @@ class Model:
         return pixels
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
-        """The steered images of a call that are also run unsteered; none while the queue is more than half full."""
+        """The steered images of a call to run unsteered as well; none while the queue is more than half full."""
         if not self._shadow_fraction or _label(steering) is NONE:
             return []
         if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
@@ -210,12 +211,12 @@ class Model:
 
 
 def _resolver(bundle: Bundle) -> Callable[[str, float], Steering]:
-    """From a profile and a strength to the steering."""
+    """A cached function from a profile and a strength to the steering."""
     return lru_cache(MAX_RESOLVED)(lambda profile, strength: resolve(bundle, profile, NEUTRAL, strength))
 
 
 def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """What the first of them return, one or more: as many as SLICE_SECONDS allow."""
+    """The results of the first calls, at least one, as many as SLICE_SECONDS allow."""
     end, done = time.perf_counter() + SLICE_SECONDS, []
     for call in calls:
         done.append(call())
@@ -225,5 +226,5 @@ def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def _label(steering: Steering) -> Key:
-    """What the steering is counted under: a profile at strength 0 as NONE."""
+    """The key that the steering is counted under: NONE for a profile at strength 0."""
     return NONE if steering.off else steering.profile or (CUSTOM if steering.custom else NONE)

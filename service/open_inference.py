@@ -1,45 +1,39 @@
-"""The servicer of the Open Inference Protocol: tensors in, tensors out. What it means here:
+"""The servicer of the Open Inference Protocol: tensors in, tensors out. Its calls mean here:
 
 - Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] or
-  [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and, accepted though not listed in the metadata (clients that make
-  up data for every listed input would steer at random), `steering_latent` INT64, `steering_scale` FP32 and
-  `steering_shift` FP32, all three [images, sites, terms]. Raw or typed contents, not both; typed ones of at most 2^18
+  [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and `steering_latent` INT64, `steering_scale` FP32 and
+  `steering_shift` FP32, all three [images, sites, terms]. The metadata does not list the steering tensors: clients that
+  make up data for every listed input would steer at random. Raw or typed contents, not both; typed ones of at most 2^18
   elements a tensor.
 - Parameters: `profile` (string), `strength` (double, int, or a string with a number).
-- Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, when it is asked for, `residual` FP32; raw contents.
+- Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, if requested, `residual` FP32; raw contents.
   With the parameter `classification` N, `logits` are BYTES [images, N] `logit:index:label`, the largest first.
-- Parameters of the answer: the fields of steering.v1.Receipt, those that are empty or 0 left out.
+- Parameters of the answer: the fields of receipt.py, without empty strings and counts of 0.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version as package_version
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
-from export.bundle import OUTPUTS
-from service.batcher import Answer
 from service.config import Settings
-from service.engine import Outputs
 from service.errors import InvalidRequest, NotAllowed, RequestError
 from service.images import Limits, decode
+from service.infer_messages import BY_DEFAULT, OUTPUT_TYPES, Asked, read_request, response
 from service.model import Images, Model
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
-from service.receipt import Origin, measures, origin
 from service.repository import Repository
 from service.statistics import Duration
 from service.steering import Steering
-from service.tensors import RESERVED, STEERING, Tensor, TensorHeader, packed, read_headers, read_tensors
+from service.tensors import STEERING, Tensor, read_tensors
 from training.steering import NEUTRAL, SteeringArrays
 
 Context = grpc.aio.ServicerContext[Any, Any]
 EXTENSIONS = ("classification", "model_configuration", "statistics", "model_repository", "binary_tensor_data")
-OUTPUT_TYPES = dict(zip(OUTPUTS, ("FP32", "BOOL", "FP32", "FP32"), strict=True))
-BY_DEFAULT = OUTPUTS[:3]
 
 
 class OpenInferenceService(GRPCInferenceServiceServicer):
@@ -152,40 +146,38 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         model = self._repository.get(request.model_name, request.model_version)
         with model.statistics.failures():
             request_id, raw = request.id, request.raw_input_contents[:]
-            asked, contents = _read(request, bool(raw))
+            asked, contents = read_request(request, bool(raw))
             inputs = read_tensors(asked.tensors, raw, contents, self._most(model))
             images = self._images(model, inputs)
             steering = await self._steering(model, asked, inputs, len(images))
         answer = await model.predict(images, steering, context.time_remaining(), "residual" in asked.outputs)
-        return _response(request_id, model, steering, answer, asked.outputs)
+        return response(request_id, model, steering, answer, asked.outputs)
 
     def _most(self, model: Model) -> dict[str, int]:
-        """Elements of an input at most, so that no more than these ever become Python objects."""
+        """The most elements of each input: no more than these become Python objects."""
         images, terms = self._settings.max_images, self._settings.max_terms
-        found = dict.fromkeys(STEERING, images * terms)
-        return {**found, "image": images * math.prod(model.bundle.manifest.image.shape), "encoded_image": images}
+        steering = dict.fromkeys(STEERING, images * terms)
+        return {**steering, "image": images * math.prod(model.bundle.manifest.image.shape), "encoded_image": images}
 
     def _images(self, model: Model, inputs: Mapping[str, Tensor]) -> Images:
-        given = [name for name in ("image", "encoded_image") if name in inputs]
-        if len(given) != 1:
+        names = [name for name in ("image", "encoded_image") if name in inputs]
+        if len(names) != 1:
             raise InvalidRequest(f"inputs are {sorted(inputs)}; allowed: one of image and encoded_image")
-        images, spec = inputs[given[0]], model.bundle.manifest.image
-        sizes = [spec.shape] if given == ["image"] else [(), (1,)]
+        name, images, spec = names[0], inputs[names[0]], model.bundle.manifest.image
+        sizes = [spec.shape] if name == "image" else [(), (1,)]
         if images.shape[1:] not in sizes:
             allowed = " or ".join(f"[{', '.join(['images', *map(str, size)])}]" for size in sizes)
-            raise InvalidRequest(f"input {given[0]!r} has the shape {list(images.shape)}; allowed: {allowed}")
+            raise InvalidRequest(f"input {name!r} has the shape {list(images.shape)}; allowed: {allowed}")
         if not 1 <= len(images) <= self._settings.max_images:
-            raise InvalidRequest(
-                f"input {given[0]!r} has {len(images)} images; allowed: 1 to {self._settings.max_images}"
-            )
-        if given == ["image"]:
+            raise InvalidRequest(f"input {name!r} has {len(images)} images; allowed: 1 to {self._settings.max_images}")
+        if name == "image":
             return images
         return [
             partial(decode, bytes(image), spec, self._limits, f"encoded_image[{index}]")
             for index, image in enumerate(images.ravel().tolist())
         ]
 
-    async def _steering(self, model: Model, asked: "Asked", inputs: Mapping[str, Tensor], images: int) -> Steering:
+    async def _steering(self, model: Model, asked: Asked, inputs: Mapping[str, Tensor], images: int) -> Steering:
         profile, strength = asked.profile, asked.strength
         tensors = [inputs[name] for name in STEERING if name in inputs]
         if not tensors:
@@ -208,150 +200,15 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         return await model.steering_of(SteeringArrays(*tensors), strength)
 
 
-class Asked(NamedTuple):
-    """What a request says beside the elements of its tensors."""
-
-    tensors: tuple[TensorHeader, ...]
-    outputs: Mapping[str, int]
-    """The outputs that are asked for, and of how many classes; 0: the tensor itself."""
-    profile: str
-    strength: float
-
-
-LONGEST_KEPT = 2048
-"""Bytes of a request without the elements of its tensors, up to which what it says is kept."""
-
-
-def _read(request: pb.ModelInferRequest, raw: bool) -> tuple[Asked, Sequence[Any]]:
-    """What a request says, and the typed contents of its inputs. The requests of a client are mostly alike but for
-    their raw contents, so these and the id are taken out, and what the rest says is kept."""
-    if raw:
-        request.ClearField("raw_input_contents")
-        request.ClearField("id")
-        if request.ByteSize() <= LONGEST_KEPT:
-            return _kept(request.SerializeToString()), ()
-    return _asked(request), [tensor.contents for tensor in request.inputs]
-
-
-def _asked(request: pb.ModelInferRequest) -> Asked:
-    return Asked(read_headers(request), _wanted(request), *_parameters(request.parameters))
-
-
-@lru_cache(maxsize=256)
-def _kept(request: bytes) -> Asked:
-    return _asked(pb.ModelInferRequest.FromString(request))
-
-
-def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
-    """Profile and strength."""
-    profile, strength = "", 1.0
-    for name, parameter in given.items():
-        value = _value(parameter)
-        if name == "profile":
-            if not isinstance(value, str):
-                raise InvalidRequest(f"parameter profile is {value!r}; allowed: a string")
-            profile = value
-        elif name == "strength":
-            try:
-                strength = math.nan if isinstance(value, bool) or value is None else float(value)
-            except ValueError:
-                strength = math.nan
-            if math.isnan(strength):
-                raise InvalidRequest(f"parameter strength is {value!r}; allowed: a number")
-        elif not RESERVED.fullmatch(name):
-            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength")
-    return profile, strength
-
-
-def _value(parameter: pb.InferParameter) -> bool | int | float | str | None:
-    kind = parameter.WhichOneof("parameter_choice")
-    value: bool | int | float | str | None = getattr(parameter, kind) if kind else None
-    return value
-
-
-def _wanted(request: pb.ModelInferRequest) -> dict[str, int]:
-    """The outputs that are asked for, and of how many classes; 0: the tensor itself."""
-    wanted: dict[str, int] = {}
-    for index, output in enumerate(request.outputs):
-        where = f"outputs[{index}]"
-        if output.name not in OUTPUTS:
-            raise InvalidRequest(f"{where} is {output.name!r}; allowed: {', '.join(OUTPUTS)}")
-        if output.name in wanted:
-            raise InvalidRequest(f"{where} is {output.name!r} again; allowed: each once")
-        wanted[output.name] = _classes(output, f"{where} {output.name!r}")
-    return wanted or dict.fromkeys(BY_DEFAULT, 0)
-
-
-def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str) -> int:
-    """Its parameter classification; 0: none."""
-    allowed = ["classification"] if output.name == "logits" else []
-    for name in output.parameters:
-        if name not in allowed and not RESERVED.fullmatch(name):
-            raise InvalidRequest(f"{where} has the parameter {name!r}; allowed: {', '.join(allowed) or 'none'}")
-    if "classification" not in output.parameters:
-        return 0
-    value = _value(output.parameters["classification"])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidRequest(f"{where} has the parameter classification {value!r}; allowed: a whole number from 1")
-    return value
-
-
-def _response(request_id: str, model: Model, steering: Steering, answer: Answer, outputs: Mapping[str, int]) -> bytes:
-    """The message, for the request with this id. Its first part is the same for all calls alike, and messages that
-    follow each other are one."""
-    contents: list[bytes] = []
-    tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    for name, classes in outputs.items():
-        if classes:
-            rows = _classified(answer.outputs, model.bundle.manifest.labels, classes)
-            tensors.append((name, "BYTES", (len(rows), len(rows[0]))))
-            contents.append(packed(chain.from_iterable(rows)))
-        else:
-            value = getattr(answer.outputs, name)
-            tensors.append((name, OUTPUT_TYPES[name], value.shape))
-            contents.append(value.tobytes())
-    response = pb.ModelInferResponse(id=request_id, raw_output_contents=contents)
-    parameters = response.parameters
-    for name, number in measures(model, answer)._asdict().items():
-        if isinstance(number, float):
-            parameters[name].double_param = number
-        elif number:  # 0 is left out, as in Receipt
-            parameters[name].int64_param = number
-    return _constant_part(origin(model, steering), tuple(tensors)) + response.SerializeToString()
-
-
-@lru_cache(maxsize=256)
-def _constant_part(came_from: Origin, tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
-    """Of a ModelInferResponse; tensors: the name, datatype and shape of each output."""
-    response = pb.ModelInferResponse(model_name=came_from.model, model_version=came_from.version)
-    for name, datatype, shape in tensors:
-        response.outputs.add(name=name, datatype=datatype, shape=shape)
-    for name, value in came_from._asdict().items():
-        if value:
-            response.parameters[name].string_param = value
-    return response.SerializeToString()
-
-
-def _classified(outputs: Outputs, labels: Sequence[str], count: int) -> list[list[bytes]]:
-    """Of each image the most likely classes, as Triton's clients read them.
-
-    https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/protocol/extension_classification.html
-    """
-    return [
-        [f"{logits[index]:f}:{index}:{labels[index]}".encode() for index in ranking[:count]]
-        for logits, ranking in zip(outputs.logits.tolist(), outputs.ranked()[0].tolist(), strict=True)
-    ]
-
-
 def _output_shapes(manifest: Any) -> dict[str, list[int]]:
-    """Of those that an answer has by default, without the batch."""
+    """The shapes of the default outputs, without the batch."""
     heads = [len(manifest.gated_blocks), manifest.heads]
     return dict(zip(BY_DEFAULT, ([len(manifest.labels)], heads, heads), strict=True))
 
 
 def _statistics(model: Model) -> pb.ModelStatistics:
     seen, manifest = model.statistics, model.bundle.manifest
-    batches = sorted(seen.batches.copy().items())  # a copy: the batcher's thread goes on
+    batches = sorted(seen.batches.copy().items())  # a copy: the batcher's threads add to it
 
     def duration(value: Duration) -> pb.StatisticDuration:
         return pb.StatisticDuration(count=value.count, ns=round(1e9 * value.seconds))

@@ -14,7 +14,7 @@ log = logging.getLogger("steervit.pages")
 
 
 class State(Protocol):
-    """What the probes ask."""
+    """The state that the probes report."""
 
     @property
     def alive(self) -> bool:
@@ -30,10 +30,10 @@ class State(Protocol):
 class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 128
-    """Connections that wait to be accepted; of the 5 that are the default, probes would be turned away."""
+    """Connections waiting to be accepted. With the default of 5, probes would be refused."""
 
     def server_bind(self) -> None:
-        """Binds without the look-up of the host's name that http.server makes."""
+        """Bind without http.server's look-up of the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
@@ -45,7 +45,7 @@ class _Version6(_ThreadingWSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     timeout = 10
-    """Seconds for a request to arrive: a connection that says nothing does not hold a thread for ever."""
+    """Seconds for a request to arrive: a silent connection does not hold a thread for ever."""
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -59,11 +59,11 @@ class Pages:
         metrics_page = make_wsgi_app(registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            method, said = environ["REQUEST_METHOD"], list[Any]()
-            if method == "HEAD":  # the client library of Prometheus answers GET alone
+            method, head = environ["REQUEST_METHOD"], list[Any]()
+            if method == "HEAD":  # Prometheus's client library answers GET only
                 environ = {**environ, "REQUEST_METHOD": "GET"}
-            body = b"".join(answer(environ, lambda status, headers: said.extend((status, headers))))
-            status, headers = said
+            body = b"".join(answer(environ, lambda status, headers: head.extend((status, headers))))
+            status, headers = head
             start_response(status, [*headers, ("Content-Length", str(len(body)))])
             return [] if method == "HEAD" else [body]
 
@@ -87,7 +87,7 @@ class Pages:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, and release the port. Requests under way are not waited for."""
+        """Stop listening and release the port, without waiting for requests in progress."""
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()

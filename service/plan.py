@@ -1,5 +1,5 @@
-"""Which versions of a model are tried, served and let go: functions of what lies on its shelf, of the policy, and of
-what is loaded, without effects."""
+"""Which versions of a model to load, serve and unload: pure functions of the folder, the policy and the loaded
+versions."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -11,13 +11,13 @@ class Tries(NamedTuple):
     """The versions of a model to try to load."""
 
     now: list[int]
-    """New or changed versions that are wanted, the newest first."""
+    """New or changed versions that the policy selects, the newest first."""
     instead: list[int]
-    """Others, to be tried one after the other while nothing of the model works: rather an older one than none."""
+    """Other versions, to be tried in turn until one loads: an older version is better than none."""
 
 
 class Outcome(NamedTuple):
-    """What is to be true of a model when loading is over."""
+    """The state of a model after loading."""
 
     served: set[int]
     labels: dict[str, int]
@@ -25,10 +25,10 @@ class Outcome(NamedTuple):
     """Why a version is not loaded."""
 
 
-def wanted(policy: str, shelf: Shelf) -> list[int]:
-    """The versions to serve, rising: of the policy (`latest`, `latest:2`, `all` or `1,3`), and those with a label.
+def selected(policy: str, shelf: Shelf) -> list[int]:
+    """The versions to serve, in order: by the policy (`latest`, `latest:2`, `all` or `1,3`), and those with a label.
 
-    What is named by number may not be there.
+    A version that the policy names may be missing.
     """
     numbers = sorted(shelf.versions)
     if policy == "all":
@@ -41,10 +41,10 @@ def wanted(policy: str, shelf: Shelf) -> list[int]:
 
 
 def tries(policy: str, shelf: Shelf, known: Mapping[int, Fingerprint]) -> Tries:
-    """known: the versions as they were when they were last tried."""
-    numbers = wanted(policy, shelf)
+    """The versions to try. known: the fingerprints of the last attempts."""
+    numbers = selected(policy, shelf)
     changed = [v for v in sorted(shelf.versions, reverse=True) if shelf.versions[v].fingerprint != known.get(v)]
-    names_versions = policy[0].isdigit()  # who names one does not want another
+    names_versions = policy[0].isdigit()  # no substitute for a version named by number
     return Tries(
         [version for version in changed if version in numbers],
         [version for version in changed if version not in numbers and not names_versions],
@@ -54,16 +54,16 @@ def tries(policy: str, shelf: Shelf, known: Mapping[int, Fingerprint]) -> Tries:
 def outcome(
     policy: str, shelf: Shelf, loaded: Collection[int], labels: Mapping[str, int], failures: Mapping[int, str]
 ) -> Outcome:
-    """loaded: the versions that are, those just loaded and those from before; labels: as they were."""
-    numbers = wanted(policy, shelf)
+    """The state after loading. loaded: all loaded versions; labels: the previous ones."""
+    numbers = selected(policy, shelf)
     labels = _labels(shelf, loaded, labels)
     kept = {*numbers} & {*shelf.versions} | {*labels.values()}
-    if not {*numbers} <= {*loaded}:  # another one is served in the place of one that does not work
+    if not {*numbers} <= {*loaded}:  # another version substitutes for one that does not load
         kept |= {*shelf.versions}
-    served = {*loaded} & kept or {*loaded}  # rather what was there than nothing
+    served = {*loaded} & kept or {*loaded}  # a version that was unselected is better than none
     there = ", ".join(map(str, sorted(shelf.versions)))
     missing = {
-        version: f"version {version} is asked for and is not there; allowed: {there}"
+        version: f"version {version} does not exist; allowed: {there}"
         for version in numbers
         if version not in shelf.versions and version not in served
     }
@@ -72,7 +72,7 @@ def outcome(
 
 
 def _labels(shelf: Shelf, loaded: Collection[int], labels: Mapping[str, int]) -> dict[str, int]:
-    """As labels.json says; one whose version is not loaded stays where it was, and all do if the file is wrong."""
+    """The labels of labels.json. A label without a loaded version is unchanged, as are all if the file is wrong."""
     if shelf.problem:
         return dict(labels)
     return {label: labels[label] for label in shelf.labels if label in labels} | {

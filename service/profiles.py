@@ -1,8 +1,8 @@
-"""Profiles as configuration: a folder of JSON files, such as a mounted ConfigMap, that is looked at again and again.
+"""Profiles as configuration: a folder of JSON files, such as a mounted ConfigMap, that is polled for changes.
 
-A file is a profiles.json (training/steering.py) that says what it was made for, {"gates_sae_digest": "...", ...}: its
-profiles go to every served model with that digest, beside the bundle's own, and replace those of the same name. The
-folder counts as a whole: if anything in it is wrong, all stays as it is.
+A file is a profiles.json (training/steering.py) with the digest that it was made for, {"gates_sae_digest": "...", ...}.
+Its profiles are added to those of every served model with that digest and replace profiles of the same name. If any
+file of the folder is wrong, no profile changes.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ class _File:
 
 
 class ProfileFolder:
-    """What the folder held when it was last right."""
+    """The profiles of the folder in its last valid state."""
 
     def __init__(self, folder: Path | None, metrics: Metrics):
         """Raises BundleError when there is no such folder."""
@@ -39,15 +39,15 @@ class ProfileFolder:
         self._folder, self._metrics = folder, metrics
         self._files: tuple[_File, ...] = ()
         self._seen: tuple[tuple[Path, bytes], ...] | str | None = None
-        """What was in it, or why it could not be read."""
+        """The files of the last read, or why they could not be read."""
         self._reading = threading.Lock()
 
     def of(self, bundle: Bundle) -> Profiles:
-        """For a bundle. Raises SteeringError when one of them does not fit it."""
+        """The profiles for a bundle. Raises SteeringError when one of them does not fit it."""
         return _for(bundle, self._files)
 
     def refresh(self, bundles: Sequence[Bundle]) -> bool:
-        """Read the folder if it has changed; whether there is something new for the models that serve these bundles."""
+        """Read the folder if it has changed. Returns whether there are new profiles. bundles: those being served."""
         with self._reading:
             return self._folder is not None and self._refresh(self._folder, bundles)
 
@@ -63,7 +63,7 @@ class ProfileFolder:
             for bundle in bundles:
                 _for(bundle, files)
         except SteeringError as error:
-            log.error("profiles stay as they are: %s", error)
+            log.error("profiles are unchanged: %s", error)
             self._metrics.profiles_read(False)
             return False
         known = {bundle.manifest.gates_sae_digest for bundle in bundles}
@@ -76,19 +76,19 @@ class ProfileFolder:
         return True
 
     async def watch(self, seconds: float, bundles: Callable[[], list[Bundle]], changed: Callable[[], None]) -> None:
-        """Look at the folder every so many seconds until cancelled; `changed` is called when something is new."""
+        """Read the folder every so many seconds until cancelled; `changed` is called when there are new profiles."""
         loop = asyncio.get_running_loop()
         while self._folder is not None:
             await asyncio.sleep(seconds)
             try:
                 if await loop.run_in_executor(None, self.refresh, bundles()):
                     changed()
-            except Exception:  # the next look may go well
-                log.exception("looking at the profile folder failed")
+            except Exception:  # the next read may succeed
+                log.exception("reading the profile folder failed")
 
 
 def _contents(folder: Path) -> tuple[tuple[Path, bytes], ...] | str:
-    """Its files, or why they cannot be read."""
+    """The files of the folder, or why they cannot be read."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
         for path in paths:
@@ -111,13 +111,13 @@ def _read(path: Path, content: bytes) -> _File:
 
 
 def _for(bundle: Bundle, files: Iterable[_File]) -> Profiles:
-    found: dict[str, SteeringProfile] = {}
+    profiles: dict[str, SteeringProfile] = {}
     for file in files:
         if file.made_for != bundle.manifest.gates_sae_digest:
             continue
         for profile in file.profiles:
-            if profile.name in found:
+            if profile.name in profiles:
                 raise SteeringError(f"{file.path}: profile {profile.name!r} is in another file too; allowed: once")
             check(profile.terms, bundle.manifest.latents, f"{file.path}: profile {profile.name!r}")
-            found[profile.name] = profile
-    return found
+            profiles[profile.name] = profile
+    return profiles

@@ -1,14 +1,14 @@
-"""What an answer says of how it came about, for both protocols: field names here are those that clients see."""
+"""The receipt of an answer, for both protocols: its fields here have the names that clients see."""
 
 from typing import NamedTuple
 
-from service.batcher import Answer
+from service.calls import Answer
 from service.model import Model
 from service.steering import Steering
 
 
 class Origin(NamedTuple):
-    """The same for all calls with one steering."""
+    """The fields that all calls with one steering share."""
 
     model: str
     version: str
@@ -20,7 +20,7 @@ class Origin(NamedTuple):
 
 
 class Measures(NamedTuple):
-    """Of the images of one call."""
+    """The fields of one call."""
 
     queue_seconds: float
     inference_seconds: float

@@ -1,9 +1,9 @@
 """The models that are loaded, and which of them serves a request.
 
-Loading happens beside serving: a version replaces another one when it is loaded, checked and warm, and the other one
-answers what it had accepted before it goes. One that cannot be loaded is told of and changes nothing.
+Loading happens beside serving. A version replaces another one once it is loaded, checked and warm; the other one first
+answers the calls that it has accepted. A version that cannot be loaded is logged and changes nothing.
 
-Threads only load; what is served changes on the event loop, and a change that has begun is carried through.
+Threads only load. What is served changes on the event loop, and a change that has begun is completed.
 """
 
 import asyncio
@@ -47,19 +47,19 @@ class Loaded:
 
     @property
     def default(self) -> int:
-        """The version that a request gets which names none."""
+        """The version that serves a request without a version."""
         label = self.labels.get(DEFAULT_LABEL)
         return label if label in self.models else max(self.models)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """At loading a version."""
+    """An attempt to load a version."""
 
     version: int
     fingerprint: Fingerprint
-    found: Model | str
-    """The model, which may be the one that was there already; or why there is none."""
+    result: Model | str
+    """The model, which may be the one already loaded; or why it could not be loaded."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,23 @@ class Entry:
 
 
 class Repository:
-    """Loads and unloads models as the folder changes or as clients ask, and gives the one that a request names."""
+    """Loads and unloads models as the folder changes or as clients ask, and returns the model for a request."""
 
     def __init__(self, settings: Settings, metrics: Metrics, profiles: ProfileFolder):
-        """Loads what is to be served. Raises BundleError or EngineError when a model has no version that works; with
-        --model-control none already when one of its versions does not."""
+        """Loads the models. Raises BundleError or EngineError when no version of a model loads; with --model-control
+        none, when any of its versions does not."""
         self._settings, self._metrics, self._profiles = settings, metrics, profiles
         self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
-        """Under way."""
+        """Changes in progress."""
         self._shelves = Catalogue()
-        """As the folder was last seen."""
-        self._look_at_folder()
+        """The state of the folder at the last scan."""
+        self._scan()
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, Loaded] = {}
-        """Models none of whose versions works."""
-        versions_to_load = sum(len(plan.wanted(settings.versions, shelf)) for shelf in self._shelves.values())
+        """Models without a version that loads."""
+        versions_to_load = sum(len(plan.selected(settings.versions, shelf)) for shelf in self._shelves.values())
         self._surroundings = Surroundings(serving=False, spinning=versions_to_load == 1)
         for name, shelf in self._shelves.items():
             loaded = Loaded()
@@ -100,7 +100,7 @@ class Repository:
 
     @property
     def alive(self) -> bool:
-        """Whether the threads of every model's batcher are there and make progress. For any thread."""
+        """Whether the threads of every model's batcher run and make progress. For any thread."""
         return all(model.batcher.alive for model in self.models)
 
     @property
@@ -109,7 +109,7 @@ class Repository:
         return [model for _, loaded in sorted(self._loaded.items()) for _, model in sorted(loaded.models.items())]
 
     def get(self, name: str, version: str) -> Model:
-        """The model that a request names; "" where it names none. version: a number or a label.
+        """The model for a request. name: "" for the only model; version: a number, a label, or "" for the default.
 
         Raises NotFound or InvalidRequest.
         """
@@ -129,53 +129,53 @@ class Repository:
         return loaded.models[number]
 
     def index(self) -> Iterator[Entry]:
-        """Every version that was found, and those that were asked for and were not."""
+        """Every version in the folder, and every requested version that is missing."""
         tried = {**self._loaded, **self._broken}
         for name in sorted({*self._shelves, *tried}):
             loaded = tried.get(name) or Loaded()
-            found = self._shelves[name].versions if name in self._shelves else ()
-            for version in sorted({*found, *loaded.models, *loaded.failures}):
+            versions = self._shelves[name].versions if name in self._shelves else ()
+            for version in sorted({*versions, *loaded.models, *loaded.failures}):
                 ready = version in loaded.models
                 yield Entry(name, version, ready, loaded.failures.get(version, "" if ready else "not loaded"))
 
     def use_profiles(self) -> None:
-        """Give every model what the profile folder has for it now."""
+        """Give every model its profiles from the profile folder."""
         for model in self.models:
             self._give_profiles(model)
 
     async def watch(self) -> None:
-        """Follow the folder until cancelled."""
+        """Scan the folder every poll_seconds until cancelled."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             await self.look()
 
     async def look(self) -> None:
-        """As refresh, but a folder that cannot be read is only told of."""
+        """As refresh, but errors are logged."""
         try:
             await self.refresh()
         except (BundleError, OSError) as error:
-            log.error("the repository cannot be read, so all stays as it is: %s", error)
-        except Exception:  # the next look may go well
-            log.exception("looking at the repository failed")
+            log.error("the repository cannot be read; nothing changes: %s", error)
+        except Exception:  # the next scan may succeed
+            log.exception("scanning the repository failed")
 
     async def refresh(self, only: str | None = None) -> dict[str, Loaded]:
-        """Make what is loaded what the folder says. only: this model. Returns what became of each.
+        """Load and unload models so that they match the folder. only: one model. Returns the state of each.
 
         Raises BundleError when the folder cannot be read, NotFound when it has no such model.
         """
-        return await self._carried_through(self._refresh(only))
+        return await self._completed(self._refresh(only))
 
-    def _look_at_folder(self) -> Catalogue:
-        """Read the repository folder; what is skipped and was not before is logged."""
-        found = scan(self._settings.repository)
-        for path, reason in found.skipped.items():
+    def _scan(self) -> Catalogue:
+        """Scan the repository folder; newly skipped paths are logged."""
+        shelves = scan(self._settings.repository)
+        for path, reason in shelves.skipped.items():
             if self._shelves.skipped.get(path) != reason:
                 log.warning("skipped in the repository: %s: %s", path, reason)
-        self._shelves = found
-        return found
+        self._shelves = shelves
+        return shelves
 
     async def _refresh(self, only: str | None) -> dict[str, Loaded]:
-        shelves = await asyncio.get_running_loop().run_in_executor(None, self._look_at_folder)
+        shelves = await asyncio.get_running_loop().run_in_executor(None, self._scan)
         repository = self._settings.repository
         unclear = {path.relative_to(repository).parts[0]: (path, why) for path, why in shelves.skipped.items()}
         if only is not None and only not in shelves:
@@ -184,14 +184,17 @@ class Repository:
             raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
         followed = {name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)}
         if only is None:
-            for name in {*self._loaded, *self._broken} - {*shelves, *unclear}:  # rather retained than lost by mistake
+            for name in {*self._loaded, *self._broken} - {
+                *shelves,
+                *unclear,
+            }:  # models in a folder that cannot be read are retained
                 await self._unload(name)
         return followed
 
     async def load(self, name: str) -> None:
-        """As refresh of one model. Raises Unavailable, with the reasons, when a version does not work."""
+        """As refresh of one model. Raises Unavailable, with the reasons, when a version cannot be loaded."""
         if before := self._loaded.get(name) or self._broken.get(name):
-            for version in before.failures:  # try again what failed
+            for version in before.failures:  # retry the failed versions
                 before.fingerprints.pop(version, None)
         try:
             failures = (await self.refresh(name))[name].failures
@@ -201,23 +204,23 @@ class Repository:
             raise Unavailable("; ".join(failures.values()))
 
     async def unload(self, name: str) -> None:
-        """Raises NotFound."""
+        """Unload a model. Raises NotFound."""
 
         async def unload() -> None:
             if name not in self._loaded:
                 raise NotFound(f"model is {name!r}; allowed: {self._names()}")
             await self._unload(name)
 
-        await self._carried_through(unload())
+        await self._completed(unload())
 
     def close(self) -> None:
-        """Answer what was accepted, and release everything."""
+        """Answer the accepted calls, and release everything."""
         for model in self.models:
             model.batcher.close()
         self._pool.shutdown()
 
-    async def _carried_through(self, change: Coroutine[Any, Any, T]) -> T:
-        """One change at a time, to its end: a client whose deadline passes must not leave half of one behind."""
+    async def _completed(self, change: Coroutine[Any, Any, T]) -> T:
+        """Run one change at a time, to its end even when the client that asked for it has gone."""
 
         async def alone() -> T:
             async with self._changing:
@@ -229,7 +232,7 @@ class Repository:
         return await asyncio.shield(task)
 
     async def _follow(self, name: str, shelf: Shelf) -> Loaded:
-        """Make one model what is on its shelf."""
+        """Load and unload versions of a model so that they match its shelf."""
         loaded = self._loaded.get(name) or self._broken.get(name) or Loaded()
         attempts = await asyncio.get_running_loop().run_in_executor(None, self._attempt, name, shelf, loaded)
         gone = self._put_in_place(name, shelf, loaded, attempts)
@@ -243,23 +246,23 @@ class Repository:
         await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
     def _attempt(self, name: str, shelf: Shelf, loaded: Loaded) -> list[Attempt]:
-        """Load the versions that are to be tried. Changes nothing."""
+        """Try to load the versions of the plan. Changes nothing."""
         now, instead = plan.tries(self._settings.versions, shelf, loaded.fingerprints)
         attempts = [self._try(name, version, shelf, loaded) for version in now]
         for version in instead:
-            if loaded.models or any(isinstance(attempt.found, Model) for attempt in attempts):
+            if loaded.models or any(isinstance(attempt.result, Model) for attempt in attempts):
                 break
             attempts.append(self._try(name, version, shelf, loaded))
         return attempts
 
     def _try(self, name: str, version: int, shelf: Shelf, loaded: Loaded) -> Attempt:
-        found = shelf.versions[version]
+        folder = shelf.versions[version]
         try:
-            model = self._load(name, version, found.folder, loaded.models.get(version))
+            model = self._load(name, version, folder.path, loaded.models.get(version))
         except (BundleError, EngineError, OSError) as error:
             self._metrics.load_failed(name, version)
             log.error("model %s version %d is not loaded: %s", name, version, error)
-            return Attempt(version, found.fingerprint, str(error))
+            return Attempt(version, folder.fingerprint, str(error))
         log.info(
             "model %s version %d: %s on %s with %d threads, %d profiles, digest %s", name, version,
             model.engine.graph_name, model.engine.provider, model.engine.threads, len(model.bundle.profiles),
@@ -267,24 +270,24 @@ class Repository:
         )  # fmt: skip
         for warning in model.bundle.manifest.evaluation.get("warnings", []):
             log.warning("model %s version %d: %s", name, version, warning)
-        return Attempt(version, found.fingerprint, model)
+        return Attempt(version, folder.fingerprint, model)
 
     def _put_in_place(self, name: str, shelf: Shelf, loaded: Loaded, attempts: list[Attempt]) -> list[Model]:
-        """Serve what was loaded, and note what could not be. Returns the models that are served no more."""
+        """Serve the loaded versions and record the failures. Returns the models to unload."""
         gone = []
         for attempt in attempts:
             loaded.fingerprints[attempt.version] = attempt.fingerprint
-            if isinstance(attempt.found, str):
-                loaded.failures[attempt.version] = attempt.found
+            if isinstance(attempt.result, str):
+                loaded.failures[attempt.version] = attempt.result
                 continue
-            self._give_profiles(attempt.found)
+            self._give_profiles(attempt.result)
             loaded.failures.pop(attempt.version, None)
             there = loaded.models.get(attempt.version)
-            if there and there is not attempt.found:
+            if there and there is not attempt.result:
                 gone.append(there)
-            loaded.models[attempt.version] = attempt.found
+            loaded.models[attempt.version] = attempt.result
         if shelf.problem:
-            log.error("labels of %s stay as they are: %s", name, shelf.problem)
+            log.error("labels of %s are unchanged: %s", name, shelf.problem)
         served, loaded.labels, failures = plan.outcome(
             self._settings.versions, shelf, loaded.models, loaded.labels, loaded.failures
         )
@@ -303,7 +306,7 @@ class Repository:
         return gone
 
     def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
-        """there: this version as it is loaded already; it stays when it is still the same."""
+        """Load a version. there: the loaded model of this version; it is returned if its bundle is unchanged."""
         bundle = load_bundle(folder, self._settings.repository)
         if there and there.bundle.digest == bundle.digest:
             return there
@@ -318,19 +321,19 @@ class Repository:
     def _give_profiles(self, model: Model) -> None:
         try:
             model.use(self._profiles.of(model.bundle))
-        except SteeringError as error:  # the folder was read before this model was there
-            log.error("model %s keeps its profiles: %s", model.bundle.manifest.name, error)
+        except SteeringError as error:  # the profile folder was read before this model was loaded
+            log.error("profiles of model %s are unchanged: %s", model.bundle.manifest.name, error)
 
     def _names(self) -> str:
         return ", ".join(repr(name) for name in sorted(self._loaded)) or "none is loaded"
 
 
 async def _retire(models: list[Model]) -> None:
-    """Of these alone there must be no other holder: the list is emptied, and their memory goes back to the system."""
+    """Close the models and return their memory to the system. The list must hold the only references; it is emptied."""
     for model in models:
         await model.retire()
     if models:
         models.clear()
         del model
-        with contextlib.suppress(AttributeError):  # C libraries other than glibc do not keep as much
+        with contextlib.suppress(AttributeError):  # C libraries other than glibc retain less
             await asyncio.get_running_loop().run_in_executor(None, ctypes.CDLL(None).malloc_trim, 0)

@@ -26,7 +26,7 @@ from service.tls import Certificates
 
 log = logging.getLogger("steervit.server")
 HANGS_AFTER = 60.0
-"""Seconds without a turn of the event loop after which it is taken to hang."""
+"""Seconds without a turn of the event loop after which it counts as hanging."""
 DESCRIPTORS = [
     service for file in (steering_pb2, open_inference_pb2) for service in file.DESCRIPTOR.services_by_name.values()
 ]
@@ -35,7 +35,7 @@ METHODS = tuple(f"/{service.full_name}/{method.name}" for service in DESCRIPTORS
 
 
 class NotServed(grpc.GenericRpcHandler):
-    """Says so of the protocol's other calls: streams, shared memory, tracing."""
+    """Answers the methods of the Open Inference Protocol that are not implemented: streams, shared memory, tracing."""
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """A handler that answers UNIMPLEMENTED for a method of the Open Inference Protocol; None for any other."""
@@ -53,7 +53,7 @@ class NotServed(grpc.GenericRpcHandler):
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's health service, whose watches end with the server instead of holding it up for drain_seconds."""
+    """gRPC's health service. Its watches end when the server stops: they would delay it by drain_seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,19 +65,19 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthListResponse(statuses=dict(zip(self._server_status, known, strict=True)))
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Send the status of a service, and each change of it, until the client leaves or the watches end."""
+        """Send the status of a service, and each change, until the client disconnects or the watches end."""
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
         try:
             done, _ = await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
             if watch in done:
-                watch.result()  # what it raised is the end of this call too
+                watch.result()  # raises what it raised
         finally:
             watch.cancel()
             ended.cancel()
 
     def end_watches(self) -> None:
-        """End the watches under way, and those that start later."""
+        """End all watches, later ones included."""
         self._ended.set()
 
 
@@ -97,11 +97,11 @@ class Server:
         self._watching: list[asyncio.Task[None]] = []
         self._guard = Guard(self._metrics)
         self._beat = math.inf
-        """When the event loop last came round."""
+        """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0
 
     async def start(self) -> None:
-        """Raises OSError when a port is taken, or a TLS file is of no use."""
+        """Start serving. Raises OSError when a port is taken or a TLS file cannot be used."""
         settings = self._settings
         self._server = transport.server(_options(settings))
         typed = SteeringService(self._repository, settings)
@@ -109,9 +109,9 @@ class Server:
         handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
         self._server.add_generic_rpc_handlers((*handlers, NotServed()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        told = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-            reflection.aio.ReflectionServicer(told), self._server
+            reflection.aio.ReflectionServicer(names), self._server
         )
         address = f"{settings.url_host}:{settings.port}"
         certificates = Certificates(settings) if settings.tls_certificate else None
@@ -148,18 +148,18 @@ class Server:
             self._repository.use_profiles()
 
     async def reload(self) -> None:
-        """Look at what is followed anyway at once: the profile folder; with --model-control poll, the repository."""
-        log.info("looking at the folders")
+        """Read the profile folder now and, with --model-control poll, scan the repository."""
+        log.info("reading the folders")
         if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
             self._repository.use_profiles()
         if self._settings.model_control == "poll":
             await self._repository.look()
 
     async def stop(self) -> None:
-        """Say so, wait drain_delay_seconds, refuse new calls, answer the accepted ones, release everything.
+        """Report NOT_SERVING, wait drain_delay_seconds, refuse new calls, answer the accepted ones, release everything.
 
-        gRPC cancels calls that reach it while it shuts down, which clients do not retry. So those that watch the health
-        service are given time to leave first.
+        gRPC cancels calls that arrive while it shuts down, and clients do not retry those. The delay gives clients that
+        watch the health service time to disconnect.
         """
         self.ready = False
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -174,7 +174,7 @@ class Server:
         self._pages.close()
 
     async def _follow_threads(self) -> None:
-        """While an inference thread is gone or hangs, calls would wait: clients are told to turn to other servers."""
+        """Report NOT_SERVING while an inference thread has ended or hangs: calls would wait for it."""
         alive = True
         while True:
             self._beat = time.monotonic()
@@ -196,11 +196,11 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     size, ping = settings.max_message_mb * 2**20, round(1000 * settings.keepalive_seconds)
     options = [
         ("grpc.max_receive_message_length", size),
-        ("grpc.max_send_message_length", -1),  # an answer that is made is sent
+        ("grpc.max_send_message_length", -1),  # no limit
         ("grpc.max_concurrent_streams", settings.max_streams),
-        ("grpc.http.overload_protection", 0),  # it also refuses calls of clients that keep to the limit
+        ("grpc.http.overload_protection", 0),  # it also refuses calls within the limit
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may look after connections too
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may send keepalive pings too
         ("grpc.keepalive_time_ms", ping),
         ("grpc.keepalive_timeout_ms", ping),
     ]

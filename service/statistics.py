@@ -1,22 +1,22 @@
-"""What a model has done since it was loaded, in plain numbers, for clients that ask. (For Prometheus: metrics.py.)"""
+"""The statistics of a model since it was loaded, for clients that request them. (For Prometheus: metrics.py.)"""
 
 import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from service.batcher import Answer
+from service.calls import Answer
 
 
 @dataclass
 class Duration:
-    """How many there were, and how long they took together."""
+    """A count, and the sum of the durations."""
 
     count: int = 0
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one that took so many seconds."""
+        """Count one with this duration."""
         self.count += 1
         self.seconds += seconds
 
@@ -29,20 +29,20 @@ class Statistics:
     """Calls, from their arrival at the model to their answer."""
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
-    """This and the next three: of the calls that were answered."""
+    """This field and the next three: of answered calls."""
     decode: Duration = field(default_factory=Duration)
-    """Raw pixels take no time, and are counted."""
+    """Calls with raw pixels count with 0 s."""
     inference: Duration = field(default_factory=Duration)
-    """Of each call the time of its batches, which are others' too."""
+    """Of each call the time of its batches, which it shares with others."""
     output: Duration = field(default_factory=Duration)
     """The rest of a call: from inference to its answer."""
     batches: dict[int, Duration] = field(default_factory=dict)
-    """By their size, images."""
+    """By size in images."""
     last: float = 0.0
     """When the last batch ended; seconds since 1970."""
 
     def call(self, seconds: float, decoded: float | None, answer: Answer | None) -> None:
-        """decoded: seconds that it took. Without an answer, a call that failed."""
+        """Count a call. decoded: seconds of decoding. A call without an answer counts as failed."""
         if answer is None or decoded is None:
             self.fail.add(seconds)
             return
@@ -55,7 +55,7 @@ class Statistics:
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
-        """What raises in here is a call that failed."""
+        """Count a call as failed if the context raises."""
         start = time.perf_counter()
         try:
             yield

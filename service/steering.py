@@ -1,8 +1,7 @@
-"""From a request's steering to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
+"""From the steering of a request to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from training.steering import (
     SteeringArrays,
     SteeringError,
     SteeringProfile,
-    SteeringTerm,
     Terms,
     at_strength,
     canonical,
@@ -27,7 +25,7 @@ MAX_STRENGTH = 100.0
 
 @dataclass(frozen=True)
 class Steering:
-    """Checked against the bundle that serves it."""
+    """The steering of a call, checked against the bundle that serves it."""
 
     arrays: SteeringArrays
     """(1, S, T) for all images of the call, or (B, S, T)."""
@@ -38,17 +36,18 @@ class Steering:
     digest: str
     """Of the terms, strength included."""
     off: bool = False
-    """Strength 0: whatever the terms, nothing is steered."""
+    """Whether the strength is 0: nothing is steered."""
 
     def rows(self, part: slice) -> "Steering":
-        """Of some images of the call."""
+        """The steering of some images of the call."""
         if len(self.arrays.latent) == 1:
             return self
-        return replace(self, arrays=SteeringArrays(*(array[part] for array in astuple(self.arrays))))
+        arrays = self.arrays
+        return replace(self, arrays=SteeringArrays(arrays.latent[part], arrays.scale[part], arrays.shift[part]))
 
 
 def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-    """The steering that a request asks for. made_for: the gates_sae_digest that its terms were made for, or "".
+    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "".
 
     Raises InvalidRequest, NotFound or DigestMismatch.
     """
@@ -62,8 +61,8 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
     if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     if profile:
-        asked = named(bundle, profile, "steering.profile")
-        profile, terms = asked.name, asked.terms
+        entry = named(bundle, profile, "steering.profile")
+        profile, terms = entry.name, entry.terms
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
@@ -79,57 +78,26 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
-    """Raises NotFound, naming the field, when the bundle has no such profile; names that differ in case and spaces
-    alone come first among those it has."""
-    found = bundle.profiles.get(canonical(name))
-    if found is None:
+    """The profile of that name. Raises NotFound, with the field and the names that exist; names that differ only in
+    case and spaces come first."""
+    profile = bundle.profiles.get(canonical(name))
+    if profile is None:
         nearest = sorted(bundle.profiles, key=lambda other: (_folded(other) != _folded(name), other))
         raise NotFound(f"{field} is {name!r}; allowed: {_some(nearest)}")
-    return found
+    return profile
 
 
 def _folded(name: str) -> str:
     return "".join(canonical(name).casefold().split())
 
 
-def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:
-    """Terms of each image (B, S, T), filled up with neutral ones (any latent, scale 1, shift 0).
-
-    Raises InvalidRequest naming the image, the site and what is wrong with a term.
-    """
-    sites = len(bundle.manifest.sites)
-    if arrays.latent.shape[1] != sites or arrays.latent.shape[2] < 1:
-        raise InvalidRequest(
-            f"steering_latent has the shape {list(arrays.latent.shape)}; allowed: [images, {sites}, 1 or more]"
-        )
-    digests, rows = [], []
-    for index, (latent, scale, shift) in enumerate(zip(arrays.latent, arrays.scale, arrays.shift, strict=True)):
-        changes = (scale != 1) | (shift != 0)  # NaN too
-        try:
-            terms = {
-                site: tuple(
-                    SteeringTerm(int(latent[site, i]), float(scale[site, i]), float(shift[site, i]))
-                    for i in np.flatnonzero(of_site)
-                )
-                for site, of_site in enumerate(changes)
-            }
-            check(terms, bundle.manifest.latents, "terms")
-            rows.append(at_strength(terms, strength))
-        except SteeringError as error:
-            raise InvalidRequest(f"steering of image {index}: {str(error).removeprefix('terms: ')}") from error
-        digests.append(digest(rows[-1]))
-    same = len(set(digests)) == 1
-    name = digests[0] if same else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-    return Steering(to_arrays(rows[:1] if same else rows, sites), "", any(map(any, (r.values() for r in rows))), name)
-
-
 def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
-    """Steerings for so many images each, one after the other, as one; for the batch alone: it goes by no name."""
+    """One steering without a name for consecutive groups of images: (steering, images) each."""
     return Steering(stack([part for part, _ in parts], [count for _, count in parts]), "", True, "")
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
-    """The arrays (B, S, T) of a batch in which steering i holds for counts[i] rows; padded with the neutral term."""
+    """The arrays (B, S, T) of a batch with counts[i] rows of steering i, padded with the neutral term."""
     first = steerings[0].arrays
     if len(steerings) == 1 and len(first.latent) == counts[0]:
         return first

@@ -1,4 +1,4 @@
-"""The servicer of steering.v1: protobuf in, protobuf out. Everything between knows no protobuf."""
+"""The servicer of steering.v1: protobuf in, protobuf out. Nothing in between knows protobuf."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from export.bundle import Manifest
-from service.batcher import Answer
+from service.calls import Answer
 from service.config import Settings
 from service.engine import Outputs
 from service.errors import InvalidRequest
@@ -29,7 +29,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Request = pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest
 MAX_LATENTS = 100
 MESSAGES = 2000
-"""Within an answer, that are made at a time: some milliseconds."""
+"""Messages of an answer that are made in one turn; takes some milliseconds."""
 
 
 class SteeringService(SteeringServiceServicer):
@@ -79,9 +79,9 @@ class SteeringService(SteeringServiceServicer):
                 ]
             )
 
-        told = sum(len(found.latent) for found in explained[0])
+        latents = sum(len(of_site.latent) for of_site in explained[0])
         end = pb.ExplainResponse(receipt=receipt(model, steering, answer))
-        return await written(model, len(images), _messages(manifest, top_k) + told, part, end)
+        return await written(model, len(images), _messages(manifest, top_k) + latents, part, end)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._repository.get(request.model, request.version)
@@ -140,7 +140,7 @@ class SteeringService(SteeringServiceServicer):
         )
 
     def _read(self, request: Request) -> tuple[Model, Images, Steering, int]:
-        """What all calls with images have: the model, the images, their steering, and top_k."""
+        """The parts of every request with images: model, images, steering and top_k."""
         model = self._repository.get(request.model, request.version)
         labels = model.bundle.manifest.labels
         with model.statistics.failures():
@@ -167,23 +167,25 @@ class SteeringService(SteeringServiceServicer):
                     raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")
         return decoders if encoded else np.stack([decode_() for decode_ in decoders])
 
-    def _steering(self, model: Model, asked: pb.Steering) -> Steering:
-        if len(asked.terms) > self._settings.max_terms:
-            raise InvalidRequest(f"steering.terms has {len(asked.terms)} entries; allowed: {self._settings.max_terms}")
+    def _steering(self, model: Model, steering: pb.Steering) -> Steering:
+        if len(steering.terms) > self._settings.max_terms:
+            raise InvalidRequest(
+                f"steering.terms has {len(steering.terms)} entries; allowed: {self._settings.max_terms}"
+            )
         terms: dict[int, tuple[SteeringTerm, ...]] = {}
-        for index, term in enumerate(asked.terms):
+        for index, term in enumerate(steering.terms):
             scale = term.scale if term.HasField("scale") else 1.0
             try:
                 terms[term.site] = (*terms.get(term.site, ()), SteeringTerm(term.latent, scale, term.shift))
             except SteeringError as error:
                 raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
-        strength = asked.strength if asked.HasField("strength") else 1.0
-        return model.steering(asked.profile, terms, strength, asked.gates_sae_digest)
+        strength = steering.strength if steering.HasField("strength") else 1.0
+        return model.steering(steering.profile, terms, strength, steering.gates_sae_digest)
 
 
 async def written(model: Model, images: int, each: int, part: Callable[[slice], Message], end: Message) -> bytes:
-    """An answer's bytes: those of its parts, one after the other. part: makes the part of some of the images; each:
-    messages in it for an image. A large answer is made in the pool, in turns, so that it holds up no other call."""
+    """The bytes of an answer, the concatenation of its parts. part: makes the part of some images; each: messages in it
+    for an image. A large answer is made in the pool, in turns, so that it delays no other call."""
     step = max(1, MESSAGES // each)
     parts = [partial(_bytes_of, part, slice(first, first + step)) for first in range(0, images, step)]
     made = await model.in_turns(parts) if len(parts) > 1 else [parts[0]()]
@@ -195,15 +197,15 @@ def _bytes_of(part: Callable[[slice], Message], rows: slice) -> bytes:
 
 
 def _messages(manifest: Manifest, top_k: int) -> int:
-    """In a prediction."""
+    """The number of messages in a prediction."""
     return 1 + top_k + len(manifest.gated_blocks)
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
     """One message an image, with its top_k most probable classes and the heads that ran."""
     ranking, probability = outputs.ranked()
-    rows = (ranking[:, :top_k], probability[:, :top_k], outputs.head_gate)
-    said = (outputs.head_usage, outputs.macs, outputs.near_threshold)
+    rows = ranking[:, :top_k], probability[:, :top_k], outputs.head_gate
+    columns = (*rows, outputs.head_usage, outputs.macs, outputs.near_threshold)
     return [
         pb.Prediction(
             classes=[
@@ -217,17 +219,17 @@ def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Pre
             compute_fraction=macs / manifest.macs.dense,
             gates_near_threshold=near,
         )
-        for classes, likely, mask, usage, macs, near in zip(*(value.tolist() for value in (*rows, *said)), strict=True)
+        for classes, likely, mask, usage, macs, near in zip(*(values.tolist() for values in columns), strict=True)
     ]
 
 
 def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k: int) -> list[pb.Comparison]:
     """One message an image, from its row of both outputs. head_changes: the gates that decided differently."""
     pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
-    found = []
+    messages = []
     for row, (before, after) in enumerate(pairs):
         changed = np.argwhere(unsteered.head_gate[row] != steered.head_gate[row]).tolist()
-        found.append(
+        messages.append(
             pb.Comparison(
                 unsteered=before,
                 steered=after,
@@ -241,7 +243,7 @@ def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k:
                 compute_fraction_change=after.compute_fraction - before.compute_fraction,
             )
         )
-    return found
+    return messages
 
 
 def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteExplanation]:
@@ -250,31 +252,31 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
         pb.SiteExplanation(
             site=index,
             block=manifest.sites[index].block,
-            active_latents=found.active,
+            active_latents=explanation.active,
             latents=[
                 pb.Latent(latent=latent, value=value, steered_value=steered, gate_effects=effect)
                 for latent, value, steered, effect in zip(
-                    found.latent.tolist(),
-                    found.value.tolist(),
-                    found.steered_value.tolist(),
-                    found.effect.tolist(),
+                    explanation.latent.tolist(),
+                    explanation.value.tolist(),
+                    explanation.steered_value.tolist(),
+                    explanation.effect.tolist(),
                     strict=True,
                 )
             ],
-            gate_logits=found.gate_logit.tolist(),
-            unsteered_gate_logits=found.unsteered_gate_logit.tolist(),
+            gate_logits=explanation.gate_logit.tolist(),
+            unsteered_gate_logits=explanation.unsteered_gate_logit.tolist(),
         )
-        for index, found in enumerate(of_image)
+        for index, explanation in enumerate(of_image)
     ]
 
 
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
-    """The message of how an answer came about (service/receipt.py)."""
+    """The receipt of an answer (service/receipt.py) as a message."""
     return pb.Receipt(**origin(model, steering)._asdict(), **measures(model, answer)._asdict())
 
 
 def profile_message(profile: SteeringProfile) -> pb.Profile:
-    """A profile without its terms; of its evaluation, what the message has fields for."""
+    """A profile without its terms. Its evaluation is reduced to the fields of the message."""
     message = pb.Profile(
         name=profile.name,
         classes=profile.classes,

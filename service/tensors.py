@@ -1,4 +1,4 @@
-"""The input tensors of a ModelInfer request, read and checked: its raw or its typed contents -> numpy arrays."""
+"""Reads and checks the input tensors of a ModelInfer request: raw or typed contents -> numpy arrays."""
 
 import math
 import re
@@ -32,11 +32,11 @@ MAX_RANK = 4
 MAX_TYPED = 2**18
 """Elements of a tensor that are not raw: each becomes a Python object on the event loop (0.02 us a pixel)."""
 RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*|content_type")
-"""Parameters of the protocol and of its clients that mean nothing here."""
+"""Parameters of the protocol and of its clients that are ignored here."""
 
 
 class TensorHeader(NamedTuple):
-    """What an input says beside its elements."""
+    """An input without its elements."""
 
     name: str
     datatype: str
@@ -44,18 +44,18 @@ class TensorHeader(NamedTuple):
     typed: bool
     """Whether it has contents of its own."""
     where: str
-    """For errors."""
+    """The name of the input in errors."""
 
 
 def read_headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
-    """Of the inputs of a request, checked."""
-    found: dict[str, TensorHeader] = {}
+    """The headers of the inputs, checked. Raises InvalidRequest."""
+    headers: dict[str, TensorHeader] = {}
     for index, tensor in enumerate(request.inputs):
         where = f"inputs[{index}] {tensor.name!r}"
         if tensor.name not in INPUT_TYPES:
             raise InvalidRequest(f"{where} is unknown; allowed: {', '.join(INPUT_TYPES)}")
-        if tensor.name in found:
-            raise InvalidRequest(f"{where} is there twice; allowed: once")
+        if tensor.name in headers:
+            raise InvalidRequest(f"{where} is given twice; allowed: once")
         for name in tensor.parameters:
             if not RESERVED.fullmatch(name):
                 raise InvalidRequest(f"{where} has the parameter {name!r}; allowed: none")
@@ -63,32 +63,33 @@ def read_headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
             raise InvalidRequest(f"{where} has the datatype {tensor.datatype!r}; allowed: {INPUT_TYPES[tensor.name]}")
         if not tensor.shape:
             raise InvalidRequest(f"{where} has no shape; allowed: one with the images first")
-        if len(tensor.shape) > MAX_RANK:  # before anything is multiplied
+        if len(tensor.shape) > MAX_RANK:  # before the sizes are multiplied
             raise InvalidRequest(f"{where} has a shape of {len(tensor.shape)} sizes; allowed: 1 to {MAX_RANK}")
         if min(tensor.shape) < 1:
             raise InvalidRequest(f"{where} has the shape {list(tensor.shape)}; allowed: sizes of 1 or more")
         typed = tensor.contents.ByteSize() > 0
-        found[tensor.name] = TensorHeader(tensor.name, tensor.datatype, tuple(tensor.shape), typed, where)
-    return tuple(found.values())
+        headers[tensor.name] = TensorHeader(tensor.name, tensor.datatype, tuple(tensor.shape), typed, where)
+    return tuple(headers.values())
 
 
 def read_tensors(
     headers: Sequence[TensorHeader], raw: Sequence[bytes], contents: Sequence[Any], most: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """The inputs by name, their sizes checked. raw: the contents of all of them, or nothing; then contents: the typed
-    ones. most: elements of each, that are not raw."""
+    """The inputs by name, their sizes checked. raw: the contents of all inputs, or empty; then contents: typed ones.
+    most: elements of each input that is not raw. Raises InvalidRequest."""
     if raw and len(raw) != len(headers):
         raise InvalidRequest(f"raw_input_contents has {len(raw)} entries; allowed: {len(headers)}, one for each input")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for index, header in enumerate(headers):
         if raw and header.typed:
             raise InvalidRequest(
                 f"{header.where} has contents, and there are raw_input_contents too; allowed: one of them"
             )
         limit = most[header.name]
-        read = _from_raw(header, raw[index], limit) if raw else _from_typed(header, contents[index], limit)
-        found[header.name] = read
-    return found
+        tensors[header.name] = (
+            _from_raw(header, raw[index], limit) if raw else _from_typed(header, contents[index], limit)
+        )
+    return tensors
 
 
 def _from_raw(header: TensorHeader, raw: bytes, most: int) -> Tensor:
@@ -122,7 +123,7 @@ def _from_typed(header: TensorHeader, contents: Any, most: int) -> Tensor:
     if datatype == "UINT8":
         try:
             return np.frombuffer(bytes(values), np.uint8).reshape(header.shape)
-        except ValueError:  # of bytes
+        except ValueError:  # a value does not fit a byte
             raise InvalidRequest(f"{where} has the value {max(values)}; allowed: 0 to 255") from None
     return np.array(values, DTYPES[datatype][0]).reshape(header.shape)
 
@@ -141,7 +142,7 @@ def packed(elements: Iterable[bytes]) -> bytes:
 
 
 def _split(raw: bytes, where: str, most: int) -> list[bytes]:
-    """The reverse of packed."""
+    """The inverse of packed."""
     parts: list[bytes] = []
     start = 0
     while start < len(raw):

@@ -1,4 +1,4 @@
-"""The server's side of TLS: certificates from files that may be replaced while it runs."""
+"""TLS of the server: certificates from files that may be replaced while it runs."""
 
 import logging
 import ssl
@@ -25,7 +25,7 @@ class Certificates:
         self._current = self._read()
 
     def check(self) -> None:
-        """gRPC does not say what is wrong with them. Raises OSError that names the files."""
+        """Raises OSError, with the names of the files, if they cannot be used: gRPC gives no reason."""
         files = f"--tls-certificate {self._certificate}, --tls-key {self._key}"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
@@ -37,25 +37,25 @@ class Certificates:
             raise OSError(f"{files} cannot be used: {error}; allowed: PEM files that belong together") from error
 
     def credentials(self) -> grpc.ServerCredentials:
-        """They look at the files at every new connection; files that do not fit together are passed over."""
+        """Credentials that read the files at every new connection; files that do not belong together are ignored."""
         return grpc.dynamic_ssl_server_credentials(
             _configuration(self._current),
-            self._fetch,  # type: ignore[arg-type]  # None is allowed: as before
+            self._fetch,  # type: ignore[arg-type]  # None is allowed: unchanged
             require_client_authentication=self._client_ca is not None,
         )
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """None: as before."""
+        """None: unchanged."""
         try:
-            found = self._read()
+            files = self._read()
         except OSError as error:
-            log.error("certificates stay as they are: %s", error)
+            log.error("certificates are unchanged: %s", error)
             return None
-        if found == self._current:
+        if files == self._current:
             return None
-        self._current = found
+        self._current = files
         log.info("certificates were replaced")
-        return _configuration(found)
+        return _configuration(files)
 
     def _read(self) -> Files:
         client_ca = self._client_ca.read_bytes() if self._client_ca else None

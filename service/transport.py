@@ -1,14 +1,14 @@
-"""A gRPC server for coroutines that takes a third of the CPU time a call of grpc.aio's, and has the same interface.
+"""A gRPC server for coroutines with the interface of grpc.aio's, at a third of its CPU time a call.
 
 grpc.aio wakes the event loop through a socket for each step of each call, four or five times. Here one thread follows
-the completion queue of gRPC's core, takes the steps that need no decision by itself, and wakes the event loop once for
-all messages that have arrived meanwhile; answers go to the core directly. The measurement: NOTES.md, "Instances".
+the completion queue of gRPC's core, takes the steps that need no decision, and wakes the event loop once for all
+messages that have arrived meanwhile. Answers go to the core directly. Measured in NOTES.md, "Instances".
 
-It stands on the classes that grpc's own two servers stand on, grpc._cython.cygrpc, which are not public. `server` gives
-grpc.aio's server where they are not as they were.
+It uses the classes that grpc's own two servers use, grpc._cython.cygrpc, which are not public. `server` returns
+grpc.aio's server where they are missing.
 
-Of grpc.aio's context there is what the services here use; the handlers are grpc.RpcMethodHandler of coroutines, whose
-answers may also be an asynchronous generator.
+Context has the methods of grpc.aio's that the services here use. Handlers are grpc.RpcMethodHandler of coroutines or,
+for streams, of asynchronous generators.
 """
 
 import asyncio
@@ -40,17 +40,17 @@ except ImportError:
 
 log = logging.getLogger("steervit.transport")
 Metadata = Sequence[tuple[str, str | bytes]]
-ASKED_AHEAD = 8
-"""Calls that the core may hand over before it is asked for the next."""
+PENDING_REQUESTS = 8
+"""Requests for a call that the core holds, one for each call that it may hand over."""
 FOR_EVER = 1e12
-"""Seconds; a deadline beyond is none."""
+"""Seconds; a later deadline counts as none."""
 FLAGS = 0
 NO_METHOD = "Method not found!"
 OK = grpc.StatusCode.OK
 
 
 def server(options: Sequence[tuple[str, int]]) -> Any:
-    """options: gRPC's channel arguments. With grpc.aio.Server's methods, as far as this project calls them."""
+    """A server with the methods of grpc.aio.Server that this project calls. options: gRPC's channel arguments."""
     return Server(options) if AVAILABLE else grpc.aio.server(options=options)
 
 
@@ -59,33 +59,33 @@ class Aborted(Exception):
 
 
 class _Details(NamedTuple):
-    """Of a call that arrives, as grpc.HandlerCallDetails."""
+    """The details of a new call, as grpc.HandlerCallDetails."""
 
     method: str
     invocation_metadata: Metadata
 
 
 class Context:
-    """What a handler knows of its call."""
+    """The view that a handler has of its call."""
 
     def __init__(self, call: "_Call"):
         self._call = call
 
     def time_remaining(self) -> float | None:
-        """Seconds to the deadline; None: there is none."""
+        """Seconds to the deadline, or None without one."""
         deadline = self._call.deadline
         return None if deadline > FOR_EVER else max(0.0, deadline - time.time())
 
     def invocation_metadata(self) -> Metadata:
-        """What the client sent beside its message, as pairs of key and value."""
+        """The metadata of the client, as pairs of key and value."""
         return self._call.metadata
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
-        """What is sent with the status, unless `abort` is given other metadata."""
+        """Set the metadata to send with the status; those of `abort` replace it."""
         self._call.trailers = tuple(metadata)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> None:
-        """Does not return."""
+        """End the call with a status. Always raises."""
         raise Aborted(code, details, tuple(trailing_metadata) or self._call.trailers)
 
     async def write(self, message: Any) -> None:
@@ -94,7 +94,7 @@ class Context:
 
 
 class _Call:
-    """A call under way. `closed` and `received` run in the server's thread, all others on the event loop."""
+    """A call in progress. `closed` and `received` run in the server's thread, all others on the event loop."""
 
     __slots__ = (
         "_cancelled",
@@ -125,7 +125,7 @@ class _Call:
             self._server.later(self.start, message)
 
     def closed(self, event: Any) -> None:
-        """The call is over; cancelled: before it was answered."""
+        """The call has ended; cancelled if it was not answered."""
         if event.batch_operations[0].cancelled():
             self._server.later(self.cancel, None)
 
@@ -157,7 +157,7 @@ class _Call:
             code, details, trailers = end.args
             self._end(code, details, trailers)
         except asyncio.CancelledError:
-            pass  # it has got its status from the core
+            pass  # the core has sent the status
         except Exception as error:
             log.exception("a call failed")
             self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}", ())
@@ -184,13 +184,13 @@ class _Call:
         await self._batch(*self._headers(), message)
 
     def _end(self, code: grpc.StatusCode, details: str, trailers: Metadata, *messages: bytes) -> None:
-        """Send the status, and what was not sent before it."""
+        """Send the status, preceded by the headers if they have not been sent, and by messages."""
         status = SendStatusFromServerOperation(trailers, code.value[0], details.encode(), FLAGS)
         sent = (*self._headers(), *(SendMessageOperation(message, FLAGS) for message in messages), status)
         self._core.start_server_batch(sent, _nothing)
 
     def _headers(self) -> list[Any]:
-        """The operation that sends them, unless it was run."""
+        """The operation that sends the headers, the first time; then none."""
         first, self._headers_sent = not self._headers_sent, True
         return [SendInitialMetadataOperation((), FLAGS)] * first
 
@@ -203,12 +203,12 @@ class _Call:
                 done.set_result(event.batch_operations)
 
         self._core.start_server_batch(operations, lambda event: self._server.later(settle, event))
-        found: Sequence[Any] = await done
-        return found
+        completed: Sequence[Any] = await done
+        return completed
 
 
 class Server:
-    """With the names of grpc.aio.Server."""
+    """The server; its methods have the names of grpc.aio.Server's."""
 
     def __init__(self, options: Sequence[tuple[str, int]]):
         self._queue = CompletionQueue()
@@ -216,39 +216,39 @@ class Server:
         self._core.register_completion_queue(self._queue)
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._arrived: deque[tuple[Callable[[Any], None], Any]] = deque()
-        """What the event loop is to do."""
+        """Calls to make on the event loop."""
         self._woken = False
-        """Whether it knows that there is something."""
+        """Whether the event loop has been woken for them."""
         self._thread = threading.Thread(target=self._follow, name="transport", daemon=True)
         self._stopping = False
         self.loop: asyncio.AbstractEventLoop
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Add handlers, which are asked in this order: the first that knows a method handles its calls."""
+        """Add handlers. The first one that knows a method handles its calls."""
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """For the generated code, which also adds the same handlers as generic ones."""
+        """Does nothing: the generated code adds the same handlers as generic ones."""
 
     def add_insecure_port(self, address: str) -> int:
-        """Raises RuntimeError when it cannot be bound."""
+        """Returns the port. Raises RuntimeError when it cannot be bound."""
         return _bound(address, self._core.add_http2_port(address.encode()))
 
     def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
-        """Raises RuntimeError when it cannot be bound, or the credentials are of no use."""
+        """Returns the port. Raises RuntimeError when it cannot be bound or the credentials cannot be used."""
         return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))  # type: ignore[attr-defined]
 
     async def start(self) -> None:
-        """Take calls from now on. Handlers run on the event loop that is running here."""
+        """Start taking calls. Handlers run on the running event loop."""
         self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._core.start()
-        for _ in range(ASKED_AHEAD):
+        for _ in range(PENDING_REQUESTS):
             self._core.request_call(self._queue, self._queue, self._called)
         self._thread.start()
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls, wait so many seconds for those under way, and cancel the others."""
+        """Refuse new calls, wait `grace` seconds for those in progress, and cancel the rest."""
         self._stopping = True
         self._core.shutdown(self._queue, lambda _: self.later(lambda _: self._stopped.set(), None))
         with contextlib.suppress(TimeoutError):
@@ -260,7 +260,7 @@ class Server:
         await self.loop.run_in_executor(None, self._thread.join)
 
     def later(self, do: Callable[[Any], None], argument: Any) -> None:
-        """Do this on the event loop. In this server's thread."""
+        """Call `do` on the event loop. For the server's thread."""
         self._arrived.append((do, argument))
         if not self._woken:
             self._woken = True
@@ -268,32 +268,32 @@ class Server:
                 self.loop.call_soon_threadsafe(self._turn)
 
     def _turn(self) -> None:
-        self._woken = False  # first: what arrives from now on wakes the loop again
+        self._woken = False  # first: later arrivals wake the loop again
         while self._arrived:
             do, argument = self._arrived.popleft()
             do(argument)
 
     def _follow(self) -> None:
-        """The thread: handle what the core tells of, until the queue is shut down."""
+        """The thread: handle the events of the core until the queue is shut down."""
         while True:
             event = self._queue.poll()
             if event.completion_type == CompletionType.queue_shutdown:
                 return
             try:
                 event.tag(event)
-            except Exception:  # of one call; the others need the thread
+            except Exception:  # one call is lost; the others need the thread
                 log.exception("a call was lost")
-            del event  # it holds its call, and that the core
+            del event  # it references its call, and the call the core
 
     def _called(self, event: Any) -> None:
         """A call arrives, or the server shuts down."""
         if not self._stopping:
-            with contextlib.suppress(ValueError):  # it shuts down in this moment
+            with contextlib.suppress(ValueError):  # it is shutting down
                 self._core.request_call(self._queue, self._queue, self._called)
         if event.success:
             details = _Details(event.call_details.method.decode("latin1"), event.invocation_metadata)
-            found = (handler.service(details) for handler in self._handlers)  # type: ignore[arg-type]
-            handler = next((one for one in found if one is not None), None)
+            known = (handler.service(details) for handler in self._handlers)  # type: ignore[arg-type]
+            handler = next((handler for handler in known if handler is not None), None)
             _Call(self, event.call, handler, details, event.call_details.deadline)
 
 

@@ -1,10 +1,10 @@
-"""How a model uses the CPUs: how many batches at a time, with how many threads each, and how large.
+"""How a model uses the CPUs: how many batches run at a time, with how many threads each, and how large they are.
 
-One session of one thread is run from as many threads as there are CPUs (*instances*), which share its weights. That
-wastes no time on handing small operations between threads, but leaves CPUs idle while there are fewer images than
-instances; so there is a *wide* session that uses all CPUs for calls that meet no others, as long as that is faster.
-Whether the instances or the wide session are faster for batches, and how large these should be, is measured at the
-start and kept beside the bundle. On a GPU there are two, each with a session of its own.
+As many threads as there are CPUs (*instances*) run one session of one thread each and share its weights. This saves the
+hand-over of small operations between threads, but leaves CPUs idle while there are fewer images than instances. So a
+*wide* session uses all CPUs for calls that meet no others, as long as that is faster. Whether the instances or the wide
+session run batches faster, and the best batch size, are measured at the start and saved beside the bundle. On a GPU
+there are two instances, each with a session of its own.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from training.steering import SteeringArrays
 
 log = logging.getLogger("steervit.tuning")
 SIZES = (8, 16, 32)
-"""Of batches, to choose from."""
+"""The batch sizes to choose from."""
 MAX_BATCH = SIZES[-1]
-"""Without a choice."""
+"""The batch size when nothing is measured."""
 GPU_MAX_BATCH = 64
 GPU_INSTANCES = 2
-"""While the GPU works for one, the other's batch is put together, copied and read back."""
+"""While the GPU runs the batch of one, the other assembles, copies and reads back its own."""
 TURNS = 2
-"""Of each contestant at least."""
+"""The least number of turns of each contestant."""
 WORTH = 1.05
-"""How many times as fast something must be to be preferred to what is chosen by default: noise chooses nothing."""
+"""How many times as fast an alternative must be to replace the default, so that noise decides nothing."""
 COMPARE_EVERY = 32
-"""Calls that meet no others, of which one runs on the session that was slower of late."""
+"""Of so many calls that meet no others, one runs on the session that was slower recently."""
 
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -53,14 +53,14 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 @dataclass(frozen=True)
 class Plan:
-    """How many batches run at a time, with how many threads, and how large they are."""
+    """How a model uses the CPUs."""
 
     instances: Count
     """Batches that run at a time."""
     threads: Count
-    """Of each of them."""
+    """Threads of each batch."""
     wide_threads: Annotated[int, Field(ge=0, le=4096)]
-    """Of the session for calls of few images that meet no others; 0: there is none."""
+    """Threads of the wide session; 0: there is none."""
     spinning: bool
     """Whether the threads of a run spin while they wait for each other."""
     max_batch: Count
@@ -70,8 +70,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What stands beside the bundle."""
+class _Saved:
+    """The content of the file beside the bundle."""
 
     measured_for: dict[str, Any]
     plan: Plan
@@ -79,12 +79,12 @@ class _Kept:
 
 
 class Quickest:
-    """Of several engines the one that has been fastest of late; for calls alike, one at a time."""
+    """Runs each call on the engine that was fastest recently. For similar calls, one at a time."""
 
     def __init__(self, *engines: Engine):
         self._engines = engines
         self._seconds = [0.0] * len(engines)
-        """Of a run, by engine: recent mean."""
+        """Recent mean duration of a run, by engine."""
         self._runs = 0
 
     def run(
@@ -96,16 +96,16 @@ class Quickest:
         chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
         outputs = self._engines[chosen].run(images, steering, residual, digest)
         off = outputs.seconds - (before := self._seconds[chosen] or outputs.seconds)
-        self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # what delays a run says little of the session
+        self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # a delayed run says little about the session
         return outputs
 
 
 @dataclass(frozen=True)
 class Instances:
-    """What runs the batches of a model."""
+    """The engines that run the batches of a model."""
 
     engines: Sequence[Engine]
-    """One for each batch at a time; the same one several times where it has one thread."""
+    """One for each concurrent batch; the same one several times if it has one thread."""
     lone: Quickest | None
     """For calls of few images that meet no others."""
     plan: Plan
@@ -113,16 +113,16 @@ class Instances:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a model shares the CPUs with."""
+    """What else uses the CPUs."""
 
     serving: bool
-    """Whether calls are being answered: then nothing is measured."""
+    """Whether the server answers calls: then nothing is measured."""
     spinning: bool
-    """Whether threads may spin: not where other models use the same CPUs."""
+    """Whether threads may spin: not while other models use the same CPUs."""
 
 
 def start(bundle: Bundle, settings: Settings, surroundings: Surroundings) -> Instances:
-    """Load the bundle's graph and choose how to run it: by flags, else as measured here or before.
+    """Load the bundle's graph and choose how to run it: by flags, or as measured now or before.
 
     Raises EngineError or BundleError.
     """
@@ -136,12 +136,12 @@ def start(bundle: Bundle, settings: Settings, surroundings: Surroundings) -> Ins
     if settings.tune == "off" or surroundings.serving:
         return _load(bundle, settings, plan)
     instances, timings = _measured(bundle, settings, plan)
-    _write(path, _Kept(key, instances.plan, timings))
+    _write(path, _Saved(key, instances.plan, timings))
     return instances
 
 
 def default(settings: Settings, spinning: bool) -> Plan:
-    """What is chosen without measuring anything. Its source is `flags` where these leave nothing to choose."""
+    """The plan without measurements. Its source is `flags` if they leave nothing to choose."""
     cpus = usable_cpus()
     if resolve_provider(settings.provider) == "cuda":
         threads, max_batch = settings.threads or cpus, settings.max_batch or GPU_MAX_BATCH
@@ -170,8 +170,8 @@ def _load(bundle: Bundle, settings: Settings, plan: Plan) -> Instances:
 
 
 def _engines(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[list[Engine], Engine | None]:
-    """The instances: a session each with threads of its own, or one for all where one thread is enough. And the wide
-    session. They are loaded side by side."""
+    """The instances, and the wide session or None. Instances share a session of one thread, or have one each. Sessions
+    are loaded in parallel."""
     sessions = plan.instances if plan.threads > 1 or resolve_provider(settings.provider) == "cuda" else 1
     threads = [plan.threads] * sessions + ([plan.wide_threads] if plan.wide_threads else [])
     with ThreadPoolExecutor(len(threads)) as pool:
@@ -193,16 +193,16 @@ def gpu_of(settings: Settings) -> Gpu:
 
 
 def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances, dict[str, float]]:
-    """The instances, and milliseconds an image by what was measured.
+    """The instances, and the measured milliseconds an image.
 
-    What would take too long is not measured: the larger the model, the less depends on it.
+    Measurements that would take too long are left out: they matter less the larger the model is.
     """
     budget = 2.0 if settings.tune == "auto" else float(settings.tune)
     end = time.perf_counter() + budget
     engines, wide = _engines(bundle, settings, plan)
     race = partial(_raced, load_golden(bundle.folder, engines[0].graph.precision))
     timings = race({"one image": (engines[:1], 1)}, 0.1 * budget)
-    image = timings["one image"] / 1000  # in a batch it takes no longer
+    image = timings["one image"] / 1000  # an upper bound for an image in a batch
 
     def left() -> float:
         return end - time.perf_counter()
@@ -228,8 +228,8 @@ def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances
 
 
 def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int]], seconds: float) -> dict[str, float]:
-    """Milliseconds an image, by contestant: engines, all at a time, each with batches of so many images. The
-    contestants take turns, TURNS or more; the median turn counts."""
+    """Milliseconds an image, by contestant: engines that run at the same time, and the size of their batches. The
+    contestants take TURNS turns or more; the median turn counts."""
     turns: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(turns[min(turns)]) < TURNS:
@@ -240,7 +240,7 @@ def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int
 
 
 def _timed(engines: Sequence[Engine], images: NDArray[np.uint8], *terms: NDArray[Any]) -> float:
-    """Seconds an image while each engine runs that batch in a thread of its own, for 20 ms or once."""
+    """Seconds an image while each engine runs the batch in its own thread, for 20 ms or once."""
     done = [0] * len(engines)
     ready = threading.Barrier(len(engines) + 1)
 
@@ -262,7 +262,7 @@ def _timed(engines: Sequence[Engine], images: NDArray[np.uint8], *terms: NDArray
 
 
 def _key(bundle: Bundle, settings: Settings, plan: Plan) -> dict[str, Any]:
-    """What a measured plan depends on."""
+    """The conditions that a measured plan depends on."""
     graph = choose_graph(bundle, resolve_provider(settings.provider), settings.graph)
     return {
         "bundle_digest": bundle.digest,
@@ -284,21 +284,21 @@ def _cpu_name() -> str:
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Plan | None:
-    """The plan that was measured before, if it was under the same conditions."""
+    """The saved plan, if it was measured under the same conditions."""
     with contextlib.suppress(OSError, ValidationError):
-        kept = TypeAdapter(_Kept).validate_json(path.read_bytes(), strict=True)
-        if kept.measured_for == key:
-            return replace(kept.plan, source="cached")
+        saved = TypeAdapter(_Saved).validate_json(path.read_bytes(), strict=True)
+        if saved.measured_for == key:
+            return replace(saved.plan, source="cached")
     return None
 
 
-def _write(path: Path, kept: _Kept) -> None:
-    """Where the folder cannot be written, each start measures."""
+def _write(path: Path, saved: _Saved) -> None:
+    """Save the plan. If the folder cannot be written, each start measures."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(asdict(kept), indent=1) + "\n")
+        temporary.write_text(json.dumps(asdict(saved), indent=1) + "\n")
         temporary.replace(path)
     except OSError as error:
-        log.info("the measured tuning is not kept: %s", error)
+        log.info("the measured tuning is not saved: %s", error)
         with contextlib.suppress(OSError):
             temporary.unlink()

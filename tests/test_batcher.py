@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service import batcher
 from service import patience as module_patience
-from service.batcher import Answer, Batcher, BatchStats
+from service.batcher import Batcher, BatchStats
+from service.calls import Answer
 from service.engine import Engine, Outputs, joined
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
 from service.steering import Steering, resolve, stack

@@ -19,7 +19,8 @@ from export.__main__ import main as export_main
 from export.builder import save, weight_bytes
 from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle
 from export.write import _named
-from service.batcher import Answer, Batcher, BatchStats
+from service.batcher import Batcher, BatchStats
+from service.calls import Answer
 from service.client import Client
 from service.engine import Engine, choose_graph
 from service.loaded import EngineError

@@ -196,7 +196,7 @@ SEEN = {
     "strength": ("INVALID_ARGUMENT", "parameter strength is 'much'; allowed: a number"),
     "parameter": ("INVALID_ARGUMENT", "parameter 'temperature' is unknown; allowed: profile, strength"),
     "output": ("INVALID_ARGUMENT", "outputs[0] is 'probabilities'; allowed: logits, head_gate, gate_logit, residual"),
-    "outputs": ("INVALID_ARGUMENT", "outputs[1] is 'logits' again; allowed: each once"),
+    "outputs": ("INVALID_ARGUMENT", "outputs[1] 'logits' is given twice; allowed: once"),
     "shape": ("INVALID_ARGUMENT", "input 'image' has the shape [3, 27, 28, 1]; allowed: [images, 28, 28, 1]"),
     "datatype": ("INVALID_ARGUMENT", "inputs[0] 'image' has the datatype 'FP32'; allowed: UINT8"),
     "input": ("INVALID_ARGUMENT", "inputs[0] 'pixels' is unknown; allowed: image, encoded_image, steering_latent"),

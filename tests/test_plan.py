@@ -8,28 +8,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.catalogue import Fingerprint, Found, Shelf
-from service.plan import Outcome, Tries, outcome, tries, wanted
+from service.catalogue import Fingerprint, Shelf, VersionFolder
+from service.plan import Outcome, Tries, outcome, selected, tries
 
 OLD: Fingerprint = (("manifest.json", 1, 1),)
 NEW: Fingerprint = (("manifest.json", 1, 2),)
 
 
 def shelf(*versions: int, changed: tuple[int, ...] = (), labels: Mapping[str, int] | None = None) -> Shelf:
-    found = {v: Found(Path(str(v)), NEW if v in changed else OLD) for v in versions}
-    return Shelf(found, labels or {})
+    folders = {v: VersionFolder(Path(str(v)), NEW if v in changed else OLD) for v in versions}
+    return Shelf(folders, labels or {})
 
 
-def test_wanted() -> None:
-    found = shelf(1, 2, 5, 10, labels={"stable": 2})
-    assert wanted("latest", found) == [2, 10]
-    assert wanted("latest:2", found) == [2, 5, 10]
-    assert wanted("all", found) == [1, 2, 5, 10]
-    assert wanted("1,7", found) == [1, 2, 7], "7 is named and not there"
+def test_selected() -> None:
+    four = shelf(1, 2, 5, 10, labels={"stable": 2})
+    assert selected("latest", four) == [2, 10]
+    assert selected("latest:2", four) == [2, 5, 10]
+    assert selected("all", four) == [1, 2, 5, 10]
+    assert selected("1,7", four) == [1, 2, 7], "7 is named and not there"
 
 
 @pytest.mark.parametrize(
-    ("policy", "found", "known", "expected"),
+    ("policy", "of_model", "known", "expected"),
     [
         ("latest", shelf(1, 2, 3), {}, Tries([3], [2, 1])),
         ("all", shelf(1, 2, 3), {}, Tries([3, 2, 1], [])),
@@ -45,16 +45,16 @@ def test_wanted() -> None:
         "one changed",
     ],
 )  # fmt: skip
-def test_tries(policy: str, found: Shelf, known: Mapping[int, Fingerprint], expected: Tries) -> None:
-    assert tries(policy, found, known) == expected
+def test_tries(policy: str, of_model: Shelf, known: Mapping[int, Fingerprint], expected: Tries) -> None:
+    assert tries(policy, of_model, known) == expected
 
 
-GONE = "version {} is asked for and is not there; allowed: 1"
-MISSING = "version 7 is asked for and is not there; allowed: 1, 2"
+GONE = "version {} does not exist; allowed: 1"
+MISSING = "version 7 does not exist; allowed: 1, 2"
 
 
 @pytest.mark.parametrize(
-    ("policy", "found", "before", "expected"),
+    ("policy", "of_model", "before", "expected"),
     [
         ("latest", shelf(1, 2), {"loaded": {1, 2}}, Outcome({2}, {}, {})),
         ("latest:2", shelf(1, 2), {"loaded": {1, 2}}, Outcome({1, 2}, {}, {})),
@@ -87,8 +87,8 @@ MISSING = "version 7 is asked for and is not there; allowed: 1, 2"
         "a label stays where it was", "a label is taken away", "labels cannot be read", "nothing works",
     ],
 )  # fmt: skip
-def test_outcome(policy: str, found: Shelf, before: dict[str, Any], expected: Outcome) -> None:
-    assert outcome(policy, found, **{"labels": {}, "failures": {}, **before}) == expected
+def test_outcome(policy: str, of_model: Shelf, before: dict[str, Any], expected: Outcome) -> None:
+    assert outcome(policy, of_model, **{"labels": {}, "failures": {}, **before}) == expected
 
 
 numbers = st.sets(st.integers(1, 6))
@@ -99,15 +99,15 @@ def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
     on_shelf: set[int], before: set[int], failed: set[int], policy: str
 ) -> None:
     """Whatever lies on the shelf, and however loading went."""
-    found = shelf(*on_shelf)
-    now, instead = tries(policy, found, {})
+    of_model = shelf(*on_shelf)
+    now, instead = tries(policy, of_model, {})
     assert {*now, *instead} <= on_shelf
     works = {version for version in now if version not in failed}
     if not works | before:
         works = {version for version in instead if version not in failed}
-    served, labels, failures = outcome(policy, found, works | before, {}, dict.fromkeys(failed & on_shelf, "bad"))
+    served, labels, failures = outcome(policy, of_model, works | before, {}, dict.fromkeys(failed & on_shelf, "bad"))
     assert served <= works | before
     assert bool(served) == bool(works | before), "who served something goes on serving"
-    assert works & {*wanted(policy, found)} <= served
+    assert works & {*selected(policy, of_model)} <= served
     assert labels == {}
-    assert {*wanted(policy, found)} <= served | {*failures} | (on_shelf - failed)
+    assert {*selected(policy, of_model)} <= served | {*failures} | (on_shelf - failed)

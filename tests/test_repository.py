@@ -279,7 +279,7 @@ def test_an_older_version_is_served_rather_than_none(repository: Path, bundle: B
 
 
 def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, bundle: Bundle) -> None:
-    sentence = "version 7 is asked for and is not there; allowed: 1"
+    sentence = "version 7 does not exist; allowed: 1"
     for flags in (("--versions", "1,7"), ("--versions", "7", *POLL)):
         done = run_module("service", "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
         assert done.returncode == 1

@@ -214,7 +214,7 @@ def test_the_server_listens_on_an_address_of_ipv6(host: str, samples: dict[str, 
         (["--repository", "deploy/samples"], "allowed: a bundle, or folders <model>/<version>/ with bundles"),
         (
             ["--repository", str(MODELS), "--provider", "cuda"],
-            "provider 'cuda' was asked for, but there is no",
+            "provider is 'cuda', but there is no",
         ),
         (["--repository", str(MODELS), "--port", "70000"], "--port is '70000'"),
         (["--repository", str(MODELS), "--log-level", "loud"], "loud"),

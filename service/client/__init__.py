@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 
 class Asked(TypedDict, total=False):
-    """What every call with images may say beside them."""
+    """Options of every call with images."""
 
     profile: str
     """Of the model; or, instead, terms."""
@@ -219,8 +219,8 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
             request.images.add(encoded=image)
         elif isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3:
-                found = f"{image.dtype} {image.shape}"
-                raise ValueError(f"images[{index}] is {found}; allowed: uint8 (height, width, channels)")
+                kind = f"{image.dtype} {image.shape}"
+                raise ValueError(f"images[{index}] is {kind}; allowed: uint8 (height, width, channels)")
             request.images.add(pixels=image.tobytes())
         else:
             raise TypeError(f"images[{index}] is a {type(image).__name__}; allowed: bytes of a file, or a uint8 array")

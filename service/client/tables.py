@@ -47,16 +47,16 @@ def _served_by(receipt: pb.Receipt) -> str:
 def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
     """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed heads."""
     rows = []
-    for name, found in zip(names, answer.comparisons, strict=True):
-        before, after = found.unsteered, found.steered
-        opened = sum(change.opened for change in found.head_changes)
+    for name, comparison in zip(names, answer.comparisons, strict=True):
+        before, after = comparison.unsteered, comparison.steered
+        opened = sum(change.opened for change in comparison.head_changes)
         labels = [f"{p.classes[0].label} {p.classes[0].probability:.2f}" for p in (before, after)]
         rows.append(
             [
-                name, *labels, "" if found.same_label else "other",
+                name, *labels, "" if comparison.same_label else "other",
                 f"{before.head_usage:.2f} -> {after.head_usage:.2f}",
                 f"{before.compute_fraction:.3f} -> {after.compute_fraction:.3f}",
-                f"+{opened} -{len(found.head_changes) - opened}",
+                f"+{opened} -{len(comparison.head_changes) - opened}",
             ]
         )  # fmt: skip
     shown = table(["image", "unsteered", "steered", "label", "head usage", "compute", "heads"], rows)
@@ -66,10 +66,10 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
     """Of each image and site: the gates, and the latents with what they do to each gate."""
     parts = []
-    for name, found in zip(names, answer.explanations, strict=True):
-        best = found.prediction.classes[0]
-        parts.append(f"{name}: {best.label} {best.probability:.2f}, head usage {found.prediction.head_usage:.2f}")
-        for site in found.sites:
+    for name, explanation in zip(names, answer.explanations, strict=True):
+        best = explanation.prediction.classes[0]
+        parts.append(f"{name}: {best.label} {best.probability:.2f}, head usage {explanation.prediction.head_usage:.2f}")
+        for site in explanation.sites:
             heads = [f"head {index}" for index in range(len(site.gate_logits))]
             rows = [
                 ["unsteered gate", "", "", *(f"{v:+.2f}" for v in site.unsteered_gate_logits)],

@@ -108,8 +108,8 @@ def test_sighup_looks_at_the_folders_at_once(tmp_path: Path, bundle: Bundle, und
 
 @fault(
     "process: out-of-memory provider error, then recovery",
-    "INTERNAL: `the server failed on this request; its log says more`, in the call that needs the memory and no other; "
-    "then the right answer",
+    "INTERNAL: `the server failed on this request; its log has the cause`, in the call that needs the memory and no "
+    "other; then the right answer",
 )
 def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
     sample_pixels: NDArray[np.uint8], bundle: Bundle, undisturbed: Undisturbed
@@ -129,7 +129,7 @@ def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
                     V1.call(channel)(greedy, timeout=60)
                 assert caught.value.code() is grpc.StatusCode.INTERNAL
                 assert caught.value.details().startswith(
-                    "the server failed on this request; its log says more of request "
+                    "the server failed on this request; its log has the cause under request "
                 )
                 name = dict(caught.value.trailing_metadata())["x-request-id"]
                 assert caught.value.details().endswith(name)

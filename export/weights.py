@@ -1,0 +1,95 @@
+"""The weights of a block as the graphs use them, with scales multiplied in.
+
+Letters: D residual width, H heads, E head width, M hidden width of the MLP.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """A block's attention, head by head, with scales multiplied in."""
+
+    query: Tensor
+    """(H, D, E)"""
+    query_bias: Tensor | None
+    """(H, E)"""
+    key: Tensor
+    key_bias: Tensor | None
+    value: Tensor
+    """(H, D, E), without its bias, which is in `added`."""
+    value_bias: Tensor | None
+    output: Tensor
+    """(H, E, D)"""
+    added: Tensor | None
+    """(H, D): what the bias of the values adds to the output of an open head."""
+    bias: Tensor | None
+    """(D,) of the output."""
+    query_norm: nn.Module
+    key_norm: nn.Module
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """A block's MLP: two linear layers with a GELU between, the layer scale multiplied in."""
+
+    first: Tensor
+    """(D, M)"""
+    first_bias: Tensor | None
+    approximate: str
+    """Of the GELU: none or tanh."""
+    second: Tensor
+    """(M, D)"""
+    second_bias: Tensor | None
+
+
+@torch.no_grad()
+def head_weights(block: Block) -> HeadWeights:
+    """The weights of a block's attention, by head, without gradients.
+
+    The scale of the queries and the layer scale are multiplied in. Unless keys are normed, their bias is None: it would
+    change no answer.
+    """
+    attn, gamma = cast(Attention, block.attn), getattr(block.ls1, "gamma", torch.ones(()))
+    h, e = attn.num_heads, attn.head_dim
+    query, key, value = attn.qkv.weight.view(3, h, e, -1).transpose(2, 3)  # each (H, D, E)
+    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.view(3, h, e).unbind()
+    key_bias: Tensor | None
+    query_bias, key_bias, value_bias = biases
+    query_norm, key_norm = attn.q_norm, attn.k_norm
+    if isinstance(query_norm, nn.Identity):
+        query = query * attn.scale
+        query_bias = None if query_bias is None else query_bias * attn.scale
+    else:
+        query_norm = nn.Sequential(query_norm, _Scale(attn.scale))
+    if isinstance(key_norm, nn.Identity):
+        key_bias = None
+    output = (attn.proj.weight.T * gamma).view(h, e, -1)  # (H, E, D)
+    added = None if value_bias is None else torch.einsum("he,hed->hd", value_bias, output)
+    bias = None if attn.proj.bias is None else attn.proj.bias * gamma
+    return HeadWeights(query, query_bias, key, key_bias, value, value_bias, output, added, bias, query_norm, key_norm)
+
+
+@torch.no_grad()
+def mlp_weights(block: Block) -> MlpWeights | None:
+    """The weights of a block's MLP, without gradients; None for timm's other kinds of MLP."""
+    mlp, scale = cast(Mlp, block.mlp), getattr(block.ls2, "gamma", torch.ones(()))
+    if not (type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.act) is nn.GELU):
+        return None
+    bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
+    return MlpWeights(mlp.fc1.weight.T, mlp.fc1.bias, mlp.act.approximate, mlp.fc2.weight.T * scale, bias)
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
