@@ -27,13 +27,15 @@ from export.weights import HeadWeights
 
 @dataclass(frozen=True)
 class Closing:
-    """The gates of the heads that are in the graph."""
+    """The gates of the units that are in the graph."""
 
     heads: tuple[int, ...]
     gate: str
     """bool (B, 1, 1, heads)"""
     number: str
     """The same as float32, 0 or 1."""
+    rows: tuple[str, ...] = ()
+    """Of a dispatch graph, by head: int64 (R, 1), the images whose gate is open."""
 
 
 def masked(
@@ -93,7 +95,7 @@ def dispatch(
     leaving: int | None,
     name: str,
 ) -> str:
-    """As masked. One NonZero a block gives the open (head, image) pairs, ordered by head."""
+    """As masked, of each head's own images."""
     heads = closing.heads if closing else tuple(range(len(w.query)))
     total = _with_biases(g, w, x, closing, heads, name)
     if not heads:
@@ -105,14 +107,7 @@ def dispatch(
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed")
         out = arithmetic.linear(g, operand, w.output.flatten(0, 1), None, f"{name}/output")
         return g.op("Add", total, out, name=f"{name}/attention")
-    by_head = g.op("Transpose", closing.gate, name=f"{name}/dispatch/gate", perm=[3, 0, 1, 2])  # (H, B, 1, 1)
-    pairs = g.op("NonZero", by_head, name=f"{name}/dispatch/pairs")  # (4, pairs): head, image, 0, 0
-    rows = g.op("Gather", pairs, g.integers(1), name=f"{name}/dispatch/images", axis=0)
-    rows = g.op("Transpose", rows, name=f"{name}/dispatch/rows", perm=[1, 0])  # (pairs, 1)
-    counts = g.op("Cast", by_head, name=f"{name}/dispatch/open", to=TensorProto.INT64)
-    counts = g.op("ReduceSum", counts, g.integers(1, 2, 3), name=f"{name}/dispatch/counts", keepdims=0)
-    names = [f"{name}/head{head}/rows" for head in heads]
-    for head, own in zip(heads, g.ops("Split", rows, counts, names=names, axis=0), strict=True):
+    for head, own in zip(heads, closing.rows, strict=True):
         at = f"{name}/head{head}"
         tokens = entered.through(g.op("GatherND", entered.value, own, name=f"{at}/in"))  # (R, N, D)
         mixed = _mixed(g, arithmetic, w, tokens, leaving, head, at)
@@ -138,6 +133,20 @@ def _mixed(
     weights = g.op("FusedMatMul", query, key, name=f"{at}/scores", domain=MICROSOFT, transB=1)  # (R, Q, N)
     weights = g.op("Softmax", weights, name=f"{at}/weights", axis=-1)
     return g.op("MatMul", weights, value, name=f"{at}/mixed")
+
+
+def open_rows(g: Builder, gate: str, units: Sequence[str], name: str) -> Sequence[str]:
+    """Gates bool (B, 1, 1, units) -> for each unit the images whose gate is open, int64 (R, 1).
+
+    One NonZero gives the open (unit, image) pairs, ordered by unit. units: the paths of their nodes.
+    """
+    by_unit = g.op("Transpose", gate, name=f"{name}/dispatch/gate", perm=[3, 0, 1, 2])  # (units, B, 1, 1)
+    pairs = g.op("NonZero", by_unit, name=f"{name}/dispatch/pairs")  # (4, pairs): unit, image, 0, 0
+    rows = g.op("Gather", pairs, g.integers(1), name=f"{name}/dispatch/images", axis=0)
+    rows = g.op("Transpose", rows, name=f"{name}/dispatch/rows", perm=[1, 0])  # (pairs, 1)
+    counts = g.op("Cast", by_unit, name=f"{name}/dispatch/open", to=TensorProto.INT64)
+    counts = g.op("ReduceSum", counts, g.integers(1, 2, 3), name=f"{name}/dispatch/counts", keepdims=0)
+    return g.ops("Split", rows, counts, names=[f"{unit}/rows" for unit in units], axis=0)
 
 
 Attend = Callable[[Builder, Arithmetic, HeadWeights, str, str, Closing | None, int | None, str], str]
