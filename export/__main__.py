@@ -41,12 +41,12 @@ def _verify(arguments: Sequence[str]) -> Bundle:
     return verify(parser.parse_args(arguments).bundle)
 
 
-def _export(arguments: Sequence[str]) -> Bundle | None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMANDS,
         description="Write a finished training run as a bundle: graphs that are compared with PyTorch on real images "
         "before they are written, profiles, autoencoders and golden rows.",
-        epilog=f"To check a bundle that is there already: {COMMANDS} verify <bundle>",
+        epilog=f"To check an existing bundle: {COMMANDS} verify <bundle>",
     )
     add = parser.add_argument
     add("run", type=Path, help="a finished run folder of python -m training")
@@ -90,13 +90,17 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
     add("--accuracy-images", type=int, default=2000, help="images to compare accuracy on; default: %(default)s")
-    options = parser.parse_args(with_names(arguments, "--compact-for", "--specialise"))
+    return parser
+
+
+def _export(arguments: Sequence[str]) -> Bundle | None:
+    options = _parser().parse_args(with_names(arguments, "--compact-for", "--specialise"))
     from export.certify import ExportError  # torch: not before it is needed
-    from export.write import Wanted, write
+    from export.write import ExportSettings, write
     from training.checkpoint import Run, RunError
     from training.data.splits import DataError
 
-    wanted = Wanted(
+    settings = ExportSettings(
         name=options.name,
         version=options.version,
         attentions=options.attention,
@@ -108,7 +112,7 @@ def _export(arguments: Sequence[str]) -> Bundle | None:
         accuracy_images=options.accuracy_images,
     )
     try:
-        return write(Run(options.run), options.repository, wanted)
+        return write(Run(options.run), options.repository, settings)
     except (ExportError, RunError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return None

@@ -1,4 +1,4 @@
-"""What argparse leaves to be done on our command lines."""
+"""Command-line arguments that argparse would misread."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 def with_names(arguments: Sequence[str], *options: str) -> list[str]:
     """`--profile -rf` as `--profile=-rf`: argparse takes a name that begins with a dash for an option. Names that begin
     with two, and -h, which asks for help, need the form with `=`."""
-    found: list[str] = []
+    joined: list[str] = []
     for argument in arguments:
-        if found and found[-1] in options and argument[:1] == "-" and argument[:2] != "--" and argument != "-h":
-            found[-1] += f"={argument}"
+        if joined and joined[-1] in options and argument[:1] == "-" and argument[:2] != "--" and argument != "-h":
+            joined[-1] += f"={argument}"
         else:
-            found.append(argument)
-    return found
+            joined.append(argument)
+    return joined

@@ -1,13 +1,12 @@
 """How an ONNX graph closes a head.
 
 `masked`    every head is computed and multiplied by its gate. The reference; any execution provider.
-`dispatch`  a head is computed for the images whose gate is open, and for no other: what is off costs nothing.
-`compact`   as masked, of a model some of whose heads are closed for good and not in the graph at all (compact.py).
+`dispatch`  a head is computed for the images whose gate is open only: a closed head costs nothing.
+`compact`   as masked, for a model with heads that are always closed and not in the graph (compact.py).
 
-All give the same numbers, up to rounding. Three pieces of algebra save work in each: the softmax does not change when a
-number is added to all scores of a query, so the bias of the keys goes away (unless keys are normed); its weights add
-up to 1, so the bias of the values passes through to the output, where a closed head's is left out; and scales are
-multiplied into weights.
+All give the same numbers, up to rounding. Each saves work in three ways. The softmax does not change when a number is
+added to all scores of a query, so the keys need no bias unless they are normed. Its weights add up to 1, so the bias of
+the values passes through to the output, without that of closed heads. Scales are multiplied into weights.
 
 Letters: B batch, R images whose gate of the head at hand is open, N tokens, Q tokens that leave the block, D residual
 width, H heads, E head width.
@@ -101,7 +100,7 @@ def dispatch(
     if not heads:
         return total
     entered = arithmetic.enter(g, y, f"{name}/attention/in")
-    if closing is None:  # every head on: head by head all the same, which is faster on a CPU than all at once
+    if closing is None:  # every head open: one by one, which is faster on a CPU than all at once
         all_mixed = [_mixed(g, arithmetic, w, entered, leaving, head, f"{name}/head{head}") for head in heads]
         mixed = g.op("Concat", *all_mixed, name=f"{name}/mixed", axis=-1)
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed")
@@ -113,7 +112,7 @@ def dispatch(
         mixed = _mixed(g, arithmetic, w, tokens, leaving, head, at)
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed", at)
         out = arithmetic.linear(g, operand, w.output[head], None, f"{at}/output")
-        total = g.op("ScatterND", total, own, out, name=f"{at}/added", reduction="add")  # no image twice
+        total = g.op("ScatterND", total, own, out, name=f"{at}/added", reduction="add")  # no image occurs twice
     return total
 
 
@@ -154,7 +153,7 @@ ATTENTION: dict[str, Attend] = {"dispatch": dispatch, "masked": masked, "compact
 
 
 def _with_biases(g: Builder, w: HeadWeights, x: str, closing: Closing | None, heads: Sequence[int], name: str) -> str:
-    """x plus what does not depend on the tokens: the bias of the output, and those of the open heads' values."""
+    """x plus the bias of the output and the biases of the open heads' values, which do not depend on the tokens."""
     if closing is None or w.added is None or not heads:
         bias = w.bias
         if w.added is not None and closing is None:

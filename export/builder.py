@@ -23,7 +23,7 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 EXTERNAL_FROM = 1_900_000_000
-"""Bytes of weights from which they go into a file beside the graph: a protobuf message ends at 2 GiB."""
+"""Bytes of weights from which they go into a file beside the graph: a protobuf message has at most 2 GiB."""
 
 
 class Builder:
@@ -33,7 +33,7 @@ class Builder:
     """
 
     def __init__(self, real: type[np.floating[Any]] = np.float32) -> None:
-        """real: what the tokens, and the weights that meet them, are made of; float32 or float16."""
+        """real: the type of the tokens and the weights that meet them, float32 or float16."""
         self._real = real
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, TensorProto] = {}
@@ -45,13 +45,13 @@ class Builder:
         return self.ops(kind, *inputs, names=(name,), domain=domain, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str], domain: str = "", **attributes: Any) -> Sequence[str]:
-        """Add a node with several outputs; returns their names. An output that nobody needs has the name ""."""
+        """Add a node with several outputs; returns their names. An unused output has the name ""."""
         self._take(*filter(None, names))
         self._nodes.append(helper.make_node(kind, inputs, names, name=names[0], domain=domain, **attributes))
         return names
 
     def weight(self, name: str, array: ArrayLike | Tensor, dtype: Any = None) -> str:
-        """A constant with a name of its own; dtype: as the tokens when it is not given."""
+        """A constant with its own name. dtype: by default that of the tokens."""
         value = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
         self._take(name)
         self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype or self._real)), name)
@@ -70,7 +70,7 @@ class Builder:
         return self._shared("matrix", np.array([[value]], np.int64))
 
     def number(self, value: float) -> str:
-        """A float32 scalar, whatever the tokens are; equal ones are one constant."""
+        """A float32 scalar; equal ones are one constant."""
         return self._shared("number", np.array(value, np.float32))
 
     def _shared(self, kind: str, array: NDArray[Any]) -> str:
@@ -97,17 +97,17 @@ class Builder:
         return self.op("Slice", tokens, self.integers(0), self.integers(count), self.integers(1), name=name)
 
     def real(self, value: str, name: str) -> str:
-        """A float32 or bool value as the tokens are."""
+        """A float32 or bool value, cast to the type of the tokens."""
         return self.op("Cast", value, name=name, to=helper.np_dtype_to_tensor_dtype(np.dtype(self._real)))
 
     def float32(self, value: str, name: str) -> str:
-        """A value of the tokens as float32."""
+        """A value of the tokens, cast to float32."""
         return value if self._real is np.float32 else self.op("Cast", value, name=name, to=TensorProto.FLOAT)
 
     def call(self, module: nn.Module, value: str, example: Tensor, name: str) -> str:
-        """What PyTorch's exporter makes of a module of one input, whose axis 0 is the batch, and one output.
+        """A module of one input and one output, with the batch on axis 0, as PyTorch's exporter writes it.
 
-        It is computed in float32; the output is as the tokens.
+        It computes in float32; the output has the type of the tokens.
         """
         part = exported(module, example)
         out = name if self._real is np.float32 else f"{name}/float32"
@@ -160,7 +160,7 @@ def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelPr
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the weights that the model itself holds. Those in a file beside it do not count."""
+    """Bytes of the weights in the model itself, without those in a file beside it."""
     return sum(
         math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
         for weight in model.graph.initializer
@@ -181,9 +181,9 @@ def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM)
 
 def exported(module: nn.Module, example: Tensor) -> onnx.GraphProto:
     """The graph of one module in evaluation mode. example (batch, ...), any batch."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of every node that it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every node that it does not convert
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's notes to itself; what matters is compared in certify.py
+        warnings.simplefilter("ignore")  # internal to the exporter; certify.py checks the result
         program = torch.onnx.export(
             module.eval(),
             (example,),

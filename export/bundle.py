@@ -358,14 +358,14 @@ def versions(model_folder: Path) -> list[int]:
 
 
 def new_folder(repository: Path, name: str, version: int) -> Path:
-    """Where a new bundle goes. Raises BundleError unless name and version are allowed and that version is not there."""
+    """The folder of a new bundle. Raises BundleError unless name and version are allowed and the version is new."""
     if not NAME.fullmatch(name):
         raise BundleError(f"name is {name!r}; allowed: {NAME.pattern}")
     if not VERSION.fullmatch(str(version)):
         raise BundleError(f"version is {version}; allowed: a positive integer of at most 18 digits")
     folder = repository / name / str(version)
     if folder.exists():
-        raise BundleError(f"{folder} is there already; allowed: another version")
+        raise BundleError(f"{folder} already exists; allowed: another version")
     return folder
 
 
@@ -373,7 +373,7 @@ def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes
     """Write a new bundle; it appears under its name only when it is whole. Returns its folder.
 
     manifest.files is filled in here. One writer of a model at a time: others wait. Raises BundleError when that version
-    is there already.
+    exists.
     """
     folder = new_folder(repository, manifest.name, manifest.version)
     entries = {name: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
@@ -421,13 +421,13 @@ def check_inside(path: Path, root: Path | None) -> None:
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
-    found_here = path.stat()
-    if not stat.S_ISREG(found_here.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise BundleError(f"{name} is not a file")
-    size = found_here.st_size
+    size = status.st_size
     if size != entry.size:
         raise BundleError(f"{name} has {size} bytes; the manifest says {entry.size}")
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != entry.sha256:
-        raise BundleError(f"{name} has the SHA-256 {found}; the manifest says {entry.sha256}")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != entry.sha256:
+        raise BundleError(f"{name} has the SHA-256 {sha256}; the manifest says {entry.sha256}")

@@ -1,4 +1,4 @@
-"""The range of what enters each linear layer, on real images under real steerings: what int8 scales are made of."""
+"""The ranges of the inputs of linear layers on real images under real steerings, for the scales of int8."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""A graph is compared with PyTorch on real images and steerings before it becomes part of a bundle."""
+"""Compares a graph with PyTorch on real images and steerings, before it becomes part of a bundle."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 from export.bundle import INPUTS, OUTPUTS, Golden
 from export.graph import SteeredVit
@@ -16,7 +17,7 @@ from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
 class ExportError(Exception):
-    """The exported graph is not what it should be."""
+    """The exported graph does not match the model."""
 
 
 class ShapeError(ExportError):
@@ -24,23 +25,23 @@ class ShapeError(ExportError):
 
 
 class NotFinite(ExportError):
-    """An output is not a finite number: no comparison would see it."""
+    """An output is not a finite number, which no comparison would detect."""
 
 
 class LogitMismatch(ExportError):
-    """A logit differs by more than is allowed."""
+    """A logit differs by more than the limit."""
 
 
 class GateMismatch(ExportError):
-    """A gate decides differently that should not, or too many do; or a gate logit differs by more than is allowed."""
+    """A gate far from its threshold decides differently, too many gates do, or a gate logit exceeds its limit."""
 
 
 class ResidualMismatch(ExportError):
-    """A residual differs by more than is allowed."""
+    """A residual differs by more than the limit."""
 
 
 class NeighbourMismatch(ExportError):
-    """An answer depends on what else is in the batch."""
+    """An answer depends on the other rows of its batch."""
 
 
 class AccuracyLoss(ExportError):
@@ -49,10 +50,10 @@ class AccuracyLoss(ExportError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a graph of some precision may differ by from the model in PyTorch.
+    """How much a graph of some precision may differ from the model in PyTorch.
 
-    Gate logits have more room than gates that decide differently: a steered latent near its own threshold comes or goes
-    as a whole, and only the few gates near theirs can decide differently.
+    The limit of gate logits is wider than the margin of gates: a steered latent near its own threshold changes a gate
+    logit by its whole value.
     """
 
     logit: float
@@ -66,9 +67,9 @@ class Limits:
     residual: float
     """Of the same blocks: length of the difference, as a share of the length in PyTorch."""
     neighbour: float
-    """Of a logit, by what else is in the batch; rows whose gates decide alike."""
+    """Of a logit, between batches; for rows whose gates decide alike."""
     accuracy: float
-    """Share of images that may be lost."""
+    """Share of images that may change from right to wrong."""
 
 
 LIMITS = {
@@ -90,18 +91,18 @@ CURES = {
     "other": ". Export in fp32 (--precision fp32), or train longer (--vit.joint-epochs): gate logits move away from 0. "
     "The limits are LIMITS in export/certify.py",
 }
-"""What to do about a graph that is not within its limits, by precision."""
+"""What to do about a graph that exceeds its limits, by precision."""
 OWN_INT8 = 2.0
-"""How far an int8 graph's own golden answers may be off on another machine: so many times what they differ from
-PyTorch's."""
+"""How far an int8 graph's own golden answers may differ on another machine, in multiples of their difference from
+PyTorch."""
 BATCH_SIZES = (1, 7, 64)
 STEERINGS = 40
-"""An image is seen under that many; when there are more, they are dealt out over the images."""
+"""Steerings of each image; if there are more, they are distributed over the images."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the comparison saw."""
+    """The result of the comparison."""
 
     rows: int
     """Image x steering."""
@@ -121,7 +122,7 @@ class Certificate:
     max_neighbour_difference: float
     """Of a logit: a row alone and the same row in a mixed batch."""
     images: int
-    """Labelled images that the accuracies are of, without steering; of a specialised graph under its profile."""
+    """Labelled images for the accuracies, without steering; for a specialised graph under its profile."""
     accuracy: float
     accuracy_of_model: float
     """In PyTorch."""
@@ -138,6 +139,62 @@ class Certificate:
             f"{self.flipped_gates} of {self.gates} gates flipped, at most {self.max_flip_distance:.2g} from the "
             f"threshold; accuracy {self.accuracy:.4f} on {self.images} images, {self.accuracy_of_model:.4f} in PyTorch"
         )
+
+
+@dataclass
+class _Differences:
+    """The largest differences from PyTorch over all batches; the fields are those of Certificate and Limits."""
+
+    rows: int = 0
+    gates: int = 0
+    flipped: int = 0
+    flip_distance: float = 0.0
+    logit: float = 0.0
+    gate_logit: float = 0.0
+    residual: float = 0.0
+    neighbour: float = 0.0
+
+    def add(self, outputs: Arrays, expected: Arrays, alone: Arrays) -> None:
+        """Add a batch. alone: the outputs of its last row in a batch of its own."""
+        flips = outputs["head_gate"] != expected["head_gate"]
+        self.rows, self.gates, self.flipped = (
+            self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
+        )  # fmt: skip
+        of_block = flips.any(2)
+        reached = np.cumsum(of_block, 1) - of_block == 0  # (B, G): up to the first block that differs at all
+        first = flips & reached[:, :, None]
+        self.flip_distance = max(self.flip_distance, float(np.abs(expected["gate_logit"])[first].max(initial=0)))
+        self.gate_logit = max(self.gate_logit, _worst(outputs, expected, "gate_logit", reached))
+        length = np.linalg.norm(expected["residual"], axis=2).clip(1e-12)  # (B, G)
+        apart = np.linalg.norm(outputs["residual"] - expected["residual"], axis=2)
+        self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
+        self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any((1, 2))))
+        last = {name: value[-1:] for name, value in outputs.items()}
+        same = (alone["head_gate"] == last["head_gate"]).all((1, 2))
+        self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
+
+    def check(self, limits: Limits, cure: str) -> None:
+        """Raises LogitMismatch, GateMismatch, ResidualMismatch or NeighbourMismatch past the limits."""
+        if not self.flip_distance <= limits.gate_margin:
+            raise GateMismatch(
+                f"a gate with logit {self.flip_distance:.4g} decides differently; allowed: {limits.gate_margin}{cure}"
+            )
+        if not self.flipped <= limits.flipped * self.gates:
+            raise GateMismatch(
+                f"{self.flipped} of {self.gates} gates decide differently; allowed: {limits.flipped:.2%}{cure}"
+            )
+        if not self.gate_logit <= limits.gate_logit:
+            raise GateMismatch(f"a gate logit differs by {self.gate_logit:.4g}; allowed: {limits.gate_logit}{cure}")
+        if not self.residual <= limits.residual:
+            raise ResidualMismatch(
+                f"a residual differs by {self.residual:.4g} of its length; allowed: {limits.residual}{cure}"
+            )
+        if not self.logit <= limits.logit:
+            raise LogitMismatch(f"a logit differs by {self.logit:.4g}; allowed: {limits.logit}{cure}")
+        if not self.neighbour <= limits.neighbour:
+            raise NeighbourMismatch(
+                f"a logit differs by {self.neighbour:.4g} alone and in a batch; allowed: {limits.neighbour}"
+            )
 
 
 @torch.no_grad()
@@ -170,8 +227,8 @@ class Reference:
         classes: NDArray[np.int64],
         steering: Terms = NEUTRAL,
     ):
-        """images: uint8 (N, height, width, channels), on which every steering of `tried` is seen; labelled (M, ...) and
-        classes (M,): those that accuracy is measured on, under `steering`."""
+        """images: uint8 (N, height, width, channels), to compare under the steerings of `tried`; labelled (M, ...) and
+        classes (M,): those for accuracy, under `steering`."""
         self.steerings = len(tried)
         self.batches: list[tuple[Arrays, Arrays]] = []
         each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
@@ -198,50 +255,9 @@ class Reference:
         """Raises ShapeError or NotFinite, and past LIMITS[precision] LogitMismatch, GateMismatch, ResidualMismatch,
         NeighbourMismatch or AccuracyLoss."""
         limits, session = LIMITS[precision], open_session(graph, attention)
-        rows = gates = flipped = 0
-        worst_logit = worst_gate = worst_flip = worst_residual = worst_neighbour = 0.0
-        for inputs, expected in self.batches:
-            found = run_onnx(session, inputs)
-            _check_shapes(found, expected)
-            _check_finite(found, "", rows)
-            flips = found["head_gate"] != expected["head_gate"]
-            rows, gates, flipped = rows + len(flips), gates + flips.size, flipped + int(flips.sum())
-            if not np.array_equal(found["head_gate"], found["gate_logit"] > 0):
-                raise GateMismatch("head_gate is not gate_logit > 0")
-            of_block = flips.any(2)
-            reached = np.cumsum(of_block, 1) - of_block == 0  # (B, G): up to the first block that differs at all
-            first = flips & reached[:, :, None]
-            worst_flip = max(worst_flip, float(np.abs(expected["gate_logit"])[first].max(initial=0)))
-            worst_gate = max(worst_gate, _worst(found, expected, "gate_logit", reached))
-            length = np.linalg.norm(expected["residual"], axis=2).clip(1e-12)  # (B, G)
-            apart = np.linalg.norm(found["residual"] - expected["residual"], axis=2)
-            worst_residual = max(worst_residual, float((apart / length)[reached].max(initial=0)))
-            alike = ~flips.any((1, 2))
-            worst_logit = max(worst_logit, _worst(found, expected, "logits", alike))
-            alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
-            _check_finite(alone, "alone, ", rows - 1)
-            same = (alone["head_gate"] == found["head_gate"][-1:]).all((1, 2))
-            last = {name: value[-1:] for name, value in found.items()}
-            worst_neighbour = max(worst_neighbour, _worst(alone, last, "logits", same))
+        worst = self._differences(session)
         cure = CURES["fp32" if precision == "fp32" else "other"]
-        if not worst_flip <= limits.gate_margin:
-            raise GateMismatch(
-                f"a gate with logit {worst_flip:.4g} decides differently; allowed: {limits.gate_margin}{cure}"
-            )
-        if not flipped <= limits.flipped * gates:
-            raise GateMismatch(f"{flipped} of {gates} gates decide differently; allowed: {limits.flipped:.2%}{cure}")
-        if not worst_gate <= limits.gate_logit:
-            raise GateMismatch(f"a gate logit differs by {worst_gate:.4g}; allowed: {limits.gate_logit}{cure}")
-        if not worst_residual <= limits.residual:
-            raise ResidualMismatch(
-                f"a residual differs by {worst_residual:.4g} of its length; allowed: {limits.residual}{cure}"
-            )
-        if not worst_logit <= limits.logit:
-            raise LogitMismatch(f"a logit differs by {worst_logit:.4g}; allowed: {limits.logit}{cure}")
-        if not worst_neighbour <= limits.neighbour:
-            raise NeighbourMismatch(
-                f"a logit differs by {worst_neighbour:.4g} alone and in a batch; allowed: {limits.neighbour}"
-            )
+        worst.check(limits, cure)
         logits = np.concatenate([run_onnx(session, part)["logits"] for part in self.labelled])
         _check_finite({"logits": logits}, "of the labelled images, ", 0)
         accuracy = self._share(logits)
@@ -251,48 +267,63 @@ class Reference:
                 f"allowed: {limits.accuracy} less{cure}"
             )
         return Certificate(
-            rows, self.steerings, BATCH_SIZES, worst_logit, worst_gate, worst_residual, gates, flipped, worst_flip,
-            worst_neighbour, len(self.classes), accuracy, self.accuracy, limits.logit, limits.gate_margin,
+            worst.rows, self.steerings, BATCH_SIZES, worst.logit, worst.gate_logit, worst.residual, worst.gates,
+            worst.flipped, worst.flip_distance, worst.neighbour, len(self.classes), accuracy, self.accuracy,
+            limits.logit, limits.gate_margin,
         )  # fmt: skip
+
+    def _differences(self, session: InferenceSession) -> "_Differences":
+        """Raises ShapeError, NotFinite or GateMismatch."""
+        worst = _Differences()
+        for inputs, expected in self.batches:
+            outputs = run_onnx(session, inputs)
+            _check_shapes(outputs, expected)
+            _check_finite(outputs, "", worst.rows)
+            if not np.array_equal(outputs["head_gate"], outputs["gate_logit"] > 0):
+                raise GateMismatch("head_gate is not gate_logit > 0")
+            alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
+            _check_finite(alone, "alone, ", worst.rows + len(outputs["logits"]) - 1)
+            worst.add(outputs, expected, alone)
+        return worst
 
     def golden(self, graphs: Mapping[str, bytes | Path], count: int = 12) -> dict[str, Golden]:
         """By precision: `count` rows of several steerings, those whose gates are furthest from their thresholds.
 
-        The answers are PyTorch's for fp32, and the graph's own for others: only another machine can change them. Sums
-        of 8-bit products are exact, so with int8 a right machine differs in a few roundings (seen: 0.1 to 0.55 of what
-        the graph differs from PyTorch in these rows). OWN_INT8 of that is allowed: more is another arithmetic, as of a
-        CPU without VNNI, which saturates (seen: 0.9 to 32 of it).
+        The answers are PyTorch's for fp32, and the graph's own for others, which only another machine can change. Sums
+        of 8-bit products are exact, so with int8 a correct machine differs in a few roundings (measured: 0.1 to 0.55 of
+        the graph's difference from PyTorch in these rows). OWN_INT8 times that difference is allowed. More is another
+        arithmetic, as of a CPU without VNNI, which saturates (measured: 0.9 to 32 times).
         """
         names = list(INPUTS)
         inputs = {name: _joined([batch[name] for batch, _ in self.batches], name) for name in names}
         expected = {name: np.concatenate([out[name] for _, out in self.batches]) for name in OUTPUTS}
         distance = np.abs(expected["gate_logit"]).min((1, 2))
         clear: list[int] = []
-        for steering in range(self.steerings):  # in turn, the clearest row of each
+        for steering in range(self.steerings):  # the clearest rows of each steering
             own = np.arange(steering, len(distance), self.steerings)
             clear += own[np.argsort(-distance[own], kind="stable")][: -(-count // self.steerings)].tolist()
         clear = sorted(sorted(clear, key=lambda row: -distance[row])[:count])
         rows = {name: value[clear] for name, value in inputs.items()}
-        found = {}
+        golden = {}
         for precision, graph in graphs.items():
             limits, answers = LIMITS[precision], {name: expected[name][clear] for name in ("logits", "gate_logit")}
             tolerance = limits.logit
             if precision != "fp32":
-                given = run_onnx(open_session(graph), rows)
+                outputs = run_onnx(open_session(graph), rows)
                 if precision == "int8":
-                    apart = float(np.abs(given["logits"] - answers["logits"]).max())
+                    apart = float(np.abs(outputs["logits"] - answers["logits"]).max())
                     tolerance = float(np.clip(OWN_INT8 * apart, LIMITS["fp32"].logit, limits.logit))
-                answers = {name: given[name] for name in answers}
-            found[precision] = Golden(rows, answers, tolerance, limits.gate_margin)
-        return found
+                answers = {name: outputs[name] for name in answers}
+            golden[precision] = Golden(rows, answers, tolerance, limits.gate_margin)
+        return golden
 
 
-def _worst(found: Arrays, expected: Arrays, name: str, rows: NDArray[np.bool_]) -> float:
-    return float(np.abs(found[name] - expected[name])[rows].max(initial=0))
+def _worst(outputs: Arrays, expected: Arrays, name: str, rows: NDArray[np.bool_]) -> float:
+    return float(np.abs(outputs[name] - expected[name])[rows].max(initial=0))
 
 
 def _joined(parts: list[NDArray[Any]], name: str) -> NDArray[Any]:
-    """Batches of steering arrays have as many terms as they need: fill up with neutral ones."""
+    """Concatenate batches; steering arrays with different numbers of terms are padded with neutral ones."""
     if name == "image":
         return np.concatenate(parts)
     terms = max(part.shape[2] for part in parts)
@@ -307,10 +338,10 @@ def _check_finite(outputs: Arrays, whose: str, first: int) -> None:
         raise NotFinite(f"{whose}{wrong}; allowed: a finite number")
 
 
-def _check_shapes(found: Arrays, expected: Arrays) -> None:
+def _check_shapes(outputs: Arrays, expected: Arrays) -> None:
     for name in OUTPUTS:
-        if found[name].shape != expected[name].shape or found[name].dtype != expected[name].dtype:
+        if outputs[name].shape != expected[name].shape or outputs[name].dtype != expected[name].dtype:
             raise ShapeError(
-                f"{name} is {found[name].dtype} {found[name].shape}; "
+                f"{name} is {outputs[name].dtype} {outputs[name].shape}; "
                 f"allowed: {expected[name].dtype} {expected[name].shape}"
             )

@@ -1,7 +1,7 @@
-"""A model for one profile: the heads that its classes (almost) never use are closed for good, so that graphs leave them
-out. The rest stay gated; inputs and outputs stay as they are, and closed heads report 0.
+"""A model for one profile: heads that its classes almost never use are always closed, so that graphs omit them. The
+others remain gated. Inputs and outputs are unchanged, and closed heads report 0.
 
-The one variant that saves time where gates cannot be followed at run time, as on a GPU.
+The only variant that saves time where gates cannot be followed at run time, as on a GPU.
 """
 
 import copy
@@ -21,11 +21,11 @@ from training.steering import SteeringProfile
 
 @dataclass(frozen=True)
 class Compact:
-    """A model with heads closed for good, and what closing them changes for its profile."""
+    """A model with heads that are always closed, and the effect on its profile."""
 
     model: GatedVit
     kept: tuple[tuple[int, ...], ...]
-    """The heads that are left of each gated block."""
+    """The remaining heads of each gated block."""
     threshold: float
     before: Effect
     """Of the profile on the selection images."""
@@ -57,7 +57,7 @@ def compact(
 
 @torch.no_grad()
 def _close(gate: nn.Module, kept: tuple[int, ...]) -> None:
-    """The other heads' logits become the lowest there is, whatever the residual."""
+    """Give the other heads the lowest logit, for any residual."""
     assert isinstance(gate, Gate)
     closed = torch.ones(len(gate.linear.bias), dtype=torch.bool)
     closed[list(kept)] = False

@@ -1,8 +1,7 @@
-"""Whether the weights of an ONNX file are where a bundle keeps them: in the file, or in another one of the manifest.
+"""Checks that the weights of an ONNX file are in the file or in another file of the manifest.
 
-A tensor may name any path for its values: a graph from outside could have the runtime read what it likes, past the
-manifest's checksums. The file is read with protobuf's
-generic reader, as the server has no onnx package; the numbers are those of onnx.proto.
+A tensor may name any path for its values, so a graph from outside could make the runtime read files without a checksum.
+The file is read with protobuf's generic reader, as the server has no onnx package; the numbers are those of onnx.proto.
 """
 
 from collections.abc import Collection, Iterator
@@ -55,6 +54,6 @@ def _elsewhere(kind: str, content: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _fields(content: bytes) -> list[tuple[int, bytes]]:
-    """Numbers and contents of strings and messages, in order; of a field that is there twice the last counts."""
-    found = UnknownFieldSet(Empty.FromString(content))
-    return [(field.field_number, field.data) for field in found if isinstance(field.data, bytes)]  # type: ignore[attr-defined]
+    """Numbers and contents of strings and messages, in order. The last occurrence of a field counts."""
+    fields = UnknownFieldSet(Empty.FromString(content))
+    return [(field.field_number, field.data) for field in fields if isinstance(field.data, bytes)]  # type: ignore[attr-defined]

@@ -1,9 +1,21 @@
-"""The two ends of a model, which timm varies, as modules of one input and one output for PyTorch's exporter."""
+"""The inputs of graphs; and the two ends of a model, which timm varies, as modules for PyTorch's exporter."""
 
+from onnx import TensorProto
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from export.bundle import INPUTS
+from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
+
+
+def graph_inputs(spec: ImageSpec, sites: int) -> dict[str, tuple[int, list[str | int]]]:
+    """Element type and shape of a graph's inputs, by name. sites: 0 for a graph without steering inputs."""
+    inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
+    if sites:
+        kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
+        inputs |= {name: (kind, ["batch", sites, "terms"]) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
+    return inputs
 
 
 class Stem(nn.Module):

@@ -1,15 +1,14 @@
 """The graph for GPUs: the same model, in few and large operations.
 
-What takes time on a GPU is the number of kernels and the bytes between them, so the queries, keys and values of a block
+Time on a GPU depends on the number of kernels and the bytes between them. So the queries, keys and values of a block
 are one product, attention is one operator, and residual additions are fused with the norm that follows them
 (onnxruntime's MultiHeadAttention, SkipLayerNormalization, BiasGelu). A closed head is multiplied by 0: a GPU cannot
 leave it out without asking the host. Nothing depends on data or runs on the host, so the graph can be captured as a
 CUDA graph: tests/test_fused.py holds it to a list of operators.
 
-Steering works on all latents of a site at once: two dense products, instead of gathering the weights of each image's
-terms. Patches, tokens, and all weights that meet them are `real`; gates, steering and the classifier float32.
+Patches, tokens, and all weights that meet them are `real`; gates, steering (fused_gates.py) and the classifier float32.
 
-Letters: B batch, S sites, T terms, L latents, G gated blocks, H heads, E head width, N tokens, D residual width.
+Letters: B batch, H heads, E head width, N tokens, Q tokens that leave the block, D residual width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,21 +25,22 @@ from torch import Tensor, nn
 
 from export.builder import MICROSOFT, Builder
 from export.bundle import INPUTS, OUTPUTS
-from export.ends import Classifier, Stem
+from export.ends import Classifier, Stem, graph_inputs
+from export.fused_gates import FixedSteering, Steering, gate_logits, gate_product
 from export.weights import HeadWeights, head_weights, mlp_weights
 from training.image_spec import ImageSpec
 from training.model.gated_vit import Gate, GatedVit
 from training.model.sae import Sae
-from training.steering import GATE_BOUND, Terms
+from training.steering import Terms
 
 GREY = 128
-"""Taken from every pixel first: float16 has -128 to 127 exactly, and products of them cancel less than those of 0 to
-255."""
+"""Subtracted from every pixel: float16 represents -128 to 127 exactly, and sums of their products round less than
+those of 0 to 255."""
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Between two parts of a block: the residual is x + delta + bias, which the next norm adds up."""
+    """The residual between two parts of a block: x + delta + bias, which the next norm adds up."""
 
     x: str
     delta: str | None
@@ -58,14 +58,14 @@ def build_fused(
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    kept: as for export.graph.build. terms: those of every image, when the graph is for one steering alone; then they
-    are constants, and the graph's only input is the image.
+    kept: as for export.graph.build. terms: for a graph for one steering alone. They are then constants, and the graph's
+    only input is the image.
     """
     vit = model.vit
     g = Builder(real)
     x, tokens = _stem(g, model, spec)
     stream = _Stream(x, None, None)
-    steering = _Steering(g, sae) if terms is None else _Fixed(g, sae, terms)
+    steering = Steering(g, sae) if terms is None else FixedSteering(g, sae, terms)
     every = range(model.heads)
     left = [every] * len(model.gated_blocks) if kept is None else kept
     products, residuals = [], []
@@ -80,8 +80,10 @@ def build_fused(
             residual = g.op("Gather", x, g.integers(0), name=f"{name}/residual", axis=1)  # (B, 1, D)
             residual = g.float32(residual, f"{name}/residual/float32")
             residuals.append(residual)
-            if decides := heads or (0,) * (site == 0 and not any(left)):  # one at least, for the shape of the outputs
-                product, opened = _gate(g, cast(Gate, model.gates[site]), residual, steering, site, decides, name)
+            if decides := heads or (0,) * (site == 0 and not any(left)):  # at least one, for the shape of the outputs
+                product, opened = gate_product(
+                    g, cast(Gate, model.gates[site]), residual, steering, site, decides, name
+                )
                 products.append(product)
                 open_ = opened if heads else None
         leavers = y
@@ -95,22 +97,18 @@ def build_fused(
     x = _sum(g, stream, "tokens")
     logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
-    logit = _logits(g, model, products, left)
+    logit = gate_logits(g, model, products, left)
     shape: list[str | int] = ["batch", len(residuals), model.heads]
     g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], shape, TensorProto.BOOL)
     g.output(logit, OUTPUTS[2], shape)
     residual = g.op("Concat", *residuals, name="residuals", axis=1)
     g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
-    inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
-    if terms is None:
-        kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
-        inputs |= {name: (kind, ["batch", sae.sites, "terms"]) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
-    return g.finish(inputs, metadata)
+    return g.finish(graph_inputs(spec, sae.sites if terms is None else 0), metadata)
 
 
 def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
-    """The tokens that enter the first block, and an example of them. Through PyTorch's exporter in float32, if patches
-    are not a plain product or positions are not plainly added."""
+    """The tokens that enter the first block, and an example of them. Made by PyTorch's exporter, in float32, unless the
+    patches are a plain product and the positions are added."""
     vit, pixels = model.vit, torch.zeros(2, *spec.shape, dtype=torch.uint8)
     with torch.no_grad():
         tokens = model.embed(pixels)
@@ -142,7 +140,7 @@ def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
 
 
 def _plain_patches(patch: nn.Module) -> bool:
-    """Whether patches are cut without overlap, each through the same linear layer."""
+    """Whether patches do not overlap and all go through the same linear layer."""
     if type(patch) is not PatchEmbed or patch.grid_size is None:
         return False
     proj = patch.proj
@@ -154,7 +152,7 @@ def _plain_patches(patch: nn.Module) -> bool:
 
 
 def _positions(vit: VisionTransformer) -> Tensor | None:
-    """(1, N, D): what is added to the patches' tokens after zeros for the prefix; None if that is not all."""
+    """(1, N, D): what the ViT adds to the tokens of the patches after zeros for the prefix; None if it does more."""
     patches = vit.patch_embed.num_patches
     torch.manual_seed(0)
     drawn = torch.randn(1, patches, vit.embed_dim)
@@ -163,127 +161,6 @@ def _positions(vit: VisionTransformer) -> Tensor | None:
         return None
     plain = nn.functional.pad(drawn, (0, 0, vit.num_prefix_tokens, 0)) + added
     return added if torch.equal(vit._pos_embed(drawn), plain) else None
-
-
-class _Steering:
-    """Sae.steer, of all latents: x + ((scale - 1) z + shift) through the decoder, where scale - 1 and shift are 0 for a
-    latent without a term. What does not depend on the residual is worked out for all sites at once."""
-
-    def __init__(self, g: Builder, sae: Sae):
-        self._g, self._sae, self._bias = g, sae, sae.product_bias
-        first = g.op("Gather", INPUTS[1], g.integer(0), name="steering/first", axis=2)  # (B, S)
-        none = g.op("Mul", first, g.integer(0), name="steering/none")
-        zeros = g.weight("steering/zeros.weight", np.zeros((1, sae.latents)), np.float32)
-        zero = g.op("Gather", zeros, none, name="steering/zero", axis=0)  # (B, S, L)
-        scale = g.op("Sub", INPUTS[2], g.number(1), name="steering/scale-1")
-        amount, shift = (
-            g.op("ScatterElements", zero, INPUTS[1], value, name=f"steering/{what}", axis=2, reduction="add")
-            for what, value in (("amount", scale), ("shift", INPUTS[3]))
-        )
-        bias = g.weight("steering/bias", self._bias, np.float32)  # (S, L)
-        constant = g.op("Add", g.op("Mul", amount, bias, name="steering/biased"), shift, name="steering/constant")
-        parts = {"amount": amount, "shift": shift, "constant": constant}
-        self._parts = {
-            what: [value] if sae.sites == 1 else g.ops(
-                "Split", value, names=[f"steering/{what}/{site}" for site in range(sae.sites)], axis=1,
-                num_outputs=sae.sites,
-            )
-            for what, value in parts.items()
-        }  # fmt: skip
-
-    def moved(self, site: int, residual: str, name: str) -> tuple[str | None, Tensor | None]:
-        """residual (B, 1, D) -> what is to be added to it: (B, 1, D), and the same for every image (D,).
-
-        (scale - 1) z + shift is `amount` product + `constant` where the latent is active, else `shift`.
-        """
-        g, sae = self._g, self._sae
-        amount, shift, constant = (self._parts[what][site] for what in ("amount", "shift", "constant"))
-        raw, active = _active(g, sae.encoder[site], sae.threshold[site] - self._bias[site], residual, name)
-        scaled = g.op("Mul", raw, amount, name=f"{name}/scaled")
-        scaled = g.op("Add", scaled, constant, name=f"{name}/scaled/constant")
-        change = g.op("Where", active, scaled, shift, name=f"{name}/change")  # (B, 1, L)
-        decoder = g.weight(f"{name}/decoder.weight", sae.decoder[site], np.float32)
-        return g.op("MatMul", change, decoder, name=f"{name}/moved"), None
-
-
-class _Fixed:
-    """The same terms for every image: products with the named latents alone, and what is constant is added up here.
-
-    With amount = scale - 1 and constant = amount bias + shift, the change of a latent is amount product + constant
-    where it is active, else shift: so it is constant, plus amount product where it is active, else - amount bias.
-    """
-
-    def __init__(self, g: Builder, sae: Sae, terms: Terms):
-        self._g, self._sae, self._terms, self._bias = g, sae, terms, sae.product_bias
-
-    def moved(self, site: int, residual: str, name: str) -> tuple[str | None, Tensor | None]:
-        """As of _Steering."""
-        g, sae, terms = self._g, self._sae, self._terms.get(site, ())
-        if not terms:
-            return None, None
-        latents = [term.latent for term in terms]
-        amount, shift = torch.tensor([(term.scale - 1, term.shift) for term in terms], dtype=torch.float64).unbind(1)
-        bias, decoder = self._bias[site][latents].double(), sae.decoder[site][latents].double()
-        added = (amount * bias + shift) @ decoder
-        scaled = amount.nonzero().flatten().tolist()
-        if not scaled:
-            return None, added
-        named = [latents[index] for index in scaled]
-        raw, active = _active(g, sae.encoder[site][named], sae.threshold[site][named] - bias[scaled], residual, name)
-        without = g.weight(f"{name}/inactive", -bias[scaled], np.float32)
-        change = g.op("Where", active, raw, without, name=f"{name}/change")  # (B, 1, T)
-        weight = g.weight(f"{name}/decoder.weight", amount[scaled, None] * decoder[scaled], np.float32)
-        return g.op("MatMul", change, weight, name=f"{name}/moved"), added
-
-
-def _active(g: Builder, encoder: Tensor, cut: Tensor, residual: str, name: str) -> tuple[str, str]:
-    """encoder (L, D), cut (L,) -> the products (B, 1, L), and whether they exceed it."""
-    raw = g.op("MatMul", residual, g.weight(f"{name}/encoder.weight", encoder.T, np.float32), name=f"{name}/raw")
-    return raw, g.op("Greater", raw, g.weight(f"{name}/cut", cut, np.float32), name=f"{name}/active")
-
-
-def _gate(
-    g: Builder, gate: Gate, residual: str, steering: _Steering | _Fixed, site: int, heads: Sequence[int], name: str
-) -> tuple[str, str]:
-    """Of some heads the products with the gate's weights (B, 1, heads), which with the bias and before tanh are logit /
-    GATE_BOUND; and whether that is above 0."""
-    moved, added = steering.moved(site, residual, f"{name}/steering")
-    norm, at, picked = gate.norm, f"{name}/gate", list(heads)
-    parameters = [g.weight(f"{at}/norm.{what}", getattr(norm, what), np.float32) for what in ("weight", "bias")]
-    if moved is None and added is not None:
-        residual = g.op("Add", residual, g.weight(f"{at}/added", added, np.float32), name=f"{at}/shifted")
-    if moved is None:
-        y = g.op("LayerNormalization", residual, *parameters, name=f"{at}/norm", axis=-1, epsilon=norm.eps)
-    else:
-        if added is not None:
-            parameters.append(g.weight(f"{at}/added", added, np.float32))
-        y = g.op(
-            "SkipLayerNormalization", moved, residual, *parameters, name=f"{at}/norm", domain=MICROSOFT,
-            epsilon=norm.eps,
-        )  # fmt: skip
-    weight = g.weight(f"{at}/linear.weight", gate.linear.weight[picked].T / GATE_BOUND, np.float32)
-    product = g.op("MatMul", y, weight, name=f"{at}/product")
-    below = g.weight(f"{at}/below", -gate.linear.bias[picked] / GATE_BOUND, np.float32)
-    return product, g.op("Greater", product, below, name=f"{at}/open")
-
-
-def _logits(g: Builder, model: GatedVit, products: Sequence[str], left: Sequence[Sequence[int]]) -> str:
-    """The gate logits (B, G, H); those of heads that are not in the graph are as low as there are."""
-    bias = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, H)
-    present = torch.tensor([[head in of for head in range(model.heads)] for of in left])
-    if present.all():
-        product = g.op("Concat", *products, name="gates/products", axis=1)
-    else:
-        packed = g.op("Concat", *products, name="gates/products/packed", axis=2)  # (B, 1, those that are left)
-        packed = g.op("Squeeze", packed, g.integers(1), name="gates/products/row")
-        place = (present.flatten().cumsum(0) - 1).clamp_min(0).view_as(present)
-        product = g.op("Gather", packed, g.weight("gates/place", place, np.int64), name="gates/products", axis=1)
-    scaled = g.op("Add", product, g.weight("gates/linear.bias", bias, np.float32), name="gates/scaled")
-    logit = g.op("Mul", g.op("Tanh", scaled, name="gates/tanh"), g.number(GATE_BOUND), name="gates/logit")
-    if present.all():
-        return logit
-    inside = g.weight("gates/present", present, np.bool_)
-    return g.op("Where", inside, logit, g.number(-GATE_BOUND), name="gates/logit/all")
 
 
 def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: str) -> tuple[str, str]:
@@ -315,8 +192,8 @@ def _sum(g: Builder, stream: _Stream, name: str) -> str:
 def _attention(
     g: Builder, w: HeadWeights, leavers: str, y: str, open_: str | None, heads: Sequence[int], name: str
 ) -> tuple[str | None, Tensor | None]:
-    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), open_ bool (B, 1, heads). The output without the
-    bias that is to be added to it, and that bias."""
+    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), open_ bool (B, 1, heads). Returns the
+    output without its bias, and the bias."""
     if not heads:
         return None, w.bias
     picked, h, e = list(heads), len(heads), w.query.shape[2]
@@ -359,7 +236,7 @@ def _bias(bias: Tensor | None, heads: list[int]) -> Tensor | None:
 
 
 def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int], name: str) -> str:
-    """The norm of queries or keys (B, Q, heads * E), each head's by itself."""
+    """The norm of queries or keys (B, Q, heads * E), by head."""
     if isinstance(norm, nn.Identity):
         return part
     h, e = shape
@@ -369,8 +246,8 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
 
 
 def _mlp(g: Builder, block: Block, y: str, tokens: Tensor, name: str) -> tuple[str, Tensor | None]:
-    """The output without the bias that is to be added to it, and that bias. Two linear layers with a GELU between;
-    timm's other kinds through the exporter, in float32."""
+    """The output without its bias, and the bias. Two linear layers with a GELU between; timm's other kinds through the
+    exporter, in float32."""
     w = mlp_weights(block)
     if w is None:
         return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name), None

@@ -1,8 +1,7 @@
 """The ONNX graphs of a gated ViT and its autoencoders: pixels and steering terms in, logits and gates out.
 
-What decides whether a head costs anything is in attention.py, what a number is in precision.py. Everything else of a
-graph is here, the same for all of them; parts that timm varies (patches, positions, classifier, unusual norms and MLPs)
-go through PyTorch's exporter.
+attention.py writes how heads are closed, precision.py the linear layers. The rest is here, the same for all graphs.
+Parts that timm varies (patches, positions, classifier, unusual norms and MLPs) go through PyTorch's exporter.
 
 Letters: B batch, S sites, T terms, G gated blocks, H heads, N tokens, D residual width.
 """
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from export.attention import ATTENTION, Closing
 from export.builder import Builder
 from export.bundle import INPUTS, OUTPUTS
-from export.ends import Classifier, Stem
+from export.ends import Classifier, Stem, graph_inputs
 from export.fused import build_fused
 from export.precision import Arithmetic, Float
 from export.weights import head_weights, mlp_weights
@@ -65,10 +64,10 @@ def build(
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph at
-    all; the gates of the others must be closed for every image (compact.py). None: all of them.
+    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph; the
+    gates of the others must be closed for every image (compact.py). None: all heads.
 
-    A model without gated blocks gives the plain graph, pixels in and logits out: what others are compared with.
+    A model without gated blocks gives the plain graph, pixels in and logits out, the baseline of the others.
     """
     model, sae, vit = steered.model.eval(), steered.sae, steered.model.vit
     arithmetic = arithmetic or Float()
@@ -103,28 +102,29 @@ def build(
         x = g.op("Add", x, _mlp(g, arithmetic, block, y, tokens, f"{name}/mlp"), name=name)
     logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
-    inputs: dict[str, tuple[int, list[str | int]]] = {INPUTS[0]: (TensorProto.UINT8, ["batch", *spec.shape])}
     if steering:
-        scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, H), as tanh gives them
-        scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
-        logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
-        residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
-        residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
-        heads: list[str | int] = ["batch", len(gates), model.heads]
-        g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], heads, TensorProto.BOOL)
-        g.output(logit, OUTPUTS[2], heads)
-        g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
-        terms: list[str | int] = ["batch", sae.sites, "terms"]
-        kinds = (TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
-        inputs |= {name: (kind, terms) for name, kind in zip(INPUTS[1:], kinds, strict=True)}
+        _gate_outputs(g, model, sae, gates, residuals)
     for name, value in arithmetic.observed:
         g.output(value, f"observed/{name}", ["batch", "tokens", "width"])
-    return g.finish(inputs, metadata)
+    return g.finish(graph_inputs(spec, sae.sites if steering else 0), metadata)
+
+
+def _gate_outputs(g: Builder, model: GatedVit, sae: Sae, gates: Sequence[str], residuals: Sequence[str]) -> None:
+    """gates: of each gated block tanh(logit / GATE_BOUND), (B, 1, 1, H); residuals: (B, 1, 1, D) each."""
+    scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, H)
+    scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
+    logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
+    residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
+    residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
+    heads: list[str | int] = ["batch", len(gates), model.heads]
+    g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], heads, TensorProto.BOOL)
+    g.output(logit, OUTPUTS[2], heads)
+    g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
 
 
 class _Steering:
-    """Sae.steer of every site, of the named latents only. There are few terms, so what counts is the number of nodes:
-    what does not depend on the residual is worked out for all sites at once, and biases are multiplied out:
+    """Sae.steer of every site, for the named latents only. There are few terms, so the number of nodes determines the
+    time. What does not depend on the residual is computed for all sites at once, and biases are multiplied out:
     z = W_enc x + (b_enc - W_enc b_dec)."""
 
     def __init__(self, g: Builder, sae: Sae):
@@ -155,7 +155,7 @@ class _Steering:
         }  # fmt: skip
 
     def apply(self, site: int, residual: str, name: str) -> str:
-        """residual (B, 1, 1, D) -> what the gate reads instead."""
+        """residual (B, 1, 1, D) -> the steered residual, which the gate reads."""
         g, part = self._g, {what: values[site] for what, values in self._parts.items()}
 
         def rows(weight: Tensor, what: str) -> str:
@@ -175,7 +175,7 @@ class _Steering:
 
 
 def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
-    """tanh(logit / GATE_BOUND), above 0 for an open head. Dividing by BOUND is exact, so it is done to the weights."""
+    """tanh(logit / GATE_BOUND), above 0 for an open head. The weights are divided by GATE_BOUND, which is exact."""
     y = _layer_norm(g, gate.norm, residual, f"{name}/norm", np.float32)
     weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
     bias = g.weight(f"{name}/linear.bias", gate.linear.bias / GATE_BOUND, np.float32)

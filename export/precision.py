@@ -1,12 +1,11 @@
-"""What numbers a graph computes with: float32, float16, or 8-bit integers in its linear layers.
+"""The numbers that a graph computes with: float32, float16, or 8-bit integers in its linear layers.
 
-int8: activations are unsigned 8-bit with one constant scale and zero point a tensor, found on real images
+int8: activations are unsigned 8-bit with one constant scale and zero point a tensor, measured on real images
 (calibration.py); weights are signed 8-bit with one scale a column. All scales are constants, so a row's answer does
-not depend on its neighbours. What enters a block's attention is quantised once for all its heads. Gates, steering,
-norms and the attention itself stay in float32.
+not depend on its neighbours. The input of a block's attention is quantised once for all heads. Gates, steering, norms
+and the attention itself are in float32.
 
-float16 is meant for GPUs: the tokens and all weights that meet them; patches, classifier, gates and steering stay in
-float32.
+float16, for GPUs: the tokens and all weights that meet them. Patches, classifier, gates and steering are in float32.
 """
 
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Operand:
-    """What a linear layer reads."""
+    """The input of a linear layer."""
 
     value: str
     key: str
@@ -39,9 +38,9 @@ class Arithmetic(Protocol):
     """How linear layers are computed: `enter` prepares what they read, `linear` adds one to the graph."""
 
     real: type[np.floating[Any]]
-    """What the tokens are made of."""
+    """The type of the tokens."""
     observed: list[tuple[str, str]]
-    """(key, value) of what is to be an output of the graph too."""
+    """(key, value) of the values that become outputs of the graph too."""
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
         """Prepare a value of the tokens' kind for linear layers.
@@ -61,7 +60,7 @@ class Float:
 
     real: type[np.floating[Any]] = np.float32
     observe: bool = False
-    """Whether what enters linear layers becomes an output, for calibration."""
+    """Whether inputs of linear layers become outputs, for calibration."""
     observed: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:

@@ -1,4 +1,4 @@
-"""How onnxruntime is set up for our graphs, for export, verification and the server alike. No torch."""
+"""Settings of onnxruntime for our graphs, for export, verification and the server. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def session_options(attention: str, threads: int = 0, spinning: bool = False) -> onnxruntime.SessionOptions:
-    """threads: 0 for all cores. spinning: whether they spin while they wait for each other within a run: faster for a
-    small batch, but not beside other work."""
+    """threads: 0 for all cores. spinning: whether they spin while they wait for each other within a run, which is
+    faster for small batches but slows other work."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -28,20 +28,20 @@ def session_options(attention: str, threads: int = 0, spinning: bool = False) ->
 
 
 def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 0) -> onnxruntime.InferenceSession:
-    """On the CPU."""
+    """A session on the CPU."""
     source = str(graph) if isinstance(graph, Path) else graph
     return onnxruntime.InferenceSession(source, session_options(attention, threads), ["CPUExecutionProvider"])
 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
-    """All outputs by name. Inputs that the graph does not have are left out: a specialised one has the image alone."""
-    read = {entry.name for entry in session.get_inputs()}
-    given = {name: value for name, value in inputs.items() if name in read}
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), given), strict=True))
+    """All outputs by name. Inputs that the graph does not have are omitted: a specialised one has the image alone."""
+    names = {entry.name for entry in session.get_inputs()}
+    own = {name: value for name, value in inputs.items() if name in names}
+    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), own), strict=True))
 
 
 def not_finite(outputs: Arrays, first: int = 0) -> str:
-    """What is not a finite number in outputs of B images, as in "logits of row 3 is nan"; empty when all are.
+    """The first value that is not finite in outputs of B images, as in "logits of row 3 is nan"; "" if all are finite.
 
     first: number of the first row.
     """

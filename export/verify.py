@@ -1,4 +1,4 @@
-"""python -m export verify <bundle>: is the bundle whole, and do its graphs give the answers that it promises?
+"""python -m export verify <bundle>: checks that a bundle is complete and its graphs give the golden answers.
 
 Checksums, then the golden rows through every graph on the CPU. No torch: the server does the same before it is ready.
 """
@@ -27,7 +27,7 @@ def verify(folder: Path) -> Bundle:
         check_contained(path, bundle.manifest.files)
         try:
             session = open_session(path, attention)
-        except Exception as error:  # onnxruntime raises its own kinds, none of them documented
+        except Exception as error:  # onnxruntime raises undocumented kinds
             raise BundleError(f"{path}: onnxruntime cannot load it: {error}") from error
 
         golden = load_golden(folder, rows)
@@ -49,21 +49,21 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
     cure = ". 8-bit products may saturate here (a CPU without VNNI): take another graph" if int8 else ""
     worst = 0.0
     for rows in (slice(0, 1), slice(None)):
-        found = run({name: golden.inputs[name][rows] for name in INPUTS})
-        if wrong := not_finite(found):
+        outputs = run({name: golden.inputs[name][rows] for name in INPUTS})
+        if wrong := not_finite(outputs):
             raise BundleError(f"{path}: for golden.npz {wrong}; allowed: a finite number")
-        if not np.array_equal(found["head_gate"], found["gate_logit"] > 0):
+        if not np.array_equal(outputs["head_gate"], outputs["gate_logit"] > 0):
             raise BundleError(f"{path}: head_gate is not gate_logit > 0")
         expected = golden.outputs["gate_logit"][rows]
         far = np.abs(expected) > golden.margin
-        if not np.array_equal(found["head_gate"][far], (expected > 0)[far]):
+        if not np.array_equal(outputs["head_gate"][far], (expected > 0)[far]):
             raise BundleError(f"{path}: gates of golden.npz are not reproduced{cure}")
-        apart = float(np.abs(found["gate_logit"] - expected).max())
+        apart = float(np.abs(outputs["gate_logit"] - expected).max())
         if not apart <= golden.margin:
             raise BundleError(
                 f"{path}: gate logits differ from golden.npz by {apart:.3g}; allowed: {golden.margin:.3g}{cure}"
             )
-        worst = max(worst, float(np.abs(found["logits"] - golden.outputs["logits"][rows]).max()))
+        worst = max(worst, float(np.abs(outputs["logits"] - golden.outputs["logits"][rows]).max()))
         if not worst <= golden.tolerance:
             raise BundleError(
                 f"{path}: logits differ from golden.npz by {worst:.3g}; allowed: {golden.tolerance:.3g}{cure}"

@@ -54,8 +54,8 @@ FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.floa
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to write; the flags of python -m export."""
+class ExportSettings:
+    """The flags of python -m export."""
 
     name: str
     version: int | None = None
@@ -73,7 +73,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a bundle is made of."""
+    """The contents of a bundle, before it is written."""
 
     spec: ImageSpec
     labels: tuple[str, ...]
@@ -89,24 +89,24 @@ class _Source:
         return [profile.terms for profile in self.profiles]
 
 
-def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
+def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
     """Write the bundle of a run and read it back.
 
     Raises BundleError when name or version are not allowed or taken, ExportError when a graph does not match PyTorch.
     """
-    version = max(versions(repository / wanted.name), default=0) + 1 if wanted.version is None else wanted.version
-    new_folder(repository, wanted.name, version)  # known to be free before any work
-    source = _read(run, wanted)
+    version = max(versions(repository / settings.name), default=0) + 1 if settings.version is None else settings.version
+    new_folder(repository, settings.name, version)  # checked before any work
+    source = _read(run, settings)
     model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
-    metadata = {"model": wanted.name, "version": str(version), "labels": json.dumps(source.labels)}
+    metadata = {"model": settings.name, "version": str(version), "labels": json.dumps(source.labels)}
     with TemporaryDirectory() as folder:
-        graphs, golden = _graphs(source, wanted, metadata, Path(folder))
-        specialised = _specialised(source, wanted, metadata, Path(folder), golden)
+        graphs, golden = _graphs(source, settings, metadata, Path(folder))
+        specialised = _specialised(source, settings, metadata, Path(folder), golden)
         contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     weights = {key: value.numpy() for key, value in sae.state_dict().items()}
     weights |= {f"gates.{key}": value.numpy() for key, value in model.gates.state_dict().items()}
     manifest = Manifest(
-        name=wanted.name,
+        name=settings.name,
         version=version,
         labels=source.labels,
         image=source.spec,
@@ -128,7 +128,7 @@ def write(run: Run, repository: Path, wanted: Wanted) -> Bundle:
     return load_bundle(write_bundle(repository, manifest, contents))
 
 
-def _read(run: Run, wanted: Wanted) -> _Source:
+def _read(run: Run, settings: ExportSettings) -> _Source:
     info, results = run.info("vit"), _results(run)
     made = info["result"]
     labels, macs = tuple(made["labels"]), Macs(made["macs"]["dense"], tuple(made["macs"]["per_head"]))
@@ -142,9 +142,9 @@ def _read(run: Run, wanted: Wanted) -> _Source:
     warnings = {"warnings": [*images.warnings, *of_run]} if images.warnings or of_run else {}
     selection = images.selection
     compacted = None
-    if wanted.compact_for is not None:
-        profile = _named(profiles, wanted.compact_for)
-        compacted = compact(model, sae, profile, labels, selection, wanted.compact_threshold)
+    if settings.compact_for is not None:
+        profile = _named(profiles, settings.compact_for)
+        compacted = compact(model, sae, profile, labels, selection, settings.compact_threshold)
         profiles = [replace(profile, evaluation={"split": "selection", "after": compacted.after.to_json()})]
         model, evaluation = compacted.model, {}
         _show(compacted, profile, model.heads)
@@ -154,11 +154,11 @@ def _read(run: Run, wanted: Wanted) -> _Source:
 
 
 def _graphs(
-    source: _Source, wanted: Wanted, metadata: dict[str, str], folder: Path
+    source: _Source, settings: ExportSettings, metadata: dict[str, str], folder: Path
 ) -> tuple[list[Graph], dict[str, Golden]]:
     """Write every graph into the folder and compare it with PyTorch; golden rows by precision."""
     selection, sae = source.selection, source.steered.sae
-    real, labelled = (_spread(len(selection), count) for count in (wanted.verify_images, wanted.accuracy_images))
+    real, labelled = (_spread(len(selection), count) for count in (settings.verify_images, settings.accuracy_images))
     reference = Reference(
         source.steered,
         selection.images[real].numpy(),
@@ -168,9 +168,9 @@ def _graphs(
     )
     graphs: list[Graph] = []
     first: dict[str, Path] = {}
-    for precision in wanted.precisions:
+    for precision in settings.precisions:
         ranges = _ranges(source) if precision == "int8" else {}
-        for attention in _fit_for(precision, wanted.attentions):
+        for attention in _fit_for(precision, settings.attentions):
             kind = "compact" if source.compacted and attention == "masked" else attention
             arithmetic: Arithmetic = Int8(ranges) if ranges else Float(FLOATS[precision])
             kept = source.compacted.kept if source.compacted else None
@@ -184,24 +184,24 @@ def _graphs(
 
 
 def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
-    """float16 is for GPUs, and so not of dispatch; the fused operators have no 8-bit form."""
+    """The attentions with graphs of a precision: float16 is for GPUs, so not dispatch; fused operators have no int8."""
     if precision == "fp16":
         return [attention for attention in attentions if attention != "dispatch"] or ["masked"]
     return [attention for attention in attentions if (attention, precision) != ("fused", "int8")]
 
 
 def _specialised(
-    source: _Source, wanted: Wanted, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
+    source: _Source, settings: ExportSettings, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
 ) -> tuple[Specialised, ...]:
     """Write the graphs for one profile each, compared with PyTorch under it; their golden rows join the others."""
-    names = [p.name for p in source.profiles] if wanted.specialise is None else wanted.specialise
-    precision = "fp16" if "fp16" in wanted.precisions else "fp32"
+    names = [p.name for p in source.profiles] if settings.specialise is None else settings.specialise
+    precision = "fp16" if "fp16" in settings.precisions else "fp32"
     model, sae, selection = source.steered.model, source.steered.sae, source.selection
-    compared, labelled = (_spread(len(selection), count) for count in (SPECIALISED_IMAGES, wanted.accuracy_images))
-    found = []
+    compared, labelled = (_spread(len(selection), count) for count in (SPECIALISED_IMAGES, settings.accuracy_images))
+    specialised = []
     for index, name in enumerate(names):
         profile = _named(source.profiles, name, "--specialise")
-        compacted = compact(model, sae, profile, source.labels, selection, wanted.compact_threshold)
+        compacted = compact(model, sae, profile, source.labels, selection, settings.compact_threshold)
         _show(compacted, profile, model.heads, "specialised")
         steered = SteeredVit(compacted.model, sae).eval()
         path = folder / specialised_file(index, precision)
@@ -222,11 +222,11 @@ def _specialised(
         answers = {key: given[key] for key in ("logits", "gate_logit")}
         golden[path.name] = Golden(inputs, answers, LIMITS[precision].logit, LIMITS[precision].gate_margin)
         measured = compacted.to_json()
-        found.append(
+        specialised.append(
             Specialised(path.name, precision, profile.name, digest(profile.terms), compacted.kept, compacted.threshold,
                         measured["before"], measured["after"], certificate.to_json())
         )  # fmt: skip
-    return tuple(found)
+    return tuple(specialised)
 
 
 def _ranges(source: _Source) -> dict[str, Range]:
@@ -269,10 +269,10 @@ def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProf
     for profile in profiles:
         if profile.name not in measured:
             raise RunError(f"results.json has no profile {profile.name!r}: evaluate again")
-        found, allowed = measured[profile.name].get("digest"), digest(profile.terms)
-        if found not in (None, allowed):
+        recorded, allowed = measured[profile.name].get("digest"), digest(profile.terms)
+        if recorded not in (None, allowed):
             raise RunError(
-                f"results.json measured other terms of profile {profile.name!r}: digest is {found!r}; "
+                f"results.json measured other terms of profile {profile.name!r}: digest is {recorded!r}; "
                 f"allowed: {allowed!r}, so evaluate again"
             )
     kept = ("images", "before", "after", "head_usage_before", "head_usage_after")

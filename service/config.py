@@ -30,89 +30,89 @@ class Settings(BaseSettings):
     model_control: Literal["none", "poll", "explicit"] = "none"
     """What changes the models after the start: nothing, the repository folder, or RepositoryModelLoad and -Unload."""
     poll_seconds: float = Field(10.0, gt=0)
-    """How often the repository folder and the profile folder are looked at."""
+    """Interval of scanning the repository folder and the profile folder, seconds."""
     profiles_dir: Path | None = None
-    """A folder of further profiles, JSON files bound to a gates_sae_digest; followed while the server runs."""
+    """A folder of more profiles: JSON files, each for one gates_sae_digest. Changes apply while the server runs."""
     versions: str = Field("latest", pattern=r"^(latest|latest:[1-9][0-9]?|all|[1-9][0-9]*(,[1-9][0-9]*)*)$")
-    """Versions of each model to serve: `latest`, `latest:2`, `all` or `1,3`; and those that labels.json names."""
+    """Versions of each model to serve: `latest`, `latest:2`, `all` or `1,3`. Versions in labels.json are served too."""
     host: str = "127.0.0.1"
-    """Address to listen on, of both ports; IPv6 too, such as ::1, or :: for all."""
+    """Address to listen on, for both ports. IPv6 too, such as ::1, or :: for all addresses."""
     port: int = Field(8001, ge=0, le=65535)
     """gRPC; 0: any free port."""
     metrics_port: int = Field(8002, ge=0, le=65535)
     """HTTP: /metrics, /livez, /readyz; 0: any free port."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the graphs run. `auto`: CUDA where there is a device. One that is asked for and missing is an error."""
+    """Where the graphs run. `auto`: CUDA if there is a device. `cuda` without a device is an error."""
     device: int = Field(0, ge=0)
     """Index of the GPU, with CUDA."""
     gpu_memory_mb: int = Field(0, ge=0)
-    """GPU memory for all models together at most, MiB; 0: no limit."""
+    """Limit of GPU memory for all models together, MiB; 0: no limit."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Whether batches run as CUDA graphs, captured at the start: faster, above all small ones. Where a graph cannot be
-    captured, the log says why."""
+    """Whether batches run as CUDA graphs, captured at the start: faster, small batches most. If a graph cannot be
+    captured, the log has the reason."""
     tf32: bool = False
-    """On a GPU, keep 10 bits of each factor in products of float32: faster, and gates near their threshold may decide
-    otherwise than the certificate says."""
+    """On a GPU, keep 10 bits of each factor in products of float32. Faster, but gates near their threshold may decide
+    differently from the certificate."""
     specialised: Literal["auto", "on", "off"] = "auto"
-    """Whether graphs that a bundle has for one profile alone are loaded, and run batches of that profile where that is
-    faster. `auto`: on a GPU."""
+    """Whether to load graphs for one profile alone. They run batches of that profile when that is faster. `auto`: on a
+    GPU."""
     graph: str = Field("auto", pattern=r"^(auto|(dispatch|masked|compact|fused)\.(fp32|int8|fp16))$")
-    """The graph of each bundle that runs, such as `masked.fp32`. `auto`: its default; on a GPU the fastest that is fit
-    for it, fused.fp16 before all others."""
+    """The graph of each bundle to run, such as `masked.fp32`. `auto`: the bundle's default; on a GPU the fastest one
+    for GPUs, fused.fp16 first."""
     instances: int = Field(0, ge=0, le=1024)
-    """Batches that run at a time; 0: as many as suit the model and the CPUs this process may use."""
+    """Concurrent batches; 0: as suits the model and the CPUs of this process."""
     threads: int = Field(0, ge=0, le=1024)
-    """Threads of each instance; 0: as many as suit them."""
+    """Threads of each instance; 0: as suits the model and the CPUs."""
     max_batch: int = Field(0, ge=0, le=4096)
-    """Images in a batch at most; 0: as many as suit the model, at most 32."""
+    """Limit of images in a batch; 0: as suits the model, at most 32."""
     tune: str = Field("auto", pattern=r"^(auto|off|[0-9]{1,3}(\.[0-9]+)?)$")
-    """How to choose what is left open of these three at the start: measure for so many seconds (`auto`: 2) and keep the
-    result beside the bundle, or `off`: an instance of one thread for each CPU, batches of 32."""
+    """How to choose those of the last three settings that are 0: measure for so many seconds at the start (`auto`: 2)
+    and save the result beside the bundle, or `off`: an instance of one thread for each CPU, batches of 32."""
     max_delay_ms: float = Field(0.0, ge=0, le=1000)
     """How long a batch that is not full waits for more, milliseconds. 0: it starts as soon as an instance is free."""
     max_queue: int = Field(1024, ge=1)
-    """Images waiting for inference, for each model, at most; more are refused with RESOURCE_EXHAUSTED."""
+    """Limit of images waiting for inference, for each model. More are refused with RESOURCE_EXHAUSTED."""
     max_images: int = Field(256, ge=1)
-    """Images in a call at most."""
+    """Limit of images in a call."""
     max_message_mb: int = Field(64, ge=1, le=1024)
-    """Size of a request at most, MiB."""
+    """Limit of the size of a request, MiB."""
     max_image_mb: int = Field(16, ge=1)
-    """Size of an encoded image at most, MiB."""
+    """Limit of the size of an encoded image, MiB."""
     max_pixels: int = Field(50_000_000, ge=1)
-    """Width x height of an encoded image at most."""
+    """Limit of width x height of an encoded image."""
     jpeg_draft: bool = False
-    """Decode JPEG photos of many times the model's size at an eighth, a quarter or half of theirs, never below twice
-    the model's: several times faster, with pixels that differ a little from those that training saw."""
+    """Decode large JPEG photos at an eighth, a quarter or half of their size, never below twice the model's. Several
+    times faster, with pixels that differ a little from those of training."""
     max_terms: int = Field(512, ge=1)
-    """Inline steering terms in a call at most; as tensors, of each image."""
+    """Limit of inline steering terms in a call; in steering tensors, of each image."""
     max_streams: int = Field(1024, ge=1)
-    """Calls at a time on one connection at most; further ones wait at the client."""
+    """Limit of concurrent calls on one connection. More wait at the client."""
     shadow_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the steered images that are also run unsteered, to watch whether the answers still agree."""
+    """Share of the steered images that are also run unsteered, to monitor whether the answers agree."""
     max_profile_series: int = Field(200, ge=0)
-    """Profiles of a model that have metrics of their own; the others, in order of their names, share `other`."""
+    """Limit of the profiles of a model with metrics of their own, in order of names. The others share `other`."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images, and make explanations and large answers."""
     drain_delay_seconds: float = Field(0.5, ge=0)
-    """After SIGTERM, how long calls are still taken, while clients that watch the server's health turn to others."""
+    """How long calls are accepted after SIGTERM, while clients that watch the server's health switch to others."""
     drain_seconds: float = Field(20, ge=0)
-    """After that, how long accepted requests may still take."""
+    """How long accepted calls may take after that."""
     tls_certificate: Path | None = None
-    """PEM file with the server's certificate and its chain: gRPC over TLS. Read again when it changes."""
+    """PEM file with the server's certificate and its chain, for gRPC over TLS. Read again when it changes."""
     tls_key: Path | None = None
     """PEM file with the key of that certificate."""
     tls_client_ca: Path | None = None
-    """PEM file with the authorities of clients' certificates: only clients that have one are let in."""
+    """PEM file with the authorities of clients' certificates. Clients without a certificate are refused."""
     max_connection_age_seconds: float = Field(0, ge=0)
-    """After how long a client is asked to connect anew, so that connections spread over new pods; 0: never."""
+    """After how long clients are to reconnect, so that connections spread over new pods; 0: never."""
     max_connection_age_grace_seconds: float = Field(30, ge=0)
-    """How long calls on such a connection may still take."""
+    """How long calls on such a connection may take after that."""
     keepalive_seconds: float = Field(60, gt=0)
-    """How often a silent connection is asked whether its client is still there."""
+    """Interval of pings on a silent connection, seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the log on standard error; debug: with a line for each request."""
+    """Level of the log on standard error; debug: with a line for each request."""
     log_format: Literal["text", "json"] = "text"
-    """json: an object a line, that of a request with its method, status, seconds and request_id (x-request-id)."""
+    """json: an object a line; for requests with method, code, seconds and request_id (x-request-id)."""
 
     @field_validator("host")
     @classmethod

@@ -106,7 +106,7 @@ FAMILIES = (
     ),
     Family("counter", "steervit_model_load_failures", "Attempts to load a version that failed.", MODEL),
     Family(
-        "gauge", "steervit_model_load_failed", "1 for each version that is there and could not be loaded.", MODEL
+        "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL
     ),
     Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
 )  # fmt: skip

@@ -116,7 +116,7 @@ def test_what_is_not_json_is_refused(copy: Path) -> None:
 def test_an_existing_version_is_not_overwritten(bundle: Bundle) -> None:
     before = load_bundle(bundle.folder).digest
     files = {name: (bundle.folder / name).read_bytes() for name in bundle.manifest.files}
-    with pytest.raises(BundleError, match="is there already; allowed: another version"):
+    with pytest.raises(BundleError, match="already exists; allowed: another version"):
         write_bundle(bundle.folder.parent.parent, bundle.manifest, files)
     assert load_bundle(bundle.folder).digest == before
 
@@ -135,7 +135,7 @@ def test_of_many_writers_of_one_version_one_writes_it_and_the_others_are_told(bu
     with ThreadPoolExecutor(4) as pool:
         said = sorted(pool.map(write, range(4)))
     folder = tmp_path / "fashion_mnist" / str(bundle.manifest.version)
-    assert said == [str(folder), *[f"{folder} is there already; allowed: another version"] * 3]
+    assert said == [str(folder), *[f"{folder} already exists; allowed: another version"] * 3]
     assert load_bundle(folder).digest == bundle.digest
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 

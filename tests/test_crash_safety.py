@@ -128,6 +128,6 @@ def test_a_writer_that_lives_is_not_disturbed_by_another_one(tmp_path: Path) -> 
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=60)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1]
-    assert any(line.endswith("3 is there already; allowed: another version\n") for line in said)
+    assert any(line.endswith("3 already exists; allowed: another version\n") for line in said)
     assert load_bundle(tmp_path / "fashion_mnist" / "3").digest == committed.digest
     assert left_by_the_killed(tmp_path) == []

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from processes import MODELS, run_main, run_module, start_server, stop_server
+from torch import nn
 
 from export.__main__ import main as export_main
-from export.builder import save, weight_bytes
+from export.builder import Builder, save, weight_bytes
 from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle
 from export.write import _named
 from service.batcher import Batcher, BatchStats
@@ -278,7 +280,7 @@ def test_unknown_graphs_are_refused_before_anything_is_done(
     [
         (("--name", "../x"), "name is '../x'; allowed: [A-Za-z0-9]"),
         (("--name", "x", "--version", "0"), "version is 0; allowed: a positive integer"),
-        (("--name", "fashion_mnist", "--version", "3"), "fashion_mnist/3 is there already; allowed: another version"),
+        (("--name", "fashion_mnist", "--version", "3"), "fashion_mnist/3 already exists; allowed: another version"),
     ],
 )
 def test_names_and_versions_are_refused_before_the_run_is_read(
@@ -287,6 +289,25 @@ def test_names_and_versions_are_refused_before_the_run_is_read(
     done = run_main(export_main, str(tmp_path / "no-run"), str(MODELS), *flags)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_weights_count_in_every_storage() -> None:
+    def size(*weights: onnx.TensorProto) -> int:
+        return weight_bytes(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], weights)))
+
+    raw = onnx.numpy_helper.from_array(np.ones((2, 3), np.float16), "raw")
+    typed = onnx.helper.make_tensor("typed", onnx.TensorProto.INT64, [5], range(5))
+    assert size(raw, typed) == 2 * 6 + 8 * 5
+    onnx.external_data_helper.set_external_data(raw, "beside.data")
+    assert size(raw, typed) == 8 * 5
+
+
+def test_a_name_of_a_graph_is_given_once() -> None:
+    for first in ("part", "part/0.weight"):
+        g = Builder()
+        g.weight(first, np.ones(3))
+        with pytest.raises(ValueError, match=f"the name {first} is taken"):
+            g.call(nn.Sequential(nn.Linear(3, 3)), "x", torch.zeros(2, 3), "part")
 
 
 def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_smoke_run_is_trained_exported_served_and_counted(
 
     done = run_module("export", str(smoke_run), str(tmp_path), "--name", "smoke", "--version", "1")
     assert done.returncode == 1
-    assert "is there already; allowed: another version" in done.stderr
+    assert "already exists; allowed: another version" in done.stderr
 
 
 def ask_everything(

@@ -1,107 +1,234 @@
 """Long runs: killed at any moment, dealt out to two processes, and from data to report by one command."""
 
+import argparse
+import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, run_module
+from processes import ROOT, run_main, run_module
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+from training import reproduce
+from training.__main__ import main, parse
+from training.reproduce import ORDER, Job, JobFailed, Processes, jobs_of, run_jobs
+
 TINY = [
-    "--preset=smoke", "--threads=1", "--data.max-train=800", "--data.max-test=200", "--vit.dim=24", "--vit.depth=2",
-    "--vit.backbone-epochs=2", "--vit.gate-epochs=1", "--vit.joint-epochs=2", "--sae.latents=48", "--sae.epochs=10",
-    "--profiles.steps=10", "--profiles.contexts", '{"footwear": ["Sandal", "Sneaker", "Ankle boot"]}',
+    "--preset=smoke", "--threads=1", "--data.max-train=600", "--data.max-test=200", "--vit.dim=24", "--vit.depth=2",
+    "--vit.batch-size=32", "--vit.learning-rate=4e-3", "--vit.joint-learning-rate=2e-3",
+    "--vit.gate-learning-rate=2e-2", "--vit.usage-weight=10", "--vit.ema-decay=0.9", "--vit.backbone-epochs=4",
+    "--vit.joint-epochs=3", "--sae.latents=48", "--sae.epochs=10", "--profiles.steps=20", "--profiles.contexts",
+    '{"footwear": ["Sandal", "Sneaker", "Ankle boot"]}',
 ]  # fmt: skip
 
 
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(
-    ("kills", "save_every", "delay"), [(5, 0.2, 0.6), (3, 600, 0)], ids=["at random", "after each phase"]
-)
-def test_a_killed_training_ends_as_one_left_alone(tmp_path: Path, kills: int, save_every: float, delay: float) -> None:
-    """Killed up to `delay` seconds after it had saved a state of its own, and started again."""
-    flags = [*TINY, "--data.max-train=4000", "--vit.backbone-epochs=3"]
-    alone = run_module("training", "vit", *flags, "--out", str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr[-2000:]
-    flags += [f"--save-every={save_every}", "--out", str(tmp_path / "killed")]
-    draw, saved = random.Random(5), tmp_path / "killed" / "vit.state.safetensors"
-    for _ in range(kills):
+@pytest.mark.parametrize("limit", [1, 3])
+def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowed(limit: int) -> None:
+    jobs, most = jobs_of(2), 0
+    started: list[Job] = []
+    ended: list[Job] = []
+
+    async def run(job: Job) -> int:
+        nonlocal most
+        assert set(jobs[job]) <= set(ended)
+        started.append(job)
+        most = max(most, len(started) - len(ended))
+        for _ in range(1 + len(started) % 3):
+            await asyncio.sleep(0)
+        ended.append(job)
+        return 0
+
+    asyncio.run(run_jobs(jobs, run, limit))
+    assert sorted(map(str, ended)) == sorted(map(str, jobs))
+    assert most == limit
+    if limit == 1:  # the first seed is ready first; reports wait for both
+        steps = [Job(seed, name) for seed in (0, 1) for name in ORDER if name != "report"]
+        assert started == [*steps, Job(0, "report"), Job(1, "report")]
+
+
+def test_a_failed_job_ends_the_others_and_names_those_that_wait_for_it() -> None:
+    started: list[Job] = []
+    cancelled: list[Job] = []
+
+    async def run(job: Job) -> int:
+        started.append(job)
+        if job == Job(0, "sae"):
+            return 3
+        try:
+            await asyncio.sleep(0 if job == Job(0, "vit") else 600)
+        except asyncio.CancelledError:
+            cancelled.append(job)
+            raise
+        return 0
+
+    with pytest.raises(JobFailed) as caught:
+        asyncio.run(run_jobs(jobs_of(2), run, 2))
+    blocked = "seed 0, profiles; seed 0, evaluate; seed 0, report; seed 1, report"
+    assert str(caught.value) == f"seed 0, sae: exit 3. Blocked: {blocked}"
+    assert started == [Job(0, "vit"), Job(0, "dense"), Job(0, "sae")]
+    assert cancelled == [Job(0, "dense")]
+
+
+def test_each_job_is_a_step_of_its_seed_with_the_flags_given(tmp_path: Path) -> None:
+    options = argparse.Namespace(preset="smoke", out=tmp_path, seeds=3)
+    processes = Processes(options, ["--sae.latents=48"], threads=2, total=27)
+    for job in jobs_of(3):
+        settings = parse(processes.arguments(job))
+        control = job.name in ("dense", "direct", "last-block", "small")
+        assert (settings.step, settings.only) == (("controls", (job.name,)) if control else (job.name, ()))
+        assert (settings.preset, settings.seed, settings.threads) == ("smoke", job.seed, 2)
+        assert (settings.out, settings.sae.latents) == (tmp_path / f"seed-{job.seed}", 48)
+        others = [tmp_path / f"seed-{seed}" for seed in range(3) if seed != job.seed]
+        assert list(settings.others) == (others if job.name == "report" else [])
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one seed, by one command that starts a process for each of its jobs."""
+    out = tmp_path_factory.mktemp("reproduced")
+    done = run_main(reproduce.main, "--seeds=1", "--jobs=2", "--out", str(out), *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "] 9/9 seed 0, report: " in done.stdout
+    return out / "seed-0"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Steps in this process compute as those of `reproduced` do."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_one_command_goes_from_data_to_the_report(reproduced: Path) -> None:
+    results = read(reproduced / "results.json")
+    assert results["seed"] == 0
+    assert set(results["controls"]) == {"dense", "direct", "small"}
+    assert results["controls"]["dense"]["head_usage"] == 1.0
+    assert len(results["last_block"]["profiles"]) == len(results["profiles"]) == 11
+    assert len(results["last_block"]["oracle"]["Shirt"]) == 4  # 0 to 3 heads
+    assert "footwear" in [profile["name"] for profile in results["profiles"]]
+    assert [row["seed"] for row in read(reproduced.parent / "table.json")["seeds"]] == [0]
+    assert (reproduced / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_finished_is_not_made_again(reproduced: Path) -> None:
+    def stages() -> dict[Path, int]:
+        paths = [path for path in reproduced.rglob("*") if path.suffix in (".safetensors", ".json")]
+        return {path: path.stat().st_mtime_ns for path in paths if path.name != "results.json"}
+
+    before = stages()
+    assert {path.name for path in before} >= {"vit.safetensors", "sae.json", "profiles.stage.json"}
+    options = argparse.Namespace(preset="smoke", out=reproduced.parent, seeds=1)
+    processes = Processes(options, TINY, threads=1, total=9)
+
+    async def run(job: Job) -> int:
+        return main(processes.arguments(job))
+
+    asyncio.run(run_jobs(jobs_of(1), run, 1))
+    assert stages() == before
+
+
+@pytest.mark.slow
+def test_a_failed_command_shows_the_last_lines_of_the_job(tmp_path: Path) -> None:
+    done = run_main(reproduce.main, "--jobs=1", "--out", str(tmp_path), "--preset=smoke", "--vit.dim=50")
+    assert done.returncode == 1
+    assert "seed 0, vit: exit 1. Blocked: seed 0, sae; " in done.stderr
+    assert f"Its last lines ({tmp_path / 'logs' / 'seed-0-vit.log'}):" in done.stderr
+    assert "vit.dim is 50 with 3 heads; allowed: a multiple of 12" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_as_one_left_alone(reproduced: Path, tmp_path: Path) -> None:
+    """Killed twice, each time at a random moment after it had saved a state of its own, and started again."""
+    flags = ["vit", *TINY, "--save-every=0.1", "--out", str(tmp_path)]
+    draw, saved = random.Random(5), tmp_path / "vit.state.safetensors"
+    for _ in range(2):
         before = saved.stat().st_mtime_ns if saved.exists() else 0
-        command = [sys.executable, "-m", "training", "vit", *flags]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "training", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, delay))
+        time.sleep(draw.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    finished = run_module("training", "vit", *flags)
+    finished = run_module("training", *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "vit.safetensors") for name in ("alone", "killed"))
+    one, two = (load_file(folder / "vit.safetensors") for folder in (reproduced, tmp_path))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not list((tmp_path / "killed").glob("*.state.*"))
+    assert not list(tmp_path.glob("*.state.*"))
 
 
-def test_two_processes_measure_as_one(smoke_run: Path, tmp_path: Path) -> None:
-    """The preset `smoke`, its batches and targets dealt out to two processes on the CPU (gloo).
+IN_EACH_PROCESS = """
+import sys
+import torch
+from training import processes
+from training.__main__ import main, parse
+from training.data.splits import load
+from training.data.streams import Batch
+from training.vit.fit import build
+from training.vit.phases import phases_of, train_step
 
-    Tolerances: batch statistics of the stem are those of half a batch, and gate noise differs, so this is another draw
-    of the same training.
+settings = parse(["vit", *sys.argv[1:], "--no-bf16"])
+data, rank = load(settings.data, settings.seed), processes.state().process_index
+torch.manual_seed(0)
+model = build(settings.vit, data.spec, len(data.labels)).eval()
+gradients = []
+for network, share in ((model, slice(None)), (processes.parallel(model), slice(rank, None, 2))):
+    batch = Batch(data.train.images[:40][share], data.train.classes[:40][share])
+    loss, _ = train_step(network, None, phases_of(settings.vit)[0], settings, batch, 0.0)
+    model.zero_grad()
+    loss.backward()
+    gradients.append([p.grad.clone() for p in model.vit.parameters() if p.grad is not None])
+assert len(gradients[0]) > 20
+for whole, shared in zip(*gradients, strict=True):
+    torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
+for step in ("vit", "sae", "profiles", "evaluate"):
+    assert main([step, *sys.argv[1:]]) == 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
+    """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process.
+
+    The network itself is another draw of the same training: batch statistics of its stem are those of half a batch, and
+    gate noise differs.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d"]
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "training",
-        "all",
-        "--preset=smoke",
-        "--threads=1",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    program, out, alone = tmp_path / "program.py", tmp_path / "two", tmp_path / "one"
+    program.write_text(IN_EACH_PROCESS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d", str(program)]
+    done = run_module(*launch, *TINY, "--out", str(out), **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = results(smoke_run), results(tmp_path)
-    assert two["ungated"]["accuracy"] == pytest.approx(one["ungated"]["accuracy"], abs=0.05)
-    assert two["neutral"]["accuracy"] == pytest.approx(one["neutral"]["accuracy"], abs=0.05)
-    assert two["neutral"]["head_usage"] == pytest.approx(one["neutral"]["head_usage"], abs=0.12)
-    assert [p["name"] for p in two["profiles"]] == [p["name"] for p in one["profiles"]]
-    for key in ("recall", "overall_accuracy"):
-        assert two["mean_after"][key] == pytest.approx(one["mean_after"][key], abs=0.06)
+    alone.mkdir()
+    for name in ("vit.json", "vit.safetensors", "sae.json", "sae.safetensors"):
+        shutil.copy(out / name, alone)
+    for step in ("profiles", "evaluate"):
+        assert main([step, *TINY, "--out", str(alone)]) == 0
+    assert read(out / "profiles.json") == read(alone / "profiles.json")
+    one, two = read(reproduced / "results.json"), read(out / "results.json")
+    assert two["profiles"] == read(alone / "results.json")["profiles"]
+    assert two["ungated"]["accuracy"] == pytest.approx(one["ungated"]["accuracy"], abs=0.1)
+    assert two["neutral"]["head_usage"] == pytest.approx(one["neutral"]["head_usage"], abs=0.15)
     assert two["mean_after"]["head_usage"] < two["neutral"]["head_usage"]
-
-
-def test_one_command_goes_from_data_to_the_report_of_all_seeds(tmp_path: Path) -> None:
-    command = ["training.reproduce", "--seeds=2", "--jobs=2", "--out", str(tmp_path), *TINY]
-    done = run_module(*command)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "18/18" in done.stdout
-    for seed in (0, 1):
-        found = results(tmp_path / f"seed-{seed}")
-        assert found["seed"] == seed
-        assert set(found["controls"]) == {"dense", "direct", "small"}
-        assert found["controls"]["dense"]["head_usage"] == 1.0
-        assert len(found["last_block"]["profiles"]) == len(found["profiles"]) == 11
-        assert len(found["last_block"]["oracle"]["Shirt"]) == 4  # 0 to 3 heads
-        assert "footwear" in [profile["name"] for profile in found["profiles"]]
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["seed"] for row in table["seeds"]] == [0, 1]
-    page = (tmp_path / "seed-0" / "report.html").read_text()
-    assert "Seeds" in page
-    again = run_module(*command)
-    assert again.returncode == 0

@@ -23,6 +23,7 @@ from service.client import Client
 from service.config import Settings
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
+from service.receipt import Measures, Origin
 from training.steering import SteeringTerm
 
 
@@ -59,6 +60,10 @@ def test_encoded_images_and_their_pixels_give_the_same_answer(
     by_file = client.predict([file for files in samples.values() for file in files], top_k=10)
     by_pixels = client.predict(list(sample_pixels), top_k=10)
     assert by_file.predictions == by_pixels.predictions
+
+
+def test_both_protocols_have_the_same_receipt() -> None:
+    assert [*Origin._fields, *Measures._fields] == [field.name for field in pb.Receipt.DESCRIPTOR.fields]
 
 
 def test_neutral_steering_of_every_kind_equals_none_exactly(client: Client, samples: dict[str, list[bytes]]) -> None:

@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"])).replace("_", "-")
-            found = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            print(f"--{name} is {found}: {problem['msg']}", file=sys.stderr)
+            value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+            print(f"--{name} is {value}: {problem['msg']}", file=sys.stderr)
         return 2
     if settings.threads:
         torch.set_num_threads(settings.threads)

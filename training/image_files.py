@@ -94,8 +94,8 @@ def _load(content: bytes, check: Callable[[Image.Image], None]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        found = kind(content) or "of an unknown kind"
-        raise UnidentifiedImageError(f"the file is {found}; allowed: {', '.join(FORMATS)}") from None
+        actual = kind(content) or "of an unknown kind"
+        raise UnidentifiedImageError(f"the file is {actual}; allowed: {', '.join(FORMATS)}") from None
     check(image)
     image.load()
     return image

@@ -25,8 +25,8 @@ def state() -> PartialState:
 
 def device() -> torch.device:
     """The device of this process."""
-    found: torch.device = state().device
-    return found
+    current: torch.device = state().device
+    return current
 
 
 def is_main() -> bool:
@@ -49,5 +49,5 @@ def parallel(model: nn.Module) -> nn.Module:
 
 def gather(mine: Sequence[T]) -> list[T]:
     """What all processes bring, joined, in every process."""
-    found: list[T] = list(mine) if state().num_processes == 1 else gather_object(list(mine))
-    return found
+    joined: list[T] = list(mine) if state().num_processes == 1 else gather_object(list(mine))
+    return joined

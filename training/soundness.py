@@ -36,21 +36,21 @@ def most_common(classes: Tensor) -> float:
 
 def of_data(labels: Sequence[str], classes: Mapping[str, Tensor]) -> list[str]:
     """classes: by split, each (B,)."""
-    found = []
+    warnings = []
     for split, of_split in classes.items():
         counts = of_split.bincount(minlength=len(labels))
         least = SMALL if split == "train" else SMALL_TEST
         few = [f"{labels[index]!r}: {counts[index]}" for index in torch.nonzero(counts < least).flatten().tolist()]
         if few:
             more = f" and {len(few) - 5} more labels" if len(few) > 5 else ""
-            found.append(f"few {split} images of {', '.join(few[:5])}{more}; advised: {least} or more of each label")
+            warnings.append(f"few {split} images of {', '.join(few[:5])}{more}; advised: {least} or more of each label")
         if split == "train" and counts.max() > UNBALANCED * counts.min():
             rare, often = int(counts.argmin()), int(counts.argmax())
-            found.append(
+            warnings.append(
                 f"unbalanced labels: {counts[often]} train images of {labels[often]!r}, {counts[rare]} of "
                 f"{labels[rare]!r}; advised: at most {UNBALANCED} times as many"
             )
-    return found
+    return warnings
 
 
 def of_vit(vit: Mapping[str, Any]) -> list[str]:
@@ -58,38 +58,40 @@ def of_vit(vit: Mapping[str, Any]) -> list[str]:
     result, settings = vit["result"], vit["settings"]["vit"]
     measured = result["selection"]
     chance = measured.get("most_common_label", 1 / len(result["labels"]))
-    found = []
+    warnings = []
     for name in ("ungated_accuracy", "accuracy"):
         if _near(measured[name], chance, measured.get("images")):
             what = name.replace("_", " ")
-            found.append(
+            warnings.append(
                 f"{what} is {measured[name]:.4f} on the selection images, near the {chance:.4f} of always answering "
                 "the most common label. Train longer (--vit.backbone-epochs, --vit.joint-epochs) or on more images"
             )
             break
     usage, target = measured["head_usage"], settings["usage_target"]
     if settings["gate_epochs"] + settings["joint_epochs"] and usage > (1 + target) / 2:
-        found.append(
+        warnings.append(
             f"head usage is {usage:.4f}, target {target}: the gates did not learn to close heads. Train longer "
             "(--vit.joint-epochs)"
         )
-    return found
+    return warnings
 
 
 def of_sae(sae: Mapping[str, Any]) -> list[str]:
     """sae: sae.json. The worst site of each measure."""
-    sites, found = sae["result"]["fidelity"], []
+    sites, warnings = sae["result"]["fidelity"], []
     for key, what, limit in (
         ("fvu", "leaves a fraction of variance unexplained of", MOST_UNEXPLAINED),
         ("dead_training", "has a share of dead latents of", MOST_DEAD),
     ):
         worst = max(site.get(key, 0.0) for site in sites)
         if not worst <= limit:
-            found.append(f"an autoencoder {what} {worst:.4f}; advised: at most {limit}")
+            warnings.append(f"an autoencoder {what} {worst:.4f}; advised: at most {limit}")
     agreement = min(site["gate_agreement"] for site in sites)
     if not agreement >= LEAST_AGREEMENT:
-        found.append(f"gates decide alike behind an autoencoder in {agreement:.4f}; advised: {LEAST_AGREEMENT} or more")
-    return [f"{warning}. Train longer (--sae.epochs) or on more images" for warning in found]
+        warnings.append(
+            f"gates decide alike behind an autoencoder in {agreement:.4f}; advised: {LEAST_AGREEMENT} or more"
+        )
+    return [f"{warning}. Train longer (--sae.epochs) or on more images" for warning in warnings]
 
 
 def of_results(results: Mapping[str, Any]) -> list[str]:

@@ -47,8 +47,8 @@ class Asked(TypedDict, total=False):
 
 
 def service_config(attempts: int) -> dict[str, Any]:
-    """What gRPC does by itself: calls go to all addresses of a name in turn, to none that says it is not serving, and
-    are tried again after UNAVAILABLE and RESOURCE_EXHAUSTED, when the server says, unless most calls fail."""
+    """gRPC's service config: calls go to all serving addresses of a name in turn, and are retried after UNAVAILABLE and
+    RESOURCE_EXHAUSTED, when the server says so, unless most calls fail."""
     config: dict[str, Any] = json.loads((Path(__file__).parent / "service_config.json").read_text())
     if attempts > 1:
         config["methodConfig"][0]["retryPolicy"]["maxAttempts"] = attempts
@@ -75,7 +75,7 @@ def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None,
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # only what is kept is tried again; the default is 256 KiB
+        ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # larger calls are not retried
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]
     if is_loopback(address):

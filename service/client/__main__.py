@@ -34,12 +34,7 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials(*(path.read_bytes() if path else None for path in files))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run a command; returns the exit status: 0, or 1 with the reason on standard error.
-
-    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
-    """
-    print_anything()
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service.client", description="Ask a running server.")
     commands = parser.add_subparsers(dest="command", required=True)
     of_images = {
@@ -76,6 +71,16 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--timeout", type=float, default=30.0, help="seconds a call (default %(default)s)")
         command.add_argument("--model", default="", help="needed when several models are served")
         command.add_argument("--version", default="", help="default: the version that is served")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    """
+    print_anything()
+    parser = _parser()
     options = parser.parse_args(with_names(arguments, "--profile"))
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
         parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
@@ -85,33 +90,9 @@ def main(arguments: Sequence[str]) -> int:
     if getattr(options, "rate", 0) < 0:
         parser.error(f"--rate is {options.rate}; allowed: 0 (by --concurrency) or more")
     try:
-        with Client(options.address, options.timeout, _credentials(options)) as client:
-            if options.command == "profiles":
-                print(profiles_table(list(client.profiles(options.model, options.version))))
-                return 0
-            names = [str(path) for path in options.images]
-            if options.command == "load":
-                images = [path.read_bytes() for path in options.images]
-                load = Load(
-                    options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
-                    options.model, options.version, options.rate, options.timeout,
-                )  # fmt: skip
-                report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
-                print(report.to_json() if options.json else f"{report}")
-                return 0 if report.calls else 1
-            asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
-            if options.strength is not None:
-                asked["strength"] = options.strength
-            if options.command == "compare":
-                print(compare_table(names, in_calls(client.compare, options.images, asked)))
-            elif options.command == "explain":
-                explain = partial(client.explain, latents=options.latents)
-                print(explain_table(names, in_calls(explain, options.images, asked)))
-            else:
-                predict = partial(client.predict, top_k=options.top_k)
-                print(predict_table(names, in_calls(predict, options.images, asked)))
+        status = _load(options) if options.command == "load" else _ask(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has seen enough
+    except BrokenPipeError:  # the reader has closed the output
         _discard_output()
         return 1
     except OSError as error:
@@ -124,15 +105,47 @@ def main(arguments: Sequence[str]) -> int:
     except grpc.RpcError as error:
         print(f"{error.code().name}: {error.details()}", file=sys.stderr)
         return 1
+    return status
+
+
+def _load(options: argparse.Namespace) -> int:
+    images = [path.read_bytes() for path in options.images]
+    load = Load(
+        options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
+        options.model, options.version, options.rate, options.timeout,
+    )  # fmt: skip
+    report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
+    print(report.to_json() if options.json else f"{report}")
+    return 0 if report.calls else 1
+
+
+def _ask(options: argparse.Namespace) -> int:
+    with Client(options.address, options.timeout, _credentials(options)) as client:
+        if options.command == "profiles":
+            print(profiles_table(list(client.profiles(options.model, options.version))))
+            return 0
+        names = [str(path) for path in options.images]
+        asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
+        if options.strength is not None:
+            asked["strength"] = options.strength
+        if options.command == "compare":
+            print(compare_table(names, in_calls(client.compare, options.images, asked)))
+        elif options.command == "explain":
+            explain = partial(client.explain, latents=options.latents)
+            print(explain_table(names, in_calls(explain, options.images, asked)))
+        else:
+            predict = partial(client.predict, top_k=options.top_k)
+            print(predict_table(names, in_calls(predict, options.images, asked)))
     return 0
 
 
 class Refused(Exception):
-    """The status and sentence of a call with images, and the file that it names."""
+    """A failed call with images: its status, its sentence, and the file that it names."""
 
 
 def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -> Answer:
-    """The answers for all images as one, with the receipt of the last call: no call has more than a server takes.
+    """The answers for all images as one, with the receipt of the last call. No call exceeds IMAGES_PER_CALL or
+    BYTES_PER_CALL, except for a single larger file.
 
     Raises Refused.
     """
@@ -163,7 +176,7 @@ def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -
 
 
 def _discard_output() -> None:
-    """What Python would still write at its end, to where nothing can be written."""
+    """Redirect standard output, so that Python does not fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

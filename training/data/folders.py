@@ -219,7 +219,7 @@ def _look_like_splits(train: Part) -> tuple[str, ...]:
         for folder, files in zip(train.folders, train.files, strict=True)
     ]  # "" is the folder itself
     words = [set(re.split(r"[^a-z]+", label.casefold())) for label in train.labels]
-    of_train, of_test = ([bool(found & set(names)) for found in words] for names in (TRAIN, TESTS))
+    of_train, of_test = ([bool(of_label & set(names)) for of_label in words] for names in (TRAIN, TESTS))
     splits = [a or b for a, b in zip(of_train, of_test, strict=True)]
     nested = all("" not in folders for folders, split in zip(inner, splits, strict=True) if split)
     if any(of_train) and any(of_test) and (all(splits) or nested):
@@ -248,8 +248,8 @@ def _without_copies(root: Path, train: Part, test: Part | None, copies: str) -> 
         for path in files
     }
 
-    def pairs(found: Sequence[Sequence[str]]) -> str:
-        return _few([" = ".join(show(os.path.relpath(path, root)) for path in group[:2]) for group in found], 3)
+    def pairs(listed: Sequence[Sequence[str]]) -> str:
+        return _few([" = ".join(show(os.path.relpath(path, root)) for path in group[:2]) for group in listed], 3)
 
     warnings = []
     contradicting = [group for group in groups if len({label_of[path] for path in group}) > 1]

@@ -75,11 +75,11 @@ def _write(folder: Path, made_for: dict[str, Any], rows: Iterable[tuple[np.ndarr
 
 def _read(folder: Path, made_for: dict[str, Any], spec: ImageSpec) -> Split:
     try:
-        found = json.loads((folder / "made_for.json").read_text())
+        stored = json.loads((folder / "made_for.json").read_text())
         classes = torch.from_numpy(np.load(folder / "classes.npy", allow_pickle=False))
         size = (folder / "pixels.u8").stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is damaged ({error}): remove it, and it is made again") from error
-    if found != made_for or size != len(classes) * spec.height * spec.width * spec.channels:
+    if stored != made_for or size != len(classes) * spec.height * spec.width * spec.channels:
         raise DataError(f"{folder} is not what its name says, or was cut short: remove it, and it is made again")
     return Split(MappedPixels(torch.arange(len(classes)), spec, folder / "pixels.u8", len(classes)), classes)

@@ -87,8 +87,8 @@ class LazyPixels(Pixels):
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """As Pixels.read. Raises DataError on an image that cannot be read."""
-        found = list(in_threads(self._decoder(eval_transform(self.spec)), rows.tolist()))
-        return torch.from_numpy(np.stack(found)) if found else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
+        images = list(in_threads(self._decoder(eval_transform(self.spec)), rows.tolist()))
+        return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.spec.shape), dtype=torch.uint8)
 
     def picture(self, index: int) -> Image.Image:
         """As Pixels.picture. Raises DataError when the image cannot be read."""
@@ -170,17 +170,17 @@ def in_memory(split: Split, title: str, errors: list[DataError]) -> Split:
     images = split.images
     if isinstance(images, torch.Tensor):
         return split
-    found = torch.empty(images.shape, dtype=torch.uint8)
+    values = torch.empty(images.shape, dtype=torch.uint8)
     if isinstance(images, LazyPixels):
         for row, pixels in enumerate(images.decoded(title)):
             if isinstance(pixels, DataError):
                 errors.append(pixels)
             else:
-                found[row] = torch.from_numpy(pixels)
+                values[row] = torch.from_numpy(pixels)
     else:
         for start in range(0, len(images), 4096):
-            found[start : start + 4096] = images[start : start + 4096]
-    return Split(found, split.classes)
+            values[start : start + 4096] = images[start : start + 4096]
+    return Split(values, split.classes)
 
 
 def caught(function: Callable[[T], R]) -> Callable[[T], R | DataError]:

@@ -61,20 +61,20 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
 
     made_for |= {"skip_unreadable": True} if settings.skip_unreadable else {}
     rows = readable(decoded(), settings.skip_unreadable, f"data: {split}")
-    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
-    return replace(found, contents=json.dumps([file[:2] for file in source] if shards else reader.num_samples))
+    on_disk = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
+    return replace(on_disk, contents=json.dumps([file[:2] for file in source] if shards else reader.num_samples))
 
 
 def _shard_files(reader: Any) -> list[list[Any]]:
-    found: list[list[Any]] = []
+    files: list[list[Any]] = []
     for name in reader.split_info.filenames:
         path = os.path.join(reader.root, name)
         if os.path.exists(path):
             status = os.stat(path)
-            found.append([name, status.st_size, status.st_mtime_ns])
+            files.append([name, status.st_size, status.st_mtime_ns])
         else:  # an address
-            found.append([path, None, None])
-    return found
+            files.append([path, None, None])
+    return files
 
 
 def _of_shards(reader: Any) -> Iterator[Sample]:
@@ -89,8 +89,8 @@ def _of_shards(reader: Any) -> Iterator[Sample]:
             try:
                 index = int(json.loads(sample["json"])[field] if field else sample["cls"])
             except (KeyError, ValueError, TypeError) as error:
-                wanted = f"{field!r} in its .json" if field else ".cls"
-                raise DataError(f"{name} has no class number: {wanted} is wanted (data.label_key)") from error
+                place = f"{field!r} in its .json" if field else ".cls"
+                raise DataError(f"{name} has no class number: {place} is wanted (data.label_key)") from error
             yield name, image, index
 
 

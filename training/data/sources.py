@@ -123,8 +123,8 @@ def _split(settings: DataSettings, split: str, source: Files | Rows, classes: to
     made_for = {"dataset": settings.dataset, "split": split, "source": source.identity(), "classes": labelled}
     made_for |= {"skip_unreadable": True} if skip else {}
     rows = readable(zip(pixels.decoded(title), classes.tolist(), strict=True), skip, title)
-    found = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
-    return replace(found, contents=source.contents())
+    on_disk = mapped(settings.cache or default_cache(), f"{settings.dataset}-{split}", made_for, spec, rows)
+    return replace(on_disk, contents=source.contents())
 
 
 def _folder(settings: DataSettings) -> Found:
@@ -152,15 +152,15 @@ def _timm(settings: DataSettings) -> Found:
         try:
             dataset = _create(settings, split)
             if prefix in ("wds", "hfids"):
-                found = streamed(settings, split, dataset)
+                part = streamed(settings, split, dataset)
             else:
-                found = _split(settings, split, *_rows(dataset, where))
+                part = _split(settings, split, *_rows(dataset, where))
         except DataError:
             raise
         except Exception as error:  # timm and the libraries behind it raise many kinds
             raise DataError(f"{where}: {error}") from error
-        splits.append(found)
-        labels = labels or _labels(settings, dataset, found.classes)
+        splits.append(part)
+        labels = labels or _labels(settings, dataset, part.classes)
     return labels, splits[0], splits[1], ()
 
 

@@ -122,13 +122,13 @@ class _Stream(Dataset[Batch | DataError]):
         return augment(images, self.settings.flip, self.settings.shift, generator, self.rank, self.processes)
 
     def _with_timm(self, index: torch.Tensor, step: int) -> torch.Tensor:
-        found = []
+        augmented = []
         for position, row in enumerate(index.tolist()):
             picture = self.data.train.picture(row)
             with seeded(self.seed, step, position * self.processes + self.rank):
                 pixels = torch.as_tensor(np.array(self.transform(picture)))  # (C, H, W)
-                found.append(self._erased(pixels))
-        return torch.stack(found).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+                augmented.append(self._erased(pixels))
+        return torch.stack(augmented).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
 
     def _erased(self, pixels: torch.Tensor) -> torch.Tensor:
         """As timm erases: normalised pixels, replaced by normal noise."""

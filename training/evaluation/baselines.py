@@ -85,16 +85,16 @@ def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precisi
     What steering's recall must be compared with: recall at the same precision, and no steering. Constants from -4 to 4
     in steps of 0.05. Returns (recall, its precision); (0, 0) when no constant reaches the precision.
     """
-    wanted = torch.tensor(list(target))
-    own = torch.isin(classes, wanted)
+    members = torch.tensor(list(target))
+    own = torch.isin(classes, members)
     best = (0.0, 0.0)
     for bias in torch.arange(-4, 4.01, 0.05):
         logits = neutral.logits.clone()
-        logits[:, wanted] += bias
+        logits[:, members] += bias
         predicted = logits.argmax(-1)
         right = (predicted == classes) & own
         recall = right.sum().item() / own.sum().item()
-        reached = right.sum().item() / max(torch.isin(predicted, wanted).sum().item(), 1)
+        reached = right.sum().item() / max(torch.isin(predicted, members).sum().item(), 1)
         if reached >= precision and recall > best[0]:
             best = recall, reached
     return best
@@ -111,14 +111,14 @@ def by_predicted_class(neutral: Outcome, under: Sequence[Outcome]) -> Outcome:
     return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})
 
 
-def bisect(value: Callable[[float], float], wanted: float, low: float, high: float, rounds: int = 12) -> float:
-    """Where a falling function of [low, high] comes to `wanted`; the end nearer to it where it does not.
+def bisect(value: Callable[[float], float], target: float, low: float, high: float, rounds: int = 12) -> float:
+    """Where a falling function of [low, high] comes to `target`; the end nearer to it where it does not.
 
     low may be the larger number: the function then falls in the other direction.
     """
     for _ in range(rounds):
         middle = (low + high) / 2
-        if value(middle) > wanted:
+        if value(middle) > target:
             low = middle
         else:
             high = middle

@@ -54,7 +54,7 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
             f"{usage}, trained as long",
             {**ungated, "dim": dim},
         )
-    found = {}
+    models = {}
     for name, (what, changed) in changes.items():
         own = Run(run.folder / "controls" / name)
         update: dict[str, Any] = {"out": own.folder, "vit": VitSettings(**{**vit.model_dump(), **changed})}
@@ -62,8 +62,8 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
             search = settings.profiles
             scaled = {"steps": 4 * search.steps, "usage_target": 0.75 * search.usage_target}
             update["profiles"] = search.model_copy(update=scaled)
-        found[name] = Control(what, own, settings.model_copy(update=update))
-    return found
+        models[name] = Control(what, own, settings.model_copy(update=update))
+    return models
 
 
 def fit_controls(settings: Settings, data: Data, run: Run) -> None:
@@ -86,6 +86,6 @@ def narrower(vit: VitSettings, data: Data, usage: float) -> int:
 
     gated = model(vit.dim)
     macs = count(gated)
-    wanted = macs.dense - (1 - usage) * gated.heads * sum(macs.per_head)
+    target = macs.dense - (1 - usage) * gated.heads * sum(macs.per_head)
     step = math.lcm(4, vit.heads)  # four numbers a sin-cos position, as many a head for every head
-    return min(range(step, vit.dim + 1, step), key=lambda dim: abs(count(model(dim)).dense - wanted))
+    return min(range(step, vit.dim + 1, step), key=lambda dim: abs(count(model(dim)).dense - target))

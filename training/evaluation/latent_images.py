@@ -41,7 +41,7 @@ def describe_latents(
     A profile whose target has no image in the split, or that has no terms, is left out.
     """
     read = residuals(model, split, "latents: residuals")  # (S, B, D)
-    found = []
+    described = []
     for profile in tqdm(profiles, desc="latents: describe", unit="profile", dynamic_ncols=True):
         own = torch.isin(split.classes, torch.tensor([labels.index(label) for label in profile.classes]))
         placed = [(site, term) for site, of_site in profile.terms.items() for term in of_site]
@@ -49,7 +49,7 @@ def describe_latents(
             continue
         effects = [term_effect(model, sae, site, term, read[site, own]) for site, term in placed]
         order = sorted(range(len(placed)), key=lambda index: -float(effects[index].abs().sum()))
-        found.append({
+        described.append({
             "name": profile.name,
             "classes": list(profile.classes),
             "images": int(own.sum()),
@@ -67,7 +67,7 @@ def describe_latents(
                 for index in order[:per_profile]
             ],
         })  # fmt: skip
-    return found
+    return described
 
 
 def term_effect(model: GatedVit, sae: Sae, site: int, term: SteeringTerm, residual: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def _protocol(
     for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
         others = [under[other] for other in singles if other != index]
         measured = rivals(index, Slice.of(test, targets[index], neutral, under[index], others), macs)
-        entries[index]["rivals"] = {name: found.effect.to_json() for name, found in measured.items()}
+        entries[index]["rivals"] = {name: rival.effect.to_json() for name, rival in measured.items()}
         slices.append(measured)
     of_classes = [entries[index] for index in singles]
     _adjust(of_classes)

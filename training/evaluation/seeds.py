@@ -23,7 +23,7 @@ RIVALS = (
 def row(results: dict[str, Any]) -> dict[str, Any]:
     """A seed's main numbers, shares between 0 and 1; changes are from no steering, over the single classes."""
     singles = [p for p in results["profiles"] if len(p["classes"]) == 1]
-    found = {
+    columns = {
         "seed": results["seed"],
         "ungated": results["ungated"]["accuracy"],
         "neutral_accuracy": results["neutral"]["accuracy"],
@@ -40,10 +40,10 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
         "rivals": {name: results["rivals"][name] for name in RIVALS if name in results["rivals"]},
     }
     for name, control in results.get("controls", {}).items():
-        found[name] = {key: control[key] for key in ("accuracy", "head_usage", "compute_fraction")}
+        columns[name] = {key: control[key] for key in ("accuracy", "head_usage", "compute_fraction")}
     if "last_block" in results:
-        found["last_block"] = row(results["last_block"])
-    return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
+        columns["last_block"] = row(results["last_block"])
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in columns.items()}
 
 
 def table(runs: Sequence[Run]) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step 'evaluate' there first")
         rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
-    found: dict[str, Any] = {"seeds": rows, **_over(rows)}
+    summary: dict[str, Any] = {"seeds": rows, **_over(rows)}
     if all("last_block" in r for r in rows):
-        found["last_block"] = _over([r["last_block"] for r in rows])
-    return found
+        summary["last_block"] = _over([r["last_block"] for r in rows])
+    return summary
 
 
 def _fidelity(run: Run) -> dict[str, float]:

@@ -239,9 +239,9 @@ def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
 def check_supported(vit: nn.Module) -> None:
     """Raises UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
 
-    def require(condition: bool, found: str, allowed: str) -> None:
+    def require(condition: bool, feature: str, allowed: str) -> None:
         if not condition:
-            raise UnsupportedModel(f"the model has {found}; allowed: {allowed}")
+            raise UnsupportedModel(f"the model has {feature}; allowed: {allowed}")
 
     known = (VisionTransformer, VisionTransformerDistilled)
     require(type(vit) in known, f"type {type(vit).__name__}", "a timm VisionTransformer, distilled or not")

@@ -109,15 +109,15 @@ def steered_by(sae: Sae, terms: Terms) -> Steer | None:
     if not terms:
         return None
     arrays = to_arrays([terms], sae.sites)
-    found = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))
-    latent, scale, shift = (a.to(sae.encoder.device) for a in found)  # (1, S, T)
+    tensors = (torch.from_numpy(a) for a in (arrays.latent, arrays.scale, arrays.shift))
+    latent, scale, shift = (a.to(sae.encoder.device) for a in tensors)  # (1, S, T)
     return lambda site, residual: sae.steer(site, residual, latent[:, site], scale[:, site], shift[:, site])
 
 
 def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Macs) -> Effect:
     """classes (B,): the true ones of the outcome's images."""
-    wanted = torch.tensor(target)
-    own, claimed = torch.isin(classes, wanted), torch.isin(outcome.predicted, wanted)
+    members = torch.tensor(target)
+    own, claimed = torch.isin(classes, members), torch.isin(outcome.predicted, members)
     correct = outcome.predicted == classes
     gates = outcome.head_gate[own]
     recall, precision = _share(correct & own, own), _share(correct & claimed, claimed)
@@ -126,7 +126,7 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
         precision=precision,
         f1=2 * recall * precision / max(recall + precision, 1e-12),
         false_positive_rate=_share(claimed & ~own, ~own),
-        auroc=auroc(outcome.logits.softmax(-1)[:, wanted].sum(1), own),
+        auroc=auroc(outcome.logits.softmax(-1)[:, members].sum(1), own),
         others_accuracy=_share(correct & ~own, ~own),
         overall_accuracy=_share(correct, torch.ones_like(correct)),
         head_usage=gates.double().mean().item(),

@@ -102,11 +102,11 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=1, sorted=False).values.amin(1)
     sample = values[:, ::17]  # odd, so that all latents are in it
     guesses = sample.topk(min(round(1.2 * count / 17), sample.shape[1]), dim=1, sorted=False).values.amin(1)
-    found = []
+    largest = []
     for row, guess in zip(values, guesses, strict=True):
         likely = row[row >= guess]
-        found.append((likely if len(likely) >= count else row).topk(count, sorted=False).values.amin())
-    return torch.stack(found)
+        largest.append((likely if len(likely) >= count else row).topk(count, sorted=False).values.amin())
+    return torch.stack(largest)
 
 
 def top_k(values: Tensor, k: int) -> Tensor:

@@ -47,11 +47,11 @@ def load_weights(vit: VisionTransformer, path: Path, model: str) -> tuple[list[s
     file cannot be read, or lacks a part other than the classifier.
     """
     where, tensors = _read(path, model)
-    wanted = vit.state_dict()
+    expected = vit.state_dict()
     tensors, sentences = _adapted(vit, path, model, tensors)
     absent, apart = [], []
     for name in CLASSIFIERS:
-        own = {key: value for key, value in wanted.items() if key.rpartition(".")[0] == name}
+        own = {key: value for key, value in expected.items() if key.rpartition(".")[0] == name}
         if own and any(key not in tensors or tensors[key].shape != value.shape for key, value in own.items()):
             absent.append(name)
             weight = tensors.get(f"{name}.weight")
@@ -61,24 +61,24 @@ def load_weights(vit: VisionTransformer, path: Path, model: str) -> tuple[list[s
         elif own:
             classes = len(own[f"{name}.weight"])
             sentences.append(f"{name} of {classes} classes is kept; its classes must be in the order of the labels")
-    random = {key for key in wanted if key.rpartition(".")[0] in absent}
-    missing = sorted(wanted.keys() - tensors.keys() - random)
+    random = {key for key in expected if key.rpartition(".")[0] in absent}
+    missing = sorted(expected.keys() - tensors.keys() - random)
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UnsupportedModel(
             f"vit.weights is {path}, which lacks {missing[0]}{others}; allowed: timm's weights of {model}"
         )
-    for key in sorted(wanted.keys() & tensors.keys()):
-        if tensors[key].shape != wanted[key].shape:
+    for key in sorted(expected.keys() & tensors.keys()):
+        if tensors[key].shape != expected[key].shape:
             raise UnsupportedModel(
                 f"vit.weights is {path}, where {key} has the shape {list(tensors[key].shape)}; "
-                f"allowed: {list(wanted[key].shape)}, as in timm's {model}"
+                f"allowed: {list(expected[key].shape)}, as in timm's {model}"
             )
-    unknown = sorted(tensors.keys() - wanted.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
         more = f" and {len(unknown) - 3} others" if len(unknown) > 3 else ""
         apart.append(f"{', '.join(unknown[:3])}{more} (not part of {model})")
-    vit.load_state_dict({key: value for key, value in tensors.items() if key in wanted}, strict=False)
+    vit.load_state_dict({key: value for key, value in tensors.items() if key in expected}, strict=False)
     if apart:
         sentences.append(f"left out: {'; '.join(apart)}")
     if absent:
@@ -114,8 +114,8 @@ def _models(
     """Every VisionTransformer of a checkpoint: the keys and the prefix that lead to it, and its tensors."""
     tensors = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in sorted(key.removesuffix(MARK) for key in tensors if key.endswith(MARK)):
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        yield (*where, prefix) if prefix else where, found
+        inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        yield (*where, prefix) if prefix else where, inner
     for key, value in checkpoint.items():
         if isinstance(value, dict) and len(where) < 3:
             yield from _models(value, (*where, str(key)))
@@ -171,8 +171,8 @@ def _adapted(
     try:
         adapted: dict[str, Tensor] = checkpoint_filter_fn(tensors, vit, adapt_layer_scale=True)
         if STEM in adapted:
-            wanted = vit.patch_embed.proj.weight.shape[1]
-            adapted[STEM] = adapt_input_conv(wanted, adapted[STEM], base_chans=adapted[STEM].shape[1])
+            channels = vit.patch_embed.proj.weight.shape[1]
+            adapted[STEM] = adapt_input_conv(channels, adapted[STEM], base_chans=adapted[STEM].shape[1])
     except (AssertionError, RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         raise UnsupportedModel(
             f"vit.weights is {path}, which cannot be adapted to {model}: {error}; allowed: timm's weights of {model}"

@@ -100,11 +100,11 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
     network, (pool, selection) = shortcut(model, [pool, data.selection])
     rank_of, count_of = processes.state().process_index, processes.state().num_processes
     mine = list(targets.values())[rank_of::count_of]
-    found, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
+    proposals, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
     choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
     progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
     chosen = [
-        choose(target, {strategy: terms[index] for strategy, terms in found.items()})
+        choose(target, {strategy: terms[index] for strategy, terms in proposals.items()})
         for index, target in enumerate(progress)
     ]
     gathered = processes.gather([(t, c, b) for t, c, b in zip(mine, chosen, bias, strict=True)])
@@ -136,7 +136,7 @@ def find(
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
-    found = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    proposals = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
     for name, at_random in (("learned", False), ("learned, random latents", True)):
 
         def search(at_random: bool = at_random) -> list[Terms]:
@@ -145,15 +145,15 @@ def find(
                 lambda part: learned(model, sae, stats, part, pool, unsteered, options, seed, settings.bf16, at_random),
             )
 
-        found[name] = _learned_once(settings, run, name, search)
+        proposals[name] = _learned_once(settings, run, name, search)
     bias = partial(gate_bias, model, train=pool, unsteered=unsteered, settings=options, seed=seed, bf16=settings.bf16)
-    return found, _in_parts(targets, lambda part: list(bias(part)))
+    return proposals, _in_parts(targets, lambda part: list(bias(part)))
 
 
 def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
     """What a search finds for each target. It depends on no other target, so how many share a search is free."""
     parts = [targets[start : start + AT_A_TIME] for start in range(0, len(targets), AT_A_TIME)]
-    return [found for part in parts for found in search(part)]
+    return [result for part in parts for result in search(part)]
 
 
 def _choose(
@@ -164,7 +164,7 @@ def _choose(
     selection: Split,
     neutral: Outcome,
     target: Target,
-    found: dict[str, Terms],
+    proposals: dict[str, Terms],
 ) -> tuple[Candidate, list[Candidate]]:
     """The best candidate for a target, and all that were screened, the least cost first."""
 
@@ -172,7 +172,7 @@ def _choose(
         rows = own_and_others(selection, target, images, settings.seed)
         return rank(model, sae, macs, selection.take(rows), neutral.take(rows), target, tried)
 
-    screened = ranked(SCREENING, _at_strengths(found))
+    screened = ranked(SCREENING, _at_strengths(proposals))
     finalists = [candidate for candidate in screened if candidate.strategy not in CONTROLS][:FINALISTS]
     return ranked(FINAL, [(c.strategy, c.strength, c.terms) for c in finalists])[0], screened
 
@@ -185,9 +185,9 @@ def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], 
     stored = run.read_state(file, settings.fingerprint("profiles"))
     if stored:
         return [terms_from_json(terms) for terms in stored[1]["terms"]]
-    found = search()
-    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in found]})
-    return found
+    results = search()
+    run.write_state(file, settings.fingerprint("profiles"), {}, {"terms": [terms_to_json(terms) for terms in results]})
+    return results
 
 
 def rank(
@@ -230,7 +230,7 @@ def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch
     return torch.cat([picked[0], picked[1][: len(picked[0])]])
 
 
-def _at_strengths(found: Mapping[str, Terms]) -> Iterator[Trial]:
-    for strategy, terms in found.items():
+def _at_strengths(proposals: Mapping[str, Terms]) -> Iterator[Trial]:
+    for strategy, terms in proposals.items():
         for strength in STRENGTHS[strategy]:
             yield strategy, strength, at_strength(terms, strength)

@@ -129,7 +129,7 @@ def trained_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The controls that were trained apart, as rivals: changes against the gated model without steering."""
     singles = single_classes(results["profiles"])
     counts = {p["classes"][0]: p["images"] for p in singles}
-    found = []
+    models = []
     for name, model in results.get("controls", {}).items():
         recall = dict(zip(results["labels"], model["recall"], strict=True))
         others, own = [], []
@@ -139,11 +139,11 @@ def trained_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             right = sum(counts[other] * recall[other] for other in rest)
             others.append(right / max(sum(counts[o] for o in rest), 1) - p["before"]["others_accuracy"])
             own.append(recall[label] - p["before"]["recall"])
-        found.append({
+        models.append({
             "name": f"{name} model ({model['compute_fraction']:.2f} compute)", "kind": "model",
             "head_usage": model["head_usage"], "recall": float(np.mean(own)), "others_accuracy": float(np.mean(others)),
         })  # fmt: skip
-    return found
+    return models
 
 
 def frontier(results: Mapping[str, Any]) -> Figure:
@@ -212,14 +212,14 @@ def row_height(rows: int, usual: float) -> float:
     return usual if rows <= 40 else min(usual, 0.18)
 
 
-def spread(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
-    """Places at least `gap` apart that lie nearest (least squares) to the `wanted` ones, which are in rising order.
+def spread(ideal: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Places at least `gap` apart that lie nearest (least squares) to the `ideal` ones, which are in rising order.
 
-    They stay between low and high when that is wide enough for all. (Isotonic regression of wanted[i] - i * gap.)
+    They stay between low and high when that is wide enough for all. (Isotonic regression of ideal[i] - i * gap.)
     """
-    steps = gap * np.arange(len(wanted))
-    shifted = isotonic_regression(np.asarray(wanted, float) - steps).x
-    places: np.ndarray = np.clip(shifted, low, max(low, high - gap * (len(wanted) - 1))) + steps
+    steps = gap * np.arange(len(ideal))
+    shifted = isotonic_regression(np.asarray(ideal, float) - steps).x
+    places: np.ndarray = np.clip(shifted, low, max(low, high - gap * (len(ideal) - 1))) + steps
     return places
 
 
@@ -237,8 +237,8 @@ def last_block(results: Mapping[str, Any], most: int = 20) -> Figure:
         style(axis)
         base = p["before"]["recall"]
         best = part["oracle"][p["classes"][0]]
-        change = [100 * max(FLOOR, found["recall"] - base) for found in best]
-        axis.plot([found["head_usage"] for found in best], change, "o-", color=ORANGE, ms=3.5, lw=1)
+        change = [100 * max(FLOOR, subset["recall"] - base) for subset in best]
+        axis.plot([subset["head_usage"] for subset in best], change, "o-", color=ORANGE, ms=3.5, lw=1)
         end = (p["after"]["head_usage"], 100 * max(FLOOR, p["after"]["recall"] - base))
         start = (p["before"]["head_usage"], 0)
         axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 1.6})

@@ -61,14 +61,14 @@ def usage_per_block(results: Mapping[str, Any]) -> Figure:
 
 def gates(results: Mapping[str, Any]) -> Figure:
     """Block x head without steering: usage over all classes, how far it differs by class, share near the threshold."""
-    found, blocks = results["diagnostics"], results["gated_blocks"]
-    usage = np.array(found["usage"])  # (C, G, H)
+    diagnostics, blocks = results["diagnostics"], results["gated_blocks"]
+    usage = np.array(diagnostics["usage"])  # (C, G, H)
     panels = [
         ("Usage, mean over classes", usage.mean(0), 1.0),
         ("Usage, highest class minus lowest", usage.max(0) - usage.min(0), 1.0),
     ]
-    if "near_threshold" in found:
-        near = np.array(found["near_threshold"])  # (G, H)
+    if "near_threshold" in diagnostics:
+        near = np.array(diagnostics["near_threshold"])  # (G, H)
         panels.append(("Share of gates with |logit| < 0.1", near, max(0.1, float(near.max()))))
     figure = Figure(figsize=(11.5, 0.42 * len(blocks) + 1.1), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -125,9 +125,9 @@ def curves(points: Sequence[dict[str, Any]]) -> Figure:
             values = [point[field] for point in of_phase]
             axis.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
             axis.plot(steps, smooth(values), color=colour, lw=1.6)
-        wanted = [(step, point["target"]) for step, point in zip(steps, of_phase, strict=True) if "target" in point]
-        if wanted:
-            axis.plot(*zip(*wanted, strict=True), color=INK, lw=1.1, ls="--")
+        targets = [(step, point["target"]) for step, point in zip(steps, of_phase, strict=True) if "target" in point]
+        if targets:
+            axis.plot(*zip(*targets, strict=True), color=INK, lw=1.1, ls="--")
         axis.axvline(start, color="#bbbbbb", lw=0.8)
         phases.append((start, steps[-1], phase))
         start = steps[-1]

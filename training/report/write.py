@@ -53,7 +53,7 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
 
 def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """By file name; points: the training curves (phase, step, accuracy, usage, maybe target)."""
-    found = {
+    drawn = {
         "effects": figures.arrows(results),
         "precision": figures.precision(results),
         "frontier": figures.frontier(results),
@@ -61,14 +61,14 @@ def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> di
         "usage": gate_figures.usage_per_block(results),
     }
     if results.get("diagnostics"):
-        found["gates"] = gate_figures.gates(results)
+        drawn["gates"] = gate_figures.gates(results)
     if results.get("last_block", {}).get("oracle"):
-        found["last_block"] = figures.last_block(results)
+        drawn["last_block"] = figures.last_block(results)
     if results.get("latents"):
-        found["latents"] = gate_figures.latents(results["latents"][:MOST_DESCRIBED])
+        drawn["latents"] = gate_figures.latents(results["latents"][:MOST_DESCRIBED])
     if points:
-        found["curves"] = gate_figures.curves(points)
-    return found
+        drawn["curves"] = gate_figures.curves(points)
+    return drawn
 
 
 def page(
@@ -108,7 +108,9 @@ def with_targets(points: Sequence[dict[str, Any]], usage_target: float) -> list[
 
 def oracle_at(best: Sequence[dict[str, Any]], usage: float) -> dict[str, Any]:
     """Of the best subsets of each size, the smallest that keeps at least `usage` of the heads."""
-    return min((found for found in best if found["head_usage"] >= usage - 1e-9), key=lambda found: found["head_usage"])
+    return min(
+        (subset for subset in best if subset["head_usage"] >= usage - 1e-9), key=lambda subset: subset["head_usage"]
+    )
 
 
 def shade(value: float, top: float) -> tuple[str, str]:

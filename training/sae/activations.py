@@ -29,7 +29,7 @@ def residuals(
     """
     shape = (len(model.gates), len(split), model.dim)
     mapped = folder is not None and memory is not None and 4 * shape[0] * shape[1] * shape[2] > memory
-    found = _file(cast(Path, folder), shape) if mapped else torch.empty(shape)
+    result = _file(cast(Path, folder), shape) if mapped else torch.empty(shape)
     starts = range(0, len(split), size)
     for start in tqdm(starts, desc=what, unit="batch", mininterval=5, dynamic_ncols=True):
         images = split.images[start : start + size].to(model.device)
@@ -37,10 +37,10 @@ def residuals(
         if mapped and batch.abs().max() > torch.finfo(torch.float16).max:
             raise RunError(
                 f"sae.memory_limit is {memory} bytes, and residuals of {batch.abs().max():.3g} do not fit the float16 "
-                f"file for what exceeds it; allowed: {4 * found.numel()} or more for this model and data"
+                f"file for what exceeds it; allowed: {4 * result.numel()} or more for this model and data"
             )
-        found[:, start : start + size] = batch.cpu()
-    return found
+        result[:, start : start + size] = batch.cpu()
+    return result
 
 
 def _file(folder: Path, shape: tuple[int, int, int]) -> Tensor:
@@ -50,19 +50,19 @@ def _file(folder: Path, shape: tuple[int, int, int]) -> Tensor:
         return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
 
 
-def chunks(found: Tensor, size: int = 8192) -> Iterator[Tensor]:
+def chunks(values: Tensor, size: int = 8192) -> Iterator[Tensor]:
     """Residuals (S, B, D) as float32 pieces (S, <= size, D), in order."""
-    for piece in found.split(size, 1):
+    for piece in values.split(size, 1):
         yield piece.float()
 
 
-def moments(found: Tensor) -> tuple[Tensor, Tensor]:
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Of residuals (S, B, D): their mean (S, 1, D), and the root mean square about it (S, 1, 1). Summed in float64."""
-    sites, count, dim = found.shape
+    sites, count, dim = values.shape
     mean = torch.zeros(sites, 1, dim, dtype=torch.float64)
-    for piece in chunks(found):
+    for piece in chunks(values):
         mean += piece.double().sum(1, keepdim=True) / count
     square = torch.zeros(sites, 1, 1, dtype=torch.float64)
-    for piece in chunks(found):
+    for piece in chunks(values):
         square += (piece.double() - mean).pow(2).sum((1, 2), keepdim=True) / (count * dim)
     return mean.float(), square.sqrt().float()
