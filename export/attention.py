@@ -13,28 +13,14 @@ width, H heads, E head width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from export.builder import MICROSOFT, Builder
+from export.closing import Closing
 from export.precision import Arithmetic, Operand
 from export.weights import HeadWeights
-
-
-@dataclass(frozen=True)
-class Closing:
-    """The gates of the units that are in the graph."""
-
-    heads: tuple[int, ...]
-    gate: str
-    """bool (B, 1, 1, heads)"""
-    number: str
-    """The same as float32, 0 or 1."""
-    rows: tuple[str, ...] = ()
-    """Of a dispatch graph, by head: int64 (R, 1), the images whose gate is open."""
 
 
 def masked(
@@ -48,7 +34,7 @@ def masked(
     name: str,
 ) -> str:
     """x (B, Q, D) plus the attention of its tokens over y (B, N, D). leaving: Q, when it is not all tokens."""
-    heads = closing.heads if closing else tuple(range(len(w.query)))
+    heads = closing.units if closing else tuple(range(len(w.query)))
     x = _with_biases(g, w, x, closing, heads, name)
     if not heads:
         return x
@@ -95,7 +81,7 @@ def dispatch(
     name: str,
 ) -> str:
     """As masked, of each head's own images."""
-    heads = closing.heads if closing else tuple(range(len(w.query)))
+    heads = closing.units if closing else tuple(range(len(w.query)))
     total = _with_biases(g, w, x, closing, heads, name)
     if not heads:
         return total
@@ -132,20 +118,6 @@ def _mixed(
     weights = g.op("FusedMatMul", query, key, name=f"{at}/scores", domain=MICROSOFT, transB=1)  # (R, Q, N)
     weights = g.op("Softmax", weights, name=f"{at}/weights", axis=-1)
     return g.op("MatMul", weights, value, name=f"{at}/mixed")
-
-
-def open_rows(g: Builder, gate: str, units: Sequence[str], name: str) -> Sequence[str]:
-    """Gates bool (B, 1, 1, units) -> for each unit the images whose gate is open, int64 (R, 1).
-
-    One NonZero gives the open (unit, image) pairs, ordered by unit. units: the paths of their nodes.
-    """
-    by_unit = g.op("Transpose", gate, name=f"{name}/dispatch/gate", perm=[3, 0, 1, 2])  # (units, B, 1, 1)
-    pairs = g.op("NonZero", by_unit, name=f"{name}/dispatch/pairs")  # (4, pairs): unit, image, 0, 0
-    rows = g.op("Gather", pairs, g.integers(1), name=f"{name}/dispatch/images", axis=0)
-    rows = g.op("Transpose", rows, name=f"{name}/dispatch/rows", perm=[1, 0])  # (pairs, 1)
-    counts = g.op("Cast", by_unit, name=f"{name}/dispatch/open", to=TensorProto.INT64)
-    counts = g.op("ReduceSum", counts, g.integers(1, 2, 3), name=f"{name}/dispatch/counts", keepdims=0)
-    return g.ops("Split", rows, counts, names=[f"{unit}/rows" for unit in units], axis=0)
 
 
 Attend = Callable[[Builder, Arithmetic, HeadWeights, str, str, Closing | None, int | None, str], str]

@@ -41,6 +41,10 @@ MOST = 2**53
 """Of what is counted: every whole number up to it is a float too."""
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
+GATE_BIAS = "gate_bias"
+"""A further input, float32 (B, gated blocks, units): added to the gate logits."""
+MLP_GATE = "mlp_gate"
+"""A further output of models with MLP groups, bool (B, gated blocks, MLP groups)."""
 
 
 class BundleError(Exception):
