@@ -13,26 +13,14 @@ width, H heads, E head width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from export.builder import MICROSOFT, Builder
+from export.closing import Closing
 from export.precision import Arithmetic, Operand
 from export.weights import HeadWeights
-
-
-@dataclass(frozen=True)
-class Closing:
-    """The gates of the heads that are in the graph."""
-
-    heads: tuple[int, ...]
-    gate: str
-    """bool (B, 1, 1, heads)"""
-    number: str
-    """The same as float32, 0 or 1."""
 
 
 def masked(
@@ -46,7 +34,7 @@ def masked(
     name: str,
 ) -> str:
     """x (B, Q, D) plus the attention of its tokens over y (B, N, D). leaving: Q, when it is not all tokens."""
-    heads = closing.heads if closing else tuple(range(len(w.query)))
+    heads = closing.units if closing else tuple(range(len(w.query)))
     x = _with_biases(g, w, x, closing, heads, name)
     if not heads:
         return x
@@ -92,8 +80,8 @@ def dispatch(
     leaving: int | None,
     name: str,
 ) -> str:
-    """As masked. One NonZero a block gives the open (head, image) pairs, ordered by head."""
-    heads = closing.heads if closing else tuple(range(len(w.query)))
+    """As masked, of each head's own images."""
+    heads = closing.units if closing else tuple(range(len(w.query)))
     total = _with_biases(g, w, x, closing, heads, name)
     if not heads:
         return total
@@ -104,14 +92,7 @@ def dispatch(
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed")
         out = arithmetic.linear(g, operand, w.output.flatten(0, 1), None, f"{name}/output")
         return g.op("Add", total, out, name=f"{name}/attention")
-    by_head = g.op("Transpose", closing.gate, name=f"{name}/dispatch/gate", perm=[3, 0, 1, 2])  # (H, B, 1, 1)
-    pairs = g.op("NonZero", by_head, name=f"{name}/dispatch/pairs")  # (4, pairs): head, image, 0, 0
-    rows = g.op("Gather", pairs, g.integers(1), name=f"{name}/dispatch/images", axis=0)
-    rows = g.op("Transpose", rows, name=f"{name}/dispatch/rows", perm=[1, 0])  # (pairs, 1)
-    counts = g.op("Cast", by_head, name=f"{name}/dispatch/open", to=TensorProto.INT64)
-    counts = g.op("ReduceSum", counts, g.integers(1, 2, 3), name=f"{name}/dispatch/counts", keepdims=0)
-    names = [f"{name}/head{head}/rows" for head in heads]
-    for head, own in zip(heads, g.ops("Split", rows, counts, names=names, axis=0), strict=True):
+    for head, own in zip(heads, closing.rows, strict=True):
         at = f"{name}/head{head}"
         tokens = entered.through(g.op("GatherND", entered.value, own, name=f"{at}/in"))  # (R, N, D)
         mixed = _mixed(g, arithmetic, w, tokens, leaving, head, at)

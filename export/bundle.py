@@ -41,6 +41,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
+GATE_BIAS = "gate_bias"
+"""A further input, float32 (B, gated blocks, units): added to the gate logits."""
+MLP_GATE = "mlp_gate"
+"""A further output of models with MLP groups, bool (B, gated blocks, MLP groups)."""
 
 FileName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Attention = Annotated[str, read_as(Literal[ATTENTIONS])]

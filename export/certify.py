@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
-from export.bundle import INPUTS, OUTPUTS, Golden
+from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
@@ -199,9 +199,9 @@ class _Differences:
 
 @torch.no_grad()
 def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
-    """PyTorch's outputs, by OUTPUTS. inputs: by INPUTS. The model must be on the CPU."""
-    outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
-    return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
+    """PyTorch's outputs, by OUTPUTS and MLP_GATE. inputs: by INPUTS and GATE_BIAS. The model must be on the CPU."""
+    outputs = steered(*(torch.from_numpy(inputs[name]) for name in (*INPUTS, GATE_BIAS) if name in inputs))
+    return {name: value.numpy() for name, value in zip((*OUTPUTS, MLP_GATE), outputs, strict=False)}
 
 
 def steerings(profiles: Sequence[Terms], latents: Sequence[int]) -> list[Terms]:

@@ -18,15 +18,14 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from export.builder import MICROSOFT, Builder
 from export.bundle import INPUTS, OUTPUTS
-from export.ends import Classifier, Stem, graph_inputs
-from export.fused_gates import FixedSteering, Steering, gate_logits, gate_product
+from export.ends import Classifier, Stem, gate_outputs, graph_inputs
+from export.fused_gates import FixedSteering, Gated, GateThresholds, Steering, by_kind, gate_logits, gate_product
 from export.weights import HeadWeights, head_weights, mlp_weights
 from training.image_spec import ImageSpec
 from training.model.gated_vit import Gate, GatedVit
@@ -55,55 +54,53 @@ def build_fused(
     real: type[np.floating[Any]],
     kept: Sequence[Sequence[int]] | None = None,
     terms: Terms | None = None,
+    gate_bias: bool = False,
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    kept: as for export.graph.build. terms: for a graph for one steering alone. They are then constants, and the graph's
-    only input is the image.
+    kept, gate_bias: as for export.graph.build. terms: for a graph for one steering alone. They are then constants, and
+    the graph's only input is the image.
     """
     vit = model.vit
     g = Builder(real)
     x, tokens = _stem(g, model, spec)
     stream = _Stream(x, None, None)
     steering = Steering(g, sae) if terms is None else FixedSteering(g, sae, terms)
-    every = range(model.heads)
-    left = [every] * len(model.gated_blocks) if kept is None else kept
+    units = model.heads + model.mlp_groups
+    left = [range(units)] * len(model.gated_blocks) if kept is None else kept
+    thresholds = GateThresholds(g, model, gate_bias)
     products, residuals = [], []
     last = len(vit.blocks) - 1
     for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
         name = f"block{index}"
         y, x = _norm(g, block.norm1, stream, tokens, f"{name}/norm1")
-        open_, heads = None, cast(Sequence[int], every)
+        heads, groups = Gated(tuple(range(model.heads)), None), None
         if index in model.gated_blocks:
             site = model.gated_blocks.index(index)
-            heads = left[site]
             residual = g.op("Gather", x, g.integers(0), name=f"{name}/residual", axis=1)  # (B, 1, D)
             residual = g.float32(residual, f"{name}/residual/float32")
             residuals.append(residual)
-            if decides := heads or (0,) * (site == 0 and not any(left)):  # at least one, for the shape of the outputs
-                product, opened = gate_product(
-                    g, cast(Gate, model.gates[site]), residual, steering, site, decides, name
-                )
+            opened = ""
+            if decides := left[site] or (0,) * (site == 0 and not any(left)):  # at least one, for the outputs' shape
+                product = gate_product(g, cast(Gate, model.gates[site]), residual, steering, site, decides, name)
                 products.append(product)
-                open_ = opened if heads else None
+                opened = thresholds.exceeded(product, site, decides, name)
+            heads, groups = by_kind(g, opened, left[site], model, name)
         leavers = y
         if index == last:
             x, leavers = (g.first(value, model.leaving, f"{name}/leaving/{of}") for of, value in (("x", x), ("y", y)))
-        mixed = _attention(g, head_weights(block), leavers, y, open_, heads, name)
+        mixed = _attention(g, head_weights(block), leavers, y, heads, name)
         if index == last:
             tokens = tokens[:, : model.leaving]
         y, x = _norm(g, block.norm2, _Stream(x, *mixed), tokens, f"{name}/norm2")
-        stream = _Stream(x, *_mlp(g, block, y, tokens, f"{name}/mlp"))
+        stream = _Stream(x, *_mlp(g, block, y, tokens, groups, model.mlp_groups, f"{name}/mlp"))
     x = _sum(g, stream, "tokens")
     logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
-    logit = gate_logits(g, model, products, left)
-    shape: list[str | int] = ["batch", len(residuals), model.heads]
-    g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], shape, TensorProto.BOOL)
-    g.output(logit, OUTPUTS[2], shape)
-    residual = g.op("Concat", *residuals, name="residuals", axis=1)
-    g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
-    return g.finish(graph_inputs(spec, sae.sites if terms is None else 0), metadata)
+    logit = gate_logits(g, model, products, left, gate_bias)
+    gate_outputs(g, model, logit, g.op("Concat", *residuals, name="residuals", axis=1))
+    shape = (len(model.gated_blocks), units) if gate_bias else None
+    return g.finish(graph_inputs(spec, sae.sites if terms is None else 0, shape), metadata)
 
 
 def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
@@ -190,13 +187,13 @@ def _sum(g: Builder, stream: _Stream, name: str) -> str:
 
 
 def _attention(
-    g: Builder, w: HeadWeights, leavers: str, y: str, open_: str | None, heads: Sequence[int], name: str
+    g: Builder, w: HeadWeights, leavers: str, y: str, heads: Gated, name: str
 ) -> tuple[str | None, Tensor | None]:
-    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D), open_ bool (B, 1, heads). Returns the
-    output without its bias, and the bias."""
-    if not heads:
+    """Queries of the tokens (B, Q, D), keys and values of y (B, N, D). Returns the output without its bias, and
+    the bias."""
+    if not heads.units:
         return None, w.bias
-    picked, h, e = list(heads), len(heads), w.query.shape[2]
+    picked, h, e = list(heads.units), len(heads.units), w.query.shape[2]
     parts = {"query": w.query, "key": w.key, "value": w.value}
     wide = {what: weight[picked].transpose(0, 1).flatten(1) for what, weight in parts.items()}  # (D, heads * E)
     biases = {
@@ -222,11 +219,7 @@ def _attention(
                 part = g.op("Add", part, g.weight(f"{at}/{what}.bias", own), name=f"{at}/{what}/biased")
             inputs.append(_by_head_norm(g, norm, part, (h, e), f"{at}/{what}"))
         mixed = g.op("MultiHeadAttention", *inputs, name=at, domain=MICROSOFT, num_heads=h, scale=1.0)
-    if open_ is not None:
-        by_head = g.op("Reshape", mixed, g.integers(0, 0, h, e), name=f"{at}/by_head")
-        gate = g.op("Reshape", open_, g.integers(0, 1, h, 1), name=f"{at}/gate")
-        mixed = g.op("Where", gate, by_head, g.weight(f"{at}/nothing", 0), name=f"{at}/gated/by_head")
-        mixed = g.op("Reshape", mixed, g.integers(0, 0, h * e), name=f"{at}/gated")
+    mixed = heads.closed(g, mixed, h * e, at)
     weight = g.weight(f"{at}/output.weight", w.output[picked].flatten(0, 1))
     return g.op("MatMul", mixed, weight, name=f"{at}/output"), w.bias
 
@@ -245,16 +238,24 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
     return g.op("Reshape", part, g.integers(0, 0, h * e), name=f"{name}/normed")
 
 
-def _mlp(g: Builder, block: Block, y: str, tokens: Tensor, name: str) -> tuple[str, Tensor | None]:
+def _mlp(
+    g: Builder, block: Block, y: str, tokens: Tensor, groups: Gated | None, of: int, name: str
+) -> tuple[str | None, Tensor | None]:
     """The output without its bias, and the bias. Two linear layers with a GELU between; timm's other kinds through the
     exporter, in float32."""
     w = mlp_weights(block)
     if w is None:
         return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name), None
+    if groups and not groups.units:
+        return None, w.second_bias
+    if groups:
+        w = w.groups(of, groups.units)
     hidden = g.op("MatMul", y, g.weight(f"{name}/fc1.weight", w.first), name=f"{name}/fc1")
     if w.first_bias is None:
         hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=w.approximate)
     else:
         kind = "FastGelu" if w.approximate == "tanh" else "BiasGelu"
         hidden = g.op(kind, hidden, g.weight(f"{name}/fc1.bias", w.first_bias), name=f"{name}/gelu", domain=MICROSOFT)
+    if groups:
+        hidden = groups.closed(g, hidden, w.first.shape[1], name)
     return g.op("MatMul", hidden, g.weight(f"{name}/fc2.weight", w.second), name=f"{name}/fc2"), w.second_bias

@@ -3,10 +3,12 @@
 Steering works on all latents of a site at once: two dense products, instead of gathering the weights of each image's
 terms.
 
-Letters: B batch, S sites, T terms, L latents, G gated blocks, H heads, D residual width.
+Letters: B batch, S sites, T terms, L latents, G gated blocks, U units of a block (heads, then MLP groups), D residual
+width.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from export.builder import MICROSOFT, Builder
-from export.bundle import INPUTS
+from export.bundle import GATE_BIAS, INPUTS
 from training.model.gated_vit import Gate, GatedVit
 from training.model.sae import Sae
 from training.steering import GATE_BOUND, Terms
@@ -97,19 +99,83 @@ def _active(g: Builder, encoder: Tensor, cut: Tensor, residual: str, name: str) 
     return raw, g.op("Greater", raw, g.weight(f"{name}/cut", cut, np.float32), name=f"{name}/active")
 
 
+@dataclass(frozen=True)
+class Gated:
+    """Heads or MLP groups of a block that are in the graph."""
+
+    units: tuple[int, ...]
+    open: str | None
+    """bool (B, 1, units); None: all are open."""
+
+    def closed(self, g: Builder, value: str, width: int, name: str) -> str:
+        """value (B, Q, width), an equal part of it of each unit, with the parts of closed units 0."""
+        if self.open is None:
+            return value
+        of_unit = g.op("Reshape", value, g.integers(0, 0, len(self.units), width // len(self.units)),
+                       name=f"{name}/by_unit")  # fmt: skip
+        gate = g.op("Reshape", self.open, g.integers(0, 1, len(self.units), 1), name=f"{name}/gate")
+        of_unit = g.op("Where", gate, of_unit, g.weight(f"{name}/nothing", 0), name=f"{name}/gated/by_unit")
+        return g.op("Reshape", of_unit, g.integers(0, 0, width), name=f"{name}/gated")
+
+
+def by_kind(g: Builder, open_: str, units: Sequence[int], model: GatedVit, name: str) -> tuple[Gated, Gated | None]:
+    """The heads and, of a model with MLP groups, the groups among the units of a block. open_: bool (B, 1, units)."""
+    heads = tuple(unit for unit in units if unit < model.heads)
+    groups = tuple(unit - model.heads for unit in units[len(heads) :])
+    of_heads = of_groups = open_
+    if heads and groups:
+        names = [f"{name}/gate/open/heads", f"{name}/gate/open/mlp_groups"]
+        of_heads, of_groups = g.ops("Split", open_, g.integers(len(heads), len(groups)), names=names, axis=2)
+    return Gated(heads, of_heads), Gated(groups, of_groups) if model.mlp_groups else None
+
+
+class GateThresholds:
+    """What the product of an open gate exceeds, where tanh(product + bias) + gate_bias / GATE_BOUND is 0. With gate
+    biases it is computed once for all blocks: atanh(-b) - bias, where atanh(-b) is log((1 - b) / (1 + b)) / 2, which is
+    infinite from -1 and 1 on."""
+
+    def __init__(self, g: Builder, model: GatedVit, gate_bias: bool):
+        self._g, self._units = g, model.heads + model.mlp_groups
+        self._bias = [cast(Gate, gate).linear.bias / GATE_BOUND for gate in model.gates]
+        self._below: Sequence[str] = ()
+        if gate_bias:
+            b = g.op("Mul", GATE_BIAS, g.number(1 / GATE_BOUND), name="biases/scaled")
+            b = g.op("Clip", b, g.number(-1), g.number(1), name="biases")
+            ratio = [g.op(kind, g.number(1), b, name=f"biases/{kind}") for kind in ("Sub", "Add")]
+            log = g.op("Log", g.op("Div", *ratio, name="biases/ratio"), name="biases/log")
+            needed = g.op("Mul", log, g.number(0.5), name="biases/needed")  # (B, G, U)
+            needed = g.op("Sub", needed, g.weight("biases/linear.bias", torch.stack(self._bias), np.float32),
+                          name="biases/below")  # fmt: skip
+            names = [f"biases/below/{site}" for site in range(len(self._bias))]
+            self._below = [needed] if len(names) == 1 else g.ops(
+                "Split", needed, names=names, axis=1, num_outputs=len(names)
+            )  # fmt: skip
+
+    def exceeded(self, product: str, site: int, units: Sequence[int], name: str) -> str:
+        """bool (B, 1, units): whether the gates are open. product: of gate_product, of these units."""
+        g, at = self._g, f"{name}/gate"
+        if self._below:
+            below = self._below[site]
+            if len(units) < self._units:
+                below = g.op("Gather", below, g.integers(*units), name=f"{at}/below", axis=2)
+        else:
+            below = g.weight(f"{at}/below", -self._bias[site][list(units)], np.float32)
+        return g.op("Greater", product, below, name=f"{at}/open")
+
+
 def gate_product(
     g: Builder,
     gate: Gate,
     residual: str,
     steering: Steering | FixedSteering,
     site: int,
-    heads: Sequence[int],
+    units: Sequence[int],
     name: str,
-) -> tuple[str, str]:
-    """The products of some heads with the gate's weights, (B, 1, heads), and whether their gates are open. The product
-    plus the bias is logit / GATE_BOUND before tanh."""
+) -> str:
+    """The products of some units with the gate's weights, (B, 1, units). With the bias added and before tanh, that is
+    logit / GATE_BOUND."""
     moved, added = steering.moved(site, residual, f"{name}/steering")
-    norm, at, picked = gate.norm, f"{name}/gate", list(heads)
+    norm, at, picked = gate.norm, f"{name}/gate", list(units)
     parameters = [g.weight(f"{at}/norm.{what}", getattr(norm, what), np.float32) for what in ("weight", "bias")]
     if moved is None and added is not None:
         residual = g.op("Add", residual, g.weight(f"{at}/added", added, np.float32), name=f"{at}/shifted")
@@ -123,24 +189,26 @@ def gate_product(
             epsilon=norm.eps,
         )  # fmt: skip
     weight = g.weight(f"{at}/linear.weight", gate.linear.weight[picked].T / GATE_BOUND, np.float32)
-    product = g.op("MatMul", y, weight, name=f"{at}/product")
-    below = g.weight(f"{at}/below", -gate.linear.bias[picked] / GATE_BOUND, np.float32)
-    return product, g.op("Greater", product, below, name=f"{at}/open")
+    return g.op("MatMul", y, weight, name=f"{at}/product")
 
 
-def gate_logits(g: Builder, model: GatedVit, products: Sequence[str], left: Sequence[Sequence[int]]) -> str:
-    """The gate logits (B, G, H). Heads that are not in the graph have the lowest logit."""
-    bias = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, H)
-    present = torch.tensor([[head in of for head in range(model.heads)] for of in left])
+def gate_logits(
+    g: Builder, model: GatedVit, products: Sequence[str], left: Sequence[Sequence[int]], gate_bias: bool
+) -> str:
+    """The gate logits (B, G, U). Units that are not in the graph have the lowest logit."""
+    bias = torch.stack([cast(Gate, gate).linear.bias for gate in model.gates]) / GATE_BOUND  # (G, U)
+    present = torch.tensor([[unit in of for unit in range(bias.shape[1])] for of in left])
     if present.all():
         product = g.op("Concat", *products, name="gates/products", axis=1)
     else:
-        packed = g.op("Concat", *products, name="gates/products/packed", axis=2)  # (B, 1, heads in the graph)
+        packed = g.op("Concat", *products, name="gates/products/packed", axis=2)  # (B, 1, units in the graph)
         packed = g.op("Squeeze", packed, g.integers(1), name="gates/products/row")
         place = (present.flatten().cumsum(0) - 1).clamp_min(0).view_as(present)
         product = g.op("Gather", packed, g.weight("gates/place", place, np.int64), name="gates/products", axis=1)
     scaled = g.op("Add", product, g.weight("gates/linear.bias", bias, np.float32), name="gates/scaled")
     logit = g.op("Mul", g.op("Tanh", scaled, name="gates/tanh"), g.number(GATE_BOUND), name="gates/logit")
+    if gate_bias:
+        logit = g.op("Add", logit, GATE_BIAS, name="gates/logit/biased")
     if present.all():
         return logit
     inside = g.weight("gates/present", present, np.bool_)

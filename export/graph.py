@@ -12,15 +12,16 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from export.attention import ATTENTION, Closing
+from export.attention import ATTENTION
 from export.builder import Builder
-from export.bundle import INPUTS, OUTPUTS
-from export.ends import Classifier, Stem, graph_inputs
+from export.bundle import GATE_BIAS, INPUTS, OUTPUTS
+from export.closing import Closing, closings
+from export.ends import Classifier, Stem, gate_outputs, graph_inputs
 from export.fused import build_fused
+from export.mlp import MLP
 from export.precision import Arithmetic, Float
 from export.weights import head_weights, mlp_weights
 from training.image_spec import ImageSpec
@@ -38,11 +39,17 @@ class SteeredVit(nn.Module):
         self.sae = sae
 
     def forward(
-        self, image: Tensor, steering_latent: Tensor, steering_scale: Tensor, steering_shift: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """image uint8 (B, height, width, channels); terms (B, S, T), int64 and float32.
+        self,
+        image: Tensor,
+        steering_latent: Tensor,
+        steering_scale: Tensor,
+        steering_shift: Tensor,
+        gate_bias: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """image uint8 (B, height, width, channels); terms (B, S, T), int64 and float32; gate_bias float32 (B, G, U).
 
-        Returns logits (B, classes), head_gate bool (B, G, H), gate_logit (B, G, H), residual (B, S, D).
+        Returns logits (B, classes), head_gate bool (B, G, H), gate_logit (B, G, U), residual (B, S, D) and, of a model
+        with MLP groups, mlp_gate bool (B, G, M).
         """
 
         def steer(site: int, residual: Tensor) -> Tensor:
@@ -50,8 +57,10 @@ class SteeredVit(nn.Module):
                 site, residual, steering_latent[:, site], steering_scale[:, site], steering_shift[:, site]
             )
 
-        logits, out = self.model(image, steer)
-        return logits, out["gate_logit"] > 0, out["gate_logit"], out["residual"]
+        logits, out = self.model(image, steer, gate_bias=gate_bias)
+        logit, heads = out["gate_logit"], self.model.heads
+        mlp_gate = (logit[:, :, heads:] > 0,) * bool(self.model.mlp_groups)
+        return logits, logit[:, :, :heads] > 0, logit, out["residual"], *mlp_gate
 
 
 def build(
@@ -61,65 +70,81 @@ def build(
     metadata: dict[str, str],
     arithmetic: Arithmetic | None = None,
     kept: Sequence[Sequence[int]] | None = None,
+    gate_bias: bool = False,
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    attention: a name of ATTENTION, or fused (fused.py). kept: the heads of each gated block that are in the graph; the
-    gates of the others must be closed for every image (compact.py). None: all heads.
+    attention: a name of ATTENTION, or fused (fused.py). kept: the units of each gated block that are in the graph,
+    heads from 0 on and MLP groups after them; the gates of the others must be closed for every image (compact.py).
+    None: all units. gate_bias: whether the graph has that input; without it there are no biases.
 
     A model without gated blocks gives the plain graph, pixels in and logits out, the baseline of the others.
     """
     model, sae, vit = steered.model.eval(), steered.sae, steered.model.vit
     arithmetic = arithmetic or Float()
     if attention == "fused":
-        return build_fused(model, sae, spec, metadata, arithmetic.real, kept)
+        return build_fused(model, sae, spec, metadata, arithmetic.real, kept, gate_bias=gate_bias)
     g = Builder(arithmetic.real)
     pixels = torch.zeros(2, *spec.shape, dtype=torch.uint8)
     x = g.call(Stem(model), "image", pixels, "stem")  # (B, N, D)
     tokens = Stem(model)(pixels)
     steering = _Steering(g, sae) if model.gated_blocks else None
+    units = model.heads + model.mlp_groups
+    biases = _biases(g, len(model.gated_blocks)) if gate_bias else None
     gates, residuals = [], []
     last = len(vit.blocks) - 1
     for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
         name = f"block{index}"
-        closing = None
+        heads = groups = None
         if steering and index in model.gated_blocks:
             site = model.gated_blocks.index(index)
             residual = g.op("Gather", x, g.matrix(0), name=f"{name}/residual", axis=1)  # (B, 1, 1, D)
             residual = g.float32(residual, f"{name}/residual/float32")
             steered_residual = steering.apply(site, residual, f"{name}/steering")
-            gate = _gate(g, cast(Gate, model.gates[site]), steered_residual, f"{name}/gate")  # (B, 1, 1, H)
+            gate = _gate(g, cast(Gate, model.gates[site]), steered_residual, f"{name}/gate")  # (B, 1, 1, U)
+            if biases:
+                gate = g.op("Add", gate, biases[site], name=f"{name}/gate/biased")
             gates.append(gate)
             residuals.append(residual)
-            closing = _closing(g, gate, range(model.heads) if kept is None else kept[site], model.heads, name)
+            present = range(units) if kept is None else kept[site]
+            heads, groups = _closings(g, gate, present, model, attention == "dispatch", name)
         y = _norm(g, block.norm1, x, tokens, f"{name}/norm1")
         leaving = model.leaving if index == last else None
         if leaving is not None:
             x = g.first(x, leaving, f"{name}/leaving")
             tokens = tokens[:, :leaving]
-        x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, closing, leaving, name)
+        x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, heads, leaving, name)
         y = _norm(g, block.norm2, x, tokens, f"{name}/norm2")
-        x = g.op("Add", x, _mlp(g, arithmetic, block, y, tokens, f"{name}/mlp"), name=name)
+        if weights := mlp_weights(block):
+            closing = groups if model.mlp_groups else None
+            x = MLP[attention](g, arithmetic, weights, x, y, closing, model.mlp_groups, name)
+        else:  # timm's other kinds through the exporter, in float32
+            x = g.op("Add", x, g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, f"{name}/mlp"), name=name)
     logits = g.call(Classifier(vit), x, tokens, "classifier")
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     if steering:
         _gate_outputs(g, model, sae, gates, residuals)
     for name, value in arithmetic.observed:
         g.output(value, f"observed/{name}", ["batch", "tokens", "width"])
-    return g.finish(graph_inputs(spec, sae.sites if steering else 0), metadata)
+    shape = (len(model.gated_blocks), units) if gate_bias else None
+    return g.finish(graph_inputs(spec, sae.sites if steering else 0, shape), metadata)
 
 
 def _gate_outputs(g: Builder, model: GatedVit, sae: Sae, gates: Sequence[str], residuals: Sequence[str]) -> None:
-    """gates: of each gated block tanh(logit / GATE_BOUND), (B, 1, 1, H); residuals: (B, 1, 1, D) each."""
-    scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, H)
+    """gates: of each gated block logit / GATE_BOUND, (B, 1, 1, U); residuals: (B, 1, 1, D) each."""
+    scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, U)
     scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
     logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
     residual = g.op("Concat", *residuals, name="residuals/of_sites", axis=1)
     residual = g.op("Squeeze", residual, g.integers(2), name="residuals")
-    heads: list[str | int] = ["batch", len(gates), model.heads]
-    g.output(g.op("Greater", logit, g.number(0), name="gates/open"), OUTPUTS[1], heads, TensorProto.BOOL)
-    g.output(logit, OUTPUTS[2], heads)
-    g.output(residual, OUTPUTS[3], ["batch", sae.sites, model.dim])
+    gate_outputs(g, model, logit, residual)
+
+
+def _biases(g: Builder, blocks: int) -> Sequence[str]:
+    """Of each gated block gate_bias / GATE_BOUND, (B, 1, 1, U): dividing by it is exact."""
+    scaled = g.op("Mul", GATE_BIAS, g.number(1 / GATE_BOUND), name="biases/scaled")
+    scaled = g.op("Unsqueeze", scaled, g.integers(2), name="biases")  # (B, G, 1, U)
+    return g.ops("Split", scaled, names=[f"biases/{site}" for site in range(blocks)], axis=1, num_outputs=blocks)
 
 
 class _Steering:
@@ -175,7 +200,7 @@ class _Steering:
 
 
 def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
-    """tanh(logit / GATE_BOUND), above 0 for an open head. The weights are divided by GATE_BOUND, which is exact."""
+    """logit / GATE_BOUND, above 0 for an open unit. The weights are divided by GATE_BOUND, which is exact."""
     y = _layer_norm(g, gate.norm, residual, f"{name}/norm", np.float32)
     weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
     bias = g.weight(f"{name}/linear.bias", gate.linear.bias / GATE_BOUND, np.float32)
@@ -183,11 +208,15 @@ def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
     return g.op("Tanh", y, name=name)
 
 
-def _closing(g: Builder, gate: str, heads: Sequence[int], of: int, name: str) -> Closing:
-    if len(heads) < of:
-        gate = g.op("Gather", gate, g.integers(*heads), name=f"{name}/gate/kept", axis=3)
+def _closings(
+    g: Builder, gate: str, units: Sequence[int], model: GatedVit, dispatch: bool, name: str
+) -> tuple[Closing, Closing]:
+    """gate: (B, 1, 1, U), above 0 for an open unit. units: those that are in the graph."""
+    if len(units) < model.heads + model.mlp_groups:
+        gate = g.op("Gather", gate, g.integers(*units), name=f"{name}/gate/kept", axis=3)
     open_ = g.op("Greater", gate, g.number(0), name=f"{name}/gate/open")
-    return Closing(tuple(heads), open_, g.real(open_, f"{name}/gate/number"))
+    heads = [unit for unit in units if unit < model.heads]
+    return closings(g, open_, heads, [unit - model.heads for unit in units[len(heads) :]], dispatch, name)
 
 
 def _norm(g: Builder, norm: nn.Module, x: str, tokens: Tensor, name: str) -> str:
@@ -198,13 +227,3 @@ def _norm(g: Builder, norm: nn.Module, x: str, tokens: Tensor, name: str) -> str
 
 def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = None) -> str:
     return g.op("LayerNormalization", x, *g.affine(norm, name, dtype), name=name, axis=-1, epsilon=norm.eps)
-
-
-def _mlp(g: Builder, arithmetic: Arithmetic, block: Block, y: str, tokens: Tensor, name: str) -> str:
-    """Two linear layers with a GELU between; timm's other kinds through the exporter, in float32."""
-    w = mlp_weights(block)
-    if w is None:
-        return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name)
-    hidden = arithmetic.linear(g, arithmetic.enter(g, y, f"{name}/in"), w.first, w.first_bias, f"{name}/fc1")
-    hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=w.approximate)
-    return arithmetic.linear(g, arithmetic.enter(g, hidden, f"{name}/hidden"), w.second, w.second_bias, f"{name}/fc2")

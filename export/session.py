@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS, OUTPUTS
+from export.bundle import INPUTS, MLP_GATE, OUTPUTS
 from training.steering import Terms, to_arrays
 
 Arrays = dict[str, NDArray[Any]]
@@ -34,10 +34,12 @@ def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 
 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
-    """All outputs by name. Inputs that the graph does not have are omitted: a specialised one has the image alone."""
+    """All outputs by name, but those observed for calibration. Inputs that the graph does not have are omitted: a
+    specialised one has the image alone."""
     names = {entry.name for entry in session.get_inputs()}
     own = {name: value for name, value in inputs.items() if name in names}
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), own), strict=True))
+    outputs = [entry.name for entry in session.get_outputs() if entry.name in (*OUTPUTS, MLP_GATE)]
+    return dict(zip(outputs, session.run(outputs, own), strict=True))
 
 
 def not_finite(outputs: Arrays, first: int = 0) -> str:

@@ -1,9 +1,10 @@
 """The weights of a block as the graphs use them, with scales multiplied in.
 
-Letters: D residual width, H heads, E head width, M hidden width of the MLP.
+Letters: D residual width, H heads, E head width, F hidden neurons of the MLP.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -40,13 +41,20 @@ class MlpWeights:
     """A block's MLP: two linear layers with a GELU between, the layer scale multiplied in."""
 
     first: Tensor
-    """(D, M)"""
+    """(D, F)"""
     first_bias: Tensor | None
     approximate: str
     """Of the GELU: none or tanh."""
     second: Tensor
-    """(M, D)"""
+    """(F, D)"""
     second_bias: Tensor | None
+
+    def groups(self, count: int, kept: Sequence[int]) -> "MlpWeights":
+        """The hidden neurons of some of `count` equal groups."""
+        neurons = self.first.shape[1] // count
+        part = [group * neurons + neuron for group in kept for neuron in range(neurons)]
+        bias = None if self.first_bias is None else self.first_bias[part]
+        return replace(self, first=self.first[:, part], first_bias=bias, second=self.second[part])
 
 
 @torch.no_grad()

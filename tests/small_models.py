@@ -34,15 +34,15 @@ KINDS: dict[str, Callable[[], VisionTransformer]] = {
 }
 
 
-def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2)) -> SteeredVit:
-    """Random weights, biases and gates: about half of the heads are closed."""
+def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2), mlp_groups: int = 0) -> SteeredVit:
+    """Random weights, biases and gates: about half of the units are closed."""
     torch.manual_seed(1)
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.1)
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1.0, 0.2)
-    model = GatedVit(vit, gated_blocks, SPEC)
+    model = GatedVit(vit, gated_blocks, SPEC, mlp_groups)
     for gate in model.gates:
         nn.init.normal_(gate.linear.weight)
         nn.init.zeros_(gate.linear.bias)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.layers import set_fused_attn
+from timm.layers import Mlp, SwiGLU, set_fused_attn
 from timm.models import create_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -30,12 +30,12 @@ from training.steering import SteeringTerm
 GREY = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
 
 
-@pytest.fixture(scope="module")
-def model() -> GatedVit:
-    """Small, with gates that really decide: about half of the heads are closed."""
+@pytest.fixture(scope="module", params=[0, 8], ids=["heads", "heads and MLP groups"])
+def model(request: pytest.FixtureRequest) -> GatedVit:
+    """Small, with gates that really decide: about half of the units are closed."""
     torch.manual_seed(0)
     settings = VitSettings(dim=32, depth=3, heads=4)
-    model = GatedVit(create_vit(settings, GREY, 10), (1, 2), GREY)
+    model = GatedVit(create_vit(settings, GREY, 10), (1, 2), GREY, request.param)
     for gate in model.gates:
         nn.init.normal_(gate.linear.weight)
         nn.init.zeros_(gate.linear.bias)
@@ -55,18 +55,22 @@ def test_with_every_head_on_it_is_timms_model(model: GatedVit) -> None:
     torch.testing.assert_close(logits, model.vit(normal), rtol=1e-4, atol=1e-5)
 
 
-def test_a_closed_head_is_the_same_as_a_removed_head(model: GatedVit) -> None:
+def test_a_closed_unit_is_the_same_as_a_removed_unit(model: GatedVit) -> None:
     batch = images(64)
     logits, out = model(batch)
-    gates = out["head_gate"]
+    gates, of_mlp = out["head_gate"], out["mlp_gate"]
     assert 0.2 < gates.mean() < 0.8
-    width = model.vit.blocks[0].attn.head_dim
+    assert of_mlp.shape == (64, 2, model.mlp_groups)
+    width, neurons = model.vit.blocks[0].attn.head_dim, 128 // max(model.mlp_groups, 1)
     row = 5
+    assert not model.mlp_groups or 0 < of_mlp[row].mean() < 1
     alone = {k: v.clone() for k, v in model.vit.state_dict().items()}
     try:
         for index, block in enumerate(model.gated_blocks):
             for head in torch.nonzero(gates[row, index] == 0).flatten().tolist():
                 model.vit.blocks[block].attn.proj.weight[:, head * width : (head + 1) * width] = 0
+            for group in torch.nonzero(of_mlp[row, index] == 0).flatten().tolist():
+                model.vit.blocks[block].mlp.fc2.weight[:, group * neurons : (group + 1) * neurons] = 0
         removed, _ = model(batch[row : row + 1], decide=keep_all)
     finally:
         model.vit.load_state_dict(alone)
@@ -110,7 +114,8 @@ def test_macs_agree_with_torchs_flop_counter(model: GatedVit) -> None:
             model(images(1), decide=keep_all)
     finally:
         set_fused_attn(was_fused)
-    gates = 2 * len(model.gated_blocks) * model.dim * model.heads  # the only thing that we leave out
+    units = model.heads + model.mlp_groups
+    gates = 2 * len(model.gated_blocks) * model.dim * units  # the only thing that we leave out
     assert counter.get_total_flops() - gates == 2 * count(model).dense
 
 
@@ -121,12 +126,51 @@ def test_macs_of_a_head_by_hand() -> None:
     assert head_macs(dim=4, head_dim=2, tokens=3, queries=1) == 2 * 8 + 2 * 24 + 2 * 6
 
 
-def test_compute_fraction_is_dense_less_the_closed_heads(model: GatedVit) -> None:
+def test_macs_of_a_group_are_those_of_an_mlp_with_its_neurons_alone() -> None:
+    model = GatedVit(create_vit(VitSettings(dim=32, depth=3, heads=4), GREY, 10), (1, 2), GREY, mlp_groups=8)
+    with FlopCounterMode(display=False) as counter:
+        Mlp(32, 128 // 8)(torch.zeros(1, 50, 32))
+    assert count(model).per_mlp_group == (counter.get_total_flops() // 2, counter.get_total_flops() // 2 // 50)
+
+
+def test_compute_fraction_is_dense_less_the_closed_units(model: GatedVit) -> None:
     macs = count(model)
-    gates = torch.ones(2, 2, 4)
+    gates, of_mlp = torch.ones(2, 2, 4), torch.ones(2, 2, model.mlp_groups)
     gates[1, 0, 1] = gates[1, 1, 3] = 0
-    expected = 1 - (macs.per_head[0] + macs.per_head[1]) / macs.dense
-    assert macs.fraction(gates).tolist() == pytest.approx([1.0, expected])
+    closed = macs.per_head[0] + macs.per_head[1]
+    if model.mlp_groups:
+        of_mlp[1, 1, :3] = 0
+        closed += 3 * macs.per_mlp_group[1]
+    assert macs.fraction(gates, of_mlp).tolist() == pytest.approx([1.0, 1 - closed / macs.dense])
+
+
+def test_a_gate_bias_is_added_and_none_is_zero_exactly(model: GatedVit) -> None:
+    batch, units = images(5), model.heads + model.mlp_groups
+    logits, out = model(batch)
+    zero, same = model(batch, gate_bias=torch.zeros(5, 2, units))
+    assert torch.equal(logits, zero)
+    assert torch.equal(out["gate_logit"], same["gate_logit"])
+    bias = torch.zeros(5, 2, units)
+    bias[2, 0], bias[3, :, 1] = 100.0, -100.0
+    _, moved = model(batch, gate_bias=bias)
+    assert moved["head_gate"][2, 0].all()
+    assert moved["mlp_gate"][2, 0].all()
+    assert not moved["head_gate"][3, :, 1].any()
+    assert torch.equal(moved["gate_logit"][2, 0], out["gate_logit"][2, 0] + 100)
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "message"),
+    [
+        ({}, 3, "vit.mlp_groups is 3; allowed: a divisor of the 128 hidden neurons of block 1, or 0"),
+        ({"mlp_layer": SwiGLU}, 4, "the MLP of block 1 is a SwiGLU; allowed with vit.mlp_groups above 0: timm's Mlp"),
+    ],
+)
+def test_mlps_without_such_groups_are_refused(make: dict[str, type], groups: int, message: str) -> None:
+    vit = VisionTransformer(img_size=28, patch_size=7, in_chans=1, embed_dim=32, depth=2, num_heads=4, **make)
+    with pytest.raises(UnsupportedModel, match=message):
+        GatedVit(vit, (1,), GREY, groups)
+    assert GatedVit(vit, (1,), GREY).mlp_groups == 0
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
-"""A timm VisionTransformer whose attention heads are switched on and off per image.
+"""A timm VisionTransformer whose attention heads and MLP groups are switched on and off per image.
 
-A gate reads the class token of the residual stream that enters its block and decides, per head, whether the
-head runs: `logit = Linear(LayerNorm(residual))`, kept when the logit is above 0 (the policy head of AdaViT,
-arXiv:2111.15668). A closed head contributes exactly zero before the output projection.
+A gate reads the class token of the residual stream that enters its block and decides, per unit, whether the unit runs:
+`logit = Linear(LayerNorm(residual))`, kept when the logit is above 0 (the policy head of AdaViT, arXiv:2111.15668).
+A unit is an attention head or an MLP group, an equal slice of the hidden neurons of the block's MLP. A closed head
+contributes exactly zero before the output projection, a closed group exactly zero before the second layer's bias, which
+is always added.
 
-Letters: B images, N tokens, D residual width, H heads, E head width, G gated blocks, Q query tokens.
+Letters: B images, N tokens, D residual width, H heads, E head width, M MLP groups, U = H + M units, G gated blocks,
+Q query tokens.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypedDict, cast
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from training.image_spec import ImageSpec
 from training.steering import GATE_BOUND, GATE_EPSILON
 
 Decide = Callable[[int, Tensor], Tensor]
-"""(index among the gated blocks, gate logits (B, H)) -> gates (B, H), 0 to 1."""
+"""(index among the gated blocks, gate logits (B, U)) -> gates (B, U), 0 to 1. Heads come first, then MLP groups."""
 Steer = Callable[[int, Tensor], Tensor]
 """(index among the gated blocks, residual (B, D)) -> what the gate reads instead, (B, D)."""
 
@@ -36,9 +39,11 @@ class Intermediates(TypedDict):
     residual: Tensor
     """float32 (B, G, D): the class token that enters each gated block."""
     gate_logit: Tensor
-    """float32 (B, G, H)"""
+    """float32 (B, G, U), the gate bias added."""
     head_gate: Tensor
     """float32 (B, G, H): 0 or 1 (in the forward pass)."""
+    mlp_gate: Tensor
+    """float32 (B, G, M), likewise."""
 
 
 class GatedNetwork(Protocol):
@@ -51,6 +56,10 @@ class GatedNetwork(Protocol):
     @property
     def heads(self) -> int:
         """Heads of a block."""
+
+    @property
+    def mlp_groups(self) -> int:
+        """MLP groups of a gated block; 0 where only heads are gated."""
 
     @property
     def dim(self) -> int:
@@ -67,7 +76,7 @@ class GatedNetwork(Protocol):
 
 
 def keep_positive(_: int, logit: Tensor) -> Tensor:
-    """The decision at inference: keep a head when its logit is above 0."""
+    """The decision at inference: keep a unit when its logit is above 0."""
     return (logit > 0).to(logit.dtype)
 
 
@@ -98,17 +107,17 @@ def lowered(decide: Decide, offset: Tensor) -> Decide:
 
 
 class Gate(nn.Module):
-    """(B, D) -> gate logits (B, H), softly bounded to +-GATE_BOUND so that no gate is beyond recall. Starts open."""
+    """(B, D) -> gate logits (B, U), softly bounded to +-GATE_BOUND so that no gate is beyond recall. Starts open."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, units: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim, GATE_EPSILON)
-        self.linear = nn.Linear(dim, heads)
+        self.linear = nn.Linear(dim, units)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, 2.0)
 
     def forward(self, residual: Tensor) -> Tensor:
-        """residual: (B, D). Returns gate logits (B, H)."""
+        """residual: (B, D). Returns gate logits (B, U)."""
         return GATE_BOUND * torch.tanh(self.linear(self.norm(residual)) / GATE_BOUND)
 
 
@@ -123,44 +132,58 @@ class GatedVit(nn.Module):
     std: Tensor
     heads: int
 
-    def __init__(self, vit: VisionTransformer, gated_blocks: tuple[int, ...], spec: ImageSpec):
+    def __init__(self, vit: VisionTransformer, gated_blocks: tuple[int, ...], spec: ImageSpec, mlp_groups: int = 0):
+        """mlp_groups: of each gated block's MLP; 0: the MLPs run whole. Raises UnsupportedModel."""
         super().__init__()
         check_supported(vit)
+        check_mlps(vit, gated_blocks, mlp_groups)
         self.vit = vit
         self.gated_blocks = gated_blocks
-        self.heads = cast(Attention, vit.blocks[0].attn).num_heads
+        self.heads, self.mlp_groups = cast(Attention, vit.blocks[0].attn).num_heads, mlp_groups
         self.dim = vit.embed_dim
         self.leaving = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # tokens that the classifier reads
-        self.gates = nn.ModuleList(Gate(self.dim, self.heads) for _ in gated_blocks)
+        self.gates = nn.ModuleList(Gate(self.dim, self.heads + mlp_groups) for _ in gated_blocks)
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1) * 255, persistent=False)
 
     def forward(
-        self, image: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
+        self,
+        image: Tensor,
+        steer: Steer | None = None,
+        decide: Decide = keep_positive,
+        gate_bias: Tensor | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """image: uint8 (B, height, width, channels). Returns logits (B, classes) and the intermediates."""
+        """image: uint8 (B, height, width, channels). gate_bias: float32 (B, G, U), added to the bounded gate logits.
+
+        Returns logits (B, classes) and the intermediates.
+        """
         vit, x = self.vit, self.embed(image)
         residuals, logits, gates = [], [], []
         last = len(vit.blocks) - 1
         for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
-            gate = None
+            head_gate = mlp_gate = None
             if index in self.gated_blocks:
                 site = self.gated_blocks.index(index)
                 with torch.autocast(x.device.type, enabled=False):
                     residual = x[:, 0].float()
                     logit = self.gates[site](residual if steer is None else steer(site, residual))
+                    if gate_bias is not None:
+                        logit = logit + gate_bias[:, site]
                     gate = decide(site, logit)
+                head_gate, mlp_gate = gate[:, : self.heads], gate[:, self.heads :]
                 residuals.append(residual)
                 logits.append(logit)
                 gates.append(gate)
             queries = self.leaving if index == last else x.shape[1]
-            mixed = attention(cast(Attention, block.attn), block.norm1(x), gate, queries)
+            mixed = attention(cast(Attention, block.attn), block.norm1(x), head_gate, queries)
             x = x[:, :queries] + block.drop_path1(block.ls1(mixed))
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            x = x + block.drop_path2(block.ls2(mlp(cast(Mlp, block.mlp), block.norm2(x), mlp_gate)))
+        gates_of_units = torch.stack(gates, 1)
         out: Intermediates = {
             "residual": torch.stack(residuals, 1),
             "gate_logit": torch.stack(logits, 1),
-            "head_gate": torch.stack(gates, 1),
+            "head_gate": gates_of_units[:, :, : self.heads],
+            "mlp_gate": gates_of_units[:, :, self.heads :],
         }
         return vit.forward_head(vit.norm(x)), out
 
@@ -203,6 +226,16 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
     return projected
 
 
+def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
+    """The MLP of tokens x (B, N, D), each group of hidden neurons multiplied by its gate (B, M); None or M = 0: all."""
+    if gate is None or not gate.shape[1]:
+        whole: Tensor = module(x)
+        return whole
+    hidden = module.drop1(module.act(module.fc1(x))).unflatten(-1, (gate.shape[1], -1))  # (B, N, M, neurons)
+    out: Tensor = module.drop2(module.fc2((hidden * gate[:, None, :, None].to(hidden.dtype)).flatten(-2)))
+    return out
+
+
 def check_supported(vit: nn.Module) -> None:
     """Raises UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
 
@@ -224,6 +257,22 @@ def check_supported(vit: nn.Module) -> None:
             isinstance(attn.norm, nn.Identity), f"scale_attn_norm in block {index}", "none: a closed head must add 0"
         )
         require(attn.gate is None, f"an attention gate of its own in block {index}", "none")
+
+
+def check_mlps(vit: VisionTransformer, gated_blocks: tuple[int, ...], groups: int) -> None:
+    """Raises UnsupportedModel unless the MLPs of these blocks fall into so many groups that can be removed each."""
+    for index in gated_blocks if groups else ():
+        module = vit.blocks[index].mlp
+        if type(module) is not Mlp or not isinstance(module.norm, nn.Identity) or not isinstance(module.fc1, nn.Linear):
+            raise UnsupportedModel(
+                f"the MLP of block {index} is a {type(module).__name__}{' with a norm' * (type(module) is Mlp)}; "
+                "allowed with vit.mlp_groups above 0: timm's Mlp, two linear layers without a norm between them"
+            )
+        if module.fc1.out_features % groups:
+            raise UnsupportedModel(
+                f"vit.mlp_groups is {groups}; allowed: a divisor of the {module.fc1.out_features} hidden neurons of "
+                f"block {index}, or 0"
+            )
 
 
 def parse_gated_blocks(text: str, depth: int) -> tuple[int, ...]:

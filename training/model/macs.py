@@ -1,8 +1,8 @@
 """The one counter of multiply-accumulates (MACs), per image.
 
-Counted: every convolution and Linear layer, and the two matrix products of attention, of the model with every head
-on and with only the class token in the last block's query, output projection and MLP. Not counted: norms,
-activations, softmax, biases, and the gates with their steering (D*H + 2*T*D a site: below 0.1% here).
+Counted: every convolution and Linear layer, and the two matrix products of attention, of the model with every unit
+open and with only the class token in the last block's query, output projection and MLP. Not counted: norms,
+activations, softmax, biases, and the gates with their steering (D*U + 2*T*D a site: below 0.1% here).
 """
 
 from collections.abc import Iterable
@@ -22,18 +22,23 @@ class Macs:
     """What an image costs, in MACs."""
 
     dense: int
-    """The whole model with every head on."""
+    """The whole model with every unit open."""
     per_head: tuple[int, ...]
     """What one head costs in each gated block: its share of q, k, v, of the attention and of the output projection."""
+    per_mlp_group: tuple[int, ...] = ()
+    """What one MLP group costs in each gated block; empty where only heads are gated."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name; without per_mlp_group where only heads are gated."""
+        return {name: value for name, value in asdict(self).items() if name != "per_mlp_group" or value}
 
-    def fraction(self, head_gate: torch.Tensor) -> torch.Tensor:
-        """Compute fraction (B,) of gates (B, G, H): MACs spent / MACs with every head on."""
-        closed = (1 - head_gate.double()).sum(2)  # (B, G)
-        return 1 - closed @ torch.tensor(self.per_head, dtype=torch.float64) / self.dense
+    def fraction(self, head_gate: torch.Tensor, mlp_gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute fraction (B,) of gates (B, G, H) and (B, G, M): MACs spent / MACs with every unit open."""
+        closed = (1 - head_gate.double()).sum(2) @ torch.tensor(self.per_head, dtype=torch.float64)  # (B,)
+        if mlp_gate is not None and self.per_mlp_group:
+            groups = (1 - mlp_gate.double()).sum(2)  # (B, G)
+            closed = closed + groups @ torch.tensor(self.per_mlp_group, dtype=torch.float64)
+        return 1 - closed / self.dense
 
 
 def count(model: GatedVit) -> Macs:
@@ -56,16 +61,19 @@ def count(model: GatedVit) -> Macs:
             hook.remove()
     classifier = cast(nn.Linear, vit.head)
     dense = stem + model.leaving * classifier.weight.numel()  # a distilled model has a second head of the same size
-    per_head = []
+    per_head, per_mlp_group = [], []
     for index, block in enumerate(cast(Iterable[Block], vit.blocks)):
-        attn, mlp = cast(Attention, block.attn), cast(Mlp, block.mlp)
+        attn, module = cast(Attention, block.attn), cast(Mlp, block.mlp)
         queries = model.leaving if index == len(vit.blocks) - 1 else tokens
         head = head_macs(vit.embed_dim, attn.head_dim, tokens, queries)
         dense += attn.num_heads * head
-        dense += queries * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
+        neurons = queries * (module.fc1.weight.numel() + module.fc2.weight.numel())
+        dense += neurons
         if index in model.gated_blocks:
             per_head.append(head)
-    return Macs(dense, tuple(per_head))
+            if model.mlp_groups:
+                per_mlp_group.append(neurons // model.mlp_groups)
+    return Macs(dense, tuple(per_head), tuple(per_mlp_group))
 
 
 def head_macs(dim: int, head_dim: int, tokens: int, queries: int) -> int:

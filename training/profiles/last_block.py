@@ -6,7 +6,7 @@ where tail is the block's MLP, the final norm and the classifier, of the class t
 the last block is gated (the paper's setting) every question about gates is then a question about small vectors: a
 LastBlock takes the place of the model, and row numbers that of the images.
 
-Letters: B images, H heads, D width, C classes.
+Letters: B images, H heads, U units (heads, then MLP groups), D width, C classes.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from itertools import product
 from typing import cast
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from training.data.splits import Split
-from training.model.gated_vit import Decide, GatedNetwork, GatedVit, Intermediates, Steer, keep_all, keep_positive
+from training.model.gated_vit import Decide, GatedNetwork, GatedVit, Intermediates, Steer, keep_all, keep_positive, mlp
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,14 @@ class LastBlock:
             logit = self.gates[0](residual if steer is None else steer(0, residual))
             gate = decide(0, logit)
             logits = self.tail(residual, self.contribution[rows], gate)
-        return logits, {"residual": residual[:, None], "gate_logit": logit[:, None], "head_gate": gate[:, None]}
+        head_gate, mlp_gate = gate[:, None].split([self.heads, self.mlp_groups], 2)
+        out: Intermediates = {
+            "residual": residual[:, None],
+            "gate_logit": logit[:, None],
+            "head_gate": head_gate,
+            "mlp_gate": mlp_gate,
+        }
+        return logits, out
 
     @property
     def gates(self) -> nn.ModuleList:
@@ -55,6 +62,11 @@ class LastBlock:
         return self.contribution.shape[1]
 
     @property
+    def mlp_groups(self) -> int:
+        """MLP groups of the block."""
+        return self.model.mlp_groups
+
+    @property
     def dim(self) -> int:
         """Width of the residual stream."""
         return self.residual.shape[1]
@@ -64,21 +76,21 @@ class LastBlock:
         """Of the model."""
         return self.residual.device
 
-    def logits(self, head_gate: Tensor, size: int = 4096) -> Tensor:
-        """Gates (B, H) -> logits (B, C)."""
+    def logits(self, gate: Tensor, size: int = 4096) -> Tensor:
+        """Gates (B, U) -> logits (B, C)."""
         parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
         return torch.cat(
-            [self.tail(self.residual[p], self.contribution[p], head_gate[p].to(self.device)) for p in parts]
+            [self.tail(self.residual[p], self.contribution[p], gate[p].to(self.device)) for p in parts]
         )
 
-    def tail(self, residual: Tensor, contribution: Tensor, head_gate: Tensor) -> Tensor:
-        """(B, D), (B, H, D), (B, H) -> logits (B, C)."""
+    def tail(self, residual: Tensor, contribution: Tensor, gate: Tensor) -> Tensor:
+        """(B, D), (B, H, D), (B, U) -> logits (B, C)."""
         block, vit = cast(Block, self.model.vit.blocks[-1]), self.model.vit
         bias = cast(Attention, block.attn).proj.bias
         constant = block.ls1(bias) if bias is not None else 0.0
-        kept = torch.einsum("bh,bhd->bd", head_gate.float(), contribution)
+        kept = torch.einsum("bh,bhd->bd", gate[:, : self.heads].float(), contribution)
         x = (residual + constant + kept)[:, None]  # (B, 1, D)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x + block.ls2(mlp(cast(Mlp, block.mlp), block.norm2(x), gate[:, self.heads :]))
         logits: Tensor = vit.forward_head(vit.norm(x))
         return logits
 

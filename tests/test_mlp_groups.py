@@ -1,0 +1,149 @@
+"""MLP groups and gate biases in every kind of graph, against PyTorch, and against MLPs without the closed groups."""
+
+from functools import partial
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import SPEC, assert_same, images, rows, small, model_of
+from timm.models.deit import VisionTransformerDistilled
+
+from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
+from export.calibration import calibrate
+from export.certify import run_torch
+from export.graph import SteeredVit, build
+from export.precision import Int8
+from export.session import Arrays, inputs_of, open_session, run_onnx
+
+KINDS = ("masked", "dispatch", "fused")
+UNITS = 3 + 4
+
+
+def biased(count: int, seed: int = 0, spread: float = 3.0) -> Arrays:
+    """Rows with steering in every second one, and a bias for every gate."""
+    drawn = np.random.default_rng(seed).normal(0, spread, (count, 2, UNITS)).astype(np.float32)
+    return {**rows(count, seed), GATE_BIAS: drawn}
+
+
+@pytest.fixture(scope="module")
+def steered() -> SteeredVit:
+    return model_of(small(), mlp_groups=4)
+
+
+@pytest.fixture(scope="module")
+def sessions(steered: SteeredVit) -> dict[str, onnxruntime.InferenceSession]:
+    graphs = {kind: build(steered, SPEC, kind, {}, gate_bias=True) for kind in KINDS}
+    return {kind: open_session(graph.SerializeToString(), kind, 1) for kind, graph in graphs.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_has_the_gates_and_the_biases_of_both_kinds_of_units(kind: str, steered: SteeredVit) -> None:
+    graph = build(steered, SPEC, kind, {}, gate_bias=True).graph
+    assert [entry.name for entry in graph.input] == [*INPUTS, GATE_BIAS]
+    assert [entry.name for entry in graph.output] == [*OUTPUTS, MLP_GATE]
+    assert [entry.name for entry in build(steered, SPEC, kind, {}).graph.input] == list(INPUTS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 13), seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 3.0, 8.0, 1e6]))
+def test_any_batch_and_any_biases(
+    steered: SteeredVit, sessions: dict[str, onnxruntime.InferenceSession], batch: int, seed: int, spread: float
+) -> None:
+    """Biases of a million close or open every unit."""
+    inputs = biased(batch, seed, spread)
+    expected = run_torch(steered, inputs)
+    clear = (np.abs(expected["gate_logit"]) > 1e-3).all((1, 2))
+    for session in sessions.values():
+        outputs = run_onnx(session, inputs)
+        assert_same(*({name: value[clear] for name, value in answer.items()} for answer in (outputs, expected)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_bias_is_a_bias_of_zero_to_the_bit(
+    kind: str, steered: SteeredVit, sessions: dict[str, onnxruntime.InferenceSession]
+) -> None:
+    without = open_session(build(steered, SPEC, kind, {}).SerializeToString(), kind, 1)
+    inputs = biased(9, spread=0.0)
+    for (name, value), other in zip(run_onnx(without, inputs).items(), run_onnx(sessions[kind], inputs).values()):
+        np.testing.assert_array_equal(value, other, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_group_is_the_same_as_one_that_is_not_in_the_graph(
+    kind: str, steered: SteeredVit, sessions: dict[str, onnxruntime.InferenceSession]
+) -> None:
+    """Both heads and groups; a block without groups, and one without heads."""
+    kept = ((0, 2), (4, 6))
+    inputs = biased(9)
+    for site, units in enumerate(kept):
+        inputs[GATE_BIAS][:, site, [unit for unit in range(UNITS) if unit not in units]] = -100
+    expected = run_onnx(sessions[kind], inputs)
+    assert 0 < expected["head_gate"].mean() < 0.5
+    graph = build(steered, SPEC, kind, {}, kept=kept, gate_bias=True)
+    outputs = run_onnx(open_session(graph.SerializeToString(), kind, 1), inputs)
+    assert np.abs(outputs["logits"] - expected["logits"]).max() < 2e-5
+    present = np.zeros((2, UNITS), bool)
+    for site, units in enumerate(kept):
+        present[site, list(units)] = True
+    np.testing.assert_array_equal(outputs["gate_logit"][:, present], expected["gate_logit"][:, present])
+    np.testing.assert_array_equal(outputs[MLP_GATE], expected[MLP_GATE])
+    smaller = sum(weight.ByteSize() for weight in graph.graph.initializer)
+    assert smaller < 0.8 * sum(w.ByteSize() for w in build(steered, SPEC, kind, {}).graph.initializer)
+
+
+def test_a_closed_group_is_not_computed(steered: SteeredVit) -> None:
+    """Seen in the graph: the hidden neurons of a group are computed for its open images alone."""
+    model = build(steered, SPEC, "dispatch", {}, gate_bias=True)
+    names = [f"block{block}/mlp/group{group}/gelu" for block in (1, 2) for group in range(4)]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
+    session = open_session(model.SerializeToString(), "dispatch")
+    gate, *hidden = session.run([MLP_GATE, *names], biased(11))
+    assert [len(of_group) for of_group in hidden] == gate.sum(0).flatten().tolist()
+    assert {of_group.shape[1:] for of_group in hidden} == {(17, 24), (1, 24)}, "of 96 hidden neurons"
+
+
+@pytest.mark.parametrize("kind", ["masked", "dispatch"])
+def test_int8_stays_close_with_groups_and_biases(kind: str, steered: SteeredVit) -> None:
+    inputs = biased(64)
+    graph = build(steered, SPEC, kind, {}, Int8(calibrate(steered, SPEC, [rows(64)])), gate_bias=True)
+    outputs = run_onnx(open_session(graph.SerializeToString(), kind), inputs)
+    expected = run_torch(steered, inputs)
+    agree = [(outputs[name] == expected[name]).all((1, 2)) for name in ("head_gate", MLP_GATE)]
+    alike = agree[0] & agree[1]
+    assert alike.mean() > 0.6
+    assert np.abs(outputs["logits"] - expected["logits"])[alike].max() < 0.25 * expected["logits"].std()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_distilled_model_and_layer_scale_have_groups_too(kind: str) -> None:
+    distilled = VisionTransformerDistilled(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5, init_values=0.3
+    )
+    for vit in (distilled, partial(small, init_values=0.3, qkv_bias=False)()):
+        steered = model_of(vit, mlp_groups=4)
+        session = open_session(build(steered, SPEC, kind, {}, gate_bias=True).SerializeToString(), kind, 1)
+        assert_same(run_onnx(session, biased(5)), run_torch(steered, biased(5)))
+
+
+def test_a_row_of_a_mixed_batch_is_that_row_alone(
+    sessions: dict[str, onnxruntime.InferenceSession],
+) -> None:
+    inputs = biased(7)
+    together = run_onnx(sessions["dispatch"], inputs)
+    for row in range(7):
+        alone = run_onnx(sessions["dispatch"], {name: value[row : row + 1] for name, value in inputs.items()})
+        np.testing.assert_array_equal(alone[MLP_GATE][0], together[MLP_GATE][row])
+        np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
+
+
+def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:
+    inputs = inputs_of(images(3), [{}] * 3, 2)
+    zero = torch.zeros(3, 2, UNITS)
+    plain = run_torch(steered, inputs)
+    same = run_torch(steered, {**inputs, GATE_BIAS: zero.numpy()})
+    for name, value in plain.items():
+        np.testing.assert_array_equal(value, same[name], err_msg=name)
