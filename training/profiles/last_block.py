@@ -79,9 +79,7 @@ class LastBlock:
     def logits(self, gate: Tensor, size: int = 4096) -> Tensor:
         """Gates (B, U) -> logits (B, C)."""
         parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
-        return torch.cat(
-            [self.tail(self.residual[p], self.contribution[p], gate[p].to(self.device)) for p in parts]
-        )
+        return torch.cat([self.tail(self.residual[p], self.contribution[p], gate[p].to(self.device)) for p in parts])
 
     def tail(self, residual: Tensor, contribution: Tensor, gate: Tensor) -> Tensor:
         """(B, D), (B, H, D), (B, U) -> logits (B, C)."""
