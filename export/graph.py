@@ -1,9 +1,10 @@
 """The ONNX graphs of a gated ViT and its autoencoders: pixels and steering terms in, logits and gates out.
 
-attention.py and mlp.py write how units are closed, precision.py the linear layers. The rest is here, the same for all graphs.
-Parts that timm varies (patches, positions, classifier, unusual norms and MLPs) go through PyTorch's exporter.
+attention.py and mlp.py write how units are closed, precision.py the linear layers. The rest is here, the same for all
+graphs. Parts that timm varies (patches, positions, classifier, unusual norms and MLPs) go through PyTorch's exporter.
 
-Letters: B batch, S sites, T terms, G gated blocks, H heads, U units (heads, then MLP groups), N tokens, D residual width.
+Letters: B batch, S sites, T terms, G gated blocks, H heads, U units (heads, then MLP groups), N tokens, D residual
+width.
 """
 
 from collections.abc import Iterable, Sequence
