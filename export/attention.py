@@ -140,7 +140,7 @@ def _with_biases(g: Builder, w: HeadWeights, x: str, closing: Closing | None, he
 
 
 def _normed(g: Builder, norm: nn.Module, value: str, shape: tuple[int, ...], name: str) -> str:
-    return value if isinstance(norm, nn.Identity) else g.call(norm, value, torch.zeros(shape), name)
+    return value if isinstance(norm, nn.Identity) else g.norm(norm, value, torch.zeros(shape), name)
 
 
 def _first(g: Builder, tokens: Operand, count: int, name: str) -> Operand:

@@ -6,9 +6,10 @@ A value is its name. A node bears the name of its first output, a path such as `
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
@@ -24,6 +25,9 @@ MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 EXTERNAL_FROM = 1_900_000_000
 """Bytes of weights from which they go into a file beside the graph: a protobuf message has at most 2 GiB."""
+
+_PARTS: MutableMapping[nn.Module, dict[str, onnx.GraphProto]] = WeakKeyDictionary()
+"""By model and name, what the exporter has written of it."""
 
 
 class Builder:
@@ -92,6 +96,13 @@ class Builder:
         bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
         return self.weight(f"{name}.weight", weight, dtype), self.weight(f"{name}.bias", bias, dtype)
 
+    def norm(self, norm: nn.Module, value: str, example: Tensor, name: str, dtype: Any = None) -> str:
+        """A norm of the last axis; other kinds than LayerNorm through the exporter. dtype: as of weight."""
+        if not isinstance(norm, nn.LayerNorm):
+            return self.call(norm, value, example, name)
+        parameters = self.affine(norm, name, dtype)
+        return self.op("LayerNormalization", value, *parameters, name=name, axis=-1, epsilon=norm.eps)
+
     def first(self, tokens: str, count: int, name: str) -> str:
         """(B, N, D) -> (B, count, D)"""
         return self.op("Slice", tokens, self.integers(0), self.integers(count), self.integers(1), name=name)
@@ -104,12 +115,17 @@ class Builder:
         """A value of the tokens, cast to float32."""
         return value if self._real is np.float32 else self.op("Cast", value, name=name, to=TensorProto.FLOAT)
 
-    def call(self, module: nn.Module, value: str, example: Tensor, name: str) -> str:
+    def call(self, module: nn.Module, value: str, example: Tensor, name: str, of: nn.Module | None = None) -> str:
         """A module of one input and one output, with the batch on axis 0, as PyTorch's exporter writes it.
 
-        It computes in float32; the output has the type of the tokens.
+        It computes in float32; the output has the type of the tokens. of: the model that the module is a part of, where
+        all graphs of the model have this part: the exporter takes seconds, so it writes it once for all of them.
         """
-        part = exported(module, example)
+        parts = {} if of is None else _PARTS.setdefault(of, {})
+        if name not in parts:
+            parts[name] = exported(module, example)
+        part = onnx.GraphProto()
+        part.CopyFrom(parts[name])
         out = name if self._real is np.float32 else f"{name}/float32"
         value = self.float32(value, f"{name}/input") if example.dtype == torch.float32 else value
         renamed = {part.input[0].name: value, part.output[0].name: out}

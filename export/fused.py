@@ -95,7 +95,7 @@ def build_fused(
         y, x = _norm(g, block.norm2, _Stream(x, *mixed), tokens, f"{name}/norm2")
         stream = _Stream(x, *_mlp(g, block, y, tokens, groups, model.mlp_groups, f"{name}/mlp"))
     x = _sum(g, stream, "tokens")
-    logits = g.call(Classifier(vit), x, tokens, "classifier")
+    logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     logit = gate_logits(g, model, products, left, gate_bias)
     gate_outputs(g, model, logit, g.op("Concat", *residuals, name="residuals", axis=1))
@@ -112,7 +112,7 @@ def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
         positions = _positions(vit)
     patch = vit.patch_embed
     if positions is None or not _plain_patches(patch):
-        return g.call(Stem(model), INPUTS[0], pixels, "stem"), tokens
+        return g.call(Stem(model), INPUTS[0], pixels, "stem", vit), tokens
     proj = cast(nn.Conv2d, patch.proj)
     (rows, columns), (high, wide) = patch.grid_size, proj.kernel_size
     std, mean = model.std.view(1, -1, 1, 1), model.mean.view(1, -1, 1, 1)
@@ -164,9 +164,7 @@ def _norm(g: Builder, norm: nn.Module, stream: _Stream, tokens: Tensor, name: st
     """The normed residual, and the residual."""
     if not isinstance(norm, nn.LayerNorm) or stream.delta is None:
         x = _sum(g, stream, f"{name}/residual")
-        if isinstance(norm, nn.LayerNorm):
-            return g.op("LayerNormalization", x, *g.affine(norm, name), name=name, axis=-1, epsilon=norm.eps), x
-        return g.call(norm, x, tokens, name), x
+        return g.norm(norm, x, tokens, name), x
     parameters = [*g.affine(norm, name)]
     if stream.bias is not None:
         parameters.append(g.weight(f"{name}/added.bias", stream.bias))
@@ -234,7 +232,7 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
         return part
     h, e = shape
     part = g.op("Reshape", part, g.integers(0, 0, h, e), name=f"{name}/by_head")
-    part = g.call(norm, part, torch.zeros(2, 3, h, e), f"{name}/norm")
+    part = g.norm(norm, part, torch.zeros(2, 3, h, e), f"{name}/norm")
     return g.op("Reshape", part, g.integers(0, 0, h * e), name=f"{name}/normed")
 
 

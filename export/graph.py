@@ -8,7 +8,7 @@ width.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx
@@ -87,7 +87,7 @@ def build(
         return build_fused(model, sae, spec, metadata, arithmetic.real, kept, gate_bias=gate_bias)
     g = Builder(arithmetic.real)
     pixels = torch.zeros(2, *spec.shape, dtype=torch.uint8)
-    x = g.call(Stem(model), "image", pixels, "stem")  # (B, N, D)
+    x = g.call(Stem(model), "image", pixels, "stem", vit)  # (B, N, D)
     tokens = Stem(model)(pixels)
     steering = _Steering(g, sae) if model.gated_blocks else None
     units = model.heads + model.mlp_groups
@@ -109,19 +109,19 @@ def build(
             residuals.append(residual)
             present = range(units) if kept is None else kept[site]
             heads, groups = _closings(g, gate, present, model, attention == "dispatch", name)
-        y = _norm(g, block.norm1, x, tokens, f"{name}/norm1")
+        y = g.norm(block.norm1, x, tokens, f"{name}/norm1")
         leaving = model.leaving if index == last else None
         if leaving is not None:
             x = g.first(x, leaving, f"{name}/leaving")
             tokens = tokens[:, :leaving]
         x = ATTENTION[attention](g, arithmetic, head_weights(block), x, y, heads, leaving, name)
-        y = _norm(g, block.norm2, x, tokens, f"{name}/norm2")
+        y = g.norm(block.norm2, x, tokens, f"{name}/norm2")
         if weights := mlp_weights(block):
             closing = groups if model.mlp_groups else None
             x = MLP[attention](g, arithmetic, weights, x, y, closing, model.mlp_groups, name)
         else:  # timm's other kinds through the exporter, in float32
             x = g.op("Add", x, g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, f"{name}/mlp"), name=name)
-    logits = g.call(Classifier(vit), x, tokens, "classifier")
+    logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     if steering:
         _gate_outputs(g, model, sae, gates, residuals)
@@ -202,7 +202,7 @@ class _Steering:
 
 def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
     """logit / GATE_BOUND, above 0 for an open unit. The weights are divided by GATE_BOUND, which is exact."""
-    y = _layer_norm(g, gate.norm, residual, f"{name}/norm", np.float32)
+    y = g.norm(gate.norm, residual, torch.empty(0), f"{name}/norm", np.float32)
     weight = g.weight(f"{name}/linear.weight", gate.linear.weight.T / GATE_BOUND, np.float32)
     bias = g.weight(f"{name}/linear.bias", gate.linear.bias / GATE_BOUND, np.float32)
     y = g.op("Add", g.op("MatMul", y, weight, name=f"{name}/product"), bias, name=f"{name}/linear")
@@ -218,13 +218,3 @@ def _closings(
     open_ = g.op("Greater", gate, g.number(0), name=f"{name}/gate/open")
     heads = [unit for unit in units if unit < model.heads]
     return closings(g, open_, heads, [unit - model.heads for unit in units[len(heads) :]], dispatch, name)
-
-
-def _norm(g: Builder, norm: nn.Module, x: str, tokens: Tensor, name: str) -> str:
-    if isinstance(norm, nn.LayerNorm):
-        return _layer_norm(g, norm, x, name)
-    return g.call(norm, x, tokens, name)
-
-
-def _layer_norm(g: Builder, norm: nn.LayerNorm, x: str, name: str, dtype: Any = None) -> str:
-    return g.op("LayerNormalization", x, *g.affine(norm, name, dtype), name=name, axis=-1, epsilon=norm.eps)

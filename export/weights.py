@@ -3,6 +3,7 @@
 Letters: D residual width, H heads, E head width, F hidden neurons of the MLP.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -75,7 +76,7 @@ def head_weights(block: Block) -> HeadWeights:
         query = query * attn.scale
         query_bias = None if query_bias is None else query_bias * attn.scale
     else:
-        query_norm = nn.Sequential(query_norm, _Scale(attn.scale))
+        query_norm = _scaled(query_norm, attn.scale)
     if isinstance(key_norm, nn.Identity):
         key_bias = None
     output = (attn.proj.weight.T * gamma).view(h, e, -1)  # (H, E, D)
@@ -92,6 +93,16 @@ def mlp_weights(block: Block) -> MlpWeights | None:
         return None
     bias = None if mlp.fc2.bias is None else mlp.fc2.bias * scale
     return MlpWeights(mlp.fc1.weight.T, mlp.fc1.bias, mlp.act.approximate, mlp.fc2.weight.T * scale, bias)
+
+
+def _scaled(norm: nn.Module, factor: float) -> nn.Module:
+    """A norm of the last axis whose output is multiplied by the factor."""
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+        return nn.Sequential(norm, _Scale(factor))
+    scaled = copy.deepcopy(norm)
+    for parameter in scaled.parameters():
+        parameter.mul_(factor)
+    return scaled
 
 
 class _Scale(nn.Module):
