@@ -1,6 +1,6 @@
 """Step `evaluate`: the whole protocol on the test split. results.json has every number of the report.
 
-The criteria (`_criteria`) were set before a test image was read, and count over all classes.
+The criteria (criteria.py) were set before a test image was read, and count over all classes.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import Data
 from training.evaluation import significance
-from training.evaluation.baselines import by_predicted_class, prior_bias
+from training.evaluation.baselines import each_under, prior_bias
+from training.evaluation.changes import changes
 from training.evaluation.controls import LAST_BLOCK, Control, controls
+from training.evaluation.criteria import LEVEL, MARGINS, criteria
 from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of
 from training.evaluation.significance import mean
@@ -86,7 +88,7 @@ def _protocol(
     _adjust(of_classes)
     whole = {"ungated": ungated, "neutral": neutral}
     if len(singles) == len(data.labels):
-        whole["by_predicted_class"] = by_predicted_class(neutral, [under[index] for index in singles])
+        whole["by_predicted_class"] = each_under(neutral.predicted, [under[index] for index in singles])
     return {
         "split": "test",
         "images": len(test),
@@ -104,7 +106,7 @@ def _protocol(
         },
         "mean_after": {key: round(mean(e["after"][key] for e in of_classes), 5) for key in of_classes[0]["after"]},
         "rivals": compare([slices[index] for index in singles]),
-        "success": _criteria(of_classes),
+        "success": criteria(of_classes),
         "pattern": [_pattern(entry) for entry in of_classes if _shows_pattern(entry)],
         "pattern_definition": PATTERN,
     }
@@ -116,6 +118,10 @@ def _profile_entry(
     own = torch.isin(classes, torch.tensor(target))
     right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
     before, after = (values[own.numpy()] for values in right)
+    values = changes(neutral, under, classes, target)
+    p_values = {metric: significance.not_below(values[metric], margin) for metric, margin in MARGINS.items()}
+    p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
+    p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
     recall, precision = prior_bias(neutral, classes, target, effect(under, classes, target, macs).precision)
     return {
         "name": profile.name,
@@ -131,40 +137,28 @@ def _profile_entry(
         "recall_change_interval": _pair(significance.change_interval(before, after)),
         "overall_change_interval": _pair(significance.change_interval(right[0], right[1])),
         "mcnemar": significance.mcnemar(before, after),
-        "below_one_point": significance.mcnemar_below(before, after, 0.01),
+        "non_inferiority": p_values,
+        "power": _power(before, after),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
         "head_usage_before": rounded(neutral.take(own).head_gate.double().mean(0)),
         "head_usage_after": rounded(under.take(own).head_gate.double().mean(0)),
     }
 
 
+def _power(before: significance.Right, after: significance.Right) -> dict[str, float]:
+    """Of the non-inferiority test of recall, with as many images and changed answers, if truly nothing changed."""
+    discordance = float((before != after).mean())
+    return {
+        "discordance": round(discordance, 5),
+        "power": round(significance.power(len(before), discordance, MARGINS["recall"], LEVEL), 5),
+        "detectable": round(significance.detectable(len(before), discordance, LEVEL), 5),
+    }
+
+
 def _adjust(entries: Sequence[dict[str, Any]]) -> None:
     """Benjamini-Hochberg over the classes, in place."""
-    for field in ("mcnemar", "below_one_point"):
-        for entry, p in zip(entries, significance.benjamini_hochberg([e[field] for e in entries]), strict=True):
-            entry[f"{field}_adjusted"] = p
-
-
-def _criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set beforehand, over the single classes."""
-
-    def change(key: str) -> list[float]:
-        return [entry["after"][key] - entry["before"][key] for entry in entries]
-
-    usage = mean(entry["after"]["head_usage"] for entry in entries)
-    below = sum(entry["below_one_point_adjusted"] < 0.05 for entry in entries)
-    criteria: list[tuple[str, float, bool]] = [
-        ("mean head usage <= 0.30", usage, usage <= 0.30),
-        ("mean recall change >= 0", mean(change("recall")), mean(change("recall")) >= 0),
-        ("classes significantly below -1 point (Benjamini-Hochberg, 5%): none", below, below == 0),
-        ("worst recall change >= -3 points", min(change("recall")), min(change("recall")) >= -0.03),
-        (
-            "mean change of the accuracy of all images >= -0.3 point",
-            mean(change("overall_accuracy")),
-            mean(change("overall_accuracy")) >= -0.003,
-        ),
-    ]
-    return [{"criterion": name, "measured": round(value, 5), "met": bool(met)} for name, value, met in criteria]
+    for entry, p in zip(entries, significance.benjamini_hochberg([e["mcnemar"] for e in entries]), strict=True):
+        entry["mcnemar_adjusted"] = p
 
 
 def _shows_pattern(entry: dict[str, Any]) -> bool:
