@@ -30,6 +30,7 @@ from training.model.sae import Sae
 from training.profiles.fit import own_and_others
 from training.profiles.learned import gate_bias, learned
 from training.profiles.statistics import measure
+from training.profiles.strategies import Target
 from training.sae.activations import residuals
 from training.steering import SteeringTerm, Terms, at_strength
 
@@ -37,6 +38,9 @@ NO_STEERING, PROFILE = "no steering", "class profile"
 SHIFT, SCALE, SHIFT_MATCHED = "shift alone", "scale alone", "shift alone, matched"
 CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
 PREDICTED = "profile of predicted class"
+BIAS_RATE = 4.0
+"""Learning rate of biases / that of terms. With that of terms a bias, which has further to go, follows the weight of
+the usage term too late: usage swings between 0 and 0.47 and does not settle."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,25 @@ class Learned:
     """The same for all classes."""
 
 
-def learn(settings: ProfileSettings, model: GatedVit, sae: Sae, pool: Split, classes: int, seed: int, bf16: bool,
-          class_bias: Tensor | None = None) -> Learned:  # fmt: skip
-    """pool: training images. class_bias (C, G, H): learned already. A search without classes sees as many images a
-    step as one for all classes."""
-    everything = [tuple(range(classes))]
+def learn(
+    settings: ProfileSettings, model: GatedVit, sae: Sae, pool: Split, classes: int, seed: int, bf16: bool
+) -> Learned:
+    """pool: training images. A search without classes sees as many images a step as one for all classes."""
+    each, everything = [(label,) for label in range(classes)], [tuple(range(classes))]
     unsteered = answers(model, pool).logits.log_softmax(-1)
     sample = pool.take(torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:10_000])
     stats = measure(model, sae, residuals(model, sample, "ablation: residuals"), sample)
-    wide = settings.model_copy(update={"rows": settings.rows * classes})
-    if class_bias is None:
-        each = [(label,) for label in range(classes)]
-        class_bias = gate_bias(model, each, pool, unsteered, settings, seed, bf16)
-    return Learned(
-        class_bias,
-        gate_bias(model, everything, pool, unsteered, wide, seed, bf16)[0],
-        learned(model, sae, stats, everything, pool, unsteered, wide, seed, bf16)[0],
-    )
+    wide = {"rows": settings.rows * classes}
+    faster = {"learning_rate": BIAS_RATE * settings.learning_rate}
+
+    def biases(targets: Sequence[Target], changed: Mapping[str, float]) -> Tensor:
+        changed_settings = settings.model_copy(update=changed)
+        return gate_bias(model, targets, pool, unsteered, changed_settings, seed, bf16)
+
+    terms = learned(
+        model, sae, stats, everything, pool, unsteered, settings.model_copy(update=wide), seed, bf16
+    )[0]  # fmt: skip
+    return Learned(biases(each, faster), biases(everything, {**wide, **faster})[0], terms)
 
 
 def variants(

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from training.model.inference import Outcome
 
+CHANGES = "changes"
+"""Tensors of a run folder: by metric the values of all test images, float64 (B,), mean over the class profiles; and the
+digest of the images if all seeds have the same ones."""
 Values = NDArray[np.float64]
 """(B,)"""
 

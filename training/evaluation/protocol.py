@@ -3,9 +3,10 @@
 The criteria (criteria.py) were set before a test image was read, and count over all classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from training.config import Settings
 from training.data.splits import Data
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
-from training.evaluation.changes import changes
+from training.evaluation.changes import CHANGES, Values, changes
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, criteria
 from training.evaluation.latent_images import describe_latents
@@ -72,11 +73,15 @@ def _protocol(
         answers(network, test, steered_by(sae, profile.terms))
         for profile in tqdm(profiles, desc="evaluate: profiles", unit="profile", dynamic_ncols=True)
     ]
+    values = [changes(neutral, outcome, test.classes, target) for target, outcome in zip(targets, under, strict=True)]
     entries = [
-        _profile_entry(profile, target, neutral, outcome, test.classes, macs)
-        for profile, target, outcome in zip(profiles, targets, under, strict=True)
+        _profile_entry(profile, target, neutral, outcome, of_images, test.classes, macs)
+        for profile, target, outcome, of_images in zip(profiles, targets, under, values, strict=True)
     ]
     singles = [index for index, target in enumerate(targets) if len(target) == 1]
+    means = {metric: torch.from_numpy(np.mean([values[i][metric] for i in singles], 0)) for metric in MARGINS}
+    common = None if settings.data.max_test else data.found.get("test images")  # else every seed has its own images
+    run.write_tensors(CHANGES, means, {"images": common})
     slices = []
     rivals = rivals_of(run, network, sae, selection, profiles, targets, settings.seed)
     for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
@@ -113,12 +118,17 @@ def _protocol(
 
 
 def _profile_entry(
-    profile: SteeringProfile, target: Target, neutral: Outcome, under: Outcome, classes: Tensor, macs: Macs
+    profile: SteeringProfile,
+    target: Target,
+    neutral: Outcome,
+    under: Outcome,
+    values: Mapping[str, Values],
+    classes: Tensor,
+    macs: Macs,
 ) -> dict[str, Any]:
     own = torch.isin(classes, torch.tensor(target))
     right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
-    before, after = (values[own.numpy()] for values in right)
-    values = changes(neutral, under, classes, target)
+    before, after = (of_images[own.numpy()] for of_images in right)
     p_values = {metric: significance.not_below(values[metric], margin) for metric, margin in MARGINS.items()}
     p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
     p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
