@@ -14,7 +14,9 @@ from training.checkpoint import RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
+from training.evaluation.ablation import compare_variants, scale_alone, shift_alone, table
 from training.evaluation.baselines import (
+    Rival,
     bisect,
     each_under,
     fixed_heads,
@@ -29,9 +31,13 @@ from training.evaluation.rivals import Measured, compare
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit
-from training.model.inference import Effect, Outcome, auroc, effect, gate_diagnostics
-from training.model.macs import Macs
+from training.model.inference import Effect, Outcome, answers, auroc, effect, gate_diagnostics, steered_by
+from training.model.macs import Macs, count
+from training.model.sae import Sae
 from training.profiles.fit import own_and_others, targets_of
+from training.steering import SteeringTerm
+
+LABELS = ["a", "b", "c"]
 
 
 def right(*counts: tuple[int, bool]) -> NDArray[np.bool_]:
@@ -249,6 +255,60 @@ def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
     assert significance.paired(profile, rival) == pytest.approx(expected)
     assert significance.paired(profile, profile) == 1.0
     assert significance.paired(profile, 1 - profile) == significance.mcnemar(profile > 0, profile == 0)
+
+
+def test_shift_terms_ignore_the_image_and_scale_terms_need_an_active_latent() -> None:
+    torch.manual_seed(0)
+    sae = Sae(1, 6, 8).requires_grad_(False)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(4, 0.5, 1.0))}
+    residual = torch.randn(40, 8)
+    z = sae.encode(0, residual)[:, [1, 4]]
+    shift, scale = (steered_by(sae, part(terms)) for part in (shift_alone, scale_alone))
+    assert shift is not None
+    assert scale is not None
+    decoder = sae.decoder[0]
+    torch.testing.assert_close(shift(0, residual) - residual, (3 * decoder[1] + decoder[4]).expand(40, 8))
+    expected = z @ torch.stack([-3 * decoder[1], -0.5 * decoder[4]])
+    torch.testing.assert_close(scale(0, residual) - residual, expected)
+    silent = (z == 0).all(1)
+    assert 0 < silent.sum() < 40
+    assert torch.equal(scale(0, residual)[silent], residual[silent])
+
+
+def test_variants_are_compared_under_the_own_class_and_under_each_class() -> None:
+    """Three classes of 4, 4 and 12 images; the profile of class c keeps 1, 2 or all 3 heads of every image."""
+    torch.manual_seed(1)
+    spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 3), (1,), spec).eval()
+    for parameter in model.vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    classes = torch.tensor([0] * 4 + [1] * 4 + [2] * 12)
+    split = Split(torch.randint(256, (20, 16, 16, 1), dtype=torch.uint8), classes)
+    profiles = [fixed_heads(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
+    steerings = {"no steering": [Rival()] * 3, "class profile": profiles, "one bias for all": [profiles[1]] * 3}
+    records = compare_variants(model, count(model), split, LABELS, steerings)
+    own, bias = records["class profile"]["own"], records["one bias for all"]
+    assert own["head_usage"] == pytest.approx((4 * 1 + 4 * 2 + 12 * 3) / 60)
+    assert bias["own"]["head_usage"] == bias["natural"]["head_usage"] == pytest.approx(2 / 3, abs=1e-5)
+    assert records["class profile"]["natural"]["head_usage"] == pytest.approx(2 / 3, abs=1e-5)  # mean of 1/3, 2/3 and 1
+    assert bias["against_profile"]["same_gates"] == pytest.approx((4 * 2 + 4 * 3 + 12 * 2) / 60, abs=1e-5)
+    right = torch.stack([answers(model, split, None, rival.decide).predicted == classes for rival in profiles]).double()
+    assert not (right == right[0]).all()  # the heads matter here
+    of_own = torch.cat([right[0, :4], right[1, 4:8], right[2, 8:]])
+    assert own["accuracy"] == pytest.approx(of_own.mean().item())
+    assert records["class profile"]["natural"]["overall_accuracy"] == pytest.approx(right.mean().item(), abs=1e-5)
+    against = bias["against_profile"]
+    assert against["own"]["accuracy"] == pytest.approx((right[1] - of_own).mean().item(), abs=1e-5)
+    assert against["all"]["accuracy"] == pytest.approx((right[1] - right.mean(0)).mean().item(), abs=1e-5)
+    assert [entry["name"] for entry in bias["classes"]] == LABELS
+    predicted = answers(model, split).predicted
+    kept = torch.tensor([1, 2, 3])[predicted].double().mean().item()
+    assert records["profile of predicted class"]["own"]["head_usage"] == pytest.approx(kept / 3, abs=1e-5)
+    lines = table(records).splitlines()
+    assert len(lines) == 2 + 4
+    assert max(map(len, lines)) <= 110
 
 
 def test_gate_diagnostics_by_hand() -> None:

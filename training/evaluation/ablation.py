@@ -38,9 +38,8 @@ NO_STEERING, PROFILE = "no steering", "class profile"
 SHIFT, SCALE, SHIFT_MATCHED = "shift alone", "scale alone", "shift alone, matched"
 CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
 PREDICTED = "profile of predicted class"
-BIAS_RATE = 4.0
-"""Learning rate of biases / that of terms. With that of terms a bias, which has further to go, follows the weight of
-the usage term too late: usage swings between 0 and 0.47 and does not settle."""
+BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
+"""A bias has further to go than terms: with their learning rate and no damping head usage swings between 0 and 0.47."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def learn(
 
     def biases(targets: Sequence[Target], changed: Mapping[str, float]) -> Tensor:
         changed_settings = settings.model_copy(update=changed)
-        return gate_bias(model, targets, pool, unsteered, changed_settings, seed, bf16)
+        return gate_bias(model, targets, pool, unsteered, changed_settings, seed, bf16, BIAS_DAMPING)
 
     terms = learned(
         model, sae, stats, everything, pool, unsteered, settings.model_copy(update=wide), seed, bf16

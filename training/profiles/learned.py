@@ -89,6 +89,7 @@ def gate_bias(
     settings: ProfileSettings,
     seed: int,
     bf16: bool,
+    damping: float = 0.0,
 ) -> Tensor:
     """The baseline that steering must beat: one constant added to each gate logit, per target. Returns (P, G, H)."""
     shape = len(targets), len(model.gated_blocks), model.heads
@@ -100,7 +101,10 @@ def gate_bias(
     def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
         return logit + bounded()[profile, site]
 
-    search(model, targets, train, unsteered, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0)
+    search(
+        model, targets, train, unsteered, settings, seed, bf16, [raw], "gate-logit bias", None, shifted, lambda: 0.0,
+        damping,
+    )  # fmt: skip
     return bounded().detach().cpu()
 
 
@@ -117,8 +121,12 @@ def search(
     steer: PerRow | None,
     shift_logit: PerRow | None,
     penalty: Callable[[], Tensor | float],
+    damping: float = 0.0,
 ) -> None:
-    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H)."""
+    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H).
+
+    damping: of the usage term's weight, for parameters that follow it slowly: without it usage swings about the target.
+    """
     device = model.mean.device
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     own, rest = settings.rows // 2, settings.rows - settings.rows // 2
@@ -155,7 +163,8 @@ def search(
             lost = lost + settings.keep_weight * moved * ~is_own
         loss = (weight * lost).sum() / weight.sum()
         usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
-        loss = loss + (usage_weight * usage).mean() + penalty()
+        damped = usage_weight + damping * (usage.detach() - settings.usage_target)
+        loss = loss + (damped * usage).mean() + penalty()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
