@@ -15,7 +15,7 @@ from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import Data, DataError, balanced, load
-from training.evaluation.ablation import Learned, compare_variants, learn, table, variants
+from training.evaluation.ablation import Learned, compare_variants, from_first_gate, learn, table, variants
 from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.model.sae import Sae
@@ -43,9 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     model, sae, run = steered.model, steered.sae, Run(options.out)
     learnt = _learned_once(settings, run, bundle.manifest.gates_sae_digest, data, model, sae)
     profiles = [bundle.profiles[label].terms for label in data.labels]
-    steerings = variants(model, sae, data.selection, profiles, learnt)
-    split = data.test if options.split == "test" else data.selection
-    records = compare_variants(model, count(model), split, data.labels, steerings)
+    macs = count(model)
+    later, (selection, split) = from_first_gate(
+        model, [data.selection, data.test if options.split == "test" else data.selection]
+    )
+    steerings = variants(later, sae, selection, profiles, learnt)
+    records = compare_variants(later, macs, split, data.labels, steerings)
     run.write_json(
         f"ablation.{options.split}.json", {"split": options.split, "images": len(split), "variants": records}
     )

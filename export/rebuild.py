@@ -47,7 +47,8 @@ def rebuild(folder: Path, settings: VitSettings) -> tuple[Bundle, SteeredVit]:
         wrong = model.load_state_dict({**_state(model, weights), **gates}, strict=False)
         sae.load_state_dict({name: value for name, value in stored.items() if name not in gates})
     except (KeyError, RuntimeError) as error:
-        raise BundleError(f"{path} does not fit the settings of its model: {error}") from error
+        first = " ".join(str(error).split("\n\t")[:2])
+        raise BundleError(f"{path} does not fit the settings of its model: {first}") from error
     unset = [name for name in wrong.missing_keys if not name.endswith(("running_mean", "running_var", "tracked"))]
     assert unset == wrong.unexpected_keys == []
     steered = SteeredVit(model, sae).eval().requires_grad_(False)

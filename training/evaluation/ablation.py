@@ -8,12 +8,15 @@ matches a head usage, comes from training and selection images.
 Letters: B images, C classes, G gated blocks, H heads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +26,7 @@ from training.evaluation import significance
 from training.evaluation.baselines import Rival, each_under, logit_bias, matched
 from training.evaluation.rivals import MATCHING, SLICE
 from training.evaluation.significance import mean
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedVit, attention
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
 from training.model.macs import Macs
 from training.model.sae import Sae
@@ -35,7 +38,7 @@ from training.sae.activations import residuals
 from training.steering import SteeringTerm, Terms, at_strength
 
 NO_STEERING, PROFILE = "no steering", "class profile"
-SHIFT, SCALE, SHIFT_MATCHED = "shift alone", "scale alone", "shift alone, matched"
+SHIFT, SCALE = "shift alone", "scale alone"
 CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
 PREDICTED = "profile of predicted class"
 BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
@@ -80,7 +83,7 @@ def variants(
 ) -> dict[str, list[Rival]]:
     """How each class's images are steered, by name. profiles: the terms of every class.
 
-    Biases, terms for all and "shift alone, matched" are set to the head usage of the profiles on selection images.
+    Biases, and terms for all, are set to the head usage of the profiles on selection images.
     """
     rows = [own_and_others(selection, (label,), MATCHING, 0) for label in range(len(profiles))]
     own = [selection.take(of_class[: len(of_class) // 2]) for of_class in rows]
@@ -95,23 +98,48 @@ def variants(
         for images, rival in zip(own, whole, strict=True)
     ]
 
-    def per_class(at: Callable[[int, float], Rival]) -> list[Rival]:
-        return [matched(model, own[label], usage[label], lambda f: at(label, f)) for label in range(len(profiles))]  # noqa: B023
+    def class_bias(label: int) -> Rival:
+        return matched(model, own[label], usage[label], lambda f: logit_bias(f * learnt.class_bias[label]))
 
     def for_all(at: Callable[[float], Rival]) -> list[Rival]:
         return [matched(model, everyone, mean(usage), at)] * len(profiles)
 
-    shifts = [shift_alone(terms) for terms in profiles]
     return {
         NO_STEERING: [Rival()] * len(profiles),
         PROFILE: whole,
-        SHIFT: [steered(terms) for terms in shifts],
+        SHIFT: [steered(shift_alone(terms)) for terms in profiles],
         SCALE: [steered(scale_alone(terms)) for terms in profiles],
-        SHIFT_MATCHED: per_class(lambda label, f: steered(at_strength(shifts[label], f))),
-        CLASS_BIAS: per_class(lambda label, f: logit_bias(f * learnt.class_bias[label])),
+        CLASS_BIAS: [class_bias(label) for label in range(len(profiles))],
         BIAS: for_all(lambda f: logit_bias(f * learnt.bias)),
         TERMS: for_all(lambda f: steered(at_strength(learnt.terms, f))),
     }
+
+
+@torch.no_grad()
+def from_first_gate(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedVit, list[Split]]:
+    """The model from its first gated block on, and splits of the tokens that enter it, in place of images.
+
+    What comes before is the same under every steering: a third of the work of a pass.
+    """
+    first = model.gated_blocks[0]
+    before = cast(Iterable[Block], model.vit.blocks[:first])
+
+    def tokens(images: Tensor) -> Tensor:
+        x = model.embed(images)
+        for block in before:
+            x = x + block.ls1(attention(cast(Attention, block.attn), block.norm1(x), None, x.shape[1]))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return x
+
+    later = copy.deepcopy(model)
+    later.vit.blocks = later.vit.blocks[first:]
+    later.gated_blocks = tuple(block - first for block in model.gated_blocks)
+    later.embed = lambda image: image  # type: ignore[method-assign]
+    entered = [
+        torch.cat([tokens(split.images[start : start + 500]) for start in range(0, len(split), 500)])
+        for split in splits
+    ]
+    return later, [Split(x, split.classes) for x, split in zip(entered, splits, strict=True)]
 
 
 def shift_alone(terms: Terms) -> Terms:
@@ -199,20 +227,35 @@ def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: 
 
 
 def table(records: Mapping[str, dict[str, Any]]) -> str:
-    """The records as two tables of at most 110 columns."""
-    columns = (
-        ("heads", "own", "head_usage"), ("compute", "own", "compute_fraction"),
-        ("accuracy", "own", "accuracy"), ("precision", "own", "precision"),
-        ("accuracy", "natural", "overall_accuracy"), ("precision", "natural", "precision"),
-        ("AUROC", "natural", "auroc"),
-        ("recall", "balanced", "recall"), ("precision", "balanced", "precision"),
-    )  # fmt: skip
-    lines = [
-        f"{'':28}{'each image under its class':^38}{'all images under one':^29}{'50/50 slices':>15}",
-        f"{'':28}" + "".join(f"{title:>{10 if title != 'heads' else 7}}" for title, _, _ in columns),
-    ]
-    for name, record in records.items():
-        values = [record.get(view, {}).get(key) for _, view, key in columns]
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"{name:28}" + "".join(f"{cell:>{10 if i else 7}}" for i, cell in enumerate(cells)))
-    return "\n".join(lines)
+    """The records as lines of at most 110 columns: means over the classes, then every class under every variant."""
+    natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accuracy", "overall_accuracy"))
+    half = (("precis.", "precision"), ("accuracy", "overall_accuracy"))
+    usage = (("heads", "head_usage"), ("compute", "compute_fraction"))
+    own = (*usage, ("accuracy", "accuracy"), ("precis.", "precision"))
+    means = [(name, [(r.get("own"), own), (r.get("natural"), natural[1:]), (r.get("balanced"), half)])
+             for name, r in records.items()]  # fmt: skip
+    classes = [(f"{entry['name'][:12]:12} {name}", [(entry["natural"], usage + natural), (entry["balanced"], half)])
+               for index in range(len(records[NO_STEERING]["classes"])) for name, r in records.items() if "classes" in r
+               for entry in (r["classes"][index],)]  # fmt: skip
+    return "\n".join([
+        f"{'':28}{'each image under its class':>36}{'all under one class':>27}{'50/50 slices':>18}",
+        *_lines(means),
+        "",
+        f"{'':38}{'own images':>18}{'all images under one class':>36}{'50/50 slices':>18}",
+        *_lines(classes, 38),
+    ])  # fmt: skip
+
+
+Columns = Sequence[tuple[str, str]]
+"""(title, key)"""
+
+
+def _lines(
+    rows: Sequence[tuple[str, Sequence[tuple[Mapping[str, float] | None, Columns]]]], width: int = 28
+) -> list[str]:
+    """A line of titles, and one for every (name, [(values or none, columns)])."""
+    lines = [" " * width + "".join(f"{title:>9}" for _, columns in rows[0][1] for title, _ in columns)]
+    for name, groups in rows:
+        cells = [f"{values[key]:.4f}" if values else "" for values, columns in groups for _, key in columns]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>9}" for cell in cells))
+    return lines
