@@ -32,8 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     parser.add_argument("--split", choices=("selection", "test"), default="selection", help="default: %(default)s")
+    parser.add_argument("--max-test", type=int, help="as data.max_test of python -m training; default: all images")
     options = parser.parse_args(arguments)
-    settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
+    images = {"max_test": options.max_test} if options.max_test else {}
+    settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed, data=images)
     try:
         bundle, steered = rebuild(options.bundle, settings.vit)
         data = load(settings.data, settings.seed)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from training.checkpoint import RunError
+from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
@@ -25,9 +26,10 @@ from training.evaluation.baselines import (
     prior_bias,
     random_heads,
 )
-from training.evaluation.changes import changes, placements, ratio
+from training.evaluation.changes import CHANGES, changes, placements, ratio
 from training.evaluation.criteria import MARGINS, criteria
 from training.evaluation.rivals import Measured, compare
+from training.evaluation.seeds import _intervals
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit
@@ -134,6 +136,16 @@ def test_hierarchical_intervals_in_the_cases_that_can_be_worked_out() -> None:
     found = significance.hierarchical_interval(plain[:50].repeat(10)[None], clusters)
     assert found == pytest.approx(significance.change_interval(np.zeros(50), plain[:50]), abs=0.03)
     assert found[1] - found[0] > 2 * (expected[1] - expected[0])
+
+
+def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> None:
+    runs = [Run(tmp_path / name) for name in "abc"]
+    for run, change in zip(runs, (-0.5, 0.5, 0.5), strict=True):
+        values = {metric: torch.full((9,), change, dtype=torch.float64) for metric in MARGINS}
+        run.write_tensors(CHANGES, values, {"images": "9 of them" if run != runs[2] else None})
+    assert _intervals(runs[:2]) == {metric: [-0.5, 0.5] for metric in MARGINS}
+    assert _intervals(runs) == {}
+    assert _intervals([*runs[:2], Run(tmp_path / "older")]) == {}
 
 
 def test_verdicts_by_hand() -> None:

@@ -87,7 +87,7 @@ def variants(
     """
     rows = [own_and_others(selection, (label,), MATCHING, 0) for label in range(len(profiles))]
     own = [selection.take(of_class[: len(of_class) // 2]) for of_class in rows]
-    everyone = selection.take(torch.cat([of_class[: len(of_class) // 2] for of_class in rows]))
+    everyone = selection.take(torch.cat([of_class[: MATCHING // 4] for of_class in rows]))
 
     def steered(terms: Terms) -> Rival:
         return Rival(steered_by(sae, terms))

@@ -14,6 +14,7 @@ MOST_USAGE = 0.30
 """Head usage on own images under the profiles, mean over the classes."""
 MARGINS = {"recall": 0.01, "precision": 0.01, "auroc": 0.002, "overall_accuracy": 0.01}
 """By metric: the loss against no steering that must be rejected. Shares: 0.01 is a point."""
+TITLES = {"auroc": "AUROC", "overall_accuracy": "accuracy of all images"}
 MET, NOT_SHOWN, NOT_MET = "met", "not shown", "not met"
 
 
@@ -41,7 +42,7 @@ def criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         verdicts = [verdict(change, p, margin) for change, p in zip(changes, p_values, strict=True)]
         worst = next(v for v in (NOT_MET, NOT_SHOWN, MET) if v in verdicts)
         rows.append({
-            "criterion": f"{metric.replace('_', ' ').replace('auroc', 'AUROC')} in every class: -{margin:g} rejected",
+            "criterion": f"{TITLES.get(metric, metric)} in every class: a loss of {margin:g} rejected",
             "measured": round(min(changes), 5),
             "met": worst == MET,
             "verdict": worst,

@@ -41,7 +41,8 @@ def non_inferiority(before: Right, after: Right, margin: float) -> float:
 
 
 def not_below(values: Rightness, margin: float) -> float:
-    """One-sided p that the mean of the images' values is -margin or less, by the normal approximation."""
+    """One-sided p that the mean of the images' values is -margin or less, by the normal approximation; 0 when no image
+    changes."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     above = float(np.mean(values)) + margin
     return float(norm.sf(above / error)) if error else 0.0 if above > 0 else 1.0
