@@ -1,7 +1,7 @@
 """python -m export.ablate deploy/models/fashion_mnist/3 --out runs/ablation [--split test]
 
 What the class profiles of a bundle owe to the latents' activations, and to the class that they are told
-(training/evaluation/ablation.py). 15 minutes for what is learned, kept in --out, and 20 for the test split, on one core
+(training/evaluation/ablation.py). 15 minutes for what is learned, kept in --out, and 10 for the test split, on one core
 of an AMD EPYC. Prints two tables and writes <out>/ablation.<split>.json.
 """
 
@@ -32,10 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     parser.add_argument("--split", choices=("selection", "test"), default="selection", help="default: %(default)s")
-    parser.add_argument("--max-test", type=int, help="as data.max_test of python -m training; default: all images")
     options = parser.parse_args(arguments)
-    images = {"max_test": options.max_test} if options.max_test else {}
-    settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed, data=images)
+    settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
     try:
         bundle, steered = rebuild(options.bundle, settings.vit)
         data = load(settings.data, settings.seed)

@@ -228,20 +228,20 @@ def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: 
 
 def table(records: Mapping[str, dict[str, Any]]) -> str:
     """The records as lines of at most 110 columns: means over the classes, then every class under every variant."""
-    natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accuracy", "overall_accuracy"))
-    half = (("precis.", "precision"), ("accuracy", "overall_accuracy"))
+    natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accur.", "overall_accuracy"))
+    half = (("recall", "recall"), ("precis.", "precision"), ("accur.", "overall_accuracy"))
     usage = (("heads", "head_usage"), ("compute", "compute_fraction"))
-    own = (*usage, ("accuracy", "accuracy"), ("precis.", "precision"))
+    own = (*usage, ("accur.", "accuracy"), ("precis.", "precision"))
     means = [(name, [(r.get("own"), own), (r.get("natural"), natural[1:]), (r.get("balanced"), half)])
              for name, r in records.items()]  # fmt: skip
     classes = [(f"{entry['name'][:12]:12} {name}", [(entry["natural"], usage + natural), (entry["balanced"], half)])
                for index in range(len(records[NO_STEERING]["classes"])) for name, r in records.items() if "classes" in r
                for entry in (r["classes"][index],)]  # fmt: skip
     return "\n".join([
-        f"{'':28}{'each image under its class':>36}{'all under one class':>27}{'50/50 slices':>18}",
+        f"{'':28}{'each image under its class':>32}{'all under one class':>24}{'50/50 slices':>24}",
         *_lines(means),
         "",
-        f"{'':38}{'own images':>18}{'all images under one class':>36}{'50/50 slices':>18}",
+        f"{'':38}{'own images':>16}{'all images under one class':>32}{'50/50 slices':>24}",
         *_lines(classes, 38),
     ])  # fmt: skip
 
@@ -254,8 +254,8 @@ def _lines(
     rows: Sequence[tuple[str, Sequence[tuple[Mapping[str, float] | None, Columns]]]], width: int = 28
 ) -> list[str]:
     """A line of titles, and one for every (name, [(values or none, columns)])."""
-    lines = [" " * width + "".join(f"{title:>9}" for _, columns in rows[0][1] for title, _ in columns)]
+    lines = [" " * width + "".join(f"{title:>8}" for _, columns in rows[0][1] for title, _ in columns)]
     for name, groups in rows:
         cells = [f"{values[key]:.4f}" if values else "" for values, columns in groups for _, key in columns]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>9}" for cell in cells))
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>8}" for cell in cells))
     return lines
