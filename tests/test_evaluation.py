@@ -1,31 +1,45 @@
 """Statistics and baselines with numbers that can be worked out by hand."""
 
 import itertools
+import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 
-from training.checkpoint import RunError
+from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
+from training.evaluation.ablation import compare_variants, from_first_gate, scale_alone, shift_alone, table
 from training.evaluation.baselines import (
+    Rival,
     bisect,
-    by_predicted_class,
+    each_under,
     fixed_heads,
     logit_bias,
     matched,
     prior_bias,
     random_heads,
 )
+from training.evaluation.changes import CHANGES, changes, placements, ratio
+from training.evaluation.criteria import MARGINS, criteria
 from training.evaluation.rivals import Measured, compare
+from training.evaluation.seeds import _intervals
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit
-from training.model.inference import Effect, Outcome, auroc, gate_diagnostics
+from training.model.inference import Effect, Outcome, answers, auroc, effect, gate_diagnostics, steered_by
+from training.model.macs import Macs, count
+from training.model.sae import Sae
 from training.profiles.fit import own_and_others, targets_of
+from training.steering import SteeringTerm
+
+LABELS = ["a", "b", "c"]
 
 
 def right(*counts: tuple[int, bool]) -> NDArray[np.bool_]:
@@ -48,12 +62,106 @@ def test_mcnemar_counts_only_what_changed() -> None:
     assert significance.mcnemar(before, before) == 1.0
 
 
-def test_below_a_margin_by_hand() -> None:
-    before, after = right((100, True)), right((97, True), (3, False))
-    # 3 lost of 3 changed; at a loss of exactly 1 of 100, a change is a gain with probability 1/2 - 1/6
-    assert significance.mcnemar_below(before, after, 0.01) == pytest.approx((2 / 3) ** 3)
-    assert significance.mcnemar_below(before, right((80, True), (20, False)), 0.01) < 0.001
-    assert significance.mcnemar_below(right((90, True), (10, False)), before, 0.01) > 0.99
+def test_non_inferiority_of_a_published_trial() -> None:
+    """Tango 1998: of 44 patients one is right under the old treatment alone; margin 0.1: Z = 1.709."""
+    before, after = right((44, True)), right((43, True), (1, False))
+    # 88 q^2 - 9.9 q + 0.11 = 0, so q = 0.1, and Z = (-1 + 4.4) / sqrt(44 (0.2 - 0.11))
+    assert significance.non_inferiority(before, after, 0.1) == pytest.approx(norm.sf(3.4 / math.sqrt(3.96)))
+    assert significance.non_inferiority(before, after, 0.1) == pytest.approx(norm.sf(1.709), abs=1e-4)
+    # nobody changes: q = 0.01, Z = sqrt(n 0.01 / 0.99)
+    assert significance.non_inferiority(before, before, 0.01) == pytest.approx(norm.sf(math.sqrt(44 / 99)))
+    # at the margin exactly the test is undecided, and margin 0 is McNemar's test: 5 gained, 1 lost
+    assert significance.non_inferiority(right((90, True), (10, False)), right((80, True), (20, False)), 0.1) == 0.5
+    before, after = right((1, True), (5, False), (4, True)), right((1, False), (5, True), (4, True))
+    assert significance.non_inferiority(before, after, 0.0) == pytest.approx(norm.sf(4 / math.sqrt(6)))
+
+
+def test_power_and_detectable_margin_by_hand() -> None:
+    """1,000 images, 3% of the answers change: standard error sqrt(0.03 / 1000) = 0.00548."""
+    assert significance.power(1000, 0.03, 0.01, 0.05) == pytest.approx(norm.cdf(0.01 / 0.0054772 - 1.64485), abs=1e-4)
+    margin = significance.detectable(1000, 0.03, 0.05)
+    assert margin == pytest.approx((1.64485 + 0.84162) * 0.0054772, abs=1e-5)
+    assert significance.power(1000, 0.03, margin, 0.05) == pytest.approx(0.8)
+    assert significance.power(1000, 0.0, 0.01, 0.05) == 1.0
+
+
+def test_the_power_is_how_often_non_inferiority_is_shown() -> None:
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(400):
+        draw = rng.random(1000)
+        before, after = draw > 0.015, (draw < 0.015) | (draw > 0.03)  # 1.5% gained, 1.5% lost
+        shown += significance.non_inferiority(before, after, 0.01) < 0.05
+    assert shown / 400 == pytest.approx(significance.power(1000, 0.03, 0.01, 0.05), abs=0.075)  # 3 standard errors
+
+
+def test_changes_are_means_over_images() -> None:
+    """Recall, precision, AUROC and accuracy of two classes; their values average to the changes that Effect has."""
+    torch.manual_seed(0)
+    classes = torch.arange(60) % 3
+    before, after = (Outcome(torch.randn(60, 3), torch.ones(60, 1, 2) > 0, torch.ones(60, 1, 2)) for _ in range(2))
+    for target in ((0,), (0, 2)):
+        values = changes(before, after, classes, target)
+        first, second = (effect(outcome, classes, target, Macs(10, (1,))) for outcome in (before, after))
+        assert set(values) == set(MARGINS)
+        for metric, of_images in values.items():
+            assert of_images.mean() == pytest.approx(getattr(second, metric) - getattr(first, metric), abs=1e-9)
+    # half of four claimed images are right: deviations of 1/2 at 4 of 8 images, scaled by 8 / 4
+    part, whole = np.array([1.0, 1, 0, 0, 0, 0, 0, 0]), np.array([1.0, 1, 1, 1, 0, 0, 0, 0])
+    assert ratio(part, whole).tolist() == [1.5, 1.5, -0.5, -0.5, 0.5, 0.5, 0.5, 0.5]
+    # own 0.9 beats both others and 0.3 one; the others stand below both of the own, or below one
+    score, own = np.array([0.9, 0.3, 0.1, 0.5]), np.array([True, True, False, False])
+    assert placements(score, own).tolist() == [0.75 + 0.5, 0.75 - 0.5, 0.75 + 0.5, 0.75 - 0.5]
+
+
+def test_a_loss_of_the_margin_is_rejected_by_the_normal_approximation() -> None:
+    values = np.array([0.02, -0.02] * 50)  # standard error 0.02 sqrt(100 / 99) / 10
+    assert significance.not_below(values, 0.004) == pytest.approx(norm.sf(0.004 / (0.002 * math.sqrt(100 / 99))))
+    assert significance.not_below(values - 0.004, 0.004) == pytest.approx(0.5)
+    assert significance.not_below(np.zeros(5), 0.01) == 0.0
+    assert significance.not_below(np.full(5, -0.01), 0.01) == 1.0
+
+
+def test_hierarchical_intervals_in_the_cases_that_can_be_worked_out() -> None:
+    rng = np.random.default_rng(1)
+    plain = rng.choice([-1.0, 0.0, 0.0, 1.0, 1.0], 500)
+    # one seed: the plain bootstrap of its images
+    expected = significance.change_interval(np.zeros(500), plain)
+    assert significance.hierarchical_interval(plain[None]) == pytest.approx(expected, abs=0.01)
+    # the same in every seed: the plain bootstrap again, since all seeds have the same images
+    assert significance.hierarchical_interval(np.stack([plain] * 3)) == pytest.approx(expected, abs=0.01)
+    # all images of a seed alike: two seeds are drawn alike half of the time
+    assert significance.hierarchical_interval(np.array([[-0.5] * 9, [0.5] * 9])) == (-0.5, 0.5)
+    # all images of a cluster alike: the plain bootstrap of the clusters, of whatever size they are
+    clusters = np.repeat(np.arange(50), 10)
+    found = significance.hierarchical_interval(plain[:50].repeat(10)[None], clusters)
+    assert found == pytest.approx(significance.change_interval(np.zeros(50), plain[:50]), abs=0.03)
+    assert found[1] - found[0] > 2 * (expected[1] - expected[0])
+
+
+def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> None:
+    runs = [Run(tmp_path / name) for name in "abc"]
+    for run, change in zip(runs, (-0.5, 0.5, 0.5), strict=True):
+        values = {metric: torch.full((9,), change, dtype=torch.float64) for metric in MARGINS}
+        run.write_tensors(CHANGES, values, {"images": "9 of them" if run != runs[2] else None})
+    assert _intervals(runs[:2]) == {metric: [-0.5, 0.5] for metric in MARGINS}
+    assert _intervals(runs) == {}
+    assert _intervals([*runs[:2], Run(tmp_path / "older")]) == {}
+
+
+def test_verdicts_by_hand() -> None:
+    def entry(usage: float, **changed: tuple[float, float]) -> dict[str, Any]:
+        none = dict.fromkeys(MARGINS, 0.9)
+        after = {metric: 0.9 + changed.get(metric, (0.0, 0.0))[0] for metric in MARGINS}
+        p_values = {metric: changed.get(metric, (0.0, 0.0))[1] for metric in MARGINS}
+        return {"before": none, "after": {**after, "head_usage": usage}, "non_inferiority": p_values}
+
+    rows = criteria([entry(0.2), entry(0.3, recall=(-0.005, 0.2)), entry(0.3, precision=(-0.011, 0.6))])
+    found = {row["criterion"].split()[0]: row for row in rows}
+    assert (found["head"]["measured"], found["head"]["verdict"]) == (pytest.approx(0.26667, abs=1e-5), "met")
+    assert [found[name]["verdict"] for name in ("recall", "precision", "AUROC")] == ["not shown", "not met", "met"]
+    assert (found["recall"]["measured"], found["recall"]["p"], found["recall"]["classes"]) == (-0.005, 0.2, 2)
+    assert [row["met"] for row in rows] == [True, False, False, True, True]
+    assert criteria([entry(0.31)])[0]["verdict"] == "not met"
 
 
 def test_benjamini_hochberg_by_hand() -> None:
@@ -96,7 +204,7 @@ def test_prior_bias_is_the_free_recall_at_the_same_precision() -> None:
 def test_the_profile_of_the_predicted_class_answers() -> None:
     neutral = outcome([[1.0, 0.0], [0.0, 1.0]])
     under_0, under_1 = outcome([[5.0, 0.0], [6.0, 0.0]], 0.0), outcome([[0.0, 7.0], [0.0, 8.0]], 1.0)
-    chosen = by_predicted_class(neutral, [under_0, under_1])
+    chosen = each_under(neutral.predicted, [under_0, under_1])
     assert chosen.logits.tolist() == [[5.0, 0.0], [0.0, 8.0]]
     assert chosen.head_gate[:, 0, 0].tolist() == [False, True]
 
@@ -159,6 +267,64 @@ def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
     assert significance.paired(profile, rival) == pytest.approx(expected)
     assert significance.paired(profile, profile) == 1.0
     assert significance.paired(profile, 1 - profile) == significance.mcnemar(profile > 0, profile == 0)
+
+
+def test_shift_terms_ignore_the_image_and_scale_terms_need_an_active_latent() -> None:
+    torch.manual_seed(0)
+    sae = Sae(1, 6, 8).requires_grad_(False)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(4, 0.5, 1.0))}
+    residual = torch.randn(40, 8)
+    z = sae.encode(0, residual)[:, [1, 4]]
+    shift, scale = (steered_by(sae, part(terms)) for part in (shift_alone, scale_alone))
+    assert shift is not None
+    assert scale is not None
+    decoder = sae.decoder[0]
+    torch.testing.assert_close(shift(0, residual) - residual, (3 * decoder[1] + decoder[4]).expand(40, 8))
+    expected = z @ torch.stack([-3 * decoder[1], -0.5 * decoder[4]])
+    torch.testing.assert_close(scale(0, residual) - residual, expected)
+    silent = (z == 0).all(1)
+    assert 0 < silent.sum() < 40
+    assert torch.equal(scale(0, residual)[silent], residual[silent])
+
+
+def test_variants_are_compared_under_the_own_class_and_under_each_class() -> None:
+    """Three classes of 4, 4 and 12 images; the profile of class c keeps 1, 2 or all 3 heads of every image."""
+    torch.manual_seed(2)
+    spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 3), (1,), spec).eval()
+    for parameter in model.vit.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter)
+    classes = torch.tensor([0] * 4 + [1] * 4 + [2] * 12)
+    split = Split(torch.randint(256, (20, 16, 16, 1), dtype=torch.uint8), classes)
+    profiles = [fixed_heads(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
+    steerings = {"no steering": [Rival()] * 3, "class profile": profiles, "one bias for all": [profiles[1]] * 3}
+    records = compare_variants(model, count(model), split, LABELS, steerings)
+    later, (entered,) = from_first_gate(model, [split])
+    assert compare_variants(later, count(model), entered, LABELS, steerings) == records
+    assert torch.equal(answers(later, entered).logits, answers(model, split).logits)
+    own, bias = records["class profile"]["own"], records["one bias for all"]
+    assert own["head_usage"] == pytest.approx((4 * 1 + 4 * 2 + 12 * 3) / 60)
+    assert bias["own"]["head_usage"] == bias["natural"]["head_usage"] == pytest.approx(2 / 3, abs=1e-5)
+    assert records["class profile"]["natural"]["head_usage"] == pytest.approx(2 / 3, abs=1e-5)  # mean of 1/3, 2/3 and 1
+    assert bias["against_profile"]["same_gates"] == pytest.approx((4 * 2 + 4 * 3 + 12 * 2) / 60, abs=1e-5)
+    right = torch.stack([answers(model, split, None, rival.decide).predicted == classes for rival in profiles]).double()
+    assert not (right == right[0]).all()  # the heads matter here
+    of_own = torch.cat([right[0, :4], right[1, 4:8], right[2, 8:]])
+    assert own["accuracy"] == pytest.approx(of_own.mean().item())
+    assert records["class profile"]["natural"]["overall_accuracy"] == pytest.approx(right.mean().item(), abs=1e-5)
+    against = bias["against_profile"]
+    assert against["own"]["accuracy"] == pytest.approx((right[1] - of_own).mean().item(), abs=1e-5)
+    assert against["all"]["accuracy"] == pytest.approx((right[1] - right.mean(0)).mean().item(), abs=1e-5)
+    assert [entry["name"] for entry in bias["classes"]] == LABELS
+    predicted = answers(model, split).predicted
+    kept = torch.tensor([1, 2, 3])[predicted].double().mean().item()
+    assert records["profile of predicted class"]["own"]["head_usage"] == pytest.approx(kept / 3, abs=1e-5)
+    lines = table(records).splitlines()
+    assert len(lines) == 2 + 4 + 1 + 2 + 3 * 3
+    assert max(map(len, lines)) <= 110
 
 
 def test_gate_diagnostics_by_hand() -> None:

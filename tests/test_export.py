@@ -19,7 +19,9 @@ from torch import nn
 
 from export.__main__ import main as export_main
 from export.builder import Builder, save, weight_bytes
-from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle
+from export.bundle import INPUTS, Bundle, BundleError, FileEntry, Manifest, load_bundle
+from export.rebuild import rebuild
+from export.session import inputs_of, open_session, run_onnx
 from export.write import _named
 from service.batcher import Batcher, BatchStats
 from service.calls import Answer
@@ -28,6 +30,9 @@ from service.engine import Engine, choose_graph
 from service.loaded import EngineError
 from service.pb import steering_pb2 as pb
 from service.steering import resolve
+from training.config import VitSettings
+from training.model import macs
+from training.presets import PRESETS
 from training.steering import NEUTRAL, SteeringProfile, digest, profiles_from_json, to_arrays
 
 
@@ -325,6 +330,21 @@ def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) 
     manifest_ = replace(bundle.manifest, files={**bundle.manifest.files, **beside})
     moved = Bundle(tmp_path, manifest_, bundle.profiles, bundle.digest)
     assert Engine(moved, "cpu", 1).graph_name == "dispatch.fp32"  # its golden rows are right
+
+
+def test_a_bundles_model_comes_back_in_pytorch(bundle: Bundle, sample_pixels: NDArray[np.uint8]) -> None:
+    settings = VitSettings(**PRESETS["fashion-mnist"]["vit"])
+    _, steered = rebuild(bundle.folder, settings)
+    counted = macs.count(steered.model)
+    assert (counted.dense, counted.per_head) == (bundle.manifest.macs.dense, bundle.manifest.macs.per_head)
+    names = list(bundle.profiles)
+    rows = inputs_of(sample_pixels, [bundle.profiles[names[i % len(names)]].terms for i in range(100)], 5)
+    expected = run_onnx(open_session(bundle.folder / "dispatch.fp32.onnx", "dispatch"), rows)
+    logits, head_gate, *_ = steered(*(torch.from_numpy(rows[name]) for name in INPUTS))
+    np.testing.assert_array_equal(head_gate.numpy(), expected["head_gate"])
+    np.testing.assert_allclose(logits.numpy(), expected["logits"], rtol=0, atol=1e-4)
+    with pytest.raises(BundleError, match=r"dispatch\.fp32\.onnx does not fit the settings of its model: .*mlp\.fc1"):
+        rebuild(bundle.folder, settings.model_copy(update={"mlp_ratio": 4}))
 
 
 def test_the_server_takes_the_default_graph_and_another_one_on_a_gpu(bundle: Bundle) -> None:

@@ -52,9 +52,10 @@ def profile(draw: random.Random, name: str, classes: list[str]) -> dict[str, Any
         "images": draw.randint(5, 2000), "before": effect(draw), "after": effect(draw),
         "recall_interval_before": [0.2, 0.4], "recall_interval_after": [0.3, 0.5],
         "recall_change_interval": [low, round(low + 0.04, 5)], "overall_change_interval": [-0.01, 0.01],
-        "mcnemar": 0.03, "below_one_point": 0.9, "prior_bias": {"recall": draw.random(), "precision": draw.random()},
+        "mcnemar": 0.03, "prior_bias": {"recall": draw.random(), "precision": draw.random()},
         "head_usage_before": [[draw.random() for _ in range(3)] for _ in range(2)],
         "head_usage_after": [[draw.random() for _ in range(3)] for _ in range(2)],
+        "power": {"discordance": 0.03, "power": 0.571, "detectable": 0.01362},
     }  # fmt: skip
     if len(classes) == 1:
         entry |= {"mcnemar_adjusted": draw.random(), "other_profiles": {"recall": 0.4, "head_usage": 0.3}}
@@ -75,7 +76,10 @@ def results_of(seed: int) -> dict[str, Any]:
     profiles = [profile(draw, label, [label]) for label in LABELS]
     names = ("no steering", "gate-logit bias", "random", "learned", "learned, random latents", "causal")
     oracle = [{"head_usage": k / 3, "recall": round(0.3 * k, 5), "heads": list(range(k))} for k in range(4)]
-    criteria = [{"criterion": "mean recall change >= -0.5 point", "measured": -0.0125, "met": False}]
+    criteria = [
+        {"criterion": "mean recall change >= -0.5 point", "measured": -0.0125, "met": False},  # of an older run
+        {"criterion": "recall", "measured": -0.017, "met": False, "verdict": "not shown", "p": 0.31, "classes": 2},
+    ]
     image = {"png": PIXEL, "label": "dog", "activation": 1.25}
     term = {
         "site": 1, "block": 2, "latent": 41, "scale": 0.5, "shift": -1.25, "effect": [0.125, -2.5, 0.0],
@@ -114,6 +118,7 @@ def results_of(seed: int) -> dict[str, Any]:
             }
             for s in range(3)
         ],
+        "intervals": {"recall": [-0.005, 0.01], "precision": [-0.02, -0.001], "overall_accuracy": [0.0, 0.003]},
         "latents": [{"name": "dog", "classes": ["dog"], "images": 40, "terms_in_all": 9, "terms": [term, term]}],
     }  # fmt: skip
 
@@ -237,7 +242,10 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
     assert tables["pattern"][0][1:] == [
         ["dog", "0.60 → 0.20", "0.710 → 0.775", "+6.5", "0.738", "< 0.001", "0.012", "0.900 → 0.850", "-5.0"]
     ]
-    assert tables["criteria"][0][1:] == [["mean recall change >= -0.5 point", "-0.0125", "NO"]]
+    assert tables["criteria"][0][1:] == [
+        ["mean recall change >= -0.5 point", "-0.0125", "NO"],
+        ["recall", "-0.017", "not shown (shown in 2; largest p 0.310)"],
+    ]
     assert [[name, *numbers] for name, _, *numbers in tables["rivals"][0][1:]] == rival_cells(r["rivals"])
 
     def mean_of(values: list[float]) -> str:
@@ -283,7 +291,8 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
 
     shares = ("ungated", "neutral_accuracy", "neutral_usage", "usage")
     moved = ("recall_change", "worst_recall_change", "precision_change", "overall_change")
-    *of_seeds, over = tables["seeds"][0][1:]
+    *of_seeds, over, interval = tables["seeds"][0][1:]
+    assert interval == ["95%", "", "", "", "", "[-0.5, +1.0]", "", "[-2.0, -0.1]", "[0.0, +0.3]"]
     assert of_seeds == [
         [str(s["seed"]), *(f"{s[k]:.3f}" for k in shares), *(point(s[k]) for k in moved)] for s in r["seeds"]
     ]
@@ -321,6 +330,19 @@ def test_what_a_run_lacks_leaves_no_heading_and_no_entry_in_the_contents(lacking
     for body in re.split(r"<h2[^>]*>", text)[1:]:
         assert len(re.sub(r"<[^>]*>", "", body.split("</h2>", 1)[1]).strip()) > 40
     assert "Undefined" not in text
+
+
+def test_the_power_stands_below_the_criteria_and_an_older_run_has_none() -> None:
+    text = " ".join(read(results_of(2))[0].split())
+    assert "3.0 to 3.0% become right or wrong, show a margin of one point with a probability of 57.1 to 57.1%" in text
+    assert "with 80% they show a margin of 1.4 to 1.4 points" in text
+    older = results_of(2)
+    del older["intervals"]
+    for entry in [*older["profiles"], *older["last_block"]["profiles"]]:
+        del entry["power"]
+    text, reader = read(older)
+    assert "Power of the test" not in text
+    assert len(reader.tables["seeds"][0]) == 1 + 3 + 1
 
 
 def test_no_class_with_the_pattern_is_said_in_words() -> None:

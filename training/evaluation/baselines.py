@@ -100,12 +100,11 @@ def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precisi
     return best
 
 
-def by_predicted_class(neutral: Outcome, under: Sequence[Outcome]) -> Outcome:
-    """Each image under the profile of the class that the unsteered model predicts.
+def each_under(chosen: Tensor, under: Sequence[Outcome]) -> Outcome:
+    """Each image under the profile that is chosen for it.
 
-    under[c]: all images under the profile of class c.
+    chosen (B,): classes. under[c]: all images under the profile of class c.
     """
-    chosen = neutral.predicted
     rows = torch.arange(len(chosen))
     fields = ("logits", "head_gate", "gate_logit")
     return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})

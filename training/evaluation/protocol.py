@@ -1,11 +1,12 @@
 """Step `evaluate`: the whole protocol on the test split. results.json has every number of the report.
 
-The criteria (`_criteria`) were set before a test image was read, and count over all classes.
+The criteria (criteria.py) were set before a test image was read, and count over all classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,8 +16,10 @@ from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import Data
 from training.evaluation import significance
-from training.evaluation.baselines import by_predicted_class, prior_bias
+from training.evaluation.baselines import each_under, prior_bias
+from training.evaluation.changes import CHANGES, Values, changes
 from training.evaluation.controls import LAST_BLOCK, Control, controls
+from training.evaluation.criteria import LEVEL, MARGINS, criteria
 from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of
 from training.evaluation.significance import mean
@@ -70,11 +73,15 @@ def _protocol(
         answers(network, test, steered_by(sae, profile.terms))
         for profile in tqdm(profiles, desc="evaluate: profiles", unit="profile", dynamic_ncols=True)
     ]
+    values = [changes(neutral, outcome, test.classes, target) for target, outcome in zip(targets, under, strict=True)]
     entries = [
-        _profile_entry(profile, target, neutral, outcome, test.classes, macs)
-        for profile, target, outcome in zip(profiles, targets, under, strict=True)
+        _profile_entry(profile, target, neutral, outcome, of_images, test.classes, macs)
+        for profile, target, outcome, of_images in zip(profiles, targets, under, values, strict=True)
     ]
     singles = [index for index, target in enumerate(targets) if len(target) == 1]
+    means = {metric: torch.from_numpy(np.mean([values[i][metric] for i in singles], 0)) for metric in MARGINS}
+    common = None if settings.data.max_test else data.digests.get("test images")  # else every seed has its own images
+    run.write_tensors(CHANGES, means, {"images": common})
     slices = []
     rivals = rivals_of(run, network, sae, selection, profiles, targets, settings.seed)
     for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
@@ -86,7 +93,7 @@ def _protocol(
     _adjust(of_classes)
     whole = {"ungated": ungated, "neutral": neutral}
     if len(singles) == len(data.labels):
-        whole["by_predicted_class"] = by_predicted_class(neutral, [under[index] for index in singles])
+        whole["by_predicted_class"] = each_under(neutral.predicted, [under[index] for index in singles])
     return {
         "split": "test",
         "images": len(test),
@@ -104,18 +111,27 @@ def _protocol(
         },
         "mean_after": {key: round(mean(e["after"][key] for e in of_classes), 5) for key in of_classes[0]["after"]},
         "rivals": compare([slices[index] for index in singles]),
-        "success": _criteria(of_classes),
+        "success": criteria(of_classes),
         "pattern": [_pattern(entry) for entry in of_classes if _shows_pattern(entry)],
         "pattern_definition": PATTERN,
     }
 
 
 def _profile_entry(
-    profile: SteeringProfile, target: Target, neutral: Outcome, under: Outcome, classes: Tensor, macs: Macs
+    profile: SteeringProfile,
+    target: Target,
+    neutral: Outcome,
+    under: Outcome,
+    values: Mapping[str, Values],
+    classes: Tensor,
+    macs: Macs,
 ) -> dict[str, Any]:
     own = torch.isin(classes, torch.tensor(target))
     right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
-    before, after = (values[own.numpy()] for values in right)
+    before, after = (of_images[own.numpy()] for of_images in right)
+    p_values = {metric: significance.not_below(values[metric], margin) for metric, margin in MARGINS.items()}
+    p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
+    p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
     recall, precision = prior_bias(neutral, classes, target, effect(under, classes, target, macs).precision)
     return {
         "name": profile.name,
@@ -131,40 +147,28 @@ def _profile_entry(
         "recall_change_interval": _pair(significance.change_interval(before, after)),
         "overall_change_interval": _pair(significance.change_interval(right[0], right[1])),
         "mcnemar": significance.mcnemar(before, after),
-        "below_one_point": significance.mcnemar_below(before, after, 0.01),
+        "non_inferiority": p_values,
+        "power": _power(before, after),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
         "head_usage_before": rounded(neutral.take(own).head_gate.double().mean(0)),
         "head_usage_after": rounded(under.take(own).head_gate.double().mean(0)),
     }
 
 
+def _power(before: significance.Right, after: significance.Right) -> dict[str, float]:
+    """Of the non-inferiority test of recall, with as many images and changed answers, if truly nothing changed."""
+    discordance = float((before != after).mean())
+    return {
+        "discordance": round(discordance, 5),
+        "power": round(significance.power(len(before), discordance, MARGINS["recall"], LEVEL), 5),
+        "detectable": round(significance.detectable(len(before), discordance, LEVEL), 5),
+    }
+
+
 def _adjust(entries: Sequence[dict[str, Any]]) -> None:
     """Benjamini-Hochberg over the classes, in place."""
-    for field in ("mcnemar", "below_one_point"):
-        for entry, p in zip(entries, significance.benjamini_hochberg([e[field] for e in entries]), strict=True):
-            entry[f"{field}_adjusted"] = p
-
-
-def _criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Set beforehand, over the single classes."""
-
-    def change(key: str) -> list[float]:
-        return [entry["after"][key] - entry["before"][key] for entry in entries]
-
-    usage = mean(entry["after"]["head_usage"] for entry in entries)
-    below = sum(entry["below_one_point_adjusted"] < 0.05 for entry in entries)
-    criteria: list[tuple[str, float, bool]] = [
-        ("mean head usage <= 0.30", usage, usage <= 0.30),
-        ("mean recall change >= 0", mean(change("recall")), mean(change("recall")) >= 0),
-        ("classes significantly below -1 point (Benjamini-Hochberg, 5%): none", below, below == 0),
-        ("worst recall change >= -3 points", min(change("recall")), min(change("recall")) >= -0.03),
-        (
-            "mean change of the accuracy of all images >= -0.3 point",
-            mean(change("overall_accuracy")),
-            mean(change("overall_accuracy")) >= -0.003,
-        ),
-    ]
-    return [{"criterion": name, "measured": round(value, 5), "met": bool(met)} for name, value, met in criteria]
+    for entry, p in zip(entries, significance.benjamini_hochberg([e["mcnemar"] for e in entries]), strict=True):
+        entry["mcnemar_adjusted"] = p
 
 
 def _shows_pattern(entry: dict[str, Any]) -> bool:

@@ -4,8 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from training.checkpoint import Run, RunError
-from training.evaluation.significance import mean
+from training.evaluation.changes import CHANGES
+from training.evaluation.criteria import MARGINS
+from training.evaluation.significance import hierarchical_interval, mean
 
 RIVALS = (
     "profile",
@@ -54,10 +58,22 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step 'evaluate' there first")
         rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
-    summary: dict[str, Any] = {"seeds": rows, **_over(rows)}
+    summary: dict[str, Any] = {"seeds": rows, **_over(rows), "intervals": _intervals(runs)}
     if all("last_block" in r for r in rows):
         summary["last_block"] = _over([r["last_block"] for r in rows])
     return summary
+
+
+def _intervals(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """By metric the 95% interval of the mean change over seeds, classes and images; none unless all runs have the same
+    test images."""
+    stored = [run.read_tensors(CHANGES) for run in runs]
+    present = [of_run for of_run in stored if of_run]
+    images = {meta["images"] for _, meta in present}
+    if len(present) < len(runs) or len(images) > 1 or None in images:
+        return {}
+    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in MARGINS}
+    return {metric: [round(end, 5) for end in hierarchical_interval(values)] for metric, values in over.items()}
 
 
 def _fidelity(run: Run) -> dict[str, float]:

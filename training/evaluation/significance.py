@@ -1,14 +1,19 @@
-"""How sure a difference is: exact McNemar, paired bootstrap, Wilson intervals, Benjamini-Hochberg. From scipy.
+"""How sure a difference is: exact McNemar, non-inferiority, bootstrap, Wilson intervals, Benjamini-Hochberg.
 
-Every function takes, per image and on the same images, whether it was right before, and after.
+Most functions take, per image and on the same images, whether it was right before, and after.
+
+Letters: B images, S seeds, K clusters.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap, false_discovery_control, permutation_test
+from scipy.stats import binomtest, bootstrap, false_discovery_control, norm, permutation_test
 
+RESAMPLES = 2000
+"""Of a bootstrap."""
 Right = NDArray[np.bool_]
 """(B,)"""
 Rightness = NDArray[np.float64]
@@ -21,17 +26,62 @@ def mcnemar(before: Right, after: Right) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def mcnemar_below(before: Right, after: Right, margin: float) -> float:
-    """One-sided p that the change is not below -margin (a share): small means significantly worse than that.
+def non_inferiority(before: Right, after: Right, margin: float) -> float:
+    """One-sided p of the score test that the share of right images falls by `margin` or more; small: it does not.
 
-    Exact given the number of changed images n: gained ~ Binomial(n, 1/2 - margin * B / (2 n)) at the boundary.
+    Tango 1998 (Statistics in Medicine 17, 891-908), for paired shares: (gained - lost + n margin) over its standard
+    deviation at the boundary, where the likelihood is largest. At margin 0 it is McNemar's test without correction.
     """
+    n = len(before)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    changed = gained + lost
-    if not changed:
-        return 1.0
-    share = min(max(0.5 - margin * len(before) / (2 * changed), 0.0), 1.0)
-    return float(binomtest(gained, changed, share, alternative="less").pvalue)
+    # 2 n q^2 - b q + c = 0: the largest likelihood of P(lost) = q, P(gained) = q - margin
+    b, c = gained + lost + margin * (2 * n + lost - gained), lost * margin * (1 + margin)
+    q = (b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
+    return float(norm.sf((gained - lost + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))))
+
+
+def not_below(values: Rightness, margin: float) -> float:
+    """One-sided p that the mean of the images' values is -margin or less, by the normal approximation; 0 when no image
+    changes."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    above = float(np.mean(values)) + margin
+    return float(norm.sf(above / error)) if error else 0.0 if above > 0 else 1.0
+
+
+def power(images: int, discordance: float, margin: float, level: float) -> float:
+    """How likely `non_inferiority` shows it when truly nothing changes on average, by the normal approximation.
+
+    discordance: share of the images whose answer becomes right or wrong.
+    """
+    error = math.sqrt(discordance / images)
+    return float(norm.cdf(margin / error - norm.isf(level))) if error else 1.0
+
+
+def detectable(images: int, discordance: float, level: float, power: float = 0.8) -> float:
+    """The smallest margin that is shown with that power when truly nothing changes on average."""
+    return float(norm.isf(level) + norm.ppf(power)) * math.sqrt(discordance / images)
+
+
+def hierarchical_interval(
+    values: NDArray[np.float64], clusters: NDArray[np.int64] | None = None, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean of values (S, B) of S seeds on the same B images.
+
+    Seeds and images are drawn apart, each with replacement: images are common to the seeds (the pigeonhole bootstrap,
+    Owen 2007, https://arxiv.org/abs/0712.1111). clusters (B,): images that go together are drawn together, whole
+    clusters only (Davison & Hinkley 1997, section 3.8). Few seeds make an interval too narrow: of S, by about
+    sqrt((S - 1) / S).
+    """
+    _, member = np.unique(np.arange(values.shape[1]) if clusters is None else clusters, return_inverse=True)
+    count = np.bincount(member)  # (K,)
+    sums = np.stack([np.bincount(member, of_seed) for of_seed in values])  # (S, K)
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        drawn = np.bincount(rng.integers(len(count), size=len(count)), minlength=len(count))  # (K,)
+        of_seeds = sums @ drawn / (count @ drawn)  # (S,)
+        means.append(of_seeds[rng.integers(len(sums), size=len(sums))].mean())
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
@@ -55,11 +105,11 @@ def change_interval(
     change = after.astype(np.float64) - before.astype(np.float64)
     if not change.any():
         return 0.0, 0.0
-    found = bootstrap(
-        (change,), np.mean, n_resamples=2000, batch=100, confidence_level=level, method="percentile",
+    result = bootstrap(
+        (change,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=level, method="percentile",
         rng=np.random.default_rng(seed),
     )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def wilson(right: Right, level: float = 0.95) -> tuple[float, float]:

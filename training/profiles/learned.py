@@ -43,6 +43,9 @@ class Search:
     settings: ProfileSettings
     seed: int
     bf16: bool
+    damping: float = 0.0
+    """Of the weight of the usage term, for parameters that follow it slowly: without it usage oscillates about the
+    target."""
 
 
 def learned(
@@ -136,7 +139,8 @@ def optimise(
             lost = lost + settings.keep_weight * moved * ~is_own
         loss = (weight * lost).sum() / weight.sum()
         usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
-        loss = loss + (usage_weight * usage).mean() + penalty()
+        damped = usage_weight + search.damping * (usage.detach() - settings.usage_target)
+        loss = loss + (damped * usage).mean() + penalty()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -38,7 +38,8 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
         raise RunError(f"{path} is missing: run the step 'evaluate' first")
     results = json.loads(path.read_text())
     if others:
-        results["seeds"] = table([run, *others])["seeds"]
+        of_seeds = table([run, *others])
+        results |= {key: of_seeds[key] for key in ("seeds", "intervals")}
     vit, sae = run.info("vit"), run.info("sae")["result"]
     points = with_targets(vit["result"]["curves"], vit["settings"]["vit"]["usage_target"])
     encoded = {}

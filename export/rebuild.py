@@ -1,0 +1,108 @@
+"""A bundle's model and autoencoders in PyTorch, for questions that its graphs have no input for.
+
+The weights are those of `dispatch.fp32.onnx` and `sae.safetensors`. Export multiplied batch norms into convolutions,
+left out the bias of keys and put that of values behind the output projection; the model here gives the same answers
+with other parameters.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, load_bundle, load_golden
+from export.graph import SteeredVit
+from export.session import Arrays
+from export.verify import check_golden
+from training.config import VitSettings
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.model.sae import Sae
+
+GRAPH = "dispatch.fp32.onnx"
+
+
+@torch.no_grad()
+def rebuild(folder: Path, settings: VitSettings) -> tuple[Bundle, SteeredVit]:
+    """The bundle and its model, frozen. settings: those that it was trained with; conv_stem models only.
+
+    Raises BundleError when the bundle has no such graph, its weights do not fit the settings, or the model does not
+    give the golden answers.
+    """
+    bundle, path = load_bundle(folder), folder / GRAPH
+    if not path.is_file() or settings.model != "conv_stem":
+        raise BundleError(f"{path} of a {settings.model} model cannot be rebuilt; allowed: conv_stem, and {GRAPH}")
+    weights = {w.name: torch.from_numpy(numpy_helper.to_array(w).copy()) for w in onnx.load(path).graph.initializer}
+    manifest = bundle.manifest
+    vit = create_vit(settings, manifest.image, len(manifest.labels))
+    model = GatedVit(vit, manifest.gated_blocks, manifest.image)
+    stored = load_file(folder / "sae.safetensors")
+    gates = {name: value for name, value in stored.items() if name.startswith("gates.")}
+    sae = Sae(*stored["encoder"].shape)
+    try:
+        wrong = model.load_state_dict({**_state(model, weights), **gates}, strict=False)
+        sae.load_state_dict({name: value for name, value in stored.items() if name not in gates})
+    except (KeyError, RuntimeError) as error:
+        first = " ".join(str(error).split("\n\t")[:2])
+        raise BundleError(f"{path} does not fit the settings of its model: {first}") from error
+    unset = [name for name in wrong.missing_keys if not name.endswith(("running_mean", "running_var", "tracked"))]
+    assert unset == wrong.unexpected_keys == []
+    steered = SteeredVit(model, sae).eval().requires_grad_(False)
+
+    def run(inputs: Arrays) -> Arrays:
+        outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
+        return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
+
+    check_golden(run, load_golden(folder, "fp32"), path)
+    return bundle, steered
+
+
+def _state(model: GatedVit, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the model without its gates. Raises KeyError on a weight that the graph lacks."""
+    state = {}
+    for name, value in weights.items():
+        if name.startswith(("stem/model.vit.", "classifier/vit.")):
+            state[name[name.index("vit.") :]] = value
+    state = {name: value for name, value in state.items() if name in model.state_dict()}
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):  # the convolution before it has its factor; its shift is left
+            before, _, number = name.rpartition(".")
+            shift = weights[f"stem/model.{before}.{int(number) - 1}.weight_bias"]
+            state[f"{name}.bias"] = shift
+            state[f"{name}.weight"] = torch.full_like(shift, (1 + norm.eps) ** 0.5)
+    for index in range(len(model.vit.blocks)):
+        state |= {f"vit.blocks.{index}.{key}": value for key, value in _block(model, weights, index).items()}
+    return state
+
+
+def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The state of a block."""
+
+    def heads(part: str) -> Tensor:
+        return torch.stack([weights[f"block{index}/head{head}/{part}"] for head in range(model.heads)])
+
+    scale = (model.dim // model.heads) ** -0.5  # is in the queries
+    query, key, value = heads("query.weight") / scale, heads("key.weight"), heads("value.weight")  # each (H, D, E)
+    query_bias = heads("query.bias").flatten() / scale
+    value_bias = torch.zeros_like(query_bias)  # of block 0: in the bias of its output
+    if index in model.gated_blocks:
+        output = heads("output.weight")  # (H, E, D)
+        added = weights[f"block{index}/value.bias"]  # (H, D): a head's bias behind its output projection
+        value_bias = torch.linalg.lstsq(output.mT, added[:, :, None]).solution.flatten()
+        projection = output.flatten(0, 1)  # (H * E, D)
+    else:
+        projection = weights[f"block{index}/output.weight"]
+    return {
+        "attn.qkv.weight": torch.cat([part.mT.flatten(0, 1) for part in (query, key, value)]),  # (3 * H * E, D)
+        "attn.qkv.bias": torch.cat([query_bias, torch.zeros_like(query_bias), value_bias]),
+        "attn.proj.weight": projection.T,
+        "attn.proj.bias": weights[f"block{index}/output.bias"],
+        **{f"mlp.{name}.weight": weights[f"block{index}/mlp/{name}.weight"].T for name in ("fc1", "fc2")},
+        **{f"mlp.{name}.bias": weights[f"block{index}/mlp/{name}.bias"] for name in ("fc1", "fc2")},
+        **{f"{norm}.{part}": weights[f"block{index}/{norm}.{part}"]
+           for norm in ("norm1", "norm2") for part in ("weight", "bias")},
+    }  # fmt: skip

@@ -1,0 +1,258 @@
+"""What class profiles owe to the latents' activations, and to the class that they are told.
+
+Each class profile beside its shift terms alone, which add the same to every image, and its scale terms alone, the only
+ones through which a latent's activation counts. Beside all of them what is learned by the same search without the
+class: one bias on the gate logits, and one set of terms, for every image. What is learned, and each factor that
+matches a head usage, comes from training and selection images.
+
+Letters: B images, C classes, G gated blocks, H heads.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor
+from tqdm import tqdm
+
+from training.config import ProfileSettings
+from training.data.splits import Split
+from training.evaluation import significance
+from training.evaluation.baselines import Rival, each_under, logit_bias, matched
+from training.evaluation.rivals import MATCHING, SLICE
+from training.evaluation.significance import mean
+from training.model.gated_vit import GatedVit, attention
+from training.model.inference import Effect, Outcome, answers, effect, steered_by
+from training.model.macs import Macs
+from training.model.sae import Sae
+from training.profiles.fit import own_and_others
+from training.profiles.learned import Search, gate_bias, learned
+from training.profiles.statistics import measure
+from training.sae.activations import residuals
+from training.steering import SteeringTerm, Terms, at_strength
+
+NO_STEERING, PROFILE = "no steering", "class profile"
+SHIFT, SCALE = "shift alone", "scale alone"
+CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
+PREDICTED = "profile of predicted class"
+BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
+"""A bias has further to go than terms: with their learning rate and no damping head usage swings between 0 and 0.47."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Found by the search of the profiles, on training images."""
+
+    class_bias: Tensor
+    """(C, G, H): constants on the gate logits, per class."""
+    bias: Tensor
+    """(G, H): the same for all classes."""
+    terms: Terms
+    """The same for all classes."""
+
+
+def learn(
+    settings: ProfileSettings, model: GatedVit, sae: Sae, pool: Split, classes: int, seed: int, bf16: bool
+) -> Learned:
+    """pool: training images. A search without classes sees as many images a step as one for all classes."""
+    each, everything = [(label,) for label in range(classes)], [tuple(range(classes))]
+    unsteered = answers(model, pool).logits.log_softmax(-1)
+    sample = pool.take(torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:10_000])
+    stats = measure(model, sae, residuals(model, sample, "ablation: residuals"), sample)
+    wide = {"rows": settings.rows * classes}
+    faster = {"learning_rate": BIAS_RATE * settings.learning_rate}
+
+    def search(changed: Mapping[str, float], damping: float = 0.0) -> Search:
+        return Search(model, pool, unsteered, settings.model_copy(update=changed), seed, bf16, damping)
+
+    terms = learned(search(wide), sae, stats, everything)[0]
+    class_bias = torch.stack(gate_bias(search(faster, BIAS_DAMPING), each))
+    return Learned(class_bias, gate_bias(search({**wide, **faster}, BIAS_DAMPING), everything)[0], terms)
+
+
+def variants(
+    model: GatedVit, sae: Sae, selection: Split, profiles: Sequence[Terms], learnt: Learned
+) -> dict[str, list[Rival]]:
+    """How each class's images are steered, by name. profiles: the terms of every class.
+
+    Biases, and terms for all, are set to the head usage of the profiles on selection images.
+    """
+    rows = [own_and_others(selection, (label,), MATCHING, 0) for label in range(len(profiles))]
+    own = [selection.take(of_class[: len(of_class) // 2]) for of_class in rows]
+    everyone = selection.take(torch.cat([of_class[: MATCHING // 4] for of_class in rows]))
+
+    def steered(terms: Terms) -> Rival:
+        return Rival(steered_by(sae, terms))
+
+    whole = [steered(terms) for terms in profiles]
+    usage = [
+        answers(model, images, rival.steer).head_gate.double().mean().item()
+        for images, rival in zip(own, whole, strict=True)
+    ]
+
+    def class_bias(label: int) -> Rival:
+        return matched(model, own[label], usage[label], lambda f: logit_bias(f * learnt.class_bias[label]))
+
+    def for_all(at: Callable[[float], Rival]) -> list[Rival]:
+        return [matched(model, everyone, mean(usage), at)] * len(profiles)
+
+    return {
+        NO_STEERING: [Rival()] * len(profiles),
+        PROFILE: whole,
+        SHIFT: [steered(shift_alone(terms)) for terms in profiles],
+        SCALE: [steered(scale_alone(terms)) for terms in profiles],
+        CLASS_BIAS: [class_bias(label) for label in range(len(profiles))],
+        BIAS: for_all(lambda f: logit_bias(f * learnt.bias)),
+        TERMS: for_all(lambda f: steered(at_strength(learnt.terms, f))),
+    }
+
+
+@torch.no_grad()
+def from_first_gate(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedVit, list[Split]]:
+    """The model from its first gated block on, and splits of the tokens that enter it, in place of images.
+
+    What comes before is the same under every steering: a third of the work of a pass.
+    """
+    first = model.gated_blocks[0]
+    before = cast(Iterable[Block], model.vit.blocks[:first])
+
+    def tokens(images: Tensor) -> Tensor:
+        x = model.embed(images)
+        for block in before:
+            x = x + block.ls1(attention(cast(Attention, block.attn), block.norm1(x), None, x.shape[1]))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return x
+
+    later = copy.deepcopy(model)
+    later.vit.blocks = later.vit.blocks[first:]
+    later.gated_blocks = tuple(block - first for block in model.gated_blocks)
+    later.embed = lambda image: image  # type: ignore[method-assign]
+    entered = [
+        torch.cat([tokens(split.images[start : start + 500]) for start in range(0, len(split), 500)])
+        for split in splits
+    ]
+    return later, [Split(x, split.classes) for x, split in zip(entered, splits, strict=True)]
+
+
+def shift_alone(terms: Terms) -> Terms:
+    """The terms with every scale at 1: what they add does not depend on the image."""
+    return {site: tuple(SteeringTerm(t.latent, 1.0, t.shift) for t in of_site) for site, of_site in terms.items()}
+
+
+def scale_alone(terms: Terms) -> Terms:
+    """The terms with every shift at 0: a silent latent adds nothing."""
+    return {site: tuple(SteeringTerm(t.latent, t.scale) for t in of_site) for site, of_site in terms.items()}
+
+
+def compare_variants(
+    model: GatedVit, macs: Macs, split: Split, labels: Sequence[str], steerings: Mapping[str, Sequence[Rival]]
+) -> dict[str, dict[str, Any]]:
+    """What every variant does on the split, by name; the profile of the class that is predicted without steering too.
+
+    own: each image under the steering of its own class. natural: all images under the steering of one class, mean over
+    the classes. balanced: the same on a slice of each class's images and as many others. Each variant has its change
+    from the class profile, in pairs over the images, with its 95% interval.
+    """
+    under = {
+        name: _outcomes(model, split, rivals)
+        for name, rivals in tqdm(steerings.items(), desc="ablation", unit="variant", dynamic_ncols=True)
+    }
+    predicted = under[NO_STEERING][0].predicted
+    slices = [own_and_others(split, (label,), SLICE, 0) for label in range(len(labels))]
+    records = {}
+    for name, outcomes in under.items():
+        natural = [effect(outcome, split.classes, (label,), macs) for label, outcome in enumerate(outcomes)]
+        balanced = [
+            effect(outcome.take(rows), split.classes[rows], (label,), macs)
+            for label, (outcome, rows) in enumerate(zip(outcomes, slices, strict=True))
+        ]
+        records[name] = {
+            "own": _own(each_under(split.classes, outcomes), split.classes, macs),
+            "natural": _mean(natural),
+            "balanced": _mean(balanced),
+            "against_profile": _against(outcomes, under[PROFILE], split.classes),
+            "classes": [
+                {"name": label, "natural": whole.to_json(), "balanced": half.to_json()}
+                for label, whole, half in zip(labels, natural, balanced, strict=True)
+            ],
+        }
+    return {**records, PREDICTED: {"own": _own(each_under(predicted, under[PROFILE]), split.classes, macs)}}
+
+
+def _outcomes(model: GatedVit, split: Split, rivals: Sequence[Rival]) -> list[Outcome]:
+    """Under the steering of each class; what several classes share is computed once."""
+    outcomes = {rival: answers(model, split, rival.steer, rival.decide) for rival in dict.fromkeys(rivals)}
+    return [outcomes[rival] for rival in rivals]
+
+
+def _mean(effects: Sequence[Effect]) -> dict[str, float]:
+    return {field: round(mean(asdict(e)[field] for e in effects), 5) for field in asdict(effects[0])}
+
+
+def _own(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
+    """Precision: mean over the classes."""
+    effects = [effect(outcome, classes, (label,), macs) for label in range(outcome.logits.shape[1])]
+    return {
+        "head_usage": round(outcome.head_gate.double().mean().item(), 5),
+        "compute_fraction": round(macs.fraction(outcome.head_gate).mean().item(), 5),
+        "accuracy": round((outcome.predicted == classes).double().mean().item(), 5),
+        "precision": round(mean(e.precision for e in effects), 5),
+    }
+
+
+def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: Tensor) -> dict[str, Any]:
+    """own: of each image under its class. all: of each image under every class, an image's mean."""
+
+    def right(some: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+        every = torch.stack([outcome.predicted == classes for outcome in some]).double()  # (C, B)
+        return every[classes, torch.arange(len(classes))].numpy(), every.mean(0).numpy()
+
+    changes = {}
+    for name, variant, profile in zip(("own", "all"), right(outcomes), right(profiles), strict=True):
+        low, high = significance.change_interval(profile, variant)
+        changes[name] = {
+            "accuracy": round(float((variant - profile).mean()), 5),
+            "interval": [round(low, 5), round(high, 5)],
+        }
+    same = [(a.head_gate == b.head_gate)[classes == c] for c, (a, b) in enumerate(zip(outcomes, profiles, strict=True))]
+    return {**changes, "same_gates": round(torch.cat(same).double().mean().item(), 5)}
+
+
+def table(records: Mapping[str, dict[str, Any]]) -> str:
+    """The records as lines of at most 110 columns: means over the classes, then every class under every variant."""
+    natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accur.", "overall_accuracy"))
+    half = (("recall", "recall"), ("precis.", "precision"), ("accur.", "overall_accuracy"))
+    usage = (("heads", "head_usage"), ("compute", "compute_fraction"))
+    own = (*usage, ("accur.", "accuracy"), ("precis.", "precision"))
+    means = [(name, [(r.get("own"), own), (r.get("natural"), natural[1:]), (r.get("balanced"), half)])
+             for name, r in records.items()]  # fmt: skip
+    classes = [(f"{entry['name'][:12]:12} {name}", [(entry["natural"], usage + natural), (entry["balanced"], half)])
+               for index in range(len(records[NO_STEERING]["classes"])) for name, r in records.items() if "classes" in r
+               for entry in (r["classes"][index],)]  # fmt: skip
+    return "\n".join([
+        f"{'':28}{'each image under its class':>32}{'all under one class':>24}{'50/50 slices':>24}",
+        *_lines(means),
+        "",
+        f"{'':38}{'own images':>16}{'all images under one class':>32}{'50/50 slices':>24}",
+        *_lines(classes, 38),
+    ])  # fmt: skip
+
+
+Columns = Sequence[tuple[str, str]]
+"""(title, key)"""
+
+
+def _lines(
+    rows: Sequence[tuple[str, Sequence[tuple[Mapping[str, float] | None, Columns]]]], width: int = 28
+) -> list[str]:
+    """A line of titles, and one for every (name, [(values or none, columns)])."""
+    lines = [" " * width + "".join(f"{title:>8}" for _, columns in rows[0][1] for title, _ in columns)]
+    for name, groups in rows:
+        cells = [f"{values[key]:.4f}" if values else "" for values, columns in groups for _, key in columns]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>8}" for cell in cells))
+    return lines

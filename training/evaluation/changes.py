@@ -1,0 +1,63 @@
+"""Changes of metrics as means over images, so that one test and one bootstrap serve them all.
+
+Each image has a value; their mean is the change of the metric exactly, and their deviation / sqrt(B) is its standard
+error. Recall and precision are ratios of means, so their values are linearised; those of AUROC are the placement values
+of DeLong et al. (1988, https://doi.org/10.2307/2531595).
+
+Letters: B images.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+
+from training.model.inference import Outcome
+
+CHANGES = "changes"
+"""Tensors of a run folder: by metric the values of all test images, float64 (B,), mean over the class profiles; and the
+digest of the images if all seeds have the same ones."""
+Values = NDArray[np.float64]
+"""(B,)"""
+
+
+def changes(before: Outcome, after: Outcome, classes: Tensor, target: Sequence[int]) -> dict[str, Values]:
+    """The values of the metrics of criteria.MARGINS, which Effect defines, by name. classes (B,): the true ones."""
+    first, second = (_values(outcome, classes, torch.tensor(list(target))) for outcome in (before, after))
+    return {metric: second[metric] - first[metric] for metric in first}
+
+
+def _values(outcome: Outcome, classes: Tensor, target: Tensor) -> dict[str, Values]:
+    own, claimed, right = (
+        mask.double().numpy()
+        for mask in (
+            torch.isin(classes, target), torch.isin(outcome.predicted, target), outcome.predicted == classes
+        )
+    )  # fmt: skip
+    score = outcome.logits.softmax(-1)[:, target].sum(1).double().numpy()
+    return {
+        "recall": ratio(right * own, own),
+        "precision": ratio(right * claimed, claimed),
+        "auroc": placements(score, own > 0),
+        "overall_accuracy": right,
+    }
+
+
+def ratio(part: Values, whole: Values) -> Values:
+    """Values whose mean is sum(part) / sum(whole)."""
+    share = part.sum() / max(whole.sum(), 1)
+    return np.asarray(share + (part - share * whole) / max(whole.mean(), 1 / len(whole)))
+
+
+def placements(score: Values, own: NDArray[np.bool_]) -> Values:
+    """Values whose mean is the AUROC: how many of the other kind an image stands on the right side of."""
+    ranks, values = rankdata(score), np.empty(len(score))
+    for kind in (own, ~own):
+        below = (ranks[kind] - rankdata(score[kind])) / max((~kind).sum(), 1)  # share of the other kind with less
+        values[kind] = below if kind is own else 1 - below
+    area = values[own].mean()
+    weight = np.where(own, own.mean(), 1 - own.mean())
+    return np.asarray(area + (values - area) / weight)

@@ -1,0 +1,52 @@
+"""What class profiles must show. Committed before the test images of a run are read.
+
+A profile is non-inferior in a metric when "worse by the margin or more" is rejected at LEVEL. For a claim about every
+class it must be rejected in every class: an intersection-union test, which needs no correction (Berger 1982,
+https://doi.org/10.1080/00401706.1982.10487790).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+LEVEL = 0.05
+"""One-sided."""
+MOST_USAGE = 0.30
+"""Head usage on own images under the profiles, mean over the classes."""
+MARGINS = {"recall": 0.01, "precision": 0.01, "auroc": 0.002, "overall_accuracy": 0.01}
+"""By metric: the loss against no steering that must be rejected. Shares: 0.01 is a point."""
+TITLES = {"auroc": "AUROC", "overall_accuracy": "accuracy of all images"}
+MET, NOT_SHOWN, NOT_MET = "met", "not shown", "not met"
+
+
+def verdict(change: float, p: float, margin: float) -> str:
+    """met: a loss of the margin is rejected; not met: that much was lost; not shown: neither."""
+    return MET if p < LEVEL else NOT_MET if change <= -margin else NOT_SHOWN
+
+
+def criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the profiles of single classes: what was measured (of margins the worst class's change and the largest p),
+    the verdict, and in how many classes it is `met`."""
+    usage = sum(entry["after"]["head_usage"] for entry in entries) / len(entries)
+    met = usage <= MOST_USAGE
+    rows = [
+        {
+            "criterion": f"head usage <= {MOST_USAGE:.2f}, mean over the classes",
+            "measured": round(usage, 5),
+            "met": met,
+            "verdict": MET if met else NOT_MET,
+        }
+    ]
+    for metric, margin in MARGINS.items():
+        changes = [entry["after"][metric] - entry["before"][metric] for entry in entries]
+        p_values = [entry["non_inferiority"][metric] for entry in entries]
+        verdicts = [verdict(change, p, margin) for change, p in zip(changes, p_values, strict=True)]
+        worst = next(v for v in (NOT_MET, NOT_SHOWN, MET) if v in verdicts)
+        rows.append({
+            "criterion": f"{TITLES.get(metric, metric)} in every class: a loss of {margin:g} rejected",
+            "measured": round(min(changes), 5),
+            "met": worst == MET,
+            "verdict": worst,
+            "p": max(p_values),
+            "classes": verdicts.count(MET),
+        })  # fmt: skip
+    return rows
