@@ -7,7 +7,7 @@ PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -12,27 +12,38 @@ import strace
 from numpy.typing import NDArray
 from PIL import Image
 from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from export.bundle import Bundle, load_bundle, versions
 from service.client import Client
 
 urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # pages of this machine
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
+SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
+"""The files whose tests need the fixture `smoke_run`."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
     hypothesis.settings.load_profile("ci")
 
 
+class ByServers(LoadScopeScheduling):
+    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that need the
+    smoke run as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "smoke run" if file in SMOKE_RUN else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServers:
+    return ByServers(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What pytest-xdist deals out: a file as a whole, because its tests share servers, and as one all that needs the
-    smoke run. What takes longest comes first."""
-    groups = {}
-    for item in items:
-        smoke_run = "smoke_run" in getattr(item, "fixturenames", ())
-        groups[item] = "smoke run" if smoke_run else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    slow = {groups[item] for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (groups[item] != "smoke run", groups[item] not in slow))
+    """What takes longest comes first."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SMOKE_RUN, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
