@@ -12,7 +12,7 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,11 +24,21 @@ from training.data.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.data.pixel_map import default_cache, mapped
 from training.data.pixels import DataError, LazyPixels, Split, image_spec, open_image, readable, settle
 from training.data.shards import streamed
+from training.data.typefaces import typefaces
 
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
-Found = tuple[tuple[str, ...], Split, Split | None, tuple[str, ...]]
-"""Labels, training images, test images if the set has its own, and warnings."""
+
+class Found(NamedTuple):
+    """A whole data set."""
+
+    labels: tuple[str, ...]
+    train: Split
+    test: Split | None
+    """None: to be held out of `train`."""
+    warnings: tuple[str, ...] = ()
+    selection: Split | None = None
+    """Likewise."""
 
 
 def find(settings: DataSettings) -> Found:
@@ -37,7 +47,10 @@ def find(settings: DataSettings) -> Found:
         if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
             raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
         train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-        return FASHION_MNIST_LABELS, train, test, ()
+        return Found(FASHION_MNIST_LABELS, train, test)
+    if settings.dataset.startswith("typefaces"):
+        labels, parts = typefaces(settings)
+        return Found(labels, parts["train"], parts["test"], selection=parts["selection"])
     if settings.dataset == "folder":
         return _folder(settings)
     return _timm(settings)
@@ -135,7 +148,7 @@ def _folder(settings: DataSettings) -> Found:
     def split(name: str, part: folders.Part) -> Split:
         return _split(settings, name, Files(part.paths), torch.tensor(part.classes))
 
-    return train.labels, split("train", train), split("test", test) if test else None, warnings
+    return Found(train.labels, split("train", train), split("test", test) if test else None, warnings)
 
 
 def _timm(settings: DataSettings) -> Found:
@@ -161,7 +174,7 @@ def _timm(settings: DataSettings) -> Found:
             raise DataError(f"{where}: {error}") from error
         splits.append(found)
         labels = labels or _labels(settings, dataset, found.classes)
-    return labels, splits[0], splits[1], ()
+    return Found(labels, splits[0], splits[1])
 
 
 def _create(settings: DataSettings, split: str) -> Any:
