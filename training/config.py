@@ -29,9 +29,12 @@ class Group(BaseModel):
 class DataSettings(Group):
     """The images, and how they are split."""
 
-    dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|typefaces(-small)?(/merged)?|folder|(torch|hfds|hfids|wds)/.+)$")
-    """`fashion-mnist`; `typefaces` (0-9A-Za-z as Debian's font packages draw them, `make typefaces`; `/merged`: 47
-    classes, letters that differ in size alone being one; `typefaces-small`: three of the packages); `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (also training/;
+    dataset: str = Field(
+        "fashion-mnist", pattern=r"^(fashion-mnist|typefaces(-small)?(/merged)?|folder|(torch|hfds|hfids|wds)/.+)$"
+    )
+    """`fashion-mnist`; `typefaces`: 0-9A-Za-z as Debian's font packages draw them (`make typefaces`), or
+    `typefaces-small`, three of the packages; either with `/merged`: 47 classes, where letters that differ in size
+    alone are one; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (also training/;
     testing/, val/, valid/, validation/; in any case); or a data set of timm: `torch/cifar100`, `wds/<any name>`
     (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
     root: Path | None = None
@@ -253,7 +256,9 @@ class Settings(BaseSettings):
     all others together, is not among them: it trains the models that the report compares with."""
     out: Path
     """The run folder. A finished stage is kept, an interrupted one is taken up where it stood."""
-    preset: Literal["fashion-mnist", "typefaces", "typefaces-small", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"] = "fashion-mnist"
+    preset: Literal[
+        "fashion-mnist", "typefaces", "typefaces-small", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"
+    ] = "fashion-mnist"
     """Where the defaults come from."""
     seed: int = 0
     """Of everything that is drawn at random."""

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from training.data.pixels import Pixels, as_picture
 
-FACTORS = (
-    "face", "size", "stretch", "rotation", "shear", "right", "down", "blur across", "blur down", "contrast",
+DEGRADATIONS = (
+    "size", "stretch", "rotation", "shear", "right", "down", "blur across", "blur down", "contrast",
     "brightness", "noise", "dark on light", "left gap", "right gap",
 )  # fmt: skip
-"""What a drawing is made from, in this order: the number of the face within its split; size and stretch as factors;
-rotation in radians; right and down, and the blurs' standard deviations, in pixels of a 28-pixel image; contrast,
-brightness and the noise's standard deviation as shares of white; 1 for dark on light; gaps to the neighbours in
-pixels of the outline, NO_NEIGHBOUR without one."""
+"""How an outline becomes an image, in this order: size and stretch as factors; rotation in radians; shear as a
+factor; right and down, and the blurs' standard deviations, in pixels of a 28-pixel image; contrast, brightness and the
+noise's standard deviation as shares of white; 1 for dark on light; gaps to the neighbours in pixels of the outline,
+NO_NEIGHBOUR without one."""
 NO_NEIGHBOUR = 99.0
 DRAWS = 19
 """Uniform numbers that one drawing takes."""
@@ -59,15 +59,15 @@ class DegradedPixels(Pixels):
         return self._drawn(self.rows[index], (0, seed % 2**64, epoch))
 
     def factors(self) -> torch.Tensor:
-        """float32 (B, FACTORS): what the images that indexing gives are made from."""
-        return self._factors(self.rows.numpy(), self._uniform(self.rows.numpy(), (self.split, 0, 0)))
+        """float32 (B, DEGRADATIONS): of the images that indexing gives."""
+        return self._factors(self._uniform(self.rows, (self.split, 0, 0)))
 
     def picture(self, index: int) -> Image.Image:
         """As Pixels.picture: of the size that the model reads, as no other is stored."""
         return as_picture(self[index])
 
     def _drawn(self, rows: torch.Tensor, key: tuple[int, int, int]) -> torch.Tensor:
-        uniform = self._uniform(rows.numpy(), key)
+        uniform = self._uniform(rows, key)
         outline = rows.numpy() // self.drawings
         face = outline // self.characters * self.characters
         neighbours = face[:, None] + (uniform[:, -3:-1] * self.characters).astype(np.int64)  # (B, 2)
@@ -75,19 +75,18 @@ class DegradedPixels(Pixels):
         outlines = torch.from_numpy(mapped[np.concatenate([outline[:, None], neighbours], 1)])  # (B, 3, S, S)
         place = (uniform[:, -1:] * (len(NOISE) - self.spec.height**2)).astype(np.int64)
         noise = torch.from_numpy(NOISE[place + np.arange(self.spec.height**2)])
-        return degraded(outlines, self._factors(rows.numpy(), uniform), noise, self.spec.height)
+        return degraded(outlines, self._factors(uniform), noise, self.spec.height)
 
-    def _uniform(self, rows: np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
+    def _uniform(self, rows: torch.Tensor, key: tuple[int, int, int]) -> np.ndarray:
         """(B, DRAWS) numbers from 0 to 1, of each row its own."""
         drawn = [np.random.default_rng((*key, row)).random(DRAWS) for row in rows.tolist()]
         return np.stack(drawn) if drawn else np.empty((0, DRAWS))
 
-    def _factors(self, rows: np.ndarray, uniform: np.ndarray) -> torch.Tensor:
+    def _factors(self, uniform: np.ndarray) -> torch.Tensor:
         u, much = uniform.T, self.strength
         either = 2 * u - 1  # from -1 to 1
         contrast = 1 - 0.75 * min(much, 1.2) * u[8]
         columns = [
-            rows // self.drawings // self.characters,
             np.exp(-0.5 * much * u[0]),
             np.exp(0.25 * much * either[1]),
             0.3 * much * either[2],
@@ -100,7 +99,7 @@ class DegradedPixels(Pixels):
             0.5 + 0.5 * (1 - contrast) * either[9],
             0.25 * much * u[10] ** 2 * contrast,
             u[11] < 0.5,
-            *(np.where(u[n] < 0.5 * much, 5 * u[n + 1] - 1, NO_NEIGHBOUR) for n in (12, 13)),
+            *(np.where(u[n] < 0.5 * much, 5 * u[n + 1] - 1, NO_NEIGHBOUR) for n in (12, 14)),
         ]
         return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
 
@@ -109,9 +108,9 @@ def degraded(outlines: torch.Tensor, factors: torch.Tensor, noise: torch.Tensor,
     """uint8 (B, size, size, 1).
 
     outlines: uint8 (B, 3, S, S): the character, its left and its right neighbour, ink centred from left to right.
-    factors: (B, FACTORS). noise: (B, size x size), standard normal.
+    factors: (B, DEGRADATIONS). noise: (B, size x size), standard normal.
     """
-    _, scale, stretch, turn, shear, right, down, across, upright, contrast, brightness, sigma, dark, *gaps = factors.T
+    scale, stretch, turn, shear, right, down, across, upright, contrast, brightness, sigma, dark, *gaps = factors.T
     b, _, s, _ = outlines.shape
     # an image's pixel p, from its centre, shows the outline's point matrix (p - (right, down)) + (offset, 0)
     unit = size / 28
@@ -136,7 +135,8 @@ def degraded(outlines: torch.Tensor, factors: torch.Tensor, noise: torch.Tensor,
     sign = torch.where(dark > 0, -contrast, contrast)
     image = brightness[:, None, None] + sign[:, None, None] * (ink - 0.5)
     image = image + sigma[:, None, None] * noise.view(b, size, size)
-    return (image * 255).round().clamp(0, 255).byte()[..., None]
+    pixels: torch.Tensor = (image * 255).round().clamp(0, 255).byte()
+    return pixels[..., None]
 
 
 def half_widths(outlines: torch.Tensor) -> torch.Tensor:
@@ -149,5 +149,5 @@ def half_widths(outlines: torch.Tensor) -> torch.Tensor:
 def blur(size: int, sigma: torch.Tensor) -> torch.Tensor:
     """(B, size, size): matrices that blur columns by normal distributions of these standard deviations, pixels."""
     place = torch.arange(size)
-    weight = torch.exp(-0.5 * (place / sigma[:, None]).square())[:, (place - place[:, None]).abs()]
+    weight: torch.Tensor = torch.exp(-0.5 * (place / sigma[:, None]).square())[:, (place - place[:, None]).abs()]
     return weight / weight.sum(-1, keepdim=True)

@@ -150,7 +150,7 @@ class Split:
     contents: str = ""
     """Of a whole data set: a digest of what its images are, the same wherever they lie. Those in memory need none."""
     factors: torch.Tensor | None = None
-    """float32 (B, factors): what each image was made from, where that is known (degradation.FACTORS)."""
+    """float32 (B, factors): what each image was made from, where that is known (typefaces.FACTORS)."""
 
     def __len__(self) -> int:
         return len(self.classes)

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont, features
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
+from training import processes
 from training.config import DataSettings
-from training.data.degradation import DegradedPixels
+from training.data.degradation import DEGRADATIONS, DegradedPixels
 from training.data.pixel_map import default_cache, mapped
 from training.data.pixels import DataError, MappedPixels, Split, image_spec
 from training.image_spec import ImageSpec
@@ -34,23 +35,27 @@ INSTALLED = Path("/var/lib/dpkg/info")
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 ALIKE = "cijklmopsuvwxyz"
 """Lower-case letters that `/merged` has in one class with their upper case, as EMNIST does (arXiv:1702.05373)."""
-PICTURES = {
-    "90 Stars BRK", "Bit Blocks TTF BRK", "Code Of Life BRK", "Faux Snow BRK", "Head-Ding Maker BRK", "Janken BRK",
-    "Line Dings BRK", "Skull Capz BRK", "Snailets BRK", "Symmetry BRK",
+NOT_LATIN = {
+    "90 Stars BRK", "Alfa-beta", "Binary BRK", "Binary X BRK", "Bit Blocks TTF BRK", "Code Of Life BRK", "Ellhnikh",
+    "Faux Snow BRK", "FutharkAdapted", "Head-Ding Maker BRK", "Janken BRK", "Line Dings BRK", "Skull Capz BRK",
+    "Snailets BRK", "Symmetry BRK", "Tearful BRK",
 }  # fmt: skip
-"""Families that draw something else in the place of letters."""
+"""Families that draw pictures, or letters of other scripts, in the place of Latin letters."""
 SIDE = 40
 """S."""
 CAPITAL = 20
 """Height of an H in an outline, pixels."""
 FINER = 4
-"""Outlines are rendered so many times larger, unhinted by that, and averaged."""
+"""Outlines are rendered so many times larger, where hinting matters little, and averaged."""
 LIKENESS = 0.98
 """Faces whose outlines correlate above this are one design."""
 MOST_FACES = 4
 """Of one design: more are left out."""
 DRAWINGS = 4
 """Of each outline, in selection and test."""
+FACTORS = ("design", "face", *DEGRADATIONS)
+"""What Split.factors has of each image of selection and test: the numbers of the design and of the face within its
+split, and how the image is degraded."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,10 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
         found = find()
         chosen = part_of(found.design, shares) == number
         for outlines, design in zip(found.outlines[chosen], found.design[chosen], strict=True):
-            yield from ((outline[..., None], int(design)) for outline in outlines)
+            yield from ((drawn[..., None], int(design)) for drawn in outlines)  # kept in the place of the class
 
     labels, class_of = classes(bool(merged))
-    splits = {}
+    splits, counts = {}, []
     for number, part in enumerate(("train", "selection", "test")):
         made_for = {
             "dataset": name, "split": part, "fonts": digest.hexdigest(), "freetype": features.version("freetype2"),
@@ -99,9 +104,15 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
             torch.arange(len(outlines) * drawings), image_spec(settings), outlines.images.path, len(outlines), SIDE,
             len(CHARACTERS), drawings, number + 1, settings.degradation,
         )  # fmt: skip
-        character = pixels.rows // drawings % len(CHARACTERS)
-        split = Split(pixels, class_of[character], f"{digest.hexdigest()} {settings.degradation}")
-        splits[part] = split if part == "train" else replace(split, factors=pixels.factors())
+        row = pixels.rows // drawings
+        split = Split(pixels, class_of[row % len(CHARACTERS)], f"{digest.hexdigest()} {settings.degradation}")
+        if part != "train":
+            of_face = torch.stack([outlines.classes[row], row // len(CHARACTERS)], 1)
+            split = replace(split, factors=torch.cat([of_face, pixels.factors()], 1))
+        splits[part] = split
+        counts.append(f"{len(outlines.classes.unique())} {part}")
+    if processes.is_main():
+        print(f"data: designs: {', '.join(counts)}", flush=True)
     return labels, splits
 
 
@@ -131,7 +142,7 @@ def faces(files: Sequence[Path]) -> Faces:
     outlines, families = [], []
     for file in tqdm(files, "data: typefaces", unit="face", mininterval=5, delay=2, dynamic_ncols=True):
         family, drawn = outline(file)
-        if drawn is not None and family not in PICTURES:
+        if drawn is not None and family not in NOT_LATIN:
             outlines.append(drawn)
             families.append(family)
     found = np.stack(outlines)
@@ -196,4 +207,4 @@ def part_of(design: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
     part = np.zeros(count, np.int64)
     order = np.random.default_rng(0).permutation(count)
     part[order[:selection]], part[order[selection : selection + test]] = 1, 2
-    return part[design]
+    return np.asarray(part[design])
