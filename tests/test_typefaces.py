@@ -77,7 +77,7 @@ def test_faces_of_one_design_are_linked_by_likeness_or_by_name() -> None:
 def test_no_face_has_a_likeness_in_another_split() -> None:
     found = [typefaces.outline(file) for file in typefaces.font_files(typefaces.SMALL)]
     outlines = np.stack([outline for _, outline in found if outline is not None])
-    spots = np.random.default_rng(0).integers(0, 30, outlines.shape)
+    spots = np.random.default_rng(0).integers(0, 12, outlines.shape)
     outlines = np.concatenate([outlines, (outlines * 0.75 + spots).astype(np.uint8)])  # each with a twin
     alike = typefaces.likeness(outlines) > typefaces.LIKENESS
     design = typefaces.designs(outlines, [str(number) for number in range(len(outlines))])
