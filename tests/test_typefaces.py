@@ -88,8 +88,6 @@ def test_no_face_has_a_likeness_in_another_split() -> None:
 
 
 def test_a_design_gives_four_faces_at_most_and_is_in_one_split(data: Data) -> None:
-    families = dict(typefaces.outline(file) for file in typefaces.font_files(typefaces.SMALL))
-    assert {"Liberation Sans", "Liberation Serif"} <= set(families)
     faces = typefaces.faces(typefaces.font_files(typefaces.SMALL))
     counts = np.bincount(faces.design)
     assert len(counts) > 10

@@ -63,8 +63,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     # python -m training all --preset typefaces-small --out runs/typefaces-small
     # Every stage on three packages of `typefaces`. For tests: the accuracy is beside the point.
     "typefaces-small": {
-        "data": {**TYPEFACES, "dataset": "typefaces-small", "max_test": 500},
-        "vit": {"dim": 48, "depth": 3, "heads": 3, "backbone_epochs": 5, "gate_epochs": 0.5, "joint_epochs": 4},
+        "data": {**TYPEFACES, "dataset": "typefaces-small", "max_test": 500, "degradation": 0.3},
+        "vit": {
+            "dim": 48,
+            "depth": 3,
+            "heads": 3,
+            "batch_size": 32,
+            "learning_rate": 3e-3,
+            "backbone_epochs": 8,
+            "gate_epochs": 0.5,
+            "joint_epochs": 6,
+        },  # fmt: skip
         "sae": {"latents": 96, "k": 12, "epochs": 30, "batch_size": 256},
         "profiles": {"terms": 8, "steps": 20, "rows": 2, "usage_target": 0.35, "contexts": {"digits": tuple(digits)}},
     },

@@ -94,7 +94,7 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
     for number, part in enumerate(("train", "selection", "test")):
         made_for = {
             "dataset": name, "split": part, "fonts": digest.hexdigest(), "freetype": features.version("freetype2"),
-            "shares": list(shares),
+            "shares": list(shares), "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         }  # fmt: skip
         spec = ImageSpec(SIDE, SIDE, 1, SIDE, "bilinear", (0.5,), (0.5,))
         outlines = mapped(settings.cache or default_cache(), f"{name}-{part}", made_for, spec, rows(number))

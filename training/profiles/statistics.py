@@ -93,7 +93,7 @@ def attribution(model: GatedVit, sae: Sae, split: Split, label: int, usage_weigh
         return residual + change
 
     with torch.enable_grad():
-        logits, out = model(split.images, steer, straight_through(2.0))
+        logits, out = model(split.images[:], steer, straight_through(2.0))
         objective = logits[:, label].sum() - usage_weight * out["head_gate"].mean((1, 2)).sum()
         gradients = torch.autograd.grad(objective, changes)
     return torch.stack([
