@@ -1,5 +1,6 @@
 """Typefaces: splits that share no design, drawings that depend on their key alone, factors that are true."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,14 @@ def test_an_image_is_moved_turned_and_sized_by_its_factors() -> None:
     assert drawn((0, 0)).amax() == 255
     faint = drawn((0, 0), contrast=0.2, dark_on_light=1)[0, ..., 0]
     assert (int(faint[0, 0]), int(faint[14, 14])) == (153, 102)
+
+
+def test_without_degradation_all_drawings_of_an_outline_are_alike(data: Data) -> None:
+    clean = replace(pixels(data), strength=0.0, drawings=4, rows=torch.arange(8))[:]
+    assert torch.equal(clean[:4], clean[:1].expand(4, -1, -1, -1))
+    assert (clean[0] != clean[4]).any()
+    outline = np.memmap(pixels(data).path, np.uint8, "r", shape=(pixels(data).total, 40, 40))[0]
+    assert np.abs(clean[0, ..., 0].numpy().astype(int) - outline[6:34, 6:34]).max() < 60  # blurred by 0.3 pixels
 
 
 def test_neighbours_stand_at_their_gaps() -> None:

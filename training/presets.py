@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "backbone_epochs": 8,
             "gate_epochs": 0.5,
             "joint_epochs": 6,
-        },  # fmt: skip
+        },
         "sae": {"latents": 96, "k": 12, "epochs": 30, "batch_size": 256},
         "profiles": {"terms": 8, "steps": 20, "rows": 2, "usage_target": 0.35, "contexts": {"digits": tuple(digits)}},
     },

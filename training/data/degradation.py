@@ -98,7 +98,7 @@ class DegradedPixels(Pixels):
             contrast,
             0.5 + 0.5 * (1 - contrast) * either[9],
             0.25 * much * u[10] ** 2 * contrast,
-            u[11] < 0.5,
+            u[11] < 0.5 * min(much, 1),
             *(np.where(u[n] < 0.5 * much, 5 * u[n + 1] - 1, NO_NEIGHBOUR) for n in (12, 14)),
         ]
         return torch.from_numpy(np.stack(columns, 1).astype(np.float32))
