@@ -2,7 +2,7 @@
 
 Every drawing is a function of its key and row alone, so neither batches nor processes nor resuming change it.
 
-Letters: B images, S side of an outline in pixels, K outlines a face, N images' side in pixels.
+Letters: B images, S side of an outline in pixels, K outlines a face.
 """
 
 from dataclasses import dataclass
