@@ -8,12 +8,13 @@ METRICS_PORT ?= 8002
 SEEDS ?= 1
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation
+TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards schemas train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test
+.PHONY: help demo serve test test-fast lint format proto dashboards schemas train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +57,9 @@ train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into
 reproduce: .venv/.dev system-test  ## Data to report and bundle, with all controls, for SEEDS (1) seeds, into runs/fm; resumable
 	$(RUN) -m training.reproduce --preset fashion-mnist --out runs/fm --seeds $(SEEDS)
 	test -d runs/fm/models/fashion_mnist/1 || $(RUN) -m export runs/fm/seed-0 runs/fm/models --name fashion_mnist
+
+typefaces:  ## Install the Debian packages of the data set `typefaces` (140 MB)
+	@$(call install_missing,$(TYPEFACES))
 
 export: .venv/.dev  ## Write runs/fm/seed-0 as the next version of deploy/models/fashion_mnist
 	$(RUN) -m export runs/fm/seed-0 deploy/models --name fashion_mnist
@@ -125,9 +129,14 @@ system-python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(call system_install,python3-venv)
 
 system-test:
-	@missing=; for package in $(TEST_SYSTEM_PACKAGES); do \
-		dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
-	done; [ -z "$$missing" ] || $(call system_install,$$missing)
+	@$(call install_missing,$(TEST_SYSTEM_PACKAGES))
+
+# Those of these Debian packages that are not installed.
+define install_missing
+missing=; for package in $(1); do \
+	dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+done; [ -z "$$missing" ] || $(call system_install,$$missing)
+endef
 
 # Install Debian packages as root; else say how, and fail.
 define system_install

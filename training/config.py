@@ -29,8 +29,12 @@ class Group(BaseModel):
 class DataSettings(Group):
     """The images, and how they are split."""
 
-    dataset: str = Field("fashion-mnist", pattern=r"^(fashion-mnist|folder|(torch|hfds|hfids|wds)/.+)$")
-    """`fashion-mnist`; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (also training/;
+    dataset: str = Field(
+        "fashion-mnist", pattern=r"^(fashion-mnist|typefaces(-small)?(/merged)?|folder|(torch|hfds|hfids|wds)/.+)$"
+    )
+    """`fashion-mnist`; `typefaces`: 0-9A-Za-z as Debian's font packages draw them (`make typefaces`), or
+    `typefaces-small`, three of the packages; either with `/merged`: 47 classes, where letters that differ in size
+    alone are one; `folder`: root/<label>/*.png, or root/train/<label>/ and root/test/<label>/ (also training/;
     testing/, val/, valid/, validation/; in any case); or a data set of timm: `torch/cifar100`, `wds/<any name>`
     (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
     root: Path | None = None
@@ -76,9 +80,11 @@ class DataSettings(Group):
     std: tuple[float, ...] | None = None
     """Likewise."""
     selection_fraction: float = Field(0.1, gt=0, lt=0.5)
-    """Share of each class's training images held out to choose profiles."""
+    """Share of each class's training images held out to choose profiles (typefaces: of the designs)."""
     test_fraction: float = Field(0.2, gt=0, lt=0.9)
-    """Share of each class held out for the test, when a folder has no test/ of its own."""
+    """Share of each class held out for the test, when a folder has no test/ of its own (typefaces: of the designs)."""
+    degradation: float = Field(1.0, ge=0, le=2, exclude_if=lambda value: value == 1.0)
+    """Dataset `typefaces`: how far characters are turned, blurred and so on. 0: clean; 1: as in a poor scan."""
     max_train: int | None = Field(None, ge=10)
     """Use a random, class-balanced subset of this many training images."""
     max_test: int | None = Field(None, ge=10)
@@ -250,7 +256,9 @@ class Settings(BaseSettings):
     all others together, is not among them: it trains the models that the report compares with."""
     out: Path
     """The run folder. A finished stage is kept, an interrupted one is taken up where it stood."""
-    preset: Literal["fashion-mnist", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"] = "fashion-mnist"
+    preset: Literal[
+        "fashion-mnist", "typefaces", "typefaces-small", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"
+    ] = "fashion-mnist"
     """Where the defaults come from."""
     seed: int = 0
     """Of everything that is drawn at random."""

@@ -149,16 +149,18 @@ class Split:
     """int64 (B,): index into the labels."""
     contents: str = ""
     """Of a whole data set: a digest of what its images are, the same wherever they lie. Those in memory need none."""
+    factors: torch.Tensor | None = None
+    """float32 (B, factors): what each image was made from, where that is known (typefaces.FACTORS)."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def take(self, index: torch.Tensor) -> "Split":
         """These rows. Images that are not in memory stay there."""
-        images = self.images
+        images, factors = self.images, None if self.factors is None else self.factors[index]
         if isinstance(images, Pixels):
-            return Split(replace(images, rows=images.rows[index]), self.classes[index])
-        return Split(images[index], self.classes[index])
+            return Split(replace(images, rows=images.rows[index]), self.classes[index], factors=factors)
+        return Split(images[index], self.classes[index], factors=factors)
 
     def picture(self, index: int) -> Image.Image:
         """One image, upright, grey or RGB, as large as it is stored."""
@@ -180,7 +182,7 @@ def in_memory(split: Split, title: str, errors: list[DataError]) -> Split:
     else:
         for start in range(0, len(images), 4096):
             values[start : start + 4096] = images[start : start + 4096]
-    return Split(values, split.classes)
+    return Split(values, split.classes, factors=split.factors)
 
 
 def caught(function: Callable[[T], R]) -> Callable[[T], R | DataError]:

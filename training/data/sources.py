@@ -12,7 +12,7 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,20 +24,33 @@ from training.data.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.data.pixel_map import default_cache, mapped
 from training.data.pixels import DataError, LazyPixels, Split, image_spec, open_image, readable, settle
 from training.data.shards import streamed
+from training.data.typefaces import typefaces
 
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
-Found = tuple[tuple[str, ...], Split, Split | None, tuple[str, ...]]
-"""Labels, training images, test images if the set has its own, and warnings."""
+
+class DataSet(NamedTuple):
+    """A whole data set."""
+
+    labels: tuple[str, ...]
+    train: Split
+    test: Split | None
+    """None: to be held out of `train`."""
+    warnings: tuple[str, ...] = ()
+    selection: Split | None = None
+    """Likewise."""
 
 
-def find(settings: DataSettings) -> Found:
+def find(settings: DataSettings) -> DataSet:
     """The data set of the settings, whole. Raises DataError with what is missing and where it was looked for."""
     if settings.dataset == "fashion-mnist":
         if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
             raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
         train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-        return FASHION_MNIST_LABELS, train, test, ()
+        return DataSet(FASHION_MNIST_LABELS, train, test)
+    if settings.dataset.startswith("typefaces"):
+        labels, parts = typefaces(settings)
+        return DataSet(labels, parts["train"], parts["test"], selection=parts["selection"])
     if settings.dataset == "folder":
         return _folder(settings)
     return _timm(settings)
@@ -127,7 +140,7 @@ def _split(settings: DataSettings, split: str, source: Files | Rows, classes: to
     return replace(on_disk, contents=source.contents())
 
 
-def _folder(settings: DataSettings) -> Found:
+def _folder(settings: DataSettings) -> DataSet:
     if settings.root is None or not settings.root.is_dir():
         raise DataError(f"data.root is {settings.root}; allowed: a folder of images, one sub-folder a label")
     train, test, warnings = folders.find(settings.root, settings.copies)
@@ -135,10 +148,10 @@ def _folder(settings: DataSettings) -> Found:
     def split(name: str, part: folders.Part) -> Split:
         return _split(settings, name, Files(part.paths), torch.tensor(part.classes))
 
-    return train.labels, split("train", train), split("test", test) if test else None, warnings
+    return DataSet(train.labels, split("train", train), split("test", test) if test else None, warnings)
 
 
-def _timm(settings: DataSettings) -> Found:
+def _timm(settings: DataSettings) -> DataSet:
     prefix = settings.dataset.partition("/")[0]
     package = PACKAGES.get(prefix)
     if package and importlib.util.find_spec(package) is None:
@@ -161,7 +174,7 @@ def _timm(settings: DataSettings) -> Found:
             raise DataError(f"{where}: {error}") from error
         splits.append(part)
         labels = labels or _labels(settings, dataset, part.classes)
-    return labels, splits[0], splits[1], ()
+    return DataSet(labels, splits[0], splits[1])
 
 
 def _create(settings: DataSettings, split: str) -> Any:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from training import processes, soundness
 from training.config import DataSettings
+from training.data.degradation import DegradedPixels
 from training.data.fashion_mnist import DEBIAN_FASHION_MNIST, FASHION_MNIST_LABELS
 from training.data.pixels import DataError, LazyPixels, Split, eval_transform, image_spec, in_memory, settle
 from training.data.sources import find
@@ -54,7 +55,7 @@ def load(settings: DataSettings, seed: int) -> Data:
     Raises DataError with what is missing and where it was looked for, the label that has too few images, or all files
     that are no images.
     """
-    labels, train, test, warnings = find(settings)
+    labels, train, test, warnings, selection = find(settings)
     labels = _check_classes(settings, labels, train, test)
     digests = {
         f"{name} images": f"{len(split)} with the digest {_digest(split)}"
@@ -68,8 +69,10 @@ def load(settings: DataSettings, seed: int) -> Data:
         train = train.take(balanced(train.classes, settings.max_train / len(train), seed)[0])
     if settings.max_test:
         test = test.take(balanced(test.classes, settings.max_test / len(test), seed)[0])
-    chosen, rest = balanced(train.classes, settings.selection_fraction, seed)
-    splits = {"train": train.take(rest), "selection": train.take(chosen), "test": test}
+    if selection is None:
+        chosen, rest = balanced(train.classes, settings.selection_fraction, seed)
+        train, selection = train.take(rest), train.take(chosen)
+    splits = {"train": train, "selection": selection, "test": test}
     for name, split in splits.items():
         counts = split.classes.bincount(minlength=len(labels))
         if counts.min() == 0:
@@ -137,6 +140,8 @@ def _digest(split: Split) -> str:
 
 def _held(settings: DataSettings, split: Split, name: str, errors: list[DataError]) -> Split:
     """The split in memory if it is to be there; else, its files checked. Appends to `errors` what cannot be read."""
+    if isinstance(split.images, DegradedPixels) and name == "train":  # drawn anew in each epoch
+        return split
     one = settings.image_size**2 * settings.channels  # bytes
     if settings.memory == "memory" or (settings.memory == "auto" and len(split) * one <= settings.memory_limit):
         return in_memory(split, f"data: {name}", errors)

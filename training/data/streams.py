@@ -24,6 +24,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 
 from training.config import DataSettings
+from training.data.degradation import DegradedPixels
 from training.data.splits import Data, DataError, augment, shuffled, steps
 
 
@@ -118,7 +119,11 @@ class _Stream(Dataset[Batch | DataError]):
 
     def _shifted(self, index: torch.Tensor, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(_numbers(self.seed, step)[0])
-        images = self.data.train.images[index]
+        images = self.data.train.images
+        if isinstance(images, DegradedPixels):
+            images = images.draw(index, self.seed, step // (len(images) // self.size))
+        else:
+            images = images[index]
         return augment(images, self.settings.flip, self.settings.shift, generator, self.rank, self.processes)
 
     def _with_timm(self, index: torch.Tensor, step: int) -> torch.Tensor:
