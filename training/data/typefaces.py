@@ -84,9 +84,9 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
     shares = (settings.selection_fraction, settings.test_fraction)
 
     def rows(number: int) -> Iterator[tuple[np.ndarray, int]]:
-        found = find()
-        chosen = part_of(found.design, shares) == number
-        for outlines, design in zip(found.outlines[chosen], found.design[chosen], strict=True):
+        every = find()
+        chosen = part_of(every.design, shares) == number
+        for outlines, design in zip(every.outlines[chosen], every.design[chosen], strict=True):
             yield from ((drawn[..., None], int(design)) for drawn in outlines)  # kept in the place of the class
 
     labels, class_of = classes(bool(merged))
@@ -145,14 +145,14 @@ def faces(files: Sequence[Path]) -> Faces:
         if drawn is not None and family not in NOT_LATIN:
             outlines.append(drawn)
             families.append(family)
-    found = np.stack(outlines)
-    design = designs(found, families)
+    stacked = np.stack(outlines)
+    design = designs(stacked, families)
     kept = []
     for number in range(design.max() + 1):
         members = np.flatnonzero(design == number)
         kept += members[np.linspace(0, len(members) - 1, min(len(members), MOST_FACES)).round().astype(int)].tolist()
     kept.sort()
-    return Faces(found[kept], design[kept])
+    return Faces(stacked[kept], design[kept])
 
 
 def outline(file: Path, characters: str = CHARACTERS) -> tuple[str, np.ndarray | None]:
