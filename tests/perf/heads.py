@@ -1,4 +1,5 @@
-"""GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m tests.perf.heads [--quick]: what a closed head saves, as wall time.
+"""GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m tests.perf.heads [--quick | --only MODEL]: what closed heads and MLP
+groups save, as wall time.
 
 Every variant of a model in interleaved rounds, one session alive at a time. Memory in huge pages (the variable, read
 when a process starts) makes times steadier: without, a session's place in memory decides about 10% (NOTES.md). Prints a
@@ -8,8 +9,9 @@ table of medians over the rounds; writes build/bench/heads.json and heads.png.
 (ms / ms of the fastest plain model of that precision). Gates are forced through the steering inputs of ordinary graphs,
 with random weights: time depends on shapes and gates alone.
 
-Models: deit_s, timm's deit_small_patch16_224 with gates on all blocks but the first; fashion_mnist, the shape of the
-committed bundle, with the gates that the committed graph itself decides for sample images under its class profiles.
+Models: deit_s, timm's deit_small_patch16_224 with gates on all blocks but the first; deit_s_units, the same with gates
+on 4 groups of each MLP too; fashion_mnist, the shape of the committed bundle, with the gates that the committed graph
+itself decides for sample images under its class profiles.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,10 @@ class Cell:
     batch: int
     threads: int
     usage: float
+    """Of heads."""
     gates: str
+    groups: float = field(default=1.0, kw_only=True)
+    """Share of MLP groups that are open."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +95,31 @@ class Row(Cell):
 
 
 class Model:
-    """A model whose gates do what the steering terms of a row say: latent h opens or closes head h of its site."""
+    """A model whose gates do what the steering terms of a row say: latent u opens or closes unit u of its site."""
 
-    def __init__(self, name: str, vit: Any, spec: ImageSpec):
+    def __init__(self, name: str, vit: Any, spec: ImageSpec, mlp_groups: int = 0):
         torch.manual_seed(0)
         self.name, self.spec = name, spec
         depth, heads, dim = len(vit.blocks), vit.blocks[0].attn.num_heads, vit.embed_dim
-        model = GatedVit(vit, tuple(range(1, depth)), spec)
-        directions = torch.linalg.qr(torch.cat([torch.ones(dim, 1), torch.randn(dim, heads)], 1))[0].T[1:]  # mean 0
+        model, units = GatedVit(vit, tuple(range(1, depth)), spec, mlp_groups), heads + mlp_groups
+        directions = torch.linalg.qr(torch.cat([torch.ones(dim, 1), torch.randn(dim, units)], 1))[0].T[1:]  # mean 0
         for gate in model.gates:
             gate.linear.weight.data = directions.clone()
             nn.init.zeros_(gate.linear.bias)
         sae = Sae(depth - 1, 32, dim)
         sae.threshold.data.fill_(1e9)  # terms shift and do nothing else
-        sae.decoder.data[:, :heads] = directions
+        sae.decoder.data[:, :units] = directions
         self.steered = SteeredVit(model, sae).eval().requires_grad_(False)
         self.macs = count(model)
-        self.sites, self.heads = depth - 1, heads
+        self.sites, self.heads, self.groups, self.units = depth - 1, heads, mlp_groups, units
 
     def inputs(self, gates: NDArray[np.bool_]) -> Arrays:
-        """gates (B, sites, heads). 32 terms a site, as a profile has."""
+        """gates (B, sites, units). 32 terms a site, as a profile has."""
         images = np.random.default_rng(1).integers(0, 256, (len(gates), *self.spec.shape), np.uint8)
-        neutral = [SteeringTerm(latent, 1.0, 0.0) for latent in range(self.heads, 32)]
+        neutral = [SteeringTerm(latent, 1.0, 0.0) for latent in range(self.units, 32)]
         rows: list[Terms] = [
             {
-                site: (*(SteeringTerm(h, 1.0, FORCE if on else -FORCE) for h, on in enumerate(of_site)), *neutral)
+                site: (*(SteeringTerm(u, 1.0, FORCE if on else -FORCE) for u, on in enumerate(of_site)), *neutral)
                 for site, of_site in enumerate(row)
             }
             for row in gates
@@ -122,10 +127,12 @@ class Model:
         return inputs_of(images, rows, self.sites)
 
     def ideal(self, gates: NDArray[np.bool_]) -> float:
-        return float(self.macs.fraction(torch.tensor(gates, dtype=torch.float32)).mean())
+        of_units = torch.tensor(gates, dtype=torch.float32)
+        return float(self.macs.fraction(of_units[:, :, : self.heads], of_units[:, :, self.heads :]).mean())
 
     def graph(self, variant: str, precision: str) -> Path:
-        """The file of a variant, written when it is not there yet. compact-n: n heads a block are left."""
+        """The file of a variant, written when it is not there yet. compact-h-m: h heads and m MLP groups a
+        block are left."""
         path = OUT / "graphs" / f"{self.name}.{variant}.{precision}.onnx"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +159,8 @@ class Model:
         if variant == "specialised":
             return build_fused(*self.specialised(), self.spec, {}, np.float16, *self.profile()).SerializeToString()
         if variant.startswith("compact"):
-            left = tuple(range(int(variant.split("-")[1])))
+            heads, groups = map(int, variant.split("-")[1:])
+            left = (*range(heads), *range(self.heads, self.heads + groups))
             return build(steered, self.spec, "compact", {}, arithmetic, [left] * self.sites).SerializeToString()
         attention = {"dense": "masked", "by_head": "dispatch"}.get(variant, variant)
         return build(steered, self.spec, attention, {}, arithmetic).SerializeToString()
@@ -177,7 +185,7 @@ class Model:
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        return calibrate(self.steered, self.spec, [self.inputs(np.ones((8, self.sites, self.heads), bool))])
+        return calibrate(self.steered, self.spec, [self.inputs(np.ones((8, self.sites, self.units), bool))])
 
 
 class _Plain(nn.Module):
@@ -195,10 +203,11 @@ class _Plain(nn.Module):
         return logits
 
 
-def deit_s() -> Model:
+def deit_s(mlp_groups: int = 0) -> Model:
     torch.manual_seed(0)
     vit = create_model("deit_small_patch16_224", pretrained=False).eval()
-    return Model("deit_s", vit, ImageSpec(224, 224, 3, 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    spec = ImageSpec(224, 224, 3, 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Model("deit_s_units" if mlp_groups else "deit_s", vit, spec, mlp_groups)
 
 
 def vit_b() -> Model:
@@ -213,12 +222,14 @@ def fashion_mnist() -> Model:
     return Model("fashion_mnist", create_vit(VitSettings(**PRESETS["fashion-mnist"]["vit"]), spec, 10).eval(), spec)
 
 
-def patterns(model: Model, batch: int, usage: float, gates: str) -> NDArray[np.bool_]:
-    """(B, sites, heads), equally many in every block. `random`: others in every row; `uniform`: the same."""
+def patterns(model: Model, batch: int, usage: float, gates: str, groups: float = 1.0) -> NDArray[np.bool_]:
+    """(B, sites, units), equally many in every block. `random`: others in every row; `uniform`: the same."""
     generator = np.random.default_rng(2)
-    kept = round(usage * model.heads)
-    ranks = generator.random((1 if gates == "uniform" else batch, model.sites, model.heads)).argsort(-1)
-    return np.broadcast_to(ranks < kept, (batch, model.sites, model.heads))
+    open_ = []
+    for share, of in ((usage, model.heads), (groups, model.groups)):
+        ranks = generator.random((1 if gates == "uniform" else batch, model.sites, of)).argsort(-1)
+        open_.append(ranks < round(share * of))
+    return np.broadcast_to(np.concatenate(open_, 2), (batch, model.sites, model.units))
 
 
 def profile_gates(batch: int) -> NDArray[np.bool_]:
@@ -257,6 +268,15 @@ def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
                     cells.append(Cell(model.name, "dispatch", *at, usage, "uniform"))
                     cells.append(Cell(model.name, "compact", *at, usage, "uniform"))
     yield model, cells
+    model, cells = deit_s(mlp_groups=4), []
+    for threads, batch in ((2, 1), (2, 8), (2, 32), (1, 8)):
+        for precision in ("fp32", "int8"):
+            at = (precision, batch, threads)
+            cells += [Cell(model.name, variant, *at, 1.0, "random") for variant in ("dense", "by_head")]
+            for usage, groups in ((1.0, 1.0), (1 / 2, 1 / 2), (1 / 3, 1 / 4)):
+                cells.append(Cell(model.name, "dispatch", *at, usage, "random", groups=groups))
+            cells.append(Cell(model.name, "compact", *at, 1 / 3, "uniform", groups=1 / 4))
+    yield model, cells
     model = fashion_mnist()
     usage = float(profile_gates(32).mean())
     cells = []
@@ -272,7 +292,8 @@ class Runner:
 
     def __init__(self, model: Model, cell: Cell):
         self.model, self.cell = model, cell
-        name = f"compact-{round(cell.usage * model.heads)}" if cell.variant == "compact" else cell.variant
+        left = f"-{round(cell.usage * model.heads)}-{round(cell.groups * model.groups)}"
+        name = cell.variant + left * (cell.variant == "compact")
         precision = "fp32" if cell.variant == "openvino" else cell.precision
         path = model.graph("timm" if cell.variant == "openvino" else name, precision)
         if cell.variant == "openvino":
@@ -307,18 +328,19 @@ def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> lis
     """The cells of a session are measured one after the other; sessions follow each other, round after round."""
     sessions: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        left = cell.usage if cell.variant == "compact" else None
+        left = (cell.usage, cell.groups) if cell.variant == "compact" else None
         sessions.setdefault((cell.variant, cell.precision, cell.threads, left), []).append(cell)
     gates = {
         cell: profile_gates(cell.batch)
         if cell.gates == "profiles" and cell.variant not in PLAIN
-        else patterns(model, cell.batch, cell.usage, cell.gates)
+        else patterns(model, cell.batch, cell.usage, cell.gates, cell.groups)
         for cell in cells
     }
     for cell in cells:
         if cell.variant == "compact":  # those that are left are open
-            kept = round(cell.usage * model.heads)
-            gates[cell] = np.broadcast_to(np.arange(model.heads) < kept, gates[cell].shape)
+            kept = round(cell.usage * model.heads), round(cell.groups * model.groups)
+            left = np.concatenate([np.arange(of) < k for of, k in zip((model.heads, model.groups), kept, strict=True)])
+            gates[cell] = np.broadcast_to(left, gates[cell].shape)
     for of_session in sessions.values():
         Runner(model, of_session[0])  # writes the graph
     found: dict[Cell, list[float]] = {cell: [] for cell in cells}
@@ -370,7 +392,8 @@ def show(rows: list[Row]) -> None:
         "precision",
         "batch",
         "threads",
-        "usage",
+        "heads",
+        "groups",
         "gates",
         "ms",
         "(rounds)",
@@ -378,16 +401,21 @@ def show(rows: list[Row]) -> None:
         "ideal",
         "eff.",
     )
-    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}  {:9}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
+    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}{:>8}  {:9}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
     before = None
-    for row in sorted(rows, key=lambda r: (r.model, r.threads, r.batch, r.precision, r.variant, -r.usage, r.gates)):
+
+    def place(r: Row) -> tuple[object, ...]:
+        return r.model, r.threads, r.batch, r.precision, r.variant, -r.usage, -r.groups, r.gates
+
+    for row in sorted(rows, key=place):
         group = (row.model, row.threads, row.batch)
         if before not in (None, group):
             print()
         before = group
         print(
-            f"{row.model:14}{row.variant:10}{row.precision:10}{row.batch:6}{row.threads:8}{row.usage:7.2f}  "
-            f"{row.gates:9}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}{row.ratio_to_dense:6.2f}"
+            f"{row.model:14}{row.variant:10}{row.precision:10}{row.batch:6}{row.threads:8}{row.usage:7.2f}"
+            f"{row.groups:8.2f}  {row.gates:9}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}"
+            f"{row.ratio_to_dense:6.2f}"
             f"{row.ideal:7.2f}{row.efficiency:7.2f}  {row.efficiency_low:.2f}-{row.efficiency_high:.2f}"
         )
     print("\nratio: to the fastest plain fp32 model. ideal: share of the multiply-accumulates that are left.")
@@ -428,17 +456,21 @@ def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.heads", description=__doc__.split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="DeiT-S, batch 8, 2 threads, usage 1 and 1/3 alone")
+    parser.add_argument("--only", choices=("deit_s", "deit_s_units", "fashion_mnist"), help="this model alone")
     parser.add_argument("--rounds", type=int, help="of every cell (default: 5, with --quick 4)")
     parser.add_argument("--seconds", type=float, default=0.2, help="a cell and round at least (default: %(default)s)")
     options = parser.parse_args()
     rows: list[Row] = []
     for model, cells in plan(options.quick):
+        if options.only not in (None, model.name):
+            continue
         rows += measure(model, cells, options.rounds or (4 if options.quick else 5), options.seconds)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "heads.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    plot(rows, OUT / "heads.png")
+    if options.only in (None, "deit_s"):
+        plot(rows, OUT / "heads.png")
     show(rows)
-    print(f"written: {OUT / 'heads.json'}, heads.png")
+    print(f"written: {OUT / 'heads.json'}")
     return 0
 
 
