@@ -48,7 +48,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 0-9A-Za-z in 28 pixels, degraded anew in each epoch; a ViT as that of fashion-mnist. No whole run yet: no result.
     "typefaces": {
         "data": TYPEFACES,
-        "vit": {"unpadded": 1, "mlp_ratio": 2, "backbone_epochs": 30, "gate_epochs": 0.5, "joint_epochs": 30},
+        "vit": {
+            "unpadded": 1,
+            "mlp_ratio": 2,
+            "batch_size": 64,
+            "learning_rate": 8e-4,
+            "joint_learning_rate": 4e-4,
+            "backbone_epochs": 30,
+            "gate_epochs": 0.5,
+            "joint_epochs": 30,
+        },
         "profiles": {
             "rows": 4,
             "contexts": {
