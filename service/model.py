@@ -105,7 +105,7 @@ class Model:
             unsteered = answer.outputs.rows(slice(count, len(order)))
             self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
         self._metrics.answered(_label(steering), outputs)
-        return Answer(outputs, answer.queue_seconds)
+        return replace(answer, outputs=outputs)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch."""
@@ -117,7 +117,7 @@ class Model:
         unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
         self._metrics.answered(_label(self._unsteered), unsteered)
         self._metrics.answered(_label(steering), steered)
-        return Answer(unsteered, answer.queue_seconds), Answer(steered, answer.queue_seconds)
+        return replace(answer, outputs=unsteered), replace(answer, outputs=steered)
 
     async def explain(
         self, images: Images, steering: Steering, seconds_left: float | None, latents: int

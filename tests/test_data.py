@@ -637,6 +637,11 @@ def test_unusable_batches_are_named() -> None:
             training_batches(data, DataSettings(augmentation="timm", auto_augment=policy), 4, 1, 0)
 
 
+@pytest.mark.parametrize("name", [*sources.SOURCES, *(f"{prefix}/any" for prefix in sources.PACKAGES)])
+def test_the_name_of_every_data_set_is_allowed(name: str) -> None:
+    assert DataSettings(dataset=name).dataset == name
+
+
 def test_a_missing_package_is_named_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"needs the package 'webdataset': pip install 'steervit\[train\]'"):

@@ -63,7 +63,7 @@ def test_encoded_images_and_their_pixels_give_the_same_answer(
 
 
 def test_both_protocols_have_the_same_receipt() -> None:
-    assert [*Origin._fields, *Measures._fields] == [field.name for field in pb.Receipt.DESCRIPTOR.fields]
+    assert {*Origin._fields, *Measures._fields} == {field.name for field in pb.Receipt.DESCRIPTOR.fields}
 
 
 def test_neutral_steering_of_every_kind_equals_none_exactly(client: Client, samples: dict[str, list[bytes]]) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from training.profiles.statistics import SiteStatistics, auroc
 from training.profiles.strategies import (
     STRATEGIES,
-    STRENGTHS,
     amplify_all,
     attribution,
     causal,
@@ -93,6 +92,7 @@ def test_auroc_by_hand() -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_names_each_latent_once_and_has_strengths(name: str) -> None:
-    terms = STRATEGIES[name](STATS, (0,), 4)
+    strategy, strengths = STRATEGIES[name]
+    terms = strategy(STATS, (0,), 4)
     assert len(set(latents(terms))) == len(latents(terms)) > 0
-    assert STRENGTHS[name]
+    assert strengths

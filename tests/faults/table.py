@@ -43,16 +43,8 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py |
 | deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |
 
-To touch for something new:
-
-- **A flag**: a field with its docstring in service/config.py, which makes the flag and the variable; a test through a
-  server; deploy/kubernetes/base/settings.env where clusters need another value than the default.
-- **An RPC**: proto/ and `make proto`, service/steering_api.py, both clients in service/client/; its wrong requests in
-  faults/test_bad_requests.py, and test_property_requests.py.
-- **A metric**: its family in service/exposition.py, its value in service/metrics.py; a panel in deploy/dashboards
-  (`make dashboards`), or a rule in deploy/alerts with a case in tests.yaml and an entry in RUNBOOK.md
-  (`make manifests`).
-- **A fault**: its name in faults/listed.py, the mark `fault` on the test, `make faults`.
+What to touch, tests included, for a new flag, RPC, metric, fault and so on:
+[docs/architecture.md](../docs/architecture.md#where-to-change-a-thing).
 
 # What can go wrong, what a client sees, and the test that shows it
 

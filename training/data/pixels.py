@@ -43,6 +43,10 @@ class Source(Protocol):
         """What messages call the image."""
         ...
 
+    def identity(self) -> str:
+        """A text that changes whenever the files do: what a mapped file was made from."""
+        ...
+
     def contents(self) -> str:
         """A digest of what the images are: Split.contents."""
         ...

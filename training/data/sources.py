@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from training.config import DataSettings
 from training.data import folders
 from training.data.fashion_mnist import FASHION_MNIST_LABELS, fashion_mnist
 from training.data.pixel_map import default_cache, mapped
-from training.data.pixels import DataError, LazyPixels, Split, image_spec, open_image, readable, settle
+from training.data.pixels import DataError, LazyPixels, Source, Split, image_spec, open_image, readable, settle
 from training.data.shards import streamed
 from training.data.typefaces import typefaces
 
@@ -43,17 +44,19 @@ class DataSet(NamedTuple):
 
 def find(settings: DataSettings) -> DataSet:
     """The data set of the settings, whole. Raises DataError with what is missing and where it was looked for."""
-    if settings.dataset == "fashion-mnist":
-        if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
-            raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
-        train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
-        return DataSet(FASHION_MNIST_LABELS, train, test)
-    if settings.dataset.startswith("typefaces"):
-        labels, parts = typefaces(settings)
-        return DataSet(labels, parts["train"], parts["test"], selection=parts["selection"])
-    if settings.dataset == "folder":
-        return _folder(settings)
-    return _timm(settings)
+    return SOURCES.get(settings.dataset.partition("/")[0], _timm)(settings)
+
+
+def _fashion_mnist(settings: DataSettings) -> DataSet:
+    if (settings.image_size, settings.channels, settings.crop_fraction) != (28, 1, 1.0):
+        raise DataError("fashion-mnist is 28 x 28 and grey; allowed: image_size 28, channels 1, crop_fraction 1")
+    train, test = (fashion_mnist(settings.root, part) for part in ("train", "t10k"))
+    return DataSet(FASHION_MNIST_LABELS, train, test)
+
+
+def _typefaces(settings: DataSettings) -> DataSet:
+    labels, parts = typefaces(settings)
+    return DataSet(labels, parts["train"], parts["test"], selection=parts["selection"])
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Rows:
         return str(len(self.dataset))
 
 
-def _split(settings: DataSettings, split: str, source: Files | Rows, classes: torch.Tensor) -> Split:
+def _split(settings: DataSettings, split: str, source: Source, classes: torch.Tensor) -> Split:
     spec = image_spec(settings)
     pixels = LazyPixels(torch.arange(len(classes)), spec, source)
     skip, title = settings.skip_unreadable, f"data: {split}"
@@ -188,7 +191,7 @@ def _create(settings: DataSettings, split: str) -> Any:
     return create_dataset(settings.dataset, root, split=split, is_training=False, **options)
 
 
-def _rows(dataset: Any, where: str) -> tuple[Files | Rows, torch.Tensor]:
+def _rows(dataset: Any, where: str) -> tuple[Source, torch.Tensor]:
     """The images of a data set and their classes, without decoding one."""
     reader = getattr(dataset, "reader", None)
     if reader is not None:
@@ -197,7 +200,7 @@ def _rows(dataset: Any, where: str) -> tuple[Files | Rows, torch.Tensor]:
         classes = dataset.targets
     else:
         raise DataError(f"{where}: gives its labels with its images alone; allowed: a set with `targets`, or a folder")
-    source: Files | Rows = Rows(dataset, where)
+    source: Source = Rows(dataset, where)
     if hasattr(dataset, "samples"):  # torchvision's ImageFolder and ImageNet
         source = Files(tuple(path for path, _ in dataset.samples))
     return source, torch.as_tensor(classes).long()
@@ -237,3 +240,12 @@ def _read_labels(path: Path) -> tuple[str, ...]:
             f"or UTF-16 with a byte-order mark. If it is {guess}: {command}"
         ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+SOURCES: dict[str, Callable[[DataSettings], DataSet]] = {
+    "fashion-mnist": _fashion_mnist,
+    "typefaces": _typefaces,
+    "typefaces-small": _typefaces,
+    "folder": _folder,
+}
+"""By data.dataset up to a slash; every other set is timm's. config.py says which names are allowed."""

@@ -22,9 +22,9 @@ from training.model.inference import Effect, Outcome, answers, effect, steered_b
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.last_block import shortcut
-from training.profiles.learned import Search, gate_bias, learned
+from training.profiles.learned import LEARNED, Search, gate_bias, learned
 from training.profiles.statistics import measure
-from training.profiles.strategies import STRATEGIES, STRENGTHS, Target
+from training.profiles.strategies import STRATEGIES, Target
 from training.sae.activations import residuals
 from training.steering import (
     SteeringError,
@@ -42,6 +42,7 @@ from training.steering import (
 T = TypeVar("T")
 Trial = tuple[str, float, Terms]
 """(strategy, strength, the terms at that strength)"""
+STRENGTHS = {name: strengths for name, (_, strengths) in (*STRATEGIES.items(), *LEARNED.items())}
 CONTROLS = ("random", "learned, random latents")
 """Found and measured like the others, never chosen."""
 SCREENING, FINAL = 100, 500
@@ -136,9 +137,12 @@ def find(
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
-    proposals = {name: [strategy(stats, t, options.terms) for t in targets] for name, strategy in STRATEGIES.items()}
+    proposals = {
+        name: [strategy(stats, target, options.terms) for target in targets]
+        for name, (strategy, _) in STRATEGIES.items()
+    }
     search = Search(model, pool, unsteered, options, settings.seed + 3, settings.bf16)
-    for name, at_random in (("learned", False), ("learned, random latents", True)):
+    for name, (at_random, _) in LEARNED.items():
         by_gradient = partial(learned, search, sae, stats, random_candidates=at_random)
         proposals[name] = _learned_once(settings, run, name, partial(_in_parts, targets, by_gradient))
     return proposals, _in_parts(targets, partial(gate_bias, search))

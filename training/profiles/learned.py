@@ -23,9 +23,14 @@ from training.data.splits import Split
 from training.model.gated_vit import GatedNetwork, straight_through
 from training.model.sae import Sae
 from training.profiles.statistics import SiteStatistics
-from training.profiles.strategies import Target
+from training.profiles.strategies import Strengths, Target
 from training.steering import SteeringTerm, Terms
 
+LEARNED: dict[str, tuple[bool, Strengths]] = {
+    "learned": (False, (0.5, 0.75, 0.9, 1.0, 1.15)),
+    "learned, random latents": (True, (0.75, 1.0, 1.25)),
+}
+"""By the name of the strategy: `random_candidates` of learned(), and the strengths that are tried."""
 PRIME = 2**63 - 25
 """Of the seeds of targets: powers of 2 do not soon come round to the same number."""
 PerRow = Callable[[int, Tensor, Tensor], Tensor]

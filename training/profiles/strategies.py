@@ -2,7 +2,7 @@
 
     strategy(stats, target, count) -> Terms of at most `count` latents a site
 
-Strength 1 is the strategy as written here; which strength serves is found on the selection slice (STRENGTHS).
+STRATEGIES names them. Strength 1 is the strategy as written here; the selection slice decides among its strengths.
 learned.py finds terms by gradient instead.
 """
 
@@ -17,6 +17,8 @@ from training.steering import SteeringTerm, Terms
 Target = tuple[int, ...]
 """Class indices."""
 Strategy = Callable[[SiteStatistics, Target, int], Terms]
+Strengths = tuple[float, ...]
+"""The strengths that are tried. A negative one turns an amplification into a suppression."""
 
 
 def amplify_all(stats: SiteStatistics, target: Target, count: int) -> Terms:
@@ -86,29 +88,16 @@ def random_matched(seed: int) -> Strategy:
     return strategy
 
 
-STRATEGIES: dict[str, Strategy] = {
-    "amplify-all": amplify_all,
-    "class-mean": class_mean,
-    "selectivity": selectivity,
-    "attribution": attribution,
-    "causal": causal,
-    "clamp": clamp,
-    "suppress": suppress,
-    "random": random_matched(0),
+STRATEGIES: dict[str, tuple[Strategy, Strengths]] = {
+    "amplify-all": (amplify_all, (-0.5, 1.0, 3.0)),
+    "class-mean": (class_mean, (-0.5, 1.0, 3.0)),
+    "selectivity": (selectivity, (-0.5, 1.0, 3.0)),
+    "attribution": (attribution, (0.5, 1.0, 3.0)),
+    "causal": (causal, (0.25, 0.5, 1.0)),
+    "clamp": (clamp, (0.5, 1.0, 2.0)),
+    "suppress": (suppress, (0.5, 1.0)),
+    "random": (random_matched(0), (-0.5, 1.0, 3.0)),
 }
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    "amplify-all": (-0.5, 1.0, 3.0),
-    "class-mean": (-0.5, 1.0, 3.0),
-    "selectivity": (-0.5, 1.0, 3.0),
-    "attribution": (0.5, 1.0, 3.0),
-    "causal": (0.25, 0.5, 1.0),
-    "clamp": (0.5, 1.0, 2.0),
-    "suppress": (0.5, 1.0),
-    "random": (-0.5, 1.0, 3.0),
-    "learned": (0.5, 0.75, 0.9, 1.0, 1.15),
-    "learned, random latents": (0.75, 1.0, 1.25),
-}
-"""What is tried. A negative strength turns an amplification into a suppression."""
 
 
 def scaled(score: Tensor, count: int, scale: float) -> Terms:
