@@ -129,7 +129,7 @@ def test_links_that_stay_inside_are_followed_as_kubernetes_mounts_need(bundle: B
     (model / "1").symlink_to("..data/1")
     (tmp_path / "mount").symlink_to("real")
     found = scan(tmp_path / "mount")["fashion_mnist"].versions[1]
-    assert load_bundle(found.folder, tmp_path / "mount").manifest.version == 1
+    assert load_bundle(found.path, tmp_path / "mount").manifest.version == 1
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "fashion_mnist/1", "..", ".", "fashion_mnist\0", "%2e%2e/x"])
