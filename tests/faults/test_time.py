@@ -71,15 +71,20 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_inference(
     undisturbed: Undisturbed,
 ) -> None:
     before, call = dropped(slow, "deadline", "cancelled"), protocol.call(channel)
-    late = {"code": "DEADLINE_EXCEEDED", "method": protocol.path}
-    counted = slow.count("steervit_requests_total", **late)
+
+    def late() -> float:
+        """Counted as either: on a busy machine the client's clock may be ahead by more than a server allows for."""
+        codes = ("DEADLINE_EXCEEDED", "CANCELLED")
+        return sum(slow.count("steervit_requests_total", code=code, method=protocol.path) for code in codes)
+
+    counted = late()
     with undisturbed(slow):
         patient = [call.future(protocol.request(many), timeout=60) for _ in range(6)]
         until(lambda: waiting(slow) > 600)
         hasty = call.future(protocol.request(many), timeout=0.7)
         assert hasty.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         until(lambda: dropped(slow, "deadline", "cancelled") > before)
-        until(lambda: slow.count("steervit_requests_total", **late) == counted + 1)
+        until(lambda: late() == counted + 1)
         assert [len(protocol.read(each.result(), bundle).mask) for each in patient] == [300] * 6
 
 
