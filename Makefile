@@ -26,11 +26,10 @@ serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
 
 test: .venv/.dev system-test  ## All tests
-	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not alone" --durations=20
-	$(RUN) -m pytest --ignore tests/deploy -m alone
+	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) --durations=20
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
-	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow and not alone"
+	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow"
 
 lint: .venv/.dev  ## Style, format, types and known weaknesses
 	$(RUN) -m ruff check .
