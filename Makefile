@@ -29,7 +29,7 @@ test: .venv/.dev system-test  ## All tests
 	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) --durations=20
 
 test-fast: .venv/.dev system-test  ## The tests that take seconds
-	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow"
+	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow and not processes"
 
 lint: .venv/.dev  ## Style, format, types and known weaknesses
 	$(RUN) -m ruff check .

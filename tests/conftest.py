@@ -41,6 +41,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServe
     return ByServers(config, log)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what starts processes, which `make test-fast` leaves out."""
+    module = vars(getattr(item, "module", item))
+    starts = {"start_server", "run_module", "Live"} & module.keys()
+    if starts or {"server", "smoke_run", "expected"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.processes)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

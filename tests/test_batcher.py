@@ -15,7 +15,7 @@ from export.bundle import Bundle
 from service import batcher
 from service import patience as module_patience
 from service.batcher import Batcher, BatchStats
-from service.calls import Answer
+from service.calls import Answer, Call, CallQueue
 from service.engine import Engine, Outputs, joined
 from service.errors import Expired, InvalidRequest, Overloaded, Stopping
 from service.steering import Steering, resolve, stack
@@ -234,6 +234,67 @@ def test_cancelled_and_expired_calls_are_dropped_before_inference(
     asyncio.run(scenario())
     assert sorted(parts.drops) == [("cancelled", 3), ("deadline", 2)]
     assert [stats.images for stats in parts.batches] == [8, 1]
+
+
+def test_an_expired_call_is_dropped_though_no_other_ends(
+    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        parts.engine.open.clear()
+        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
+        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
+        await asyncio.sleep(0.05)
+        parts.engine.open.set()
+        with pytest.raises(Expired, match="deadline passed"):
+            await late
+        await first
+
+    asyncio.run(scenario())
+    assert parts.drops == [("deadline", 2)]
+
+
+def test_the_images_of_a_call_that_have_run_are_not_dropped(
+    steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        drops: list[tuple[str, int]] = []
+        queue = CallQueue(None, lambda reason, images: drops.append((reason, images)))
+        future = asyncio.get_running_loop().create_future()
+        queue.append(Call(sample_pixels[:19], steerings[0], False, time.monotonic(), time.monotonic(), future))
+        queue.take(8)
+        queue.drop_finished()
+        assert (drops, queue.images, queue.oldest) == ([("deadline", 11)], 0, None)
+        with pytest.raises(Expired):
+            await future
+
+    asyncio.run(scenario())
+
+
+def test_a_call_waits_until_its_last_batch_starts(
+    engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
+) -> None:
+    async def scenario() -> None:
+        call = Call(sample_pixels[:3], steerings[0], False, math.inf, 10.0, asyncio.get_running_loop().create_future())
+        parts = [engine.run(sample_pixels[rows], steerings[0].arrays) for rows in (slice(2), slice(2, 3))]
+        assert call.add(0, 11.0, parts[0]) is None
+        answer = call.add(2, 15.0, parts[1])
+        assert answer is not None
+        assert answer.queue_seconds == 5.0
+        assert answer.outputs.seconds == pytest.approx(parts[0].seconds + parts[1].seconds)
+
+    asyncio.run(scenario())
+
+
+def test_gates_near_their_threshold_are_counted_on_both_sides(
+    engine: Engine, sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.NEAR_THRESHOLD", 1.0)
+    outputs = engine.run(sample_pixels, resolve(engine.bundle, "", NEUTRAL, 1.0).arrays)
+    near = np.abs(outputs.gate_logit) < 1
+    assert (near & outputs.head_gate).any()
+    assert (near & ~outputs.head_gate).any()
+    np.testing.assert_array_equal(outputs.near_threshold, near.sum((1, 2)))
 
 
 def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(

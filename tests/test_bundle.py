@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden, write_bundle
 from export.certify import (
+    LIMITS,
     AccuracyLoss,
     ExportError,
     GateMismatch,
     LogitMismatch,
+    NeighbourMismatch,
     NotFinite,
     Reference,
     ResidualMismatch,
     ShapeError,
+    _Differences,
     steerings,
 )
 from export.graph import SteeredVit, build
@@ -256,6 +259,25 @@ def test_a_graph_that_does_not_match_pytorch_is_refused(
             certify()
     finally:
         steered.model.vit.head = head
+
+
+def test_a_graph_whose_answers_depend_on_the_batch_is_refused(
+    steered: SteeredVit, graph: bytes, sample_pixels: NDArray[np.uint8]
+) -> None:
+    """A hundredth of the sum over the batch is added to every logit, which the limits of int8 let pass otherwise."""
+    model = onnx.load_from_string(multiplied(graph, "logits", 0.01))
+    model.graph.node[-1].output[0] = "own"
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["own"], ["of_batch"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["own", "of_batch"], ["logits"]))
+    reference = Reference(steered, sample_pixels[:10], [{}], sample_pixels, np.zeros(100, np.int64))
+    with pytest.raises(NeighbourMismatch, match="alone and in a batch"):
+        reference.certify(model.SerializeToString(), "dispatch", "int8")
+
+
+def test_more_flipped_gates_than_the_limit_are_refused() -> None:
+    _Differences(gates=1000, flipped=1).check(LIMITS["fp32"], "")
+    with pytest.raises(GateMismatch, match="1 of 999 gates decide differently"):
+        _Differences(gates=999, flipped=1).check(LIMITS["fp32"], "")
 
 
 def test_a_graph_that_is_right_less_often_is_refused(

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from processes import ROOT
 
 from export.bundle import load_bundle, versions
 from service.catalogue import scan
 from training.checkpoint import Run
+
+pytestmark = pytest.mark.slow
 
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "8"))
 SETTINGS = {"steps": 100}

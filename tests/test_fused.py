@@ -16,6 +16,8 @@ from export.precision import Float
 from export.session import inputs_of, open_session, run_onnx
 from training.steering import SteeringTerm, Terms
 
+pytestmark = pytest.mark.slow
+
 CAPTURED = {
     "Add", "Attention", "BiasGelu", "Cast", "Concat", "Div", "FastGelu", "Gather", "Gelu", "Gemm", "Greater",
     "Identity",    "LayerNormalization", "MatMul", "Mul", "MultiHeadAttention", "Pad", "Reshape", "ScatterElements",

@@ -19,6 +19,7 @@ from training.model.gated_vit import (
     UnsupportedModel,
     check_supported,
     keep_all,
+    mlp,
     parse_gated_blocks,
     straight_through,
 )
@@ -142,6 +143,14 @@ def test_compute_fraction_is_dense_less_the_closed_units(model: GatedVit) -> Non
         of_mlp[1, 1, :3] = 0
         closed += 3 * macs.per_mlp_group[1]
     assert macs.fraction(gates, of_mlp).tolist() == pytest.approx([1.0, 1 - closed / macs.dense])
+
+
+def test_a_group_is_multiplied_after_its_activation() -> None:
+    """At 0 and 1 it would be the same before it; what half a gate gives is what training learns from."""
+    module, x = Mlp(8, 16), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    closed, half, open_ = (mlp(module, x, torch.full((2, 4), gate)) for gate in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (closed + open_) / 2)
+    torch.testing.assert_close(closed, module.fc2.bias.expand_as(closed))
 
 
 def test_a_gate_bias_is_added_and_none_is_zero_exactly(model: GatedVit) -> None:

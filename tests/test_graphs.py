@@ -29,6 +29,8 @@ from export.verify import check_golden
 from training.data.splits import Split
 from training.steering import SteeringProfile, SteeringTerm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_gives_pytorchs_answers_in_both_graphs(kind: str) -> None:

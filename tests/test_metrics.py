@@ -4,6 +4,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from export.bundle import Bundle
 from service import metrics as module
 from service.batcher import BatchStats
+from service.calls import Answer
 from service.config import Settings
 from service.counting import CUSTOM, NONE, OTHER, Key
 from service.engine import Outputs
 from service.exposition import profile_label
 from service.metrics import Metrics, ModelMetrics
 from service.model import MAX_RESOLVED, Model
+from service.receipt import measures
 from service.tuning import Plan, Surroundings
 
 
@@ -62,6 +65,18 @@ def answers(bundle: Bundle, count: int) -> Outputs:
         scores, np.ones(shape, bool), np.ones(shape, np.float32), np.ones(count), macs,
         np.ones(count, np.int64), None, 0.01,
     )  # fmt: skip
+
+
+def test_the_measures_of_a_receipt_by_hand(bundle: Bundle) -> None:
+    dense = bundle.manifest.macs.dense
+    outputs = replace(
+        answers(bundle, 2),
+        head_usage=np.array([1, 0.5]),
+        macs=np.array([4, 3]) * (dense // 4),
+        near_threshold=np.array([0, 3]),
+    )
+    measured = measures(SimpleNamespace(bundle=bundle), Answer(outputs, 0.2))
+    assert measured == pytest.approx((0.2, 0.01, 0.75, 0.875, 3), rel=1e-6)
 
 
 def test_series_of_an_unloaded_version_are_retained_and_then_go_by_themselves(bundle: Bundle, now: list[float]) -> None:

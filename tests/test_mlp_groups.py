@@ -19,6 +19,8 @@ from export.graph import SteeredVit, build
 from export.precision import Int8
 from export.session import Arrays, inputs_of, open_session, run_onnx
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("masked", "dispatch", "fused")
 UNITS = 3 + 4
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from service.catalogue import Fingerprint, Shelf, VersionFolder
 from service.plan import Outcome, Tries, outcome, selected, tries
+from service.repository import DEFAULT_LABEL, Loaded
 
 OLD: Fingerprint = (("manifest.json", 1, 1),)
 NEW: Fingerprint = (("manifest.json", 1, 2),)
@@ -18,6 +19,13 @@ NEW: Fingerprint = (("manifest.json", 1, 2),)
 def shelf(*versions: int, changed: tuple[int, ...] = (), labels: Mapping[str, int] | None = None) -> Shelf:
     folders = {v: VersionFolder(Path(str(v)), NEW if v in changed else OLD) for v in versions}
     return Shelf(folders, labels or {})
+
+
+def test_a_request_without_a_version_gets_the_highest_or_the_labelled_one() -> None:
+    models: dict[int, Any] = dict.fromkeys((2, 10, 7))
+    assert Loaded(models).default == 10
+    assert Loaded(models, {DEFAULT_LABEL: 7}).default == 7
+    assert Loaded(models, {DEFAULT_LABEL: 3}).default == 10, "which is not loaded"
 
 
 def test_selected() -> None:

@@ -45,6 +45,11 @@ def test_terms_by_hand() -> None:
     assert identity_sae().steer(0, x, latent, scale, shift).tolist() == [[6.0, -0.5, 1.0]]
 
 
+def test_steering_sees_a_latent_at_its_threshold_as_zero() -> None:
+    x, one = torch.tensor([[1.0, 1.5, 0.0]]), torch.ones(1, 2)
+    assert identity_sae(1.0).steer(0, x, torch.tensor([[0, 1]]), 2 * one, 0 * one).tolist() == [[1.0, 3.0, 0.0]]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
 def test_neutral_terms_change_nothing_to_the_bit(batch: int, terms: int, seed: int) -> None:
@@ -216,6 +221,7 @@ class Breaking(Run):
             raise Interrupted
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted within the first fit, after it, and within that of the second seed."""
     settings, data, model = small(tmp_path, stability_seeds=1)

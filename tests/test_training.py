@@ -49,6 +49,7 @@ def assert_same(model: GatedVit, run: Path) -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", [6, 15, 18, 23, 28, 38])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(states: int, whole: Path, tmp_path: Path) -> None:
     """Interrupted within and after each of the three phases of 14, 7 and 14 steps, right after a state was saved."""
@@ -75,6 +76,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(states: int, whole: Pat
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(whole: Path, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
@@ -103,6 +105,7 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
     assert old.read_text() == '{"settings": {}, "result": {}}'
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

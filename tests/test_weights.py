@@ -126,6 +126,7 @@ def test_another_image_size_and_channels_are_adapted_as_timm_does(
     torch.testing.assert_close(colour, found["patch_embed.proj.weight"].repeat(1, 3, 1, 1) / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
