@@ -1,8 +1,8 @@
 """python -m export.ablate deploy/models/fashion_mnist/3 --out runs/ablation [--split test]
 
 What the class profiles of a bundle owe to the latents' activations, and to the class that they are told
-(training/evaluation/ablation.py). 15 minutes for what is learned, kept in --out, and 10 for the test split, on one core
-of an AMD EPYC. Prints two tables and writes <out>/ablation.<split>.json.
+(training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. By estimate 15 minutes on
+one core of an AMD EPYC for what is learned, kept in --out, and 10 for the test split.
 """
 
 import argparse

@@ -124,14 +124,14 @@ def build(
     logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     if steering:
-        _gate_outputs(g, model, sae, gates, residuals)
+        _gate_outputs(g, model, gates, residuals)
     for name, value in arithmetic.observed:
         g.output(value, f"observed/{name}", ["batch", "tokens", "width"])
     shape = (len(model.gated_blocks), units) if gate_bias else None
     return g.finish(graph_inputs(spec, sae.sites if steering else 0, shape), metadata)
 
 
-def _gate_outputs(g: Builder, model: GatedVit, sae: Sae, gates: Sequence[str], residuals: Sequence[str]) -> None:
+def _gate_outputs(g: Builder, model: GatedVit, gates: Sequence[str], residuals: Sequence[str]) -> None:
     """gates: of each gated block logit / GATE_BOUND, (B, 1, 1, U); residuals: (B, 1, 1, D) each."""
     scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, U)
     scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")

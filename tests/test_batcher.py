@@ -57,6 +57,13 @@ class Parts:
             lambda reason, count: self.drops.append((reason, count)), "t", self.lone if engines > 1 else None,
         )  # fmt: skip
 
+    async def held(self, images: NDArray[np.uint8], steering: Steering) -> "asyncio.Task[Answer]":
+        """A call that the engine runs until it is opened."""
+        self.engine.open.clear()
+        call = asyncio.create_task(self.batcher.submit(images, steering, math.inf))
+        await asyncio.to_thread(self.engine.entered.wait, 30)
+        return call
+
 
 @pytest.fixture(scope="module")
 def engine(bundle: Bundle) -> Engine:
@@ -172,9 +179,7 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     async def scenario() -> None:
-        parts.engine.open.clear()
-        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        first = await parts.held(sample_pixels[:8], steerings[0])
         waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="queue full: 20 queued \\+ 1 new > limit 20"):
@@ -214,9 +219,7 @@ def test_cancelled_and_expired_calls_are_dropped_before_inference(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     async def scenario() -> None:
-        parts.engine.open.clear()
-        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        first = await parts.held(sample_pixels[:8], steerings[0])
         gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:3], steerings[1], math.inf))
         late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
         kept = asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[1], math.inf))
@@ -240,9 +243,7 @@ def test_an_expired_call_is_dropped_though_no_other_ends(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     async def scenario() -> None:
-        parts.engine.open.clear()
-        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        first = await parts.held(sample_pixels[:8], steerings[0])
         late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
         await asyncio.sleep(0.05)
         parts.engine.open.set()
@@ -301,9 +302,7 @@ def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(
     parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     async def scenario() -> None:
-        parts.engine.open.clear()
-        first = asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
+        first = await parts.held(sample_pixels[:8], steerings[0])
         gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
         await asyncio.sleep(0)
         gone.cancel()
