@@ -143,6 +143,8 @@ class VitSettings(Group):
     """Start from timm's weights (timm models)."""
     gated_blocks: str = "all"
     """`all` (every block but the first), `last`, or a list such as `2,4-5`."""
+    mlp_groups: int = Field(0, ge=0, le=64, exclude_if=lambda value: value == 0)
+    """Gate the MLPs too, each in this many equal groups of hidden neurons; 0: heads alone."""
     gate: Literal["gumbel", "straight-through", "static"] = "gumbel"
     """Gumbel noise in training; none; or gates that do not look at the image (a fixed set of heads)."""
     budget: Literal["global", "per-block"] = "global"

@@ -76,7 +76,8 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
 def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     """A new model on the CPU, with the pretrained weights if the settings ask for some. Raises UnsupportedModel."""
     backbone = create_vit(settings, spec, classes)
-    return GatedVit(backbone, parse_gated_blocks(settings.gated_blocks, len(backbone.blocks)), spec)
+    gated_blocks = parse_gated_blocks(settings.gated_blocks, len(backbone.blocks))
+    return GatedVit(backbone, gated_blocks, spec, settings.mlp_groups)
 
 
 def load_vit(run: Run) -> GatedVit:

@@ -1,0 +1,129 @@
+"""The dial: the gate biases that make a model spend a given share of its compute, and what that did where it was
+measured.
+
+A knot is a budget and the gate biases that reach it. Biases rise with the budget, unit by unit, so a smaller budget
+never opens a unit that a larger one closes; between knots they are interpolated. At the last knot, budget 1, every unit
+is open. A steering profile closes units of its own, so with it the same biases spend less: the profile has a curve of
+its own, by which a budget is turned into a position on the dial.
+
+Letters: K knots, G gated blocks, U units of a block (heads, then MLP groups), B images.
+
+Standard library, numpy and pydantic only: the server imports this module.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALL_OPEN = 8.0
+"""The gate bias that opens a unit whatever its gate reads: gate logits lie within +-GATE_BOUND, which is 4."""
+MIN_KNOTS = 7
+"""Of a dial."""
+MIN_POINTS = 9
+"""Of a curve."""
+
+
+class DialError(ValueError):
+    """A dial, curve or budget that is not allowed; the message names the field, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a position of the dial did on the images that it was measured on."""
+
+    budget: float
+    """The position: the budget of the dial's knots."""
+    compute_fraction: float
+    """Mean; never falls from one point of a curve to the next."""
+    accuracy: float
+    """Made monotone by isotonic regression."""
+    measured_accuracy: float
+    """As it was measured."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Knots from all but few units closed to all open. Raises DialError when they are not a dial."""
+
+    budget: NDArray[np.float64]
+    """(K,) rising; the last one is 1."""
+    gate_bias: NDArray[np.float32]
+    """(K, G, U): no unit's bias falls from one knot to the next."""
+
+    def __post_init__(self) -> None:
+        budget, bias = self.budget, self.gate_bias
+        _require(budget.ndim == 1 and len(budget) >= MIN_KNOTS, "budget", budget, f"{MIN_KNOTS} knots or more")
+        rising = bool(np.isfinite(budget).all() and (np.diff(budget) > 0).all() and budget[0] > 0)
+        _require(rising and budget[-1] == 1, "budget", budget, "rising numbers above 0, the last one 1")
+        _require(bias.ndim == 3 and len(bias) == len(budget), "gate_bias", bias.shape, "(knots, gated blocks, units)")
+        _require(bool(np.isfinite(bias).all()), "gate_bias", bias, "finite numbers")
+        falls = [tuple(map(int, place)) for place in np.argwhere(np.diff(bias, axis=0) < 0)]
+        _require(not falls, "gate_bias", f"falling at (knot, gated block, unit) {falls[:3]}", "no fall between knots")
+        _require(bool((bias[-1] >= ALL_OPEN).all()), "gate_bias", bias[-1], f"{ALL_OPEN} or more at budget 1")
+
+    @property
+    def lowest(self) -> float:
+        """The smallest budget."""
+        return float(self.budget[0])
+
+    def at(self, position: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The gate biases (B, G, U) at positions (B,). Raises DialError for one that is not on the dial."""
+        outside = ~((position >= self.lowest) & (position <= 1))  # NaN too
+        if outside.any():
+            raise DialError(f"budget is {position[outside][0]:g}; allowed: from {self.lowest:g} to 1")
+        right = np.clip(np.searchsorted(self.budget, position), 1, len(self.budget) - 1)
+        left = right - 1
+        share = ((position - self.budget[left]) / (self.budget[right] - self.budget[left])).astype(np.float32)
+        low, high, share = self.gate_bias[left], self.gate_bias[right], share[:, None, None]
+        # both ends to the bit
+        bias: NDArray[np.float32] = np.where(share == 1, high, low + share * (high - low))
+        return bias
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The knots, which from_json reads."""
+        return [
+            {"budget": float(budget), "gate_bias": np.round(bias.astype(np.float64), 6).tolist()}
+            for budget, bias in zip(self.budget, self.gate_bias, strict=True)
+        ]
+
+    @classmethod
+    def from_json(cls, knots: Sequence[Mapping[str, Any]]) -> "Dial":
+        """Raises DialError when the knots are not a dial."""
+        try:
+            budget = np.array([knot["budget"] for knot in knots], np.float64)
+            bias = np.array([knot["gate_bias"] for knot in knots], np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DialError(
+                f"knots cannot be read ({error}); allowed: a budget and gate_bias of one shape each"
+            ) from error
+        return cls(budget, bias)
+
+
+def position(budget: float, curve: Sequence[Point]) -> float:
+    """The position on the dial at which a model with this curve spends the budget, on average.
+
+    Where the curve does not reach so low or so high: its end. Of a stretch that costs the same: its most accurate
+    point, the highest.
+    """
+    spent = np.array([point.compute_fraction for point in curve])
+    places = np.array([point.budget for point in curve])
+    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # of each stretch
+    return float(np.interp(budget, spent[last], places[last]))
+
+
+def check_curve(curve: Sequence[Point], name: str) -> None:
+    """Raises DialError unless the points are a curve over the dial: rising budgets, compute that never falls."""
+    budgets, spent = [p.budget for p in curve], [p.compute_fraction for p in curve]
+    _require(len(curve) >= MIN_POINTS, name, f"{len(curve)} points", f"{MIN_POINTS} or more")
+    _require(all(a < b for a, b in pairwise(budgets)), name, budgets, "rising budgets")
+    _require(all(a <= b for a, b in pairwise(spent)), name, spent, "compute that never falls")
+    _require(all(0 < value <= 1 for value in (*budgets, *spent)), name, spent, "numbers above 0, to 1")
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise DialError(f"dial: {field} is {value}; allowed: {allowed}")
