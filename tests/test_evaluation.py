@@ -98,7 +98,7 @@ def test_changes_are_means_over_images() -> None:
     """Recall, precision, AUROC and accuracy of two classes; their values average to the changes that Effect has."""
     torch.manual_seed(0)
     classes = torch.arange(60) % 3
-    before, after = (Outcome(torch.randn(60, 3), torch.ones(60, 1, 2) > 0, torch.ones(60, 1, 2)) for _ in range(2))
+    before, after = (Outcome(torch.randn(60, 3), torch.ones(60, 1, 2) > 0, torch.ones(60, 1, 2), 2) for _ in range(2))
     for target in ((0,), (0, 2)):
         values = changes(before, after, classes, target)
         first, second = (effect(outcome, classes, target, Macs(10, (1,))) for outcome in (before, after))
@@ -189,7 +189,7 @@ def test_auroc_of_a_score_by_hand() -> None:
 
 def outcome(logits: list[list[float]], gate: float = 1.0) -> Outcome:
     gates = torch.full((len(logits), 1, 2), gate)
-    return Outcome(torch.tensor(logits), gates > 0.5, gates - 0.5)
+    return Outcome(torch.tensor(logits), gates > 0.5, gates - 0.5, gates.shape[2])
 
 
 def test_prior_bias_is_the_free_recall_at_the_same_precision() -> None:
@@ -329,7 +329,7 @@ def test_variants_are_compared_under_the_own_class_and_under_each_class() -> Non
 
 def test_gate_diagnostics_by_hand() -> None:
     logit = torch.tensor([[[0.05, 2.0]], [[-0.05, -2.0]], [[3.0, -0.5]]])
-    found = gate_diagnostics(Outcome(torch.zeros(3, 2), logit > 0, logit), torch.tensor([0, 0, 1]))
+    found = gate_diagnostics(Outcome(torch.zeros(3, 2), logit > 0, logit, logit.shape[2]), torch.tensor([0, 0, 1]))
     assert found == {"usage": [[[0.5, 0.5]], [[1.0, 0.0]]], "near_threshold": [[0.6667, 0.0]]}
 
 

@@ -167,7 +167,7 @@ def test_effect_by_hand() -> None:
     predicted = torch.tensor([0, 0, 0, 1, 1, 0, 2, 2])
     gates = torch.tensor([[[True, False]]] * 4 + [[[True, True]]] * 4)
     logits = torch.nn.functional.one_hot(predicted, 3).float()
-    found = effect(Outcome(logits, gates, gates.float()), classes, (0,), Macs(dense=100, per_head=(20,)))
+    found = effect(Outcome(logits, gates, gates.float(), 2), classes, (0,), Macs(dense=100, per_head=(20,)))
     assert found.recall == 3 / 4
     assert found.precision == 3 / 4
     assert found.false_positive_rate == 1 / 4

@@ -106,8 +106,11 @@ def each_under(chosen: Tensor, under: Sequence[Outcome]) -> Outcome:
     chosen (B,): classes. under[c]: all images under the profile of class c.
     """
     rows = torch.arange(len(chosen))
-    fields = ("logits", "head_gate", "gate_logit")
-    return Outcome(**{name: torch.stack([getattr(o, name) for o in under])[chosen, rows] for name in fields})
+    logits, gate, gate_logit = (
+        torch.stack([getattr(outcome, name) for outcome in under])[chosen, rows]
+        for name in ("logits", "gate", "gate_logit")
+    )
+    return Outcome(logits, gate, gate_logit, under[0].heads)
 
 
 def bisect(value: Callable[[float], float], target: float, low: float, high: float, rounds: int = 12) -> float:

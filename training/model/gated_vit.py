@@ -70,7 +70,7 @@ class GatedNetwork(Protocol):
         """Where it computes."""
 
     def __call__(
-        self, image: Tensor, steer: Steer | None = None, decide: Decide = ..., /
+        self, image: Tensor, steer: Steer | None = None, decide: Decide = ..., gate_bias: Tensor | None = None, /
     ) -> tuple[Tensor, Intermediates]:
         """Logits (B, classes) and the intermediates, as GatedVit.forward."""
 

@@ -29,19 +29,35 @@ class Outcome:
 
     logits: Tensor
     """float32 (B, C)"""
-    head_gate: Tensor
-    """bool (B, G, H)"""
+    gate: Tensor
+    """bool (B, G, U): heads, then MLP groups."""
     gate_logit: Tensor
-    """float32 (B, G, H)"""
+    """float32 (B, G, U)"""
+    heads: int
+    """Of a block."""
 
     @property
     def predicted(self) -> Tensor:
         """int64 (B,)"""
         return self.logits.argmax(-1)
 
+    @property
+    def head_gate(self) -> Tensor:
+        """bool (B, G, H)"""
+        return self.gate[:, :, : self.heads]
+
+    @property
+    def mlp_gate(self) -> Tensor:
+        """bool (B, G, M)"""
+        return self.gate[:, :, self.heads :]
+
+    def compute_fraction(self, macs: Macs) -> Tensor:
+        """float64 (B,)"""
+        return macs.fraction(self.head_gate, self.mlp_gate)
+
     def take(self, index: Tensor) -> "Outcome":
         """The answers for some images. index: int64 rows, or a bool mask (B,)."""
-        return Outcome(self.logits[index], self.head_gate[index], self.gate_logit[index])
+        return Outcome(self.logits[index], self.gate[index], self.gate_logit[index], self.heads)
 
 
 @dataclass(frozen=True)
@@ -74,16 +90,23 @@ class Effect:
 
 @torch.no_grad()
 def answers(
-    model: GatedNetwork, split: Split, steer: Steer | None = None, decide: Decide = keep_positive, size: int = 500
+    model: GatedNetwork,
+    split: Split,
+    steer: Steer | None = None,
+    decide: Decide = keep_positive,
+    gate_bias: Tensor | None = None,
+    size: int = 500,
 ) -> Outcome:
-    """The model's answers on a split, in float32, on the CPU."""
+    """The model's answers on a split, in float32, on the CPU. gate_bias: float32 (G, U), the same for every image."""
     logits, gates, gate_logits = [], [], []
+    bias = None if gate_bias is None else gate_bias[None]
     for start in range(0, len(split), size):
-        of_batch, out = model(split.images[start : start + size], steer, decide)
+        images = split.images[start : start + size]
+        of_batch, out = model(images, steer, decide, bias)
         logits.append(of_batch.cpu())
-        gates.append(out["head_gate"].cpu() > 0.5)
+        gates.append(torch.cat([out["head_gate"], out["mlp_gate"]], 2).cpu() > 0.5)
         gate_logits.append(out["gate_logit"].cpu())
-    return Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits))
+    return Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits), model.heads)
 
 
 def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
@@ -119,7 +142,6 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
     members = torch.tensor(target)
     own, claimed = torch.isin(classes, members), torch.isin(outcome.predicted, members)
     correct = outcome.predicted == classes
-    gates = outcome.head_gate[own]
     recall, precision = _share(correct & own, own), _share(correct & claimed, claimed)
     return Effect(
         recall=recall,
@@ -129,8 +151,8 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
         auroc=auroc(outcome.logits.softmax(-1)[:, members].sum(1), own),
         others_accuracy=_share(correct & ~own, ~own),
         overall_accuracy=_share(correct, torch.ones_like(correct)),
-        head_usage=gates.double().mean().item(),
-        compute_fraction=macs.fraction(gates).mean().item(),
+        head_usage=outcome.head_gate[own].double().mean().item(),
+        compute_fraction=outcome.compute_fraction(macs)[own].mean().item(),
     )
 
 

@@ -34,12 +34,18 @@ class LastBlock:
     """float32 (B, H, D): what each head adds to it when it is kept."""
 
     def __call__(
-        self, rows: Tensor, steer: Steer | None = None, decide: Decide = keep_positive
+        self,
+        rows: Tensor,
+        steer: Steer | None = None,
+        decide: Decide = keep_positive,
+        gate_bias: Tensor | None = None,
     ) -> tuple[Tensor, Intermediates]:
         """As GatedVit, for the images of these row numbers (B,); only if the last block alone is gated."""
         residual = self.residual[rows]
         with torch.autocast(residual.device.type, enabled=False):
             logit = self.gates[0](residual if steer is None else steer(0, residual))
+            if gate_bias is not None:
+                logit = logit + gate_bias[:, 0]
             gate = decide(0, logit)
             logits = self.tail(residual, self.contribution[rows], gate)
         head_gate, mlp_gate = gate[:, None].split([self.heads, self.mlp_groups], 2)
