@@ -26,22 +26,33 @@ TINY = VitSettings(
 )
 
 
-def tiny(out: Path) -> Settings:
+WITH_DIAL = TINY.model_copy(update={"dial": True, "mlp_groups": 2, "usage_weight": 20.0})
+
+
+def tiny(out: Path, vit: VitSettings = TINY) -> Settings:
     data = DataSettings(max_train=400, max_test=50)
-    return Settings(step="vit", out=out, save_every=0, data=data, vit=TINY)  # type: ignore[call-arg]
+    return Settings(step="vit", out=out, save_every=0, data=data, vit=vit)  # type: ignore[call-arg]
 
 
 class Interrupted(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(folder: Path, vit: VitSettings = TINY) -> Path:
     """The folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    settings = tiny(folder)
+    settings = tiny(folder, vit)
     fit.fit_vit(settings, load(settings.data, settings.seed), Run(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole_with_dial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("runs") / "whole", WITH_DIAL)
 
 
 def assert_same(model: GatedVit, run: Path) -> None:
@@ -50,10 +61,15 @@ def assert_same(model: GatedVit, run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("states", [6, 15, 18, 23, 28, 38])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(states: int, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "states"), [*(("whole", states) for states in (6, 15, 18, 23, 28, 38)), ("whole_with_dial", 28)]
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    name: str, states: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """Interrupted within and after each of the three phases of 14, 7 and 14 steps, right after a state was saved."""
-    settings = tiny(tmp_path)
+    whole: Path = request.getfixturevalue(name)
+    settings = tiny(tmp_path, TINY if name == "whole" else WITH_DIAL)
     data = load(settings.data, settings.seed)
 
     class Breaking(Run):

@@ -144,19 +144,22 @@ class VitSettings(Group):
     gated_blocks: str = "all"
     """`all` (every block but the first), `last`, or a list such as `2,4-5`."""
     mlp_groups: int = Field(0, ge=0, le=64, exclude_if=lambda value: value == 0)
-    """Gate the MLPs too, each in this many equal groups of hidden neurons; 0: heads alone."""
+    """Gate the MLPs too, each in this many equal groups of hidden neurons (with a dial); 0: heads alone."""
+    dial: bool = Field(False, exclude_if=lambda value: not value)
+    """Train the model at every usage at once, by gate biases that each image's budget sets."""
     gate: Literal["gumbel", "straight-through", "static"] = "gumbel"
     """Gumbel noise in training; none; or gates that do not look at the image (a fixed set of heads)."""
     budget: Literal["global", "per-block"] = "global"
     """Whether all gated blocks together, or each of them, is drawn to the usage target."""
     usage_target: float = Field(0.5, gt=0, le=1)
-    """Mean head usage that the joint phase is drawn to."""
+    """Mean head usage that the joint phase is drawn to; of a model with a dial, the usage of units, by MACs, of its
+    gates without a budget."""
     usage_weight: float = Field(4.0, ge=0)
-    """Weight of (usage - target)^2 in the loss."""
+    """Weight of (usage - target)^2 in the loss; with a dial, of the same on average over the budgets."""
     distillation_weight: float = Field(1.0, ge=0)
-    """Weight of the KL divergence to the ungated teacher."""
+    """Weight of the KL divergence to the ungated teacher; with a dial, to the averaged model itself, all units open."""
     offset: float = Field(3.0, ge=0)
-    """Joint phase: the largest random offset by which all gate logits of an image are lowered."""
+    """Joint phase: the largest random offset by which all gate logits of an image are lowered; not with a dial."""
     offset_share: float = Field(0.4, ge=0, lt=1)
     """Joint phase: share of the images that get such an offset. They do not count in the usage target."""
     gumbel_temperature: float = Field(5.0, gt=0)
@@ -166,7 +169,7 @@ class VitSettings(Group):
     gate_epochs: float = Field(0.5, ge=0)
     """Gates alone, backbone frozen."""
     joint_epochs: float = Field(4.5, ge=0)
-    """Gates and backbone together, usage annealed from 1 to the target."""
+    """Gates and backbone together, usage annealed from 1 to the target (without a dial)."""
     batch_size: int = Field(128, ge=1)
     """Images a step."""
     learning_rate: float = Field(1.5e-3, gt=0)

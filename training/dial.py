@@ -60,7 +60,7 @@ class Dial:
         rising = bool(np.isfinite(budget).all() and (np.diff(budget) > 0).all() and budget[0] > 0)
         _require(rising and budget[-1] == 1, "budget", budget, "rising numbers above 0, the last one 1")
         _require(bias.ndim == 3 and len(bias) == len(budget), "gate_bias", bias.shape, "(knots, gated blocks, units)")
-        _require(bool(np.isfinite(bias).all()), "gate_bias", bias, "finite numbers")
+        _require(bool(np.isfinite(bias).all()), "gate_bias", "not finite", "finite numbers")
         falls = [tuple(map(int, place)) for place in np.argwhere(np.diff(bias, axis=0) < 0)]
         _require(not falls, "gate_bias", f"falling at (knot, gated block, unit) {falls[:3]}", "no fall between knots")
         _require(bool((bias[-1] >= ALL_OPEN).all()), "gate_bias", bias[-1], f"{ALL_OPEN} or more at budget 1")

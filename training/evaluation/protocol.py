@@ -15,11 +15,13 @@ from training import soundness
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import Data
+from training.dial import Dial
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
 from training.evaluation.changes import CHANGES, Values, changes
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, criteria
+from training.evaluation.dial import measure_dial
 from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of
 from training.evaluation.significance import mean
@@ -45,6 +47,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
     results = _protocol(settings, data, run, model, sae, profiles)
+    if dial := run.info("vit")["result"].get("dial"):
+        knots = Dial.from_json(dial)
+        results |= measure_dial(knots, model, sae, profiles, data.labels, data.selection, data.test, count(model))
     results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
     present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
     if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.image_spec import ImageSpec
+from training.model.dial import LearnedDial
 from training.steering import GATE_BOUND, GATE_EPSILON
 
 Decide = Callable[[int, Tensor], Tensor]
@@ -132,8 +133,16 @@ class GatedVit(nn.Module):
     std: Tensor
     heads: int
 
-    def __init__(self, vit: VisionTransformer, gated_blocks: tuple[int, ...], spec: ImageSpec, mlp_groups: int = 0):
-        """mlp_groups: of each gated block's MLP; 0: the MLPs run whole. Raises UnsupportedModel."""
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        gated_blocks: tuple[int, ...],
+        spec: ImageSpec,
+        mlp_groups: int = 0,
+        dial: float | None = None,
+    ):
+        """mlp_groups: of each gated block's MLP; 0: the MLPs run whole. dial: the usage at which the gates of a model
+        with a dial have no bias; None: without one. Raises UnsupportedModel."""
         super().__init__()
         check_supported(vit)
         check_mlps(vit, gated_blocks, mlp_groups)
@@ -143,6 +152,7 @@ class GatedVit(nn.Module):
         self.dim = vit.embed_dim
         self.leaving = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # tokens that the classifier reads
         self.gates = nn.ModuleList(Gate(self.dim, self.heads + mlp_groups) for _ in gated_blocks)
+        self.dial = None if dial is None else LearnedDial(len(gated_blocks), self.heads + mlp_groups, dial)
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1) * 255, persistent=False)
 
@@ -152,11 +162,16 @@ class GatedVit(nn.Module):
         steer: Steer | None = None,
         decide: Decide = keep_positive,
         gate_bias: Tensor | None = None,
+        usage: Tensor | None = None,
     ) -> tuple[Tensor, Intermediates]:
         """image: uint8 (B, height, width, channels). gate_bias: float32 (B, G, U), added to the bounded gate logits.
+        usage (B,): the gate bias is that of the dial, of a model that has one.
 
         Returns logits (B, classes) and the intermediates.
         """
+        if usage is not None:
+            assert self.dial is not None
+            gate_bias = self.dial(usage)
         vit, x = self.vit, self.embed(image)
         residuals, logits, gates = [], [], []
         last = len(vit.blocks) - 1

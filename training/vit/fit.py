@@ -3,7 +3,8 @@
 Three phases: `backbone` (ungated), `gates` (gates alone, from fully open), `joint` (both; cross-entropy + KL to the
 ungated model + usage_weight * (usage - target)^2, the target annealed from 1 over the first 60% of the phase).
 In the joint phase a share of the images runs with all its gate logits lowered by a random offset, so that the network
-learns to do with fewer heads than its gates would keep: that is what steering will ask of it.
+learns to do with fewer heads than its gates would keep: that is what steering will ask of it. A model with a dial
+(vit.dial) is trained at every usage instead, see dial.py.
 
 Under `accelerate launch` every process trains on its share of each batch.
 """
@@ -22,11 +23,13 @@ from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import (
     GatedVit,
+    UnsupportedModel,
     keep_all,
     parse_gated_blocks,
 )
 from training.model.inference import Outcome, answers, gate_diagnostics
 from training.model.macs import count
+from training.vit.dial import calibrate
 from training.vit.phases import phases_of, run_phase, save
 
 OF_BACKBONE = (
@@ -75,9 +78,11 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
 
 def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     """A new model on the CPU, with the pretrained weights if the settings ask for some. Raises UnsupportedModel."""
+    if settings.mlp_groups and not settings.dial:
+        raise UnsupportedModel(f"vit.mlp_groups is {settings.mlp_groups}; allowed: 0, or more with --vit.dial")
     backbone = create_vit(settings, spec, classes)
     gated_blocks = parse_gated_blocks(settings.gated_blocks, len(backbone.blocks))
-    return GatedVit(backbone, gated_blocks, spec, settings.mlp_groups)
+    return GatedVit(backbone, gated_blocks, spec, settings.mlp_groups, settings.usage_target if settings.dial else None)
 
 
 def load_vit(run: Run) -> GatedVit:
@@ -152,11 +157,14 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
         "ungated_accuracy": accuracy(ungated),
         "accuracy": accuracy(gated),
         "head_usage": gated.head_gate.double().mean().item(),
+        **({"mlp_usage": gated.mlp_gate.double().mean().item()} if model.mlp_groups else {}),
         "most_common_label": soundness.most_common(selection.classes),
     }
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
     print(f"vit: on the selection slice: {shown}", flush=True)
     run.write_tensors("vit", model.state_dict())
+    macs = count(model)
+    dial = {} if model.dial is None else {"dial": calibrate(model, selection, macs).to_json()}
     result = {
         "labels": list(data.labels),
         "data": dict(data.digests),
@@ -164,7 +172,9 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
         "gated_blocks": list(model.gated_blocks),
         "heads": model.heads,
         "dim": model.dim,
-        "macs": count(model).to_json(),
+        **({"mlp_groups": model.mlp_groups} if model.mlp_groups else {}),
+        **dial,
+        "macs": macs.to_json(),
         "selection": {**measured, "images": len(selection)},
         "diagnostics": gate_diagnostics(gated, selection.classes),
         "curves": curves,

@@ -21,6 +21,8 @@ from training.config import Settings, VitSettings
 from training.data.splits import Data, steps
 from training.data.streams import Batch, training_batches
 from training.model.gated_vit import Gate, GatedVit, keep_all, lowered, straight_through
+from training.model.macs import count
+from training.vit.dial import dial_step
 
 UNDECAYED = ("cls_token", "pos_embed")
 Schedule = Callable[[float], float]
@@ -77,7 +79,8 @@ def run_phase(
 ) -> None:
     """Train `model` through one phase; it ends with the averaged weights.
 
-    teacher: the ungated model, from the second phase on. state: what `model` was loaded from, if a run is resumed.
+    teacher: the ungated model, from the second phase on; a model with a dial learns from its own average instead.
+    state: what `model` was loaded from, if a run is resumed.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
@@ -86,6 +89,7 @@ def run_phase(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     network = processes.parallel(model)
     average = ModelEmaV3(model, decay=vit.ema_decay, use_warmup=True)
+    macs = count(average.module)
     start = state.meta["step"] if state else 0
     if state:
         _restore(state.tensors, average.module, optimizer)
@@ -108,7 +112,11 @@ def run_phase(
         # a resumed step draws what it would have drawn; each process its own gate noise
         torch.manual_seed((settings.seed * 3 + phase.index) * 10_000_000 + step + rank * 1_000_000_007)
         schedule.step_update(step + 1)
-        loss, measured = train_step(network, teacher, phase, settings, batch, step / total)
+        if vit.dial and teacher is not None:
+            noise = phase.gate_noise(step / total)
+            loss, measured = dial_step(network, average.module, noise, settings, batch, macs)
+        else:
+            loss, measured = train_step(network, teacher, phase, settings, batch, step / total)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -172,6 +180,7 @@ def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.O
     """AdamW over what the phase trains; everything else is frozen."""
     model.vit.requires_grad_(phase.backbone_rate > 0)
     model.gates.requires_grad_(phase.gate_rate > 0)
+    dial = [] if model.dial is None else list(model.dial.requires_grad_(phase.gate_rate > 0).parameters())
     if vit.gate == "static":  # the biases alone decide
         for gate in cast(Iterable[Gate], model.gates):
             gate.linear.weight.requires_grad_(False)
@@ -182,7 +191,7 @@ def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.O
     groups = [
         *({**group, "lr": phase.backbone_rate} for group in of_backbone),
         {
-            "params": [p for p in model.gates.parameters() if p.requires_grad],
+            "params": [p for p in (*model.gates.parameters(), *dial) if p.requires_grad],
             "weight_decay": 0.0,
             "lr": phase.gate_rate,
         },

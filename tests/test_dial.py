@@ -1,0 +1,166 @@
+"""The dial: biases that rise with the budget, knots that spend what they say, curves from budgets to positions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import images, model_of, small
+
+from training.data.pixels import Split
+from training.dial import ALL_OPEN, Dial, DialError, Point, check_curve, position
+from training.evaluation.dial import asked, at_positions, curve
+from training.model.dial import KNOTS, LOWEST, LearnedDial
+from training.model.gated_vit import GatedVit, keep_all, keep_positive
+from training.model.inference import Outcome, answers
+from training.model.macs import Macs, count
+from training.vit import dial as training
+
+RISING = np.linspace(0.4, 1, 7)
+
+
+def learned(seed: int, sites: int = 2, units: int = 5, reference: float = 0.5) -> LearnedDial:
+    dial = LearnedDial(sites, units, reference)
+    torch.nn.init.normal_(dial.step, 1.0, 2.0, generator=torch.Generator().manual_seed(seed))
+    return dial
+
+
+@pytest.fixture(scope="module")
+def model() -> GatedVit:
+    """Random weights and a dial whose units open in no particular order."""
+    steered = model_of(small(), mlp_groups=2)
+    steered.model.dial = learned(3).requires_grad_(False)
+    return steered.model
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Split(torch.from_numpy(images(300)), torch.arange(300) % 5)
+
+
+@given(seed=st.integers(0, 10_000), reference=st.floats(0.1, 0.95))
+@settings(max_examples=30)
+def test_biases_rise_with_usage_and_are_zero_at_the_reference(seed: int, reference: float) -> None:
+    dial = learned(seed, reference=reference)
+    usage = torch.rand(20, generator=torch.Generator().manual_seed(seed)).sort().values * (1 - LOWEST) + LOWEST
+    assert (dial(usage).diff(dim=0) >= 0).all()
+    assert (dial(torch.tensor([reference])) == 0).all()
+    assert (dial(torch.ones(1)) == ALL_OPEN).all()
+    assert torch.equal(dial(dial.usage), dial.knots())
+    assert len(dial.usage) == KNOTS
+
+
+def test_excess_by_hand() -> None:
+    """Three images asked for 0.3, 0.35 and 0.6: the first two are half as near as an image to itself."""
+    asked_for, spent = torch.tensor([0.3, 0.35, 0.6]), torch.tensor([0.5, 0.45, 0.9])
+    assert training.excess(spent, asked_for).item() == pytest.approx(0.2 * 0.1)
+    assert training.excess(torch.tensor([0.2, 0.45, 0.9]), asked_for).item() == pytest.approx(-0.1 * 0.1)
+    assert training.excess(spent[:1], asked_for[:1]).item() == 0
+
+
+def test_excess_does_not_mind_how_far_images_of_a_budget_lie_apart() -> None:
+    """Their mean is right, each is 0.2 away: the square of a batch's mean would be 0.04 / 12 on average."""
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        training.excess(0.5 + 0.2 * torch.randn(12, generator=generator), torch.full((12,), 0.5)).item()
+        for _ in range(4000)
+    ]
+    assert np.mean(found) == pytest.approx(0, abs=4 * np.std(found) / math.sqrt(len(found)))
+    assert np.std(found) / math.sqrt(len(found)) < 0.0002
+
+
+def test_batches_ask_for_every_usage() -> None:
+    torch.manual_seed(0)
+    usage = training.draw(20_000, torch.device("cpu"))
+    assert (usage == 1).double().mean().item() == pytest.approx(training.OPEN_SHARE, abs=0.01)
+    assert (usage == usage.new_tensor(LOWEST)).double().mean().item() == pytest.approx(training.LOWEST_SHARE, abs=0.01)
+    spread = usage[(usage < 1) & (usage > LOWEST)]
+    assert spread.quantile(0.25).item() == pytest.approx(LOWEST + (1 - LOWEST) / 4, abs=0.02)
+
+
+def test_an_open_image_is_open_under_any_noise() -> None:
+    decide = training.open_where(torch.tensor([True, False]), keep_positive)
+    assert decide(0, torch.tensor([[-3.0, 2.0], [-3.0, 2.0]])).tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_finished_dial_spends_what_its_knots_say(model: GatedVit, split: Split) -> None:
+    macs = count(model)
+    dial = training.calibrate(model, split, macs)
+    outcomes = at_positions(dial, model, split, None, dial.budget)
+    spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
+    # where the compute of random weights jumps, nothing spends what lies between
+    assert np.median(abs(spent - dial.budget)) < 0.001
+    assert np.mean(abs(spent - dial.budget) < 0.005) > 0.7
+    plain = answers(model, split, decide=keep_all)
+    assert torch.equal(outcomes[-1].logits, plain.logits), "all open is the plain network"
+    assert Dial.from_json(dial.to_json()).budget.tolist() == dial.budget.tolist()
+
+    points = curve(dial.budget, outcomes, split.classes, macs)
+    check_curve(points, "curve")
+    half = position(0.9, points)
+    again = asked(0.9, at_positions(dial, model, split, None, [half])[0], split.classes, macs)
+    assert again["compute_fraction"] == pytest.approx(0.9, abs=0.01)
+    by_class = np.mean(again["compute_of_classes"])  # as many images of each
+    assert by_class == pytest.approx(again["compute_fraction"], abs=1e-4)
+
+
+def test_a_bias_is_the_same_in_the_answers_and_in_the_network(model: GatedVit, split: Split) -> None:
+    bias = learned(5)(torch.tensor([0.4]))[0]
+    direct = model(split.images, None, keep_positive, bias[None].expand(len(split), -1, -1))[0]
+    torch.testing.assert_close(answers(model, split, gate_bias=bias).logits, direct)
+    neutral = answers(model, split, gate_bias=torch.zeros_like(bias))
+    assert torch.equal(neutral.logits, answers(model, split).logits)
+
+
+def test_positions_by_hand() -> None:
+    bias = np.zeros((7, 1, 2), np.float32)
+    bias[:, 0, 0] = [-4, -3, -2, -1, 0, 2, ALL_OPEN]
+    bias[:, 0, 1] = [-1, -1, -1, -1, 0, 4, ALL_OPEN]
+    dial = Dial(RISING, bias)
+    assert dial.at(np.array([0.4, 0.45, 0.9, 1.0])).tolist() == [
+        [[-4, -1]], [[-3.5, -1]], [[pytest.approx(2), pytest.approx(4)]], [[8, 8]],
+    ]  # fmt: skip
+    points = [Point(b, s, 0.5, 0.5) for b, s in zip(RISING, (0.3, 0.4, 0.5, 0.5, 0.6, 0.8, 1.0), strict=True)]
+    assert position(0.35, points) == pytest.approx(0.45)
+    assert position(0.5, points) == pytest.approx(0.7), "the last position of those that spend as much"
+    assert position(0.7, points) == pytest.approx(0.85)
+    assert position(0.1, points) == pytest.approx(0.4), "as little as there is"
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [(0.39, "budget is 0.39; allowed: from 0.4 to 1"), (1.5, "budget is 1.5;"), (math.nan, "budget is nan;")],
+)
+def test_what_is_not_on_the_dial_is_refused(budget: float, message: str) -> None:
+    dial = Dial(RISING, np.linspace(-8, 8, 7, dtype=np.float32)[:, None, None])
+    with pytest.raises(DialError, match=message):
+        dial.at(np.array([0.5, budget]))
+
+
+@pytest.mark.parametrize(
+    ("budget", "bias", "message"),
+    [
+        (RISING[:6], np.zeros(6), "budget is .*; allowed: 7 knots or more"),
+        (RISING - 0.1, np.zeros(7), "rising numbers above 0, the last one 1"),
+        (RISING, [0, 1, 2, 1, 3, 4, 8], r"falling at \(knot, gated block, unit\) \[\(2, 0, 0\)\]"),
+        (RISING, np.linspace(0, 7, 7), "8.0 or more at budget 1"),
+        (RISING, [0, 1, 2, np.nan, 8, 8, 8], "gate_bias is not finite; allowed: finite numbers"),
+    ],
+)
+def test_a_broken_dial_is_refused(budget: np.ndarray, bias: np.ndarray, message: str) -> None:
+    with pytest.raises(DialError, match=message):
+        Dial(budget, np.asarray(bias, np.float32)[:, None, None])
+
+
+def test_curves_are_made_monotone_and_say_what_was_measured() -> None:
+    macs = Macs(100, (10,))
+    gates = [torch.tensor([[[a, b]], [[c, d]]]) for a, b, c, d in ((1, 0, 1, 0), (0, 1, 0, 0), (1, 1, 1, 1))]
+    right = [torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2)]
+    outcomes = [Outcome(logits, gate > 0, gate - 0.5, 2) for logits, gate in zip(right, gates, strict=True)]
+    points = curve(np.array([0.8, 0.9, 1.0]), outcomes, torch.tensor([0, 0]), macs)
+    # spent: 0.9, 0.85, 1; correct: 1, 0.5, 0.5
+    assert [point.compute_fraction for point in points] == pytest.approx([0.875, 0.875, 1.0])
+    assert [point.accuracy for point in points] == pytest.approx([2 / 3, 2 / 3, 2 / 3])
+    assert [point.measured_accuracy for point in points] == [1.0, 0.5, 0.5]

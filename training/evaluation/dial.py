@@ -1,0 +1,116 @@
+"""What the dial does: compute and accuracy at each budget, without steering and under each profile.
+
+Curves are measured on the selection slice, and budgets are turned into positions by them, as the server does it. On the
+test split the same budgets are then asked for: what is spent there is how far the dial tells the truth.
+
+Under a profile its own images are measured: those of its classes, which it is for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+from torch import Tensor
+from tqdm import tqdm
+
+from training.data.pixels import Split
+from training.dial import Dial, Point, position
+from training.model.gated_vit import GatedNetwork, Steer
+from training.model.inference import Outcome, answers, rounded, steered_by
+from training.model.macs import Macs
+from training.model.sae import Sae
+from training.steering import SteeringProfile
+
+UNSTEERED = ""
+"""The name of the curve without steering."""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a curve is measured of."""
+
+    name: str
+    steer: Steer | None
+    classes: tuple[int, ...]
+    """Whose images."""
+
+
+def measure_dial(
+    dial: Dial,
+    model: GatedNetwork,
+    sae: Sae,
+    profiles: Sequence[SteeringProfile],
+    labels: Sequence[str],
+    selection: Split,
+    test: Split,
+    macs: Macs,
+) -> dict[str, Any]:
+    """`dials`: the curves of the selection slice, by profile. `dial`: what the test split spends and gets at the same
+    budgets, and the largest distance between asked and spent compute."""
+    steered = [
+        Steered(UNSTEERED, None, tuple(range(len(labels)))),
+        *(Steered(p.name, steered_by(sae, p.terms), tuple(map(labels.index, p.classes))) for p in profiles),
+    ]
+    at = partial(at_positions, dial, model)
+    budgets = dial.budget[::2]
+    curves: dict[str, list[Point]] = {}
+    tested: dict[str, list[dict[str, Any]]] = {}
+    for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
+        own = of_classes(selection, of.classes)
+        curves[of.name] = curve(budgets, at(own, of.steer, budgets), own.classes, macs)
+        own, points = of_classes(test, of.classes), curves[of.name]
+        reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
+        outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
+        tested[of.name] = [asked(b, o, own.classes, macs) for b, o in zip(reached, outcomes, strict=True)]
+    error = {n: max(abs(p["compute_fraction"] - p["budget"]) for p in points) for n, points in tested.items()}
+    return {
+        "dials": {name: [asdict(point) for point in points] for name, points in curves.items()},
+        "dial": {"test": tested, "largest_error": {name: round(value, 5) for name, value in error.items()}},
+    }
+
+
+def of_classes(split: Split, classes: tuple[int, ...]) -> Split:
+    """The images of these classes."""
+    return split.take(torch.isin(split.classes, torch.tensor(classes)).nonzero()[:, 0])
+
+
+def at_positions(
+    dial: Dial, model: GatedNetwork, split: Split, steer: Steer | None, positions: Sequence[float] | np.ndarray
+) -> list[Outcome]:
+    """The answers at each position of the dial."""
+    biases = torch.from_numpy(dial.at(np.asarray(positions, np.float64))).to(model.device)
+    return [answers(model, split, steer, gate_bias=bias) for bias in biases]
+
+
+def curve(
+    budgets: Sequence[float] | np.ndarray, outcomes: Sequence[Outcome], classes: Tensor, macs: Macs
+) -> list[Point]:
+    """One point a position: mean compute and accuracy, both made monotone."""
+    spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
+    right = np.array([float((outcome.predicted == classes).double().mean()) for outcome in outcomes])
+    rising = zip(isotonic_regression(spent).x, isotonic_regression(right).x, strict=True)
+    return [
+        Point(round(float(b), 6), round(float(s), 6), round(float(a), 6), round(float(raw), 6))
+        for b, (s, a), raw in zip(budgets, rising, right, strict=True)
+    ]
+
+
+def asked(budget: float, outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, Any]:
+    """What a budget spent and got, in all and by class; MLP usage where MLPs have gates."""
+    spent, right = outcome.compute_fraction(macs), (outcome.predicted == classes).double()
+    of_class: Mapping[int, Tensor] = {int(index): classes == index for index in classes.unique()}
+    return {
+        "budget": round(float(budget), 6),
+        "compute_fraction": round(float(spent.mean()), 5),
+        "accuracy": round(float(right.mean()), 5),
+        "images": len(classes),
+        "head_usage": round(float(outcome.head_gate.double().mean()), 5),
+        **({"mlp_usage": round(float(outcome.mlp_gate.double().mean()), 5)} if outcome.mlp_gate.shape[2] else {}),
+        "classes": list(of_class),
+        "compute_of_classes": rounded(torch.stack([spent[own].mean() for own in of_class.values()])),
+        "accuracy_of_classes": rounded(torch.stack([right[own].mean() for own in of_class.values()])),
+    }

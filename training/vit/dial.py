@@ -1,0 +1,139 @@
+"""A model with a dial: the step that trains it, and the knots that are measured when it is trained.
+
+Each image of a batch is asked for a usage, the share of the units' MACs that it may spend. The loss has cross-entropy
+for images with every unit open, divergence from the averaged model with every unit open for the others (in-place
+distillation, arXiv:1903.05134), and a term that draws the mean usage of images to what they are asked for, whatever
+that is; a single image may spend more or less.
+
+Letters as in gated_vit.py.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import processes
+from training.config import Settings
+from training.data.splits import Split
+from training.data.streams import Batch
+from training.dial import Dial
+from training.model.dial import LOWEST
+from training.model.gated_vit import Decide, GatedVit, keep_all, straight_through
+from training.model.inference import answers
+from training.model.macs import Macs
+
+OPEN_SHARE, LOWEST_SHARE = 0.15, 0.1
+"""Of the images of a training batch: with every unit open, and at the lowest usage. The others are spread evenly.
+Always running the smallest network hurts the others (arXiv:2412.04786)."""
+OTHERS = 0.3
+"""Weight of the cross-entropy of images without every unit open, beside 1."""
+NEIGHBOURS = 0.1
+"""Usages that differ by less than this are compared with each other by `excess`."""
+PARTS = 2
+"""Places between two learned knots at which compute is measured."""
+KNOTS = 17
+"""Of the finished dial."""
+
+
+def dial_step(
+    network: nn.Module, teacher: nn.Module, noise: float, settings: Settings, batch: Batch, macs: Macs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and what is recorded of it: loss, accuracy, usage, and its mean distance from what was
+    asked. Draws from torch's generator.
+
+    network: the GatedVit that is trained, or what wraps it. teacher: its average. noise: share of Gumbel noise in the
+    gates' decisions.
+    """
+    vit, device = settings.vit, processes.device()
+    target = batch.target.to(device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.bf16)
+    asked = draw(len(target), device)
+    whole = asked == 1
+    with autocast():
+        logits, out = network(
+            batch.images, decide=open_where(whole, straight_through(vit.gumbel_temperature, noise)), usage=asked
+        )
+        with torch.no_grad():
+            taught = teacher(batch.images, decide=keep_all)[0].float().log_softmax(-1)
+    logits = logits.float()
+    smoothing = vit.label_smoothing if target.ndim == 1 else 0.0
+    own = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+    divergence = F.kl_div(logits.log_softmax(-1), taught, reduction="none", log_target=True).sum(1)
+    spent = macs.usage(torch.cat([out["head_gate"], out["mlp_gate"]], 2))
+    loss = torch.where(whole, own, OTHERS * own + vit.distillation_weight * divergence).mean()
+    loss = loss + vit.usage_weight * excess(spent[~whole], asked[~whole])
+    correct = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
+    error = (spent - asked).detach()[~whole].mean()
+    return loss, {
+        "loss": loss.detach(), "accuracy": correct.float().mean(), "usage": spent.detach().mean(), "error": error,
+    }  # fmt: skip
+
+
+def draw(images: int, device: torch.device) -> Tensor:
+    """The usages (B,) that a batch is asked for."""
+    usage = LOWEST + (1 - LOWEST) * torch.rand(images, device=device)
+    kind = torch.rand(images, device=device)
+    usage = torch.where(kind < OPEN_SHARE + LOWEST_SHARE, LOWEST, usage)
+    return torch.where(kind < OPEN_SHARE, 1.0, usage)
+
+
+def excess(spent: Tensor, asked: Tensor) -> Tensor:
+    """How far the mean of `spent` lies from `asked`, squared, on average over what is asked; all (B,).
+
+    The mean of (spent_i - asked_i)(spent_j - asked_j) over pairs of different images that are asked for about the same:
+    an unbiased estimate, so that it does not matter how far images of one budget lie apart, as it does in the square of
+    a batch's mean. (A kernel estimate of a conditional moment: Bierens, J. Econometrics 20, 1982.)
+    """
+    error = spent - asked
+    near = (1 - (asked[:, None] - asked).abs() / NEIGHBOURS).clamp(min=0)
+    near = near - torch.diag(near.diagonal())
+    return (error @ near @ error) / near.sum().clamp(min=1e-6)
+
+
+def open_where(whole: Tensor, decide: Decide) -> Decide:
+    """`decide`, but every unit of the images `whole` (B,) open, without noise."""
+    return lambda site, logit: torch.where(whole[:, None], 1.0, decide(site, logit))
+
+
+@torch.no_grad()
+def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
+    """The knots of the dial, evenly spread over the budgets that the model can spend, and the biases that spend them.
+
+    The mean compute of the images of `split` is measured along the learned knots, and once more where the knots of the
+    dial would come to lie by that; between these places it is interpolated.
+    """
+    assert model.dial is not None
+    learned = model.dial.usage.double().cpu().numpy()
+    places = np.interp(np.arange((len(learned) - 1) * PARTS + 1) / PARTS, np.arange(len(learned)), learned)
+    spent = _spent(model, split, macs, places)
+    assert spent[-1] == 1, "every unit is open at the last knot"
+    budgets = np.unique(np.linspace(math.ceil(spent[0] * 1000) / 1000, 1, KNOTS).round(4))
+    first = _place_of(budgets, places, spent)
+    places, order = np.unique(np.concatenate([places, first]), return_index=True)
+    spent = np.concatenate([spent, _spent(model, split, macs, first)])[order]
+    knots = _biases(model, _place_of(budgets, places, spent)).cpu().numpy()
+    return Dial(budgets, np.maximum.accumulate(knots))
+
+
+def _biases(model: GatedVit, usage: np.ndarray) -> Tensor:
+    """(P, G, U) at P usages of the learned dial."""
+    assert model.dial is not None
+    biases: Tensor = model.dial(torch.tensor(usage, dtype=torch.float32, device=model.device))
+    return biases
+
+
+def _spent(model: GatedVit, split: Split, macs: Macs, usage: np.ndarray) -> np.ndarray:
+    """Mean compute fraction (P,) at P usages of the learned dial."""
+    outcomes = (answers(model, split, gate_bias=bias) for bias in _biases(model, usage))
+    return np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
+
+
+def _place_of(budget: np.ndarray, usage: np.ndarray, spent: np.ndarray) -> np.ndarray:
+    """Usages of the learned dial that spend these budgets, by what was measured at rising `usage`."""
+    spent = np.maximum.accumulate(spent)
+    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # of places that spend the same
+    return np.interp(budget, spent[last], usage[last])
