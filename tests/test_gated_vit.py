@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.layers import Mlp, SwiGLU, set_fused_attn
 from timm.models import create_model
@@ -24,7 +26,7 @@ from training.model.gated_vit import (
     straight_through,
 )
 from training.model.inference import steered_by
-from training.model.macs import count, head_macs
+from training.model.macs import Macs, count, head_macs
 from training.model.sae import Sae
 from training.steering import SteeringTerm
 
@@ -143,6 +145,30 @@ def test_compute_fraction_is_dense_less_the_closed_units(model: GatedVit) -> Non
         of_mlp[1, 1, :3] = 0
         closed += 3 * macs.per_mlp_group[1]
     assert macs.fraction(gates, of_mlp).tolist() == pytest.approx([1.0, 1 - closed / macs.dense])
+
+
+def test_unit_usage_by_hand() -> None:
+    macs = Macs(1000, (10, 4), (20, 3), mlp_groups=2)
+    # open: two heads and a group of the first block, a head and a group of the second; all units cost 88
+    gate = torch.tensor([[[1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0, 1.0]]])
+    assert macs.usage(gate).tolist() == pytest.approx([(10 + 10 + 20 + 4 + 3) / 88])
+    assert macs.weights(3)[1].tolist() == pytest.approx([4 / 88, 4 / 88, 4 / 88, 3 / 88, 3 / 88])
+    assert macs.fraction(gate[:, :, :3], gate[:, :, 3:]).tolist() == pytest.approx([1 - (88 - 47) / 1000])
+    assert macs.to_json() == {"dense": 1000, "per_head": (10, 4), "per_mlp_group": (20, 3), "mlp_groups": 2}
+
+
+@given(images=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_unit_usage_of_heads_alone_is_head_usage_exactly(images: int, seed: int) -> None:
+    """With its gradient."""
+    gate = torch.rand(images, 2, 3, generator=torch.Generator().manual_seed(seed))
+    one, other = gate.clone().requires_grad_(), gate.clone().requires_grad_()
+    usage, mean = Macs(1000, (10, 4)).usage(one), other.mean((1, 2))
+    assert torch.equal(usage, mean)
+    for value in (usage, mean):
+        (value * gate[:, 0, 0]).mean().backward()
+    assert one.grad is not None
+    assert torch.equal(one.grad, other.grad)
+    assert Macs(1000, (10, 4)).weights(3).tolist() == [[1 / 6] * 3] * 2
 
 
 def test_a_group_is_multiplied_after_its_activation() -> None:

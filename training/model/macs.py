@@ -3,6 +3,8 @@
 Counted: every convolution and Linear layer, and the two matrix products of attention, of the model with every unit
 open and with only the class token in the last block's query, output projection and MLP. Not counted: norms,
 activations, softmax, biases, and the gates with their steering (D*U + 2*T*D a site: below 0.1% here).
+
+Letters: B images, G gated blocks, H heads, M MLP groups, U = H + M units.
 """
 
 from collections.abc import Iterable
@@ -27,10 +29,12 @@ class Macs:
     """What one head costs in each gated block: its share of q, k, v, of the attention and of the output projection."""
     per_mlp_group: tuple[int, ...] = ()
     """What one MLP group costs in each gated block; empty where only heads are gated."""
+    mlp_groups: int = 0
+    """M; 0 where only heads are gated."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name; without per_mlp_group where only heads are gated."""
-        return {name: value for name, value in asdict(self).items() if name != "per_mlp_group" or value}
+        """The fields by name; without those of MLP groups where only heads are gated."""
+        return {name: value for name, value in asdict(self).items() if "mlp_group" not in name or value}
 
     def fraction(self, head_gate: torch.Tensor, mlp_gate: torch.Tensor | None = None) -> torch.Tensor:
         """Compute fraction (B,) of gates (B, G, H) and (B, G, M): MACs spent / MACs with every unit open."""
@@ -39,6 +43,26 @@ class Macs:
             groups = (1 - mlp_gate.double()).sum(2)  # (B, G)
             closed = closed + groups @ torch.tensor(self.per_mlp_group, dtype=torch.float64)
         return 1 - closed / self.dense
+
+    def costs(self, heads: int) -> torch.Tensor:
+        """What each unit counts in `usage`, float64 (G, U), whole numbers: its MACs; where only heads are gated, 1."""
+        if not self.mlp_groups:
+            return torch.ones(len(self.per_head), heads, dtype=torch.float64)
+        of_blocks = zip(self.per_head, self.per_mlp_group, strict=True)
+        return torch.tensor(
+            [[head] * heads + [group] * self.mlp_groups for head, group in of_blocks], dtype=torch.float64
+        )
+
+    def weights(self, heads: int) -> torch.Tensor:
+        """The costs over their sum, float64 (G, U)."""
+        costs = self.costs(heads)
+        return costs / costs.sum()
+
+    def usage(self, gate: torch.Tensor) -> torch.Tensor:
+        """Unit usage (B,) of gates (B, G, U): MACs of the open units / MACs of all units. Where only heads are gated
+        it is head usage, in which every head counts the same."""
+        costs = self.costs(gate.shape[2] - self.mlp_groups).to(gate)
+        return (gate * costs).sum((1, 2)) / costs.sum()
 
 
 def count(model: GatedVit) -> Macs:
@@ -73,7 +97,7 @@ def count(model: GatedVit) -> Macs:
             per_head.append(head)
             if model.mlp_groups:
                 per_mlp_group.append(neurons // model.mlp_groups)
-    return Macs(dense, tuple(per_head), tuple(per_mlp_group))
+    return Macs(dense, tuple(per_head), tuple(per_mlp_group), model.mlp_groups)
 
 
 def head_macs(dim: int, head_dim: int, tokens: int, queries: int) -> int:
