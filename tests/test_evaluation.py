@@ -20,11 +20,11 @@ from training.evaluation.baselines import (
     Rival,
     bisect,
     each_under,
-    fixed_heads,
+    fixed_units,
     logit_bias,
     matched,
     prior_bias,
-    random_heads,
+    random_units,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio
 from training.evaluation.criteria import MARGINS, criteria
@@ -221,12 +221,12 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     model = GatedVit(create_vit(VitSettings(dim=24, depth=3, heads=3), spec, 4), (1, 2), spec).eval()
     images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8)
     kept = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    rival = fixed_heads(kept)
+    rival = fixed_units(kept)
     assert torch.equal(model(images, rival.steer, rival.decide)[1]["head_gate"], kept.expand(5, 2, 3))
     bias = torch.tensor([[0.0, -9.0, 0.0], [-9.0, 0.0, 0.0]])  # every gate starts open, at most at 4
     gates = model(images, None, logit_bias(bias).decide)[1]["head_gate"]
     assert torch.equal(gates, (bias == 0).float().expand(5, 2, 3))
-    drawn = model(images, None, random_heads(model, 0.5, seed=1).decide)[1]["head_gate"]
+    drawn = model(images, None, random_units(count(model), 3, 0.5, seed=[1]).decide)[1]["head_gate"]
     assert drawn[0].sum() == 3
     assert (drawn == drawn[0]).all()
 
@@ -238,7 +238,7 @@ def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> Non
     model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 4), (1,), spec).eval()
     model.gates[0].linear.bias.data = torch.tensor([2.0, 3.0, 5.0])
     split = Split(torch.randint(256, (8, 28, 28, 1), dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
-    rival = matched(model, split, 0.5, lambda factor: logit_bias(-10 * factor * torch.ones(1, 3)))
+    rival = matched(model, count(model), split, 0.5, lambda factor: logit_bias(-10 * factor * torch.ones(1, 3)))
     assert rival.decide(0, torch.tensor([[2.44, 2.64, 2.64]])).tolist() == [[0.0, 1.0, 1.0]]
 
 
@@ -299,7 +299,7 @@ def test_variants_are_compared_under_the_own_class_and_under_each_class() -> Non
             torch.nn.init.normal_(parameter)
     classes = torch.tensor([0] * 4 + [1] * 4 + [2] * 12)
     split = Split(torch.randint(256, (20, 16, 16, 1), dtype=torch.uint8), classes)
-    profiles = [fixed_heads(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
+    profiles = [fixed_units(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
     steerings = {"no steering": [Rival()] * 3, "class profile": profiles, "one bias for all": [profiles[1]] * 3}
     records = compare_variants(model, count(model), split, LABELS, steerings)
     later, (entered,) = from_first_gate(model, [split])

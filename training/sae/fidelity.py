@@ -93,7 +93,7 @@ def fidelity(
             "cosine": sums["cosine"] / count,
             "dead": (uses == 0).double().mean().item(),
             "dense": (uses > DENSE * count).double().mean().item(),
-            "gate_agreement": sums["agree"] / (count * model.heads),
+            "gate_agreement": sums["agree"] / (count * (model.heads + model.mlp_groups)),
             "gate_agreement_clear": sums["agree_clear"] / sums["clear"] if sums["clear"] else 1.0,
         })  # fmt: skip
     return quality
