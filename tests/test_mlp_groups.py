@@ -9,15 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SPEC, assert_same, images, model_of, rows, small
+from small_models import SPEC, STEERED, assert_same, images, model_of, rows, small
 from timm.models.deit import VisionTransformerDistilled
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
 from export.calibration import calibrate
-from export.certify import run_torch
+from export.certify import GateMismatch, Reference, run_torch
+from export.compact import compact
 from export.graph import SteeredVit, build
 from export.precision import Int8
+from export.rebuild import _state
 from export.session import Arrays, inputs_of, open_session, run_onnx
+from training.config import VitSettings
+from training.data.splits import Split
+from training.image_spec import ImageSpec
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit, keep_positive
+from training.model.inference import answers, steered_by
+from training.model.sae import Sae
+from training.steering import SteeringProfile
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +151,70 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
         alone = run_onnx(sessions["dispatch"], {name: value[row : row + 1] for name, value in inputs.items()})
         np.testing.assert_array_equal(alone[MLP_GATE][0], together[MLP_GATE][row])
         np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
+
+
+def test_a_compact_model_has_the_units_that_its_profile_opens(steered: SteeredVit) -> None:
+    """Of both kinds; without the others it answers as with their gates closed, in PyTorch and as a graph."""
+    split = Split(torch.from_numpy(images(40)), torch.arange(40) % 5)
+    profile = SteeringProfile("c", ("c1", "c3"), "by hand", STEERED)
+    made = compact(steered.model, steered.sae, profile, tuple(f"c{i}" for i in range(5)), split, 0.3)
+    own = torch.isin(split.classes, torch.tensor([1, 3]))
+    steer = steered_by(steered.sae, STEERED)
+    open_ = answers(steered.model, split, steer).gate[own].double().mean(0) >= 0.3  # (G, U)
+    assert made.kept == tuple(tuple(torch.nonzero(of_block).flatten().tolist()) for of_block in open_)
+    assert 0 < open_[:, :3].sum() < 6
+    assert 0 < open_[:, 3:].sum() < 8
+
+    def closed(site: int, logit: torch.Tensor) -> torch.Tensor:
+        return keep_positive(site, logit) * open_[site]
+
+    expected, found = answers(steered.model, split, steer, closed), answers(made.model, split, steer)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.gate, expected.gate)
+    assert made.after.mlp_usage == pytest.approx(expected.mlp_gate[own].double().mean().item())
+    assert made.to_json()["after"]["unit_usage"] < made.to_json()["before"]["unit_usage"]
+    compacted = SteeredVit(made.model, steered.sae)
+    graph = build(compacted, SPEC, "compact", {}, kept=made.kept).SerializeToString()
+    inputs = rows(30)
+    outputs, torch_outputs = run_onnx(open_session(graph), inputs), run_torch(compacted, inputs)
+    np.testing.assert_array_equal(outputs[MLP_GATE], torch_outputs[MLP_GATE])
+    np.testing.assert_allclose(outputs["logits"], torch_outputs["logits"], atol=2e-5)
+
+
+def test_a_certificate_covers_gate_biases(steered: SteeredVit) -> None:
+    """Those of a graph that leaves out one bias are caught; its MLP gates count as its heads' do."""
+    biases = [np.full((2, UNITS), value, np.float32) for value in (-8.0, -1.0, 0.5)]
+    reference = Reference(steered, images(6), [{}, STEERED], images(4), np.zeros(4, np.int64), biases=biases)
+    graph = build(steered, SPEC, "dispatch", {}, gate_bias=True)
+    certificate = reference.certify(graph.SerializeToString(), "dispatch", "fp32")
+    assert (certificate.rows, certificate.biases) == (6 * 2 + 6 * 3, 3)
+    assert certificate.gates == certificate.rows * 2 * UNITS
+    assert certificate.to_json()["biases"] == 3
+    plain = Reference(steered, images(6), [{}], images(4), np.zeros(4, np.int64))
+    deaf = build(steered, SPEC, "dispatch", {}).SerializeToString()
+    assert "biases" not in plain.certify(deaf, "dispatch", "fp32").to_json()
+    with pytest.raises(GateMismatch, match=r"a gate with logit .* decides differently"):
+        reference.certify(deaf, "dispatch", "fp32")
+
+
+def test_groups_come_back_from_the_weights_of_a_graph() -> None:
+    torch.manual_seed(0)
+    grey, small_vit = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), VitSettings(dim=24, depth=3, heads=3)
+
+    def new() -> GatedVit:
+        return GatedVit(create_vit(small_vit, grey, 4), (1, 2), grey, 4)
+
+    model, batch = new().train(), torch.randint(256, (32, 28, 28, 1), dtype=torch.uint8)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    model(batch)  # batch norms have a mean and a variance
+    model.eval().requires_grad_(False)
+    graph = build(SteeredVit(model, Sae(2, 8, 24)), grey, "dispatch", {}).graph
+    weights = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
+    again = new().eval()
+    again.gates = model.gates
+    again.load_state_dict(_state(again, weights), strict=False)
+    torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=1e-4)
 
 
 def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:

@@ -178,6 +178,22 @@ def test_effect_by_hand() -> None:
     assert found.compute_fraction == pytest.approx(0.8)
 
 
+def test_an_effect_has_the_usage_of_mlp_groups_too() -> None:
+    """Two heads of 20 MACs and two groups of 30, open on the target's two images: 1 + 2, and 1 + 1."""
+    gates = torch.tensor([[[True, False, True, True]], [[False, True, False, True]], [[True] * 4]])
+    macs = Macs(200, (20,), (30,), mlp_groups=2)
+    outcome = Outcome(torch.eye(3)[[0, 0, 1]], gates, gates.float(), heads=2)
+    found = effect(outcome, torch.tensor([0, 0, 1]), (0,), macs)
+    assert (found.head_usage, found.mlp_usage) == (0.5, 0.75)
+    assert found.usage == found.unit_usage == pytest.approx((80 + 50) / 200)
+    assert found.compute_fraction == pytest.approx(1 - 70 / 400)
+    assert outcome.usage(macs) == pytest.approx((80 + 50 + 100) / 300)
+    heads = Outcome(outcome.logits, gates[:, :, :2], gates[:, :, :2].float(), heads=2)
+    alone = effect(heads, torch.tensor([0, 0, 1]), (0,), Macs(200, (20,)))
+    assert (alone.usage, alone.compute_fraction) == (0.5, pytest.approx(1 - 40 / 400))
+    assert found.to_json().keys() - alone.to_json().keys() == {"mlp_usage", "unit_usage"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
