@@ -1,6 +1,8 @@
 """MLP groups and gate biases in every kind of graph, against PyTorch, and against MLPs without the closed groups."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
 from small_models import SPEC, STEERED, assert_same, images, model_of, rows, small
 from timm.models.deit import VisionTransformerDistilled
 
@@ -20,6 +24,7 @@ from export.graph import SteeredVit, build
 from export.precision import Int8
 from export.rebuild import _state
 from export.session import Arrays, inputs_of, open_session, run_onnx
+from training.__main__ import main
 from training.config import VitSettings
 from training.data.splits import Split
 from training.image_spec import ImageSpec
@@ -215,6 +220,41 @@ def test_groups_come_back_from_the_weights_of_a_graph() -> None:
     again.gates = model.gates
     again.load_state_dict(_state(again, weights), strict=False)
     torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=1e-4)
+
+
+def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
+    """Every stage to the report, on three classes of stripes."""
+    draw = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "images" / f"c{label}").mkdir(parents=True)
+        for index in range(60):
+            pixels = draw.integers(0, 120, (16, 16), np.uint8)
+            pixels[label * 5 : label * 5 + 5] += 100
+            Image.fromarray(pixels).save(tmp_path / "images" / f"c{label}" / f"{index}.png")
+    run = tmp_path / "run"
+    flags = {
+        "data.root": tmp_path / "images", "data.image-size": 16, "data.channels": 1, "vit.mlp-groups": 4,
+        "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 1, "sae.epochs": 2,
+        "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1,
+    }  # fmt: skip
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    assert main(["all", "--preset=smoke", "--data.dataset=folder", "--out", str(run), *given]) == 0
+    results = json.loads((run / "results.json").read_text())
+    macs = results["macs"]
+    assert (macs["mlp_groups"], len(macs["per_mlp_group"])) == (4, 2)
+    usage = results["neutral"]
+    costs = [[head] * 3 + [group] * 4 for head, group in zip(macs["per_head"], macs["per_mlp_group"], strict=True)]
+    spent = 1 - (1 - usage["unit_usage"]) * np.sum(costs) / macs["dense"]
+    assert usage["compute_fraction"] == pytest.approx(spent, abs=2e-5)
+    assert np.shape(results["diagnostics"]["usage"]) == (3, 2, 7)
+    for profile in results["profiles"]:
+        assert np.shape(profile["head_usage_after"]) == (2, 3)
+        assert np.mean(profile["mlp_usage_after"]) == pytest.approx(profile["after"]["mlp_usage"], abs=1e-3)
+    assert "random units" in results["rivals"]
+    assert "random heads" not in results["rivals"]
+    assert results["success"][0]["criterion"].startswith("unit usage")
+    assert load_file(run / "gate_bias.safetensors")["bias"].shape == (3, 2, 7)
+    assert "MLP usage" in (run / "report.html").read_text()
 
 
 def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:

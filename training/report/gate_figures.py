@@ -28,14 +28,16 @@ def heads(results: Mapping[str, Any]) -> Figure:
         rows = np.array([[value for block in per_unit(profile, when) for value in block] for profile in profiles])
         images = heat_map(axis, rows, names * len(blocks))
         for index in range(1, len(blocks)):
-            axis.axvline(index * count - 0.5, color="white", lw=3)
+            axis.axvline(index * count - 0.5, color="white", lw=8 if with_groups else 3)
         axis.set_xticks(range(rows.shape[1]), [name[1:] for name in names * len(blocks)], fontsize=7)
         for index, block in enumerate(blocks):
             axis.text((index + 0.5) * count - 0.5, -0.75, f"block {block}", ha="center", fontsize=8.5, color=INK)
         axis.set_yticks(range(len(profiles)), [profile["name"] for profile in profiles], fontsize=8.5)
         axis.set_title(title, fontsize=10, loc="left", pad=20)
-        axis.set_xlabel("head, then MLP group of the block" if with_groups else "head of the block", fontsize=8.5)
-    for image, unit in zip(images, ("head", "MLP group"), strict=False):
+        axis.set_xlabel(
+            "head (blue), then MLP group (orange) of the block" if with_groups else "head of the block", fontsize=8.5
+        )
+    for image, unit in reversed([*zip(images, ("head", "MLP group"), strict=False)]):  # each stands left of the last
         bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01)
         bar.set_label(f"share of images that keep the {unit}", fontsize=8.5)
     return figure
