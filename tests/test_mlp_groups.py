@@ -254,6 +254,9 @@ def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
     assert "random heads" not in results["rivals"]
     assert results["success"][0]["criterion"].startswith("unit usage")
     assert load_file(run / "gate_bias.safetensors")["bias"].shape == (3, 2, 7)
+    fidelity = json.loads((run / "sae.json").read_text())["result"]
+    assert all(0 < site["gate_agreement"] <= 1 for site in fidelity["fidelity"])
+    assert fidelity["recovered"].keys() > {f"{k}_usage{r}" for k in ("head", "mlp") for r in ("", "_reconstructed")}
     assert "MLP usage" in (run / "report.html").read_text()
 
 
