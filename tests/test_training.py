@@ -160,6 +160,11 @@ def test_the_smaller_control_computes_as_much_as_the_gated_model() -> None:
     assert dim % 12 == 0
     assert small / macs.dense == pytest.approx(wanted, abs=0.06)
     assert narrower(VitSettings(), data, usage=1.0) == 192
+    both = VitSettings(depth=3, mlp_groups=4)
+    macs = count(fit.build(both, data.spec, 10).eval())
+    small = count(fit.build(VitSettings(dim=narrower(both, data, 0.25), depth=3), data.spec, 10).eval()).dense
+    wanted = 1 - 0.75 * macs.costs(6).sum().item() / macs.dense  # a quarter of the MACs of heads and groups
+    assert small / macs.dense == pytest.approx(wanted, abs=0.06)
 
 
 def test_effect_by_hand() -> None:
