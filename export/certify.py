@@ -13,6 +13,7 @@ from onnxruntime import InferenceSession
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
+from export.verify import gate_names, unit_gates
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
@@ -96,7 +97,6 @@ OWN_INT8 = 2.0
 """How far an int8 graph's own golden answers may differ on another machine, in multiples of their difference from
 PyTorch."""
 BATCH_SIZES = (1, 7, 64)
-GATES = ("head_gate", MLP_GATE)
 STEERINGS = 40
 """Steerings of each image; if there are more, they are distributed over the images."""
 
@@ -161,7 +161,7 @@ class _Differences:
 
     def add(self, outputs: Arrays, expected: Arrays, alone: Arrays) -> None:
         """Add a batch. alone: the outputs of its last row in a batch of its own."""
-        flips = _gates(outputs) != _gates(expected)  # (B, G, U)
+        flips = unit_gates(outputs) != unit_gates(expected)
         self.rows, self.gates, self.flipped = (
             self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
         )  # fmt: skip
@@ -175,7 +175,7 @@ class _Differences:
         self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
         self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any((1, 2))))
         last = {name: value[-1:] for name, value in outputs.items()}
-        same = (_gates(alone) == _gates(last)).all((1, 2))
+        same = (unit_gates(alone) == unit_gates(last)).all((1, 2))
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
 
     def check(self, limits: Limits, cure: str) -> None:
@@ -294,9 +294,8 @@ class Reference:
             outputs = run_onnx(session, inputs)
             _check_shapes(outputs, expected)
             _check_finite(outputs, "", worst.rows)
-            if not np.array_equal(_gates(outputs), outputs["gate_logit"] > 0):
-                names = " and ".join(name for name in GATES if name in outputs)
-                raise GateMismatch(f"{names} is not gate_logit > 0")
+            if not np.array_equal(unit_gates(outputs), outputs["gate_logit"] > 0):
+                raise GateMismatch(f"{gate_names(outputs)} is not gate_logit > 0")
             alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
             _check_finite(alone, "alone, ", worst.rows + len(outputs["logits"]) - 1)
             worst.add(outputs, expected, alone)
@@ -332,11 +331,6 @@ class Reference:
                 answers = {name: outputs[name] for name in answers}
             golden[precision] = Golden(rows, answers, tolerance, limits.gate_margin)
         return golden
-
-
-def _gates(outputs: Arrays) -> NDArray[np.bool_]:
-    """(B, G, U): of the heads and, where there are some, of the MLP groups."""
-    return np.concatenate([outputs[name] for name in GATES if name in outputs], 2)
 
 
 def _worst(outputs: Arrays, expected: Arrays, name: str, rows: NDArray[np.bool_]) -> float:

@@ -81,6 +81,11 @@ def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[s
     def heads(part: str) -> Tensor:
         return torch.stack([weights[f"block{index}/head{head}/{part}"] for head in range(model.heads)])
 
+    def mlp(part: str, neurons: int) -> Tensor:
+        """neurons: the dimension of the hidden neurons, whose groups are put together."""
+        groups = [f"group{group}/" for group in range(model.mlp_groups)] if index in model.gated_blocks else []
+        return torch.cat([weights[f"block{index}/mlp/{group}{part}"] for group in groups or [""]], neurons)
+
     scale = (model.dim // model.heads) ** -0.5  # is in the queries
     query, key, value = heads("query.weight") / scale, heads("key.weight"), heads("value.weight")  # each (H, D, E)
     query_bias = heads("query.bias").flatten() / scale
@@ -92,22 +97,14 @@ def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[s
         projection = output.flatten(0, 1)  # (H * E, D)
     else:
         projection = weights[f"block{index}/output.weight"]
-    if index in model.gated_blocks and model.mlp_groups:
-        groups = [f"block{index}/mlp/group{group}" for group in range(model.mlp_groups)]
-    else:
-        groups = [f"block{index}/mlp"]
-    first, first_bias, second = (
-        torch.cat([weights[f"{group}/{part}"] for group in groups], axis)
-        for part, axis in (("fc1.weight", 1), ("fc1.bias", 0), ("fc2.weight", 0))
-    )
     return {
         "attn.qkv.weight": torch.cat([part.mT.flatten(0, 1) for part in (query, key, value)]),  # (3 * H * E, D)
         "attn.qkv.bias": torch.cat([query_bias, torch.zeros_like(query_bias), value_bias]),
         "attn.proj.weight": projection.T,
         "attn.proj.bias": weights[f"block{index}/output.bias"],
-        "mlp.fc1.weight": first.T,
-        "mlp.fc1.bias": first_bias,
-        "mlp.fc2.weight": second.T,
+        "mlp.fc1.weight": mlp("fc1.weight", 1).T,
+        "mlp.fc1.bias": mlp("fc1.bias", 0),
+        "mlp.fc2.weight": mlp("fc2.weight", 0).T,
         "mlp.fc2.bias": weights[f"block{index}/mlp/fc2.bias"],
         **{f"{norm}.{part}": weights[f"block{index}/{norm}.{part}"]
            for norm in ("norm1", "norm2") for part in ("weight", "bias")},
