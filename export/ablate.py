@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     later, (selection, split) = from_first_gate(
         model, [data.selection, data.test if options.split == "test" else data.selection]
     )
-    steerings = variants(later, sae, selection, profiles, learnt)
+    steerings = variants(later, macs, sae, selection, profiles, learnt)
     records = compare_variants(later, macs, split, data.labels, steerings)
     run.write_json(
         f"ablation.{options.split}.json", {"split": options.split, "images": len(split), "variants": records}

@@ -13,6 +13,7 @@ from onnxruntime import InferenceSession
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
+from export.verify import gate_names, unit_gates
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
@@ -128,16 +129,20 @@ class Certificate:
     """In PyTorch."""
     logit_tolerance: float
     gate_margin: float
+    biases: int = 0
+    """Gate biases, each on every image; 0: rows have none."""
 
     def to_json(self) -> dict[str, Any]:
-        """The value of Graph.certificate in the manifest."""
-        return asdict(self)
+        """The value of Graph.certificate in the manifest; without `biases` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "biases" or value}
 
     def __str__(self) -> str:
+        biases = f", {self.biases} gate biases" * bool(self.biases)
         return (
-            f"{self.rows} rows ({self.steerings} steerings), largest logit difference {self.max_logit_difference:.2g}; "
-            f"{self.flipped_gates} of {self.gates} gates flipped, at most {self.max_flip_distance:.2g} from the "
-            f"threshold; accuracy {self.accuracy:.4f} on {self.images} images, {self.accuracy_of_model:.4f} in PyTorch"
+            f"{self.rows} rows ({self.steerings} steerings{biases}), largest logit difference "
+            f"{self.max_logit_difference:.2g}; {self.flipped_gates} of {self.gates} gates flipped, at most "
+            f"{self.max_flip_distance:.2g} from the threshold; accuracy {self.accuracy:.4f} on {self.images} images, "
+            f"{self.accuracy_of_model:.4f} in PyTorch"
         )
 
 
@@ -156,7 +161,7 @@ class _Differences:
 
     def add(self, outputs: Arrays, expected: Arrays, alone: Arrays) -> None:
         """Add a batch. alone: the outputs of its last row in a batch of its own."""
-        flips = outputs["head_gate"] != expected["head_gate"]
+        flips = unit_gates(outputs) != unit_gates(expected)
         self.rows, self.gates, self.flipped = (
             self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
         )  # fmt: skip
@@ -170,7 +175,7 @@ class _Differences:
         self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
         self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any((1, 2))))
         last = {name: value[-1:] for name, value in outputs.items()}
-        same = (alone["head_gate"] == last["head_gate"]).all((1, 2))
+        same = (unit_gates(alone) == unit_gates(last)).all((1, 2))
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
 
     def check(self, limits: Limits, cure: str) -> None:
@@ -226,21 +231,31 @@ class Reference:
         labelled: NDArray[np.uint8],
         classes: NDArray[np.int64],
         steering: Terms = NEUTRAL,
+        biases: Sequence[NDArray[np.float32]] = (),
     ):
         """images: uint8 (N, height, width, channels), to compare under the steerings of `tried`; labelled (M, ...) and
-        classes (M,): those for accuracy, under `steering`."""
-        self.steerings = len(tried)
-        self.batches: list[tuple[Arrays, Arrays]] = []
+        classes (M,): those for accuracy, under `steering`. biases: gate biases (G, U), as of a dial's knots:
+        each image is compared under each of them too, the steerings in turn. Graphs then need the input GATE_BIAS."""
+        self.steerings, self.biases = len(tried), len(biases)
         each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
-        pairs = [(row // each, tried[row % self.steerings]) for row in range(each * len(images))]
-        while pairs:
-            size = BATCH_SIZES[len(self.batches) % len(BATCH_SIZES)]
-            chunk, pairs = pairs[:size], pairs[size:]
-            rows = [terms for _, terms in chunk]
-            inputs = inputs_of(images[[index for index, _ in chunk]], rows, steered.sae.sites)
-            expected = run_torch(steered, inputs)
-            _check_finite(expected, "PyTorch's ", sum(len(out["logits"]) for _, out in self.batches))
-            self.batches.append((inputs, expected))
+
+        def compared(each: int, biases: Sequence[NDArray[np.float32]]) -> list[tuple[Arrays, Arrays]]:
+            """Batches of `each` rows an image, which take the steerings and the biases in turn: inputs and outputs."""
+            batches: list[tuple[Arrays, Arrays]] = []
+            rows = range(each * len(images))
+            while rows:
+                size = BATCH_SIZES[len(batches) % len(BATCH_SIZES)]
+                chunk, rows = rows[:size], rows[size:]
+                terms = [tried[row % self.steerings] for row in chunk]
+                inputs = inputs_of(images[[row // each for row in chunk]], terms, steered.sae.sites)
+                if biases:
+                    inputs[GATE_BIAS] = np.stack([biases[row % len(biases)] for row in chunk])
+                expected = run_torch(steered, inputs)
+                _check_finite(expected, "PyTorch's ", sum(len(out["logits"]) for _, out in batches))
+                batches.append((inputs, expected))
+            return batches
+
+        self.batches, self.biased = compared(each, ()), compared(self.biases, biases)
         self.classes = classes
         self.labelled = [
             inputs_of(part, [steering] * len(part), steered.sae.sites)
@@ -269,18 +284,18 @@ class Reference:
         return Certificate(
             worst.rows, self.steerings, BATCH_SIZES, worst.logit, worst.gate_logit, worst.residual, worst.gates,
             worst.flipped, worst.flip_distance, worst.neighbour, len(self.classes), accuracy, self.accuracy,
-            limits.logit, limits.gate_margin,
+            limits.logit, limits.gate_margin, self.biases,
         )  # fmt: skip
 
     def _differences(self, session: InferenceSession) -> "_Differences":
         """Raises ShapeError, NotFinite or GateMismatch."""
         worst = _Differences()
-        for inputs, expected in self.batches:
+        for inputs, expected in (*self.batches, *self.biased):
             outputs = run_onnx(session, inputs)
             _check_shapes(outputs, expected)
             _check_finite(outputs, "", worst.rows)
-            if not np.array_equal(outputs["head_gate"], outputs["gate_logit"] > 0):
-                raise GateMismatch("head_gate is not gate_logit > 0")
+            if not np.array_equal(unit_gates(outputs), outputs["gate_logit"] > 0):
+                raise GateMismatch(f"{gate_names(outputs)} is not gate_logit > 0")
             alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
             _check_finite(alone, "alone, ", worst.rows + len(outputs["logits"]) - 1)
             worst.add(outputs, expected, alone)
@@ -339,7 +354,7 @@ def _check_finite(outputs: Arrays, whose: str, first: int) -> None:
 
 
 def _check_shapes(outputs: Arrays, expected: Arrays) -> None:
-    for name in OUTPUTS:
+    for name in expected:
         if outputs[name].shape != expected[name].shape or outputs[name].dtype != expected[name].dtype:
             raise ShapeError(
                 f"{name} is {outputs[name].dtype} {outputs[name].shape}; "

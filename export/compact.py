@@ -1,5 +1,5 @@
-"""A model for one profile: heads that its classes almost never use are always closed, so that graphs omit them. The
-others remain gated. Inputs and outputs are unchanged, and closed heads report 0.
+"""A model for one profile: units (heads and MLP groups) that its classes almost never use are always closed, so that
+graphs omit them. The others remain gated. Inputs and outputs are unchanged, and closed units report 0.
 
 The only variant that saves time where gates cannot be followed at run time, as on a GPU.
 """
@@ -21,11 +21,11 @@ from training.steering import SteeringProfile
 
 @dataclass(frozen=True)
 class Compact:
-    """A model with heads that are always closed, and the effect on its profile."""
+    """A model with units that are always closed, and the effect on its profile."""
 
     model: GatedVit
     kept: tuple[tuple[int, ...], ...]
-    """The remaining heads of each gated block."""
+    """The remaining units of each gated block: heads first, then MLP groups, numbered on from the heads."""
     threshold: float
     before: Effect
     """Of the profile on the selection images."""
@@ -40,16 +40,16 @@ class Compact:
 def compact(
     model: GatedVit, sae: Sae, profile: SteeringProfile, labels: tuple[str, ...], selection: Split, threshold: float
 ) -> Compact:
-    """Close every head that, under the profile, fewer than this share of its classes' selection images keep."""
+    """Close every unit that, under the profile, fewer than this share of its classes' selection images keep."""
     target = tuple(labels.index(label) for label in profile.classes)
     steer, macs = steered_by(sae, profile.terms), count(model)
     before = answers(model, selection, steer)
     own = torch.isin(selection.classes, torch.tensor(target))
-    usage = before.head_gate[own].double().mean(0)  # (G, H)
+    usage = before.gate[own].double().mean(0)  # (G, U)
     kept = tuple(tuple(torch.nonzero(row >= threshold).flatten().tolist()) for row in usage)
     closed = copy.deepcopy(model)
-    for gate, heads in zip(closed.gates, kept, strict=True):
-        _close(gate, heads)
+    for gate, units in zip(closed.gates, kept, strict=True):
+        _close(gate, units)
     after = answers(closed, selection, steer)
     measured = (effect(outcome, selection.classes, target, macs) for outcome in (before, after))
     return Compact(closed, kept, threshold, *measured)
@@ -57,7 +57,7 @@ def compact(
 
 @torch.no_grad()
 def _close(gate: nn.Module, kept: tuple[int, ...]) -> None:
-    """Give the other heads the lowest logit, for any residual."""
+    """Give the other units the lowest logit, for any residual."""
     assert isinstance(gate, Gate)
     closed = torch.ones(len(gate.linear.bias), dtype=torch.bool)
     closed[list(kept)] = False

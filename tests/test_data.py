@@ -30,6 +30,7 @@ from training.data.pixels import LazyPixels, MappedPixels, Pixels, Split
 from training.data.splits import DEBIAN_FASHION_MNIST, Data, DataError, augment, load
 from training.data.streams import Batch, seeded, training_batches
 from training.image_spec import ImageSpec
+from training.model.macs import count as count_macs
 from training.presets import PRESETS
 from training.profiles.statistics import measure
 from training.sae.activations import residuals
@@ -118,7 +119,7 @@ def test_pixels_are_the_same_in_memory_lazy_and_mapped(channels: int, of_folder:
 def test_the_statistics_of_latents_do_not_depend_on_where_the_pixels_are(memory: str, of_folder: Settings) -> None:
     steered = model_of(KINDS["plain"]())
     one, two = (
-        measure(steered.model, steered.sae, residuals(steered.model, split, "test"), split)
+        measure(steered.model, steered.sae, count_macs(steered.model), residuals(steered.model, split, "test"), split)
         for split in (load(of_folder(), 0).train, load(of_folder(memory=memory), 0).train)
     )
     for name, value in vars(one).items():

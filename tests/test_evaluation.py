@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
@@ -20,11 +22,11 @@ from training.evaluation.baselines import (
     Rival,
     bisect,
     each_under,
-    fixed_heads,
+    fixed_units,
     logit_bias,
     matched,
     prior_bias,
-    random_heads,
+    random_units,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio
 from training.evaluation.criteria import MARGINS, criteria
@@ -162,6 +164,11 @@ def test_verdicts_by_hand() -> None:
     assert (found["recall"]["measured"], found["recall"]["p"], found["recall"]["classes"]) == (-0.005, 0.2, 2)
     assert [row["met"] for row in rows] == [True, False, False, True, True]
     assert criteria([entry(0.31)])[0]["verdict"] == "not met"
+    with_groups = entry(0.2)
+    with_groups["after"] |= {"mlp_usage": 0.4, "unit_usage": 0.35}
+    assert criteria([with_groups])[0] == {
+        "criterion": "unit usage <= 0.30, mean over the classes", "measured": 0.35, "met": False, "verdict": "not met"
+    }  # fmt: skip
 
 
 def test_benjamini_hochberg_by_hand() -> None:
@@ -221,14 +228,29 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     model = GatedVit(create_vit(VitSettings(dim=24, depth=3, heads=3), spec, 4), (1, 2), spec).eval()
     images = torch.randint(256, (5, 28, 28, 1), dtype=torch.uint8)
     kept = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    rival = fixed_heads(kept)
+    rival = fixed_units(kept)
     assert torch.equal(model(images, rival.steer, rival.decide)[1]["head_gate"], kept.expand(5, 2, 3))
     bias = torch.tensor([[0.0, -9.0, 0.0], [-9.0, 0.0, 0.0]])  # every gate starts open, at most at 4
     gates = model(images, None, logit_bias(bias).decide)[1]["head_gate"]
     assert torch.equal(gates, (bias == 0).float().expand(5, 2, 3))
-    drawn = model(images, None, random_heads(model, 0.5, seed=1).decide)[1]["head_gate"]
+    drawn = model(images, None, random_units(count(model), 3, 0.5, seed=[1]).decide)[1]["head_gate"]
     assert drawn[0].sum() == 3
     assert (drawn == drawn[0]).all()
+
+
+@settings(max_examples=50)
+@given(heads=st.integers(1, 6), blocks=st.integers(1, 5), usage=st.floats(0, 1), seed=st.integers(0, 99))
+def test_random_units_come_as_near_to_the_usage_as_one_unit_can(
+    heads: int, blocks: int, usage: float, seed: int
+) -> None:
+    of_heads, of_both = Macs(1, (5,) * blocks), Macs(1, (5,) * blocks, (30,) * (blocks - 1) + (1,), 2)
+    logit = torch.zeros(1, heads)
+    kept = random_units(of_heads, heads, usage, [seed]).decide
+    assert sum(kept(site, logit).sum().item() for site in range(blocks)) == round(usage * blocks * heads)
+    decide = random_units(of_both, heads, usage, [seed]).decide
+    gate = torch.stack([decide(site, torch.zeros(1, heads + 2)) for site in range(blocks)], 1)
+    largest = of_both.weights(heads).max().item()
+    assert of_both.usage(gate.double()).item() == pytest.approx(usage, abs=largest / 2 + 1e-9)
 
 
 def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> None:
@@ -238,7 +260,7 @@ def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> Non
     model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 4), (1,), spec).eval()
     model.gates[0].linear.bias.data = torch.tensor([2.0, 3.0, 5.0])
     split = Split(torch.randint(256, (8, 28, 28, 1), dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
-    rival = matched(model, split, 0.5, lambda factor: logit_bias(-10 * factor * torch.ones(1, 3)))
+    rival = matched(model, count(model), split, 0.5, lambda factor: logit_bias(-10 * factor * torch.ones(1, 3)))
     assert rival.decide(0, torch.tensor([[2.44, 2.64, 2.64]])).tolist() == [[0.0, 1.0, 1.0]]
 
 
@@ -299,7 +321,7 @@ def test_variants_are_compared_under_the_own_class_and_under_each_class() -> Non
             torch.nn.init.normal_(parameter)
     classes = torch.tensor([0] * 4 + [1] * 4 + [2] * 12)
     split = Split(torch.randint(256, (20, 16, 16, 1), dtype=torch.uint8), classes)
-    profiles = [fixed_heads(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
+    profiles = [fixed_units(torch.tensor([[1.0, float(c > 0), float(c > 1)]])) for c in range(3)]
     steerings = {"no steering": [Rival()] * 3, "class profile": profiles, "one bias for all": [profiles[1]] * 3}
     records = compare_variants(model, count(model), split, LABELS, steerings)
     later, (entered,) = from_first_gate(model, [split])
@@ -327,9 +349,11 @@ def test_variants_are_compared_under_the_own_class_and_under_each_class() -> Non
     assert max(map(len, lines)) <= 110
 
 
-def test_gate_diagnostics_by_hand() -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gate_diagnostics_by_hand(heads: int) -> None:
+    """Two heads, or a head and an MLP group."""
     logit = torch.tensor([[[0.05, 2.0]], [[-0.05, -2.0]], [[3.0, -0.5]]])
-    found = gate_diagnostics(Outcome(torch.zeros(3, 2), logit > 0, logit, logit.shape[2]), torch.tensor([0, 0, 1]))
+    found = gate_diagnostics(Outcome(torch.zeros(3, 2), logit > 0, logit, heads), torch.tensor([0, 0, 1]))
     assert found == {"usage": [[[0.5, 0.5]], [[1.0, 0.0]]], "near_threshold": [[0.6667, 0.0]]}
 
 

@@ -1,6 +1,8 @@
 """MLP groups and gate biases in every kind of graph, against PyTorch, and against MLPs without the closed groups."""
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,15 +11,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SPEC, assert_same, images, model_of, rows, small
+from PIL import Image
+from safetensors.torch import load_file
+from small_models import SPEC, STEERED, assert_same, images, model_of, rows, small
 from timm.models.deit import VisionTransformerDistilled
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
 from export.calibration import calibrate
-from export.certify import run_torch
+from export.certify import GateMismatch, Reference, run_torch
+from export.compact import compact
 from export.graph import SteeredVit, build
 from export.precision import Int8
+from export.rebuild import _state
 from export.session import Arrays, inputs_of, open_session, run_onnx
+from training.__main__ import main
+from training.config import VitSettings
+from training.data.splits import Split
+from training.image_spec import ImageSpec
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit, keep_positive
+from training.model.inference import answers, steered_by
+from training.model.sae import Sae
+from training.steering import SteeringProfile
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +156,108 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
         alone = run_onnx(sessions["dispatch"], {name: value[row : row + 1] for name, value in inputs.items()})
         np.testing.assert_array_equal(alone[MLP_GATE][0], together[MLP_GATE][row])
         np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
+
+
+def test_a_compact_model_has_the_units_that_its_profile_opens(steered: SteeredVit) -> None:
+    """Of both kinds; without the others it answers as with their gates closed, in PyTorch and as a graph."""
+    split = Split(torch.from_numpy(images(40)), torch.arange(40) % 5)
+    profile = SteeringProfile("c", ("c1", "c3"), "by hand", STEERED)
+    made = compact(steered.model, steered.sae, profile, tuple(f"c{i}" for i in range(5)), split, 0.3)
+    own = torch.isin(split.classes, torch.tensor([1, 3]))
+    steer = steered_by(steered.sae, STEERED)
+    open_ = answers(steered.model, split, steer).gate[own].double().mean(0) >= 0.3  # (G, U)
+    assert made.kept == tuple(tuple(torch.nonzero(of_block).flatten().tolist()) for of_block in open_)
+    assert 0 < open_[:, :3].sum() < 6
+    assert 0 < open_[:, 3:].sum() < 8
+
+    def closed(site: int, logit: torch.Tensor) -> torch.Tensor:
+        return keep_positive(site, logit) * open_[site]
+
+    expected, found = answers(steered.model, split, steer, closed), answers(made.model, split, steer)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.gate, expected.gate)
+    assert made.after.mlp_usage == pytest.approx(expected.mlp_gate[own].double().mean().item())
+    assert made.to_json()["after"]["unit_usage"] < made.to_json()["before"]["unit_usage"]
+    compacted = SteeredVit(made.model, steered.sae)
+    graph = build(compacted, SPEC, "compact", {}, kept=made.kept).SerializeToString()
+    inputs = rows(30)
+    outputs, torch_outputs = run_onnx(open_session(graph), inputs), run_torch(compacted, inputs)
+    np.testing.assert_array_equal(outputs[MLP_GATE], torch_outputs[MLP_GATE])
+    np.testing.assert_allclose(outputs["logits"], torch_outputs["logits"], atol=2e-5)
+
+
+def test_a_certificate_covers_gate_biases(steered: SteeredVit) -> None:
+    """Those of a graph that leaves out one bias are caught; its MLP gates count as its heads' do."""
+    biases = [np.full((2, UNITS), value, np.float32) for value in (-8.0, -1.0, 0.5)]
+    reference = Reference(steered, images(6), [{}, STEERED], images(4), np.zeros(4, np.int64), biases=biases)
+    graph = build(steered, SPEC, "dispatch", {}, gate_bias=True)
+    certificate = reference.certify(graph.SerializeToString(), "dispatch", "fp32")
+    assert (certificate.rows, certificate.biases) == (6 * 2 + 6 * 3, 3)
+    assert certificate.gates == certificate.rows * 2 * UNITS
+    assert certificate.to_json()["biases"] == 3
+    plain = Reference(steered, images(6), [{}], images(4), np.zeros(4, np.int64))
+    deaf = build(steered, SPEC, "dispatch", {}).SerializeToString()
+    assert "biases" not in plain.certify(deaf, "dispatch", "fp32").to_json()
+    with pytest.raises(GateMismatch, match=r"a gate with logit .* decides differently"):
+        reference.certify(deaf, "dispatch", "fp32")
+
+
+def test_groups_come_back_from_the_weights_of_a_graph() -> None:
+    torch.manual_seed(0)
+    grey, small_vit = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), VitSettings(dim=24, depth=3, heads=3)
+
+    def new() -> GatedVit:
+        return GatedVit(create_vit(small_vit, grey, 4), (1, 2), grey, 4)
+
+    model, batch = new().train(), torch.randint(256, (32, 28, 28, 1), dtype=torch.uint8)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    model(batch)  # batch norms have a mean and a variance
+    model.eval().requires_grad_(False)
+    graph = build(SteeredVit(model, Sae(2, 8, 24)), grey, "dispatch", {}).graph
+    weights = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in graph.initializer}
+    again = new().eval()
+    again.gates = model.gates
+    again.load_state_dict(_state(again, weights), strict=False)
+    torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=1e-4)
+
+
+def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
+    """Every stage to the report, on three classes of stripes."""
+    draw = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "images" / f"c{label}").mkdir(parents=True)
+        for index in range(60):
+            pixels = draw.integers(0, 120, (16, 16), np.uint8)
+            pixels[label * 5 : label * 5 + 5] += 100
+            Image.fromarray(pixels).save(tmp_path / "images" / f"c{label}" / f"{index}.png")
+    run = tmp_path / "run"
+    flags = {
+        "data.root": tmp_path / "images", "data.image-size": 16, "data.channels": 1, "vit.mlp-groups": 4,
+        "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 1, "sae.epochs": 2,
+        "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1,
+    }  # fmt: skip
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    assert main(["all", "--preset=smoke", "--data.dataset=folder", "--out", str(run), *given]) == 0
+    results = json.loads((run / "results.json").read_text())
+    macs = results["macs"]
+    assert (macs["mlp_groups"], len(macs["per_mlp_group"])) == (4, 2)
+    usage = results["neutral"]
+    costs = [[head] * 3 + [group] * 4 for head, group in zip(macs["per_head"], macs["per_mlp_group"], strict=True)]
+    spent = 1 - (1 - usage["unit_usage"]) * np.sum(costs) / macs["dense"]
+    assert usage["compute_fraction"] == pytest.approx(spent, abs=2e-5)
+    assert np.shape(results["diagnostics"]["usage"]) == (3, 2, 7)
+    for profile in results["profiles"]:
+        assert np.shape(profile["head_usage_after"]) == (2, 3)
+        assert np.mean(profile["mlp_usage_after"]) == pytest.approx(profile["after"]["mlp_usage"], abs=1e-3)
+    assert "random units" in results["rivals"]
+    assert "random heads" not in results["rivals"]
+    assert results["success"][0]["criterion"].startswith("unit usage")
+    assert load_file(run / "gate_bias.safetensors")["bias"].shape == (3, 2, 7)
+    fidelity = json.loads((run / "sae.json").read_text())["result"]
+    assert all(0 < site["gate_agreement"] <= 1 for site in fidelity["fidelity"])
+    assert fidelity["recovered"].keys() > {f"{k}_usage{r}" for k in ("head", "mlp") for r in ("", "_reconstructed")}
+    assert "MLP usage" in (run / "report.html").read_text()
 
 
 def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:

@@ -26,6 +26,7 @@ from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit
 from training.model.inference import steered_by
 from training.model.sae import Sae
+from training.report import gate_figures
 from training.report.figures import kind_of, spread, trained_models
 from training.report.write import oracle_at, page, shade, with_targets, write_report
 from training.steering import SteeringProfile, SteeringTerm
@@ -136,6 +137,27 @@ def sae_of(seed: int) -> dict[str, Any]:
         "fidelity_before": [quality(draw), quality(draw)], "recovered": {name: draw.random() for name in names},
         "stability": [[0.75, 0.5]],
     }  # fmt: skip
+
+
+def with_groups(value: Any, draw: random.Random) -> Any:
+    """The same results of a model with two MLP groups a block."""
+    if isinstance(value, list):
+        return [with_groups(entry, draw) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: with_groups(entry, draw) for key, entry in value.items()}
+    if "head_usage" in value and "heads" not in value:
+        found |= {"mlp_usage": round(draw.random(), 5), "unit_usage": round(draw.random(), 5)}
+    if "head_usage_before" in value:
+        found |= {f"mlp_usage_{when}": [[draw.random(), 0.5] for _ in range(2)] for when in ("before", "after")}
+    if "usage" in value and "near_threshold" in value:
+        found |= {
+            key: np.pad(value[key], [*[(0, 0)] * axes, (0, 2)]).tolist()
+            for key, axes in (("usage", 2), ("near_threshold", 1))
+        }
+    if "scale" in value:
+        found["effect"] = [*value["effect"], 0.5, -0.5]
+    return found
 
 
 class Reader(HTMLParser):
@@ -343,6 +365,34 @@ def test_the_power_stands_below_the_criteria_and_an_older_run_has_none() -> None
     text, reader = read(older)
     assert "Power of the test" not in text
     assert len(reader.tables["seeds"][0]) == 1 + 3 + 1
+
+
+def test_mlp_groups_stand_beside_heads() -> None:
+    r = with_groups(results_of(6), random.Random(6))
+    text, reader = read(r)
+    classes, rivals = reader.tables["classes"][0], reader.tables["rivals"][0]
+    assert classes[0][4:7] == ["head usage", "MLP usage", "compute"]
+    first = r["profiles"][0]
+    assert classes[1][4:7] == [pair(first, name, 2) for name in ("head_usage", "mlp_usage", "compute_fraction")]
+    assert classes[4][4:6] == [signed(r["mean_change"][name], 2) for name in ("head_usage", "mlp_usage")]
+    assert rivals[0][2:5] == ["unit usage", "heads", "MLP groups"]
+    by_usage = sorted(r["rivals"].items(), key=lambda item: item[1]["unit_usage"])
+    assert [cells[0] for cells in rivals[1:]] == [name for name, _ in by_usage]
+    usages = [[f"{v[name]:.3f}" for name in ("unit_usage", "head_usage", "mlp_usage")] for _, v in by_usage]
+    assert [cells[2:5] for cells in rivals[1:]] == usages
+    assert reader.tables["latents"][0][0][3:8] == ["h0", "h1", "h2", "m0", "m1"]
+    mean = sum(p["after"]["unit_usage"] for p in r["profiles"][:3]) / 3
+    assert f"→ {mean:.2f}</b>unit usage on a class's images" in text
+    before, after, *bars = gate_figures.heads(r).axes
+    for axis in (before, after):
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2", "0", "1"] * 2
+        heads, groups = (image.get_array() for image in axis.images)
+        assert (~heads.mask).sum() == 4 * 2 * 3
+        assert (heads.mask == ~groups.mask).all()
+    assert [bar.get_ylabel() for bar in bars] == [f"share of images that keep the {u}" for u in ("MLP group", "head")]
+    assert after.images[1].get_array()[1, 3] == r["profiles"][1]["mlp_usage_after"][0][0]
+    assert [axis.get_ylabel() for axis in gate_figures.usage_per_block(r).axes] == ["head usage", "MLP usage"]
+    assert len(gate_figures.gates(r).axes[0].get_xticklabels()) == 5
 
 
 def test_no_class_with_the_pattern_is_said_in_words() -> None:

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
+from small_models import images, model_of, small
 from torch import Tensor
 
-from training.profiles.statistics import SiteStatistics, auroc
+from training.config import ProfileSettings
+from training.data.splits import Split
+from training.model.inference import answers
+from training.model.macs import count
+from training.profiles.learned import Search, gate_bias
+from training.profiles.statistics import SiteStatistics, auroc, measure
 from training.profiles.strategies import (
     STRATEGIES,
     amplify_all,
@@ -16,6 +22,7 @@ from training.profiles.strategies import (
     selectivity,
     suppress,
 )
+from training.sae.activations import residuals
 from training.steering import SteeringTerm
 
 
@@ -81,6 +88,38 @@ def test_a_target_of_two_classes_averages_them() -> None:
     # means of both: (4 + 2) / 2, (1 + 0) / 2, (0 + 1) / 2, (2 + 4) / 2
     assert two.of((0, 1), "mean").tolist() == [[3.0, 0.5, 0.5, 3.0]]
     assert sorted(latents(class_mean(two, (0, 1), 2))) == [0, 3]
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_effects_are_those_of_finite_differences(groups: int) -> None:
+    """Of every gate logit, heads and MLP groups."""
+    steered = model_of(small(), mlp_groups=groups)
+    split = Split(torch.from_numpy(images(24)), torch.arange(24) % 2)
+    read = residuals(steered.model, split, "test")
+    stats = measure(steered.model, steered.sae, count(steered.model), read, split, sample=5)
+    assert stats.effect.shape == (2, 2, 12, 3 + groups)
+    assert stats.attribution.abs().sum() > 0
+    for site, gate in enumerate(steered.model.gates):
+        x = read[site, split.classes == 1][:5].double()[:, None]  # (5, 1, D)
+        step = 1e-4 * steered.sae.decoder[site].double()  # (L, D)
+        slope = (gate.double()(x + step) - gate(x - step)) / 2e-4
+        torch.testing.assert_close(stats.effect[site, 1], slope.mean(0).float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_a_search_lowers_the_unit_usage_of_its_class(groups: int) -> None:
+    steered = model_of(small(), mlp_groups=groups)
+    for gate in steered.model.gates:
+        gate.linear.bias.fill_(2.0)
+    split = Split(torch.from_numpy(images(40)), torch.arange(40) % 5)
+    unsteered, macs = answers(steered.model, split), count(steered.model)
+    options = ProfileSettings(steps=40, rows=8, usage_target=0.3, learning_rate=0.2)
+    search = Search(steered.model, macs, split, unsteered.logits.log_softmax(-1), options, 0, False)
+    (bias,) = gate_bias(search, [(1,)])
+    assert bias.shape == (2, 3 + groups)
+    own = split.take(torch.nonzero(split.classes == 1).flatten())
+    after = answers(steered.model, own, gate_bias=bias)
+    assert after.usage(macs) < answers(steered.model, own).usage(macs) - 0.2
 
 
 def test_auroc_by_hand() -> None:

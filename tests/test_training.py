@@ -176,6 +176,11 @@ def test_the_smaller_control_computes_as_much_as_the_gated_model() -> None:
     assert dim % 12 == 0
     assert small / macs.dense == pytest.approx(wanted, abs=0.06)
     assert narrower(VitSettings(), data, usage=1.0) == 192
+    both = VitSettings(depth=3, mlp_groups=4)
+    macs = count(fit.build(both, data.spec, 10).eval())
+    small = count(fit.build(VitSettings(dim=narrower(both, data, 0.25), depth=3), data.spec, 10).eval()).dense
+    wanted = 1 - 0.75 * macs.costs(6).sum().item() / macs.dense  # a quarter of the MACs of heads and groups
+    assert small / macs.dense == pytest.approx(wanted, abs=0.06)
 
 
 def test_effect_by_hand() -> None:
@@ -192,6 +197,22 @@ def test_effect_by_hand() -> None:
     assert found.f1 == pytest.approx(3 / 4)
     assert found.head_usage == 0.5
     assert found.compute_fraction == pytest.approx(0.8)
+
+
+def test_an_effect_has_the_usage_of_mlp_groups_too() -> None:
+    """Two heads of 20 MACs and two groups of 30, open on the target's two images: 1 + 2, and 1 + 1."""
+    gates = torch.tensor([[[True, False, True, True]], [[False, True, False, True]], [[True] * 4]])
+    macs = Macs(200, (20,), (30,), mlp_groups=2)
+    outcome = Outcome(torch.eye(3)[[0, 0, 1]], gates, gates.float(), heads=2)
+    found = effect(outcome, torch.tensor([0, 0, 1]), (0,), macs)
+    assert (found.head_usage, found.mlp_usage) == (0.5, 0.75)
+    assert found.usage == found.unit_usage == pytest.approx((80 + 50) / 200)
+    assert found.compute_fraction == pytest.approx(1 - 70 / 400)
+    assert outcome.usage(macs) == pytest.approx((80 + 50 + 100) / 300)
+    heads = Outcome(outcome.logits, gates[:, :, :2], gates[:, :, :2].float(), heads=2)
+    alone = effect(heads, torch.tensor([0, 0, 1]), (0,), Macs(200, (20,)))
+    assert (alone.usage, alone.compute_fraction) == (0.5, pytest.approx(1 - 40 / 400))
+    assert found.to_json().keys() - alone.to_json().keys() == {"mlp_usage", "unit_usage"}
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,11 @@ def of_vit(vit: Mapping[str, Any]) -> list[str]:
                 "the most common label. Train longer (--vit.backbone-epochs, --vit.joint-epochs) or on more images"
             )
             break
-    usage, target = measured["head_usage"], settings["usage_target"]
+    usage, target = measured.get("unit_usage", measured["head_usage"]), settings["usage_target"]
     if settings["gate_epochs"] + settings["joint_epochs"] and usage > (1 + target) / 2:
+        name, units = ("unit usage", "units") if "unit_usage" in measured else ("head usage", "heads")
         warnings.append(
-            f"head usage is {usage:.4f}, target {target}: the gates did not learn to close heads. Train longer "
+            f"{name} is {usage:.4f}, target {target}: the gates did not learn to close {units}. Train longer "
             "(--vit.joint-epochs)"
         )
     return warnings

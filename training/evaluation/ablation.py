@@ -3,14 +3,14 @@
 Each class profile beside its shift terms alone, which add the same to every image, and its scale terms alone, the only
 ones through which a latent's activation counts. Beside all of them what is learned by the same search without the
 class: one bias on the gate logits, and one set of terms, for every image. What is learned, and each factor that
-matches a head usage, comes from training and selection images.
+matches a usage, comes from training and selection images.
 
-Letters: B images, C classes, G gated blocks, H heads.
+Letters: B images, C classes, G gated blocks, U units (heads, then MLP groups).
 """
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -27,8 +27,8 @@ from training.evaluation.baselines import Rival, each_under, logit_bias, matched
 from training.evaluation.rivals import MATCHING, SLICE
 from training.evaluation.significance import mean
 from training.model.gated_vit import GatedVit, attention
-from training.model.inference import Effect, Outcome, answers, effect, steered_by
-from training.model.macs import Macs
+from training.model.inference import Effect, Outcome, answers, effect, steered_by, usages
+from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.fit import own_and_others
 from training.profiles.learned import Search, gate_bias, learned
@@ -41,7 +41,7 @@ SHIFT, SCALE = "shift alone", "scale alone"
 CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
 PREDICTED = "profile of predicted class"
 BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
-"""A bias has further to go than terms: with their learning rate and no damping head usage swings between 0 and 0.47."""
+"""A bias has further to go than terms: with their learning rate and no damping usage swings between 0 and 0.47."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Learned:
     """Found by the search of the profiles, on training images."""
 
     class_bias: Tensor
-    """(C, G, H): constants on the gate logits, per class."""
+    """(C, G, U): constants on the gate logits, per class."""
     bias: Tensor
-    """(G, H): the same for all classes."""
+    """(G, U): the same for all classes."""
     terms: Terms
     """The same for all classes."""
 
@@ -63,12 +63,13 @@ def learn(
     each, everything = [(label,) for label in range(classes)], [tuple(range(classes))]
     unsteered = answers(model, pool).logits.log_softmax(-1)
     sample = pool.take(torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:10_000])
-    stats = measure(model, sae, residuals(model, sample, "ablation: residuals"), sample)
+    macs = count(model)
+    stats = measure(model, sae, macs, residuals(model, sample, "ablation: residuals"), sample)
     wide = {"rows": settings.rows * classes}
     faster = {"learning_rate": BIAS_RATE * settings.learning_rate}
 
     def search(changed: Mapping[str, float], damping: float = 0.0) -> Search:
-        return Search(model, pool, unsteered, settings.model_copy(update=changed), seed, bf16, damping)
+        return Search(model, macs, pool, unsteered, settings.model_copy(update=changed), seed, bf16, damping)
 
     terms = learned(search(wide), sae, stats, everything)[0]
     class_bias = torch.stack(gate_bias(search(faster, BIAS_DAMPING), each))
@@ -76,11 +77,11 @@ def learn(
 
 
 def variants(
-    model: GatedVit, sae: Sae, selection: Split, profiles: Sequence[Terms], learnt: Learned
+    model: GatedVit, macs: Macs, sae: Sae, selection: Split, profiles: Sequence[Terms], learnt: Learned
 ) -> dict[str, list[Rival]]:
     """How each class's images are steered, by name. profiles: the terms of every class.
 
-    Biases, and terms for all, are set to the head usage of the profiles on selection images.
+    Biases, and terms for all, are set to the unit usage of the profiles on selection images.
     """
     rows = [own_and_others(selection, (label,), MATCHING, 0) for label in range(len(profiles))]
     own = [selection.take(of_class[: len(of_class) // 2]) for of_class in rows]
@@ -90,16 +91,13 @@ def variants(
         return Rival(steered_by(sae, terms))
 
     whole = [steered(terms) for terms in profiles]
-    usage = [
-        answers(model, images, rival.steer).head_gate.double().mean().item()
-        for images, rival in zip(own, whole, strict=True)
-    ]
+    usage = [answers(model, images, rival.steer).usage(macs) for images, rival in zip(own, whole, strict=True)]
 
     def class_bias(label: int) -> Rival:
-        return matched(model, own[label], usage[label], lambda f: logit_bias(f * learnt.class_bias[label]))
+        return matched(model, macs, own[label], usage[label], lambda f: logit_bias(f * learnt.class_bias[label]))
 
     def for_all(at: Callable[[float], Rival]) -> list[Rival]:
-        return [matched(model, everyone, mean(usage), at)] * len(profiles)
+        return [matched(model, macs, everyone, mean(usage), at)] * len(profiles)
 
     return {
         NO_STEERING: [Rival()] * len(profiles),
@@ -191,15 +189,15 @@ def _outcomes(model: GatedVit, split: Split, rivals: Sequence[Rival]) -> list[Ou
 
 
 def _mean(effects: Sequence[Effect]) -> dict[str, float]:
-    return {field: round(mean(asdict(e)[field] for e in effects), 5) for field in asdict(effects[0])}
+    return {field: round(mean(getattr(e, field) for e in effects), 5) for field in effects[0].to_json()}
 
 
 def _own(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
     """Precision: mean over the classes."""
     effects = [effect(outcome, classes, (label,), macs) for label in range(outcome.logits.shape[1])]
     return {
-        "head_usage": round(outcome.head_gate.double().mean().item(), 5),
-        "compute_fraction": round(macs.fraction(outcome.head_gate).mean().item(), 5),
+        **{name: round(usage, 5) for name, usage in usages(outcome, macs).items()},
+        "compute_fraction": round(outcome.compute_fraction(macs).mean().item(), 5),
         "accuracy": round((outcome.predicted == classes).double().mean().item(), 5),
         "precision": round(mean(e.precision for e in effects), 5),
     }
@@ -219,7 +217,7 @@ def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: 
             "accuracy": round(float((variant - profile).mean()), 5),
             "interval": [round(low, 5), round(high, 5)],
         }
-    same = [(a.head_gate == b.head_gate)[classes == c] for c, (a, b) in enumerate(zip(outcomes, profiles, strict=True))]
+    same = [(a.gate == b.gate)[classes == c] for c, (a, b) in enumerate(zip(outcomes, profiles, strict=True))]
     return {**changes, "same_gates": round(torch.cat(same).double().mean().item(), 5)}
 
 
@@ -227,7 +225,9 @@ def table(records: Mapping[str, dict[str, Any]]) -> str:
     """The records as lines of at most 110 columns: means over the classes, then every class under every variant."""
     natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accur.", "overall_accuracy"))
     half = (("recall", "recall"), ("precis.", "precision"), ("accur.", "overall_accuracy"))
-    usage = (("heads", "head_usage"), ("compute", "compute_fraction"))
+    heads_alone = "unit_usage" not in records[NO_STEERING]["own"]
+    units = ("heads", "head_usage") if heads_alone else ("units", "unit_usage")
+    usage = (units, ("compute", "compute_fraction"))
     own = (*usage, ("accur.", "accuracy"), ("precis.", "precision"))
     means = [(name, [(r.get("own"), own), (r.get("natural"), natural[1:]), (r.get("balanced"), half)])
              for name, r in records.items()]  # fmt: skip

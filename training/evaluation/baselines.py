@@ -1,7 +1,9 @@
-"""What a sceptic would try instead of a steering profile, at the same head usage.
+"""What a sceptic would try instead of a steering profile, at the same unit usage (of heads alone: head usage).
 
 Those that run the network return a `Rival`: how it is steered and how its gates decide. The others are read off
 answers that are there already.
+
+Letters: B images, G gated blocks, U units (heads, then MLP groups), S sites, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from torch import Tensor
 from training.data.splits import Split
 from training.model.gated_vit import Decide, GatedNetwork, Steer, keep_positive
 from training.model.inference import Outcome, answers
+from training.model.macs import Macs
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,17 @@ class Rival:
     decide: Decide = keep_positive
 
 
-def threshold_shift(model: GatedNetwork, own: Split, usage: float) -> Rival:
-    """One threshold for all gates: a head is kept when its logit is above t, t by bisection to `usage` on `own`."""
+def threshold_shift(model: GatedNetwork, macs: Macs, own: Split, usage: float) -> Rival:
+    """One threshold for all gates: a unit is kept when its logit is above t, t by bisection to `usage` on `own`."""
 
     def above(t: float) -> Decide:
         return lambda _, logit: (logit > t).to(logit.dtype)
 
-    t = bisect(lambda t: answers(model, own, decide=above(t)).head_gate.double().mean().item(), usage, -4.0, 4.0)
+    t = bisect(lambda t: answers(model, own, decide=above(t)).usage(macs), usage, -4.0, 4.0)
     return Rival(decide=above(t))
 
 
-def residual_direction(model: GatedNetwork, own: Split, usage: float, difference: Tensor) -> Rival:
+def residual_direction(model: GatedNetwork, macs: Macs, own: Split, usage: float, difference: Tensor) -> Rival:
     """Difference of means (S, D), own minus all, added to what each gate reads; its factor by bisection to `usage`.
 
     The factor may be negative; of the two directions the one that comes nearer to `usage` is taken.
@@ -44,39 +47,42 @@ def residual_direction(model: GatedNetwork, own: Split, usage: float, difference
         return lambda site, residual: residual + factor * difference[site].to(residual.device)
 
     def used(factor: float) -> float:
-        return answers(model, own, added(factor)).head_gate.double().mean().item()
+        return answers(model, own, added(factor)).usage(macs)
 
     factors = [bisect(used, usage, 0.0, end) for end in (8.0, -8.0)]
     return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
 
 
-def matched(model: GatedNetwork, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+def matched(model: GatedNetwork, macs: Macs, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
     """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
 
     def used(factor: float) -> float:
         rival = at(factor)
-        return answers(model, own, rival.steer, rival.decide).head_gate.double().mean().item()
+        return answers(model, own, rival.steer, rival.decide).usage(macs)
 
     return at(bisect(used, usage, 0.0, 2.0, rounds=8))
 
 
 def logit_bias(bias: Tensor) -> Rival:
-    """A constant (G, H) added to the gate logits (learned.gate_bias)."""
+    """A constant (G, U) added to the gate logits (learned.gate_bias)."""
     return Rival(decide=lambda site, logit: keep_positive(site, logit + bias[site].to(logit.device)))
 
 
-def fixed_heads(kept: Tensor) -> Rival:
-    """The same heads (G, H) for every image."""
+def fixed_units(kept: Tensor) -> Rival:
+    """The same units (G, U) for every image."""
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
-def random_heads(model: GatedNetwork, usage: float, seed: Sequence[int]) -> Rival:
-    """A random set of round(usage x heads) heads, for every image. seed: numbers that no two draws share."""
-    count = len(model.gates) * model.heads
-    order = np.random.default_rng(seed).permutation(count)
-    kept = torch.zeros(count)
-    kept[torch.from_numpy(order)[: round(usage * count)]] = 1
-    return fixed_heads(kept.view(-1, model.heads))
+def random_units(macs: Macs, heads: int, usage: float, seed: Sequence[int]) -> Rival:
+    """Units in random order, as many as come nearest to the usage, for every image. seed: numbers that no two draws
+    share."""
+    costs = macs.costs(heads).numpy()  # (G, U)
+    order = np.random.default_rng(seed).permutation(costs.size)
+    reached = np.concatenate([[0.0], costs.flat[order].cumsum()])  # by the first 0, 1, 2, ... units
+    count = round(float(np.interp(usage * reached[-1], reached, np.arange(len(reached)))))
+    kept = torch.zeros(costs.size)
+    kept[torch.from_numpy(order)[:count]] = 1
+    return fixed_units(kept.view(costs.shape))
 
 
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:

@@ -33,7 +33,9 @@ class Control:
 def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     """What there is to compare the model of `run` with, by name."""
     vit, usage = settings.vit, settings.profiles.usage_target
+    units = "unit usage" if vit.mlp_groups else "head usage"
     ungated = {
+        "mlp_groups": 0,
         "backbone_epochs": vit.backbone_epochs + vit.gate_epochs + vit.joint_epochs,
         "gate_epochs": 0,
         "joint_epochs": 0,
@@ -42,7 +44,7 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "dense": ("a plain ViT of the same shape, every head on, trained as long", ungated),
         "direct": (
-            f"the same ungated model, its gates trained to head usage {usage}, no steering",
+            f"the same ungated model, its gates trained to {units} {usage}, no steering",
             {**gated, "usage_target": usage},
         ),
         LAST_BLOCK: ("the same ungated model, only the last block gated", {**gated, "gated_blocks": "last"}),
@@ -50,7 +52,7 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     if vit.model == "conv_stem":
         dim = narrower(vit, data, usage)
         changes["small"] = (
-            f"a plain ViT of width {dim} instead of {vit.dim}, which computes as much as the gated one at head usage "
+            f"a plain ViT of width {dim} instead of {vit.dim}, which computes as much as the gated one at {units} "
             f"{usage}, trained as long",
             {**ungated, "dim": dim},
         )
@@ -79,13 +81,14 @@ def fit_controls(settings: Settings, data: Data, run: Run) -> None:
 
 
 def narrower(vit: VitSettings, data: Data, usage: float) -> int:
-    """The width of the ungated model that computes as much as the gated one of full width at that head usage."""
+    """The width of the ungated model that computes as much as the gated one of full width at that unit usage."""
 
-    def model(dim: int) -> GatedVit:
-        return build(vit.model_copy(update={"dim": dim}), data.spec, len(data.labels)).eval()
+    def model(dim: int, mlp_groups: int = 0) -> GatedVit:
+        return build(vit.model_copy(update={"dim": dim, "mlp_groups": mlp_groups}), data.spec, len(data.labels)).eval()
 
-    gated = model(vit.dim)
+    gated = model(vit.dim, vit.mlp_groups)
     macs = count(gated)
-    target = macs.dense - (1 - usage) * gated.heads * sum(macs.per_head)
+    units = gated.heads * sum(macs.per_head) + gated.mlp_groups * sum(macs.per_mlp_group)
+    target = macs.dense - (1 - usage) * units
     step = math.lcm(4, vit.heads)  # four numbers a sin-cos position, as many a head for every head
     return min(range(step, vit.dim + 1, step), key=lambda dim: abs(count(model(dim)).dense - target))

@@ -8,10 +8,12 @@ https://doi.org/10.1080/00401706.1982.10487790).
 from collections.abc import Sequence
 from typing import Any
 
+from training.model.inference import usage_of
+
 LEVEL = 0.05
 """One-sided."""
 MOST_USAGE = 0.30
-"""Head usage on own images under the profiles, mean over the classes."""
+"""Unit usage (of heads alone: head usage) on own images under the profiles, mean over the classes."""
 MARGINS = {"recall": 0.01, "precision": 0.01, "auroc": 0.002, "overall_accuracy": 0.01}
 """By metric: the loss against no steering that must be rejected. Shares: 0.01 is a point."""
 TITLES = {"auroc": "AUROC", "overall_accuracy": "accuracy of all images"}
@@ -26,11 +28,12 @@ def verdict(change: float, p: float, margin: float) -> str:
 def criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Over the profiles of single classes: what was measured (of margins the worst class's change and the largest p),
     the verdict, and in how many classes it is `met`."""
-    usage = sum(entry["after"]["head_usage"] for entry in entries) / len(entries)
+    usage = sum(usage_of(entry["after"]) for entry in entries) / len(entries)
+    name = "unit usage" if "unit_usage" in entries[0]["after"] else "head usage"
     met = usage <= MOST_USAGE
     rows = [
         {
-            "criterion": f"head usage <= {MOST_USAGE:.2f}, mean over the classes",
+            "criterion": f"{name} <= {MOST_USAGE:.2f}, mean over the classes",
             "measured": round(usage, 5),
             "met": met,
             "verdict": MET if met else NOT_MET,

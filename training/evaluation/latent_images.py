@@ -1,6 +1,6 @@
 """What the latents of a profile stand for: the images that activate them most, and what each term does to the gates.
 
-Letters: B images, H heads, D residual width.
+Letters: B images, U units (heads, then MLP groups), D residual width.
 """
 
 import base64
@@ -35,8 +35,8 @@ def describe_latents(
 ) -> list[dict[str, Any]]:
     """Per profile, its `per_profile` terms of largest effect on the gates. Give the selection split, never the test.
 
-    effect (H): mean change of each head's gate logit on the target's images when only this term is applied. A term's
-    rank is the sum of |effect| over the heads. mean and active: mean activation, and share of images on which the
+    effect (U): mean change of each unit's gate logit on the target's images when only this term is applied. A term's
+    rank is the sum of |effect| over the units. mean and active: mean activation, and share of images on which the
     latent is active, on the target's images and on the rest. images: the strongest of the whole split, as base64 PNG.
     A profile whose target has no image in the split, or that has no terms, is left out.
     """
@@ -71,7 +71,7 @@ def describe_latents(
 
 
 def term_effect(model: GatedVit, sae: Sae, site: int, term: SteeringTerm, residual: Tensor) -> Tensor:
-    """(H,): mean over residuals (B, D) of a site of gate logits with this term alone minus those without steering."""
+    """(U,): mean over residuals (B, D) of a site of gate logits with this term alone minus those without steering."""
     device, gate = sae.encoder.device, model.gates[site]
     x = residual.float().to(device)
     latent, scale, shift = (torch.tensor([[value]], device=device) for value in (term.latent, term.scale, term.shift))

@@ -26,7 +26,7 @@ from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of
 from training.evaluation.significance import mean
 from training.model.gated_vit import GatedVit, keep_all
-from training.model.inference import Outcome, answers, effect, gate_diagnostics, rounded, steered_by
+from training.model.inference import Outcome, answers, effect, gate_diagnostics, rounded, steered_by, usage_of, usages
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.fit import load_profiles
@@ -37,7 +37,7 @@ from training.steering import SteeringProfile, digest
 from training.vit.fit import load_vit
 
 PATTERN = (
-    "under its own profile at most 0.36 of the heads run, and recall is at least 2 points higher than without "
+    "under its own profile at most 0.36 of the {units} run, and recall is at least 2 points higher than without "
     "steering, significantly so (McNemar, Benjamini-Hochberg over the classes, 5%)"
 )
 
@@ -118,7 +118,7 @@ def _protocol(
         "rivals": compare([slices[index] for index in singles]),
         "success": criteria(of_classes),
         "pattern": [_pattern(entry) for entry in of_classes if _shows_pattern(entry)],
-        "pattern_definition": PATTERN,
+        "pattern_definition": PATTERN.format(units="units (by their MACs)" if macs.mlp_groups else "heads"),
     }
 
 
@@ -155,9 +155,17 @@ def _profile_entry(
         "non_inferiority": p_values,
         "power": _power(before, after),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
-        "head_usage_before": rounded(neutral.take(own).head_gate.double().mean(0)),
-        "head_usage_after": rounded(under.take(own).head_gate.double().mean(0)),
+        **_per_unit(neutral.take(own), "before"),
+        **_per_unit(under.take(own), "after"),
     }
+
+
+def _per_unit(outcome: Outcome, when: str) -> dict[str, Any]:
+    """Share of the images that keep each head (G, H), and each MLP group (G, M) where there are some."""
+    found = {f"head_usage_{when}": rounded(outcome.head_gate.double().mean(0))}
+    if outcome.mlp_gate.shape[2]:
+        found[f"mlp_usage_{when}"] = rounded(outcome.mlp_gate.double().mean(0))
+    return found
 
 
 def _power(before: significance.Right, after: significance.Right) -> dict[str, float]:
@@ -178,7 +186,7 @@ def _adjust(entries: Sequence[dict[str, Any]]) -> None:
 
 def _shows_pattern(entry: dict[str, Any]) -> bool:
     gained = entry["after"]["recall"] - entry["before"]["recall"]
-    shown: bool = entry["after"]["head_usage"] <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
+    shown: bool = usage_of(entry["after"]) <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
     return shown
 
 
@@ -186,7 +194,7 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
     before, after = entry["before"], entry["after"]
     return {
         "name": entry["name"],
-        "usage": [before["head_usage"], after["head_usage"]],
+        "usage": [usage_of(before), usage_of(after)],
         "recall": [before["recall"], after["recall"]],
         "precision": [before["precision"], after["precision"]],
         "p": entry["mcnemar"],
@@ -196,7 +204,7 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
-    """compute_fraction: of the MACs of the run's own model with every head on."""
+    """compute_fraction: of the MACs of the run's own model with every unit open."""
     model = load_vit(control.run)
     gated = control.settings.vit.gate_epochs + control.settings.vit.joint_epochs > 0
     outcome = answers(model, data.test) if gated else answers(model, data.test, decide=keep_all)
@@ -227,8 +235,8 @@ def _last_block(control: Control, data: Data) -> dict[str, Any]:
 def _whole(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
     return {
         "accuracy": (outcome.predicted == classes).double().mean().item(),
-        "head_usage": round(outcome.head_gate.double().mean().item(), 5),
-        "compute_fraction": round(macs.fraction(outcome.head_gate).mean().item(), 5),
+        **{name: round(usage, 5) for name, usage in usages(outcome, macs).items()},
+        "compute_fraction": round(outcome.compute_fraction(macs).mean().item(), 5),
     }
 
 

@@ -1,4 +1,5 @@
-"""What else could be done at a profile's head usage: every strategy and baseline on one slice of images per target.
+"""What else could be done at a profile's unit usage (of heads alone: head usage): every strategy and baseline on one
+slice of images per target.
 
 Whatever has a strength is set to the usage of the profile by bisection on selection images of the target.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from training.checkpoint import Run
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.baselines import Rival, logit_bias, matched, random_heads, residual_direction, threshold_shift
+from training.evaluation.baselines import Rival, logit_bias, matched, random_units, residual_direction, threshold_shift
 from training.evaluation.significance import Rightness, mean
 from training.model.gated_vit import GatedNetwork
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
@@ -84,13 +85,17 @@ def rivals_of(
         target = targets[index]
         rows = own_and_others(selection, target, MATCHING, 0)
         own = selection.take(rows[: len(rows) // 2])
-        usage = answers(model, own, steered_by(sae, profiles[index].terms)).head_gate.double().mean().item()
+        usage = answers(model, own, steered_by(sae, profiles[index].terms)).usage(macs)
         wanted = torch.tensor(target)
         rivals = {
-            "gate threshold shift": [threshold_shift(model, own, usage)],
-            "gate-logit bias": [matched(model, own, usage, lambda f: logit_bias(f * biases[index]))],
-            "residual direction": [residual_direction(model, own, usage, means[:, wanted].mean(1) - means.mean(1))],
-            "random heads": [random_heads(model, usage, (seed, draw, *target)) for draw in range(DRAWS)],
+            "gate threshold shift": [threshold_shift(model, macs, own, usage)],
+            "gate-logit bias": [matched(model, macs, own, usage, lambda f: logit_bias(f * biases[index]))],
+            "residual direction": [
+                residual_direction(model, macs, own, usage, means[:, wanted].mean(1) - means.mean(1))
+            ],
+            "random units" if macs.mlp_groups else "random heads": [
+                random_units(macs, model.heads, usage, (seed, draw, *target)) for draw in range(DRAWS)
+            ],
         }
         for strategy, value in choices[profiles[index].name].items():
             terms = terms_from_json(value)
@@ -99,7 +104,7 @@ def rivals_of(
                 def at(factor: float, terms: Terms = terms) -> Rival:
                     return Rival(steered_by(sae, at_strength(terms, factor)))
 
-                rival = matched(model, own, usage, at)
+                rival = matched(model, macs, own, usage, at)
             else:
                 rival = Rival(steered_by(sae, terms))
             rivals[strategy] = [rival]
@@ -118,7 +123,7 @@ def rivals_of(
 
 
 def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]]:
-    """Over the single classes, by name: mean head usage, mean changes from no steering, and recall against the profile.
+    """Over the single classes, by name: mean usage, mean changes from no steering, and recall against the profile.
 
     against_profile: recall minus that of the profile, in pairs over all images of all classes, with its 95% interval
     and p. Of what is drawn several times an image has the mean of all draws.
@@ -128,8 +133,11 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
         pairs = [(of_class[name].effect, of_class[NO_STEERING].effect) for of_class in measured]
         rival, profile = (np.concatenate([m[n].own_right for m in measured]) for n in (name, PROFILE))
         found[name] = {
-            "head_usage": round(mean(rival.head_usage for rival, _ in pairs), 5),
-            "compute_fraction": round(mean(rival.compute_fraction for rival, _ in pairs), 5),
+            **{
+                key: round(mean(getattr(rival, key) for rival, _ in pairs), 5)
+                for key in ("head_usage", "mlp_usage", "unit_usage", "compute_fraction")
+                if getattr(pairs[0][0], key) is not None
+            },
             **{
                 key: round(mean(getattr(rival, key) - getattr(none, key) for rival, none in pairs), 5)
                 for key in ("recall", "precision", "others_accuracy", "auroc")

@@ -10,6 +10,7 @@ from training.checkpoint import Run, RunError
 from training.evaluation.changes import CHANGES
 from training.evaluation.criteria import MARGINS
 from training.evaluation.significance import hierarchical_interval, mean
+from training.model.inference import usage_of
 
 RIVALS = (
     "profile",
@@ -18,6 +19,7 @@ RIVALS = (
     "gate threshold shift",
     "another class's profile",
     "random heads",
+    "random units",
     "causal",
     "class-mean",
 )
@@ -25,14 +27,15 @@ RIVALS = (
 
 
 def row(results: dict[str, Any]) -> dict[str, Any]:
-    """A seed's main numbers, shares between 0 and 1; changes are from no steering, over the single classes."""
+    """A seed's main numbers, shares between 0 and 1; usage is unit usage (of heads alone: head usage); changes are from
+    no steering, over the single classes."""
     singles = [p for p in results["profiles"] if len(p["classes"]) == 1]
     columns = {
         "seed": results["seed"],
         "ungated": results["ungated"]["accuracy"],
         "neutral_accuracy": results["neutral"]["accuracy"],
-        "neutral_usage": results["neutral"]["head_usage"],
-        "usage": mean(p["after"]["head_usage"] for p in singles),
+        "neutral_usage": usage_of(results["neutral"]),
+        "usage": mean(usage_of(p["after"]) for p in singles),
         "compute_fraction": mean(p["after"]["compute_fraction"] for p in singles),
         "recall_change": results["mean_change"]["recall"],
         "worst_recall_change": min(p["after"]["recall"] - p["before"]["recall"] for p in singles),
@@ -44,7 +47,8 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
         "rivals": {name: results["rivals"][name] for name in RIVALS if name in results["rivals"]},
     }
     for name, control in results.get("controls", {}).items():
-        columns[name] = {key: control[key] for key in ("accuracy", "head_usage", "compute_fraction")}
+        kept = ("accuracy", "head_usage", "mlp_usage", "unit_usage", "compute_fraction")
+        columns[name] = {key: control[key] for key in kept if key in control}
     if "last_block" in results:
         columns["last_block"] = row(results["last_block"])
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in columns.items()}

@@ -3,9 +3,10 @@
 A profile presumes that the class is known. So recall never stands alone: precision, the false-positive rate and the
 accuracy of the other images under that profile stand beside it.
 
-Letters: B images, C classes, G gated blocks, H heads.
+Letters: B images, C classes, G gated blocks, H heads, M MLP groups, U = H + M units.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ class Outcome:
         """float64 (B,)"""
         return macs.fraction(self.head_gate, self.mlp_gate)
 
+    def usage(self, macs: Macs) -> float:
+        """Unit usage (Macs.usage), mean over the images. Sums are exact, so equal usage compares equal."""
+        costs = macs.costs(self.heads)
+        return ((self.gate * costs).sum() / (len(self.gate) * costs.sum())).item()
+
     def take(self, index: Tensor) -> "Outcome":
         """The answers for some images. index: int64 rows, or a bool mask (B,)."""
         return Outcome(self.logits[index], self.gate[index], self.gate_logit[index], self.heads)
@@ -82,10 +88,19 @@ class Effect:
     """On the target's images."""
     compute_fraction: float
     """On the target's images."""
+    mlp_usage: float | None = None
+    """On the target's images; None where only heads are gated."""
+    unit_usage: float | None = None
+    """Likewise, of Macs.usage."""
+
+    @property
+    def usage(self) -> float:
+        """Unit usage: where only heads are gated, head usage."""
+        return self.head_usage if self.unit_usage is None else self.unit_usage
 
     def to_json(self) -> dict[str, float]:
-        """The fields by name, rounded to five decimals."""
-        return {key: round(value, 5) for key, value in asdict(self).items()}
+        """The fields by name, rounded to five decimals; without those that are None."""
+        return {key: round(value, 5) for key, value in asdict(self).items() if value is not None}
 
 
 @torch.no_grad()
@@ -112,10 +127,10 @@ def answers(
 def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
     """How the gates decide. classes (B,): the true ones.
 
-    usage: class x gated block x head, share of the class's images that keep the head. near_threshold: gated block x
-    head, share of gates with a |logit| below NEAR.
+    usage: class x gated block x unit, share of the class's images that keep the unit. near_threshold: gated block x
+    unit, share of gates with a |logit| below NEAR.
     """
-    usage = [outcome.head_gate[classes == index].double().mean(0) for index in range(int(classes.max()) + 1)]
+    usage = [outcome.gate[classes == index].double().mean(0) for index in range(int(classes.max()) + 1)]
     near = (outcome.gate_logit.abs() < NEAR).double().mean(0)
     return {"usage": rounded(torch.stack(usage)), "near_threshold": rounded(near)}
 
@@ -143,6 +158,7 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
     own, claimed = torch.isin(classes, members), torch.isin(outcome.predicted, members)
     correct = outcome.predicted == classes
     recall, precision = _share(correct & own, own), _share(correct & claimed, claimed)
+    of_target = outcome.take(own)
     return Effect(
         recall=recall,
         precision=precision,
@@ -151,9 +167,22 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
         auroc=auroc(outcome.logits.softmax(-1)[:, members].sum(1), own),
         others_accuracy=_share(correct & ~own, ~own),
         overall_accuracy=_share(correct, torch.ones_like(correct)),
-        head_usage=outcome.head_gate[own].double().mean().item(),
-        compute_fraction=outcome.compute_fraction(macs)[own].mean().item(),
+        compute_fraction=of_target.compute_fraction(macs).mean().item(),
+        **usages(of_target, macs),
     )
+
+
+def usages(outcome: Outcome, macs: Macs) -> dict[str, float]:
+    """head_usage, and where MLP groups are gated mlp_usage and unit_usage, mean over the images."""
+    usage = {"head_usage": outcome.head_gate.double().mean().item()}
+    if macs.mlp_groups:
+        usage |= {"mlp_usage": outcome.mlp_gate.double().mean().item(), "unit_usage": outcome.usage(macs)}
+    return usage
+
+
+def usage_of(measured: Mapping[str, float]) -> float:
+    """Unit usage, of an Effect or `usages` in JSON: where only heads are gated, head usage."""
+    return measured["unit_usage" if "unit_usage" in measured else "head_usage"]
 
 
 def auroc(score: Tensor, own: Tensor) -> float:

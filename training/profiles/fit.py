@@ -101,8 +101,9 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
     network, (pool, selection) = shortcut(model, [pool, data.selection])
     rank_of, count_of = processes.state().process_index, processes.state().num_processes
     mine = list(targets.values())[rank_of::count_of]
-    proposals, bias = find(settings, run, network, sae, pool, mine) if mine else ({}, [])
-    choose = partial(_choose, settings, count(model), network, sae, selection, answers(network, selection))
+    macs = count(model)
+    proposals, bias = find(settings, run, network, sae, macs, pool, mine) if mine else ({}, [])
+    choose = partial(_choose, settings, macs, network, sae, selection, answers(network, selection))
     progress = tqdm(mine, desc="profiles: choose", unit="target", dynamic_ncols=True, disable=rank_of > 0)
     chosen = [
         choose(target, {strategy: terms[index] for strategy, terms in proposals.items()})
@@ -129,19 +130,19 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
 
 
 def find(
-    settings: Settings, run: Run, model: GatedNetwork, sae: Sae, pool: Split, targets: list[Target]
+    settings: Settings, run: Run, model: GatedNetwork, sae: Sae, macs: Macs, pool: Split, targets: list[Target]
 ) -> tuple[dict[str, list[Terms]], list[Tensor]]:
-    """Per target: terms of every strategy and control, and the gate-logit bias (G, H), a baseline. The pool is of
+    """Per target: terms of every strategy and control, and the gate-logit bias (G, U), a baseline. The pool is of
     training images."""
     options = settings.profiles
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
-    stats = measure(model, sae, residuals(model, sample, "profiles: residuals"), sample)
+    stats = measure(model, sae, macs, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
     proposals = {
         name: [strategy(stats, target, options.terms) for target in targets]
         for name, (strategy, _) in STRATEGIES.items()
     }
-    search = Search(model, pool, unsteered, options, settings.seed + 3, settings.bf16)
+    search = Search(model, macs, pool, unsteered, options, settings.seed + 3, settings.bf16)
     for name, (at_random, _) in LEARNED.items():
         by_gradient = partial(learned, search, sae, stats, random_candidates=at_random)
         proposals[name] = _learned_once(settings, run, name, partial(_in_parts, targets, by_gradient))
@@ -213,9 +214,9 @@ def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
 
 
 def cost(before: Effect, after: Effect) -> float:
-    """Head usage, plus 10 for every unit of recall lost, and of the others' accuracy lost."""
+    """Unit usage, plus 10 for every unit of recall lost, and of the others' accuracy lost."""
     lost = max(0.0, before.recall - after.recall) + max(0.0, before.others_accuracy - after.others_accuracy)
-    return after.head_usage + 10 * lost
+    return after.usage + 10 * lost
 
 
 def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch.Tensor:

@@ -151,13 +151,15 @@ def subsets(heads: int) -> Tensor:
 def best_subsets(cache: LastBlock, classes: Tensor, label: int) -> list[dict[str, float | list[int]]]:
     """The oracle: for every number of heads, the fixed set that keeps the class's recall highest on this split.
 
-    classes (B,). Chosen and measured on the same images, so it is a bound, not a method.
+    classes (B,). Chosen and measured on the same images, so it is a bound, not a method. MLP groups are open: in the
+    last block, of one token, they cost next to nothing.
     """
     own = torch.nonzero(classes == label).flatten()
     of_class = LastBlock(cache.model, cache.residual[own], cache.contribution[own])
     best: dict[int, dict[str, float | list[int]]] = {}
-    for subset in subsets(cache.contribution.shape[1]):
-        recall = (of_class.logits(subset.expand(len(own), -1)).argmax(-1) == label).double().mean().item()
+    for subset in subsets(cache.heads):
+        gate = torch.cat([subset, torch.ones(cache.mlp_groups)]).expand(len(own), -1)
+        recall = (of_class.logits(gate).argmax(-1) == label).double().mean().item()
         count = int(subset.sum())
         if count not in best or recall > float(best[count]["recall"]):  # type: ignore[arg-type]
             kept = torch.nonzero(subset).flatten().tolist()

@@ -6,7 +6,9 @@ for recall) + the KL divergence to the unsteered answers + a usage term per targ
 term follows the target's distance from `usage_target`, from both sides: what is compared is compared at the same usage.
 Every target draws its images by itself, so what is found for it does not depend on which others share the batch.
 
-Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, H heads, D width.
+Usage is unit usage (Macs.usage): of heads alone, head usage.
+
+Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, U units, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from training import processes
 from training.config import ProfileSettings
 from training.data.splits import Split
 from training.model.gated_vit import GatedNetwork, straight_through
+from training.model.macs import Macs
 from training.model.sae import Sae
 from training.profiles.statistics import SiteStatistics
 from training.profiles.strategies import Strengths, Target
@@ -42,6 +45,7 @@ class Search:
     """What every search by gradient starts from."""
 
     network: GatedNetwork
+    macs: Macs
     train: Split
     unsteered: Tensor
     """(B, C): log-probabilities of the training images without steering."""
@@ -93,9 +97,10 @@ def learned(
 
 
 def gate_bias(search: Search, targets: Sequence[Target]) -> list[Tensor]:
-    """The baseline that steering must beat: one constant added to each gate logit. Returns (G, H) for every target."""
-    shape = len(targets), len(search.network.gates), search.network.heads
-    raw = torch.zeros(shape, device=search.network.device, requires_grad=True)
+    """The baseline that steering must beat: one constant added to each gate logit. Returns (G, U) for every target."""
+    network = search.network
+    shape = len(targets), len(network.gates), network.heads + network.mlp_groups
+    raw = torch.zeros(shape, device=network.device, requires_grad=True)
 
     def bounded() -> Tensor:
         return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
@@ -116,7 +121,7 @@ def optimise(
     shift_logit: PerRow | None = None,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> None:
-    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, H)."""
+    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, U)."""
     settings, train, device = search.settings, search.train, search.network.device
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     own = settings.rows // 2
@@ -143,7 +148,8 @@ def optimise(
             moved = F.kl_div(answer, search.unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
             lost = lost + settings.keep_weight * moved * ~is_own
         loss = (weight * lost).sum() / weight.sum()
-        usage = out["head_gate"].mean((1, 2))[is_own].view(len(targets), own).mean(1)  # (P,)
+        gate = torch.cat([out["head_gate"], out["mlp_gate"]], 2)  # (P*R, G, U)
+        usage = search.macs.usage(gate)[is_own].view(len(targets), own).mean(1)  # (P,)
         damped = usage_weight + search.damping * (usage.detach() - settings.usage_target)
         loss = loss + (damped * usage).mean() + penalty()
         optimizer.zero_grad(set_to_none=True)

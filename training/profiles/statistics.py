@@ -1,6 +1,6 @@
 """What the latents do on images, and what they do to the gates and to the answer: the ground that strategies choose on.
 
-Letters: B images, C classes, S sites, L latents, H heads, D width.
+Letters: B images, C classes, S sites, L latents, U units (heads, then MLP groups), D width.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch.func import jacrev, vmap
 
 from training.data.splits import Split
 from training.model.gated_vit import GatedNetwork, straight_through
+from training.model.macs import Macs
 from training.model.sae import Sae
 
 
@@ -30,18 +31,24 @@ class SiteStatistics:
     auroc: Tensor
     """(S, C, L): how well the activation tells the class from the rest; 0.5: not at all."""
     effect: Tensor
-    """(S, C, L, H): mean change of a gate logit per unit of the latent, on the images of a class."""
+    """(S, C, L, U): mean change of a gate logit per unit of the latent, on the images of a class."""
     attribution: Tensor
-    """(S, C, L): mean activation x gradient of (class logit - usage_weight x head usage): above 0, amplifying helps."""
+    """(S, C, L): mean activation x gradient of (class logit - usage_weight x unit usage): above 0, amplifying helps."""
 
     def of(self, target: tuple[int, ...], field: str) -> Tensor:
-        """A field averaged over the target's classes: (S, L), or (S, L, H) for the effect."""
+        """A field averaged over the target's classes: (S, L), or (S, L, U) for the effect."""
         value: Tensor = getattr(self, field)[:, list(target)].mean(1)
         return value
 
 
 def measure(
-    model: GatedNetwork, sae: Sae, residuals: Tensor, split: Split, sample: int = 64, usage_weight: float = 10.0
+    model: GatedNetwork,
+    sae: Sae,
+    macs: Macs,
+    residuals: Tensor,
+    split: Split,
+    sample: int = 64,
+    usage_weight: float = 10.0,
 ) -> SiteStatistics:
     """residuals: (S, B, D) of the split's images. Effect and attribution are taken from `sample` images a class."""
     classes, device = int(split.classes.max()) + 1, model.device
@@ -62,11 +69,12 @@ def measure(
             columns["auroc"].append(auroc(z, members))
             jacobian = vmap(jacrev(model.gates[site].forward))
             picked = [residuals[site][rows[:sample]].to(device) for rows in members]
-            towards = torch.stack([jacobian(of_class).mean(0) for of_class in picked])  # (C, H, D)
-            columns["effect"].append(torch.einsum("chd,ld->clh", towards, sae.decoder[site]).cpu())
+            towards = torch.stack([jacobian(of_class).mean(0) for of_class in picked])  # (C, U, D)
+            columns["effect"].append(torch.einsum("cud,ld->clu", towards, sae.decoder[site]).cpu())
     stacked = {name: torch.stack(values) for name, values in columns.items()}
     per_class = [
-        attribution(model, sae, split.take(rows[:sample]), index, usage_weight) for index, rows in enumerate(members)
+        attribution(model, sae, macs, split.take(rows[:sample]), index, usage_weight)
+        for index, rows in enumerate(members)
     ]
     return SiteStatistics(**stacked, attribution=torch.stack(per_class, 1))
 
@@ -81,8 +89,8 @@ def auroc(z: Tensor, members: list[Tensor]) -> Tensor:
     return torch.stack(rows).float()
 
 
-def attribution(model: GatedNetwork, sae: Sae, split: Split, label: int, usage_weight: float) -> Tensor:
-    """(S, L): mean over the split of z_k * d(logit of `label` - usage_weight * usage)/dz_k, through soft gates."""
+def attribution(model: GatedNetwork, sae: Sae, macs: Macs, split: Split, label: int, usage_weight: float) -> Tensor:
+    """(S, L): mean over the split of z_k * d(logit of `label` - usage_weight * unit usage)/dz_k, through soft gates."""
     changes: list[Tensor] = []
     latents: list[Tensor] = []
 
@@ -94,7 +102,8 @@ def attribution(model: GatedNetwork, sae: Sae, split: Split, label: int, usage_w
 
     with torch.enable_grad():
         logits, out = model(split.images[:], steer, straight_through(2.0))
-        objective = logits[:, label].sum() - usage_weight * out["head_gate"].mean((1, 2)).sum()
+        usage = macs.usage(torch.cat([out["head_gate"], out["mlp_gate"]], 2))  # (B,)
+        objective = logits[:, label].sum() - usage_weight * usage.sum()
         gradients = torch.autograd.grad(objective, changes)
     return torch.stack([
         (z * (gradient @ sae.decoder[site].T)).mean(0).cpu()

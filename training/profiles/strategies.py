@@ -37,13 +37,13 @@ def selectivity(stats: SiteStatistics, target: Target, count: int) -> Terms:
 
 
 def attribution(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Double the latents whose growth raises the class logit and lowers head usage, by gradient x activation."""
+    """Double the latents whose growth raises the class logit and lowers usage, by gradient x activation."""
     return scaled(stats.of(target, "attribution"), count, 2.0)
 
 
 def causal(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Shift the latents that move the gates most per unit of their own activity, each towards closing heads."""
-    effect = stats.of(target, "effect").sum(-1)  # (S, L): summed over heads
+    """Shift the latents that move the gates most per unit of their own activity, each towards closing units."""
+    effect = stats.of(target, "effect").sum(-1)  # (S, L): summed over units
     reach = stats.of(target, "mean") + stats.of(target, "deviation")
     terms = {}
     for site, score in enumerate((effect * reach).abs()):

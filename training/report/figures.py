@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.optimize import isotonic_regression
 
+from training.model.inference import usage_of
 from training.profiles.strategies import STRATEGIES
 
 BLUE, VERMILION, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#e69f00", "#7d838c", "#222222"
@@ -40,6 +41,11 @@ def single_classes(profiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [profile for profile in profiles if len(profile["classes"]) == 1]
 
 
+def usage_name(results: Mapping[str, Any]) -> str:
+    """What is compared: unit usage; in a model without MLP groups, head usage."""
+    return "unit usage" if "unit_usage" in results["neutral"] else "head usage"
+
+
 def style(axis: Any, grid: str = "both") -> None:
     """Give the axis the look of all figures. grid: x, y or both."""
     axis.spines[["top", "right"]].set_visible(False)
@@ -59,7 +65,7 @@ def rows_of(axis: Any, profiles: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def arrows(results: Mapping[str, Any]) -> Figure:
-    """Per profile, before -> after: head usage; recall with Wilson intervals; the change with its paired interval."""
+    """Per profile, before -> after: usage; recall with Wilson intervals; the change with its paired interval."""
     profiles = results["profiles"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.4) * len(profiles) + 1.3), layout="constrained")
     usage, recall, change = figure.subplots(1, 3, sharey=True, width_ratios=[3, 4, 3])
@@ -67,7 +73,7 @@ def arrows(results: Mapping[str, Any]) -> Figure:
         style(axis)
         heights = rows_of(axis, profiles)
     for y, p in zip(heights, profiles, strict=True):
-        start, end = p["before"]["head_usage"], p["after"]["head_usage"]
+        start, end = usage_of(p["before"]), usage_of(p["after"])
         usage.annotate("", (end, y), (start, y), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 1.5})
         usage.plot(start, y, "o", color=GREY, ms=5)
         start, end = p["before"]["recall"], p["after"]["recall"]
@@ -82,8 +88,9 @@ def arrows(results: Mapping[str, Any]) -> Figure:
         colour = VERMILION if end < start else BLUE
         change.plot([100 * v for v in p["recall_change_interval"]], [y, y], color=colour, lw=1.6)
         change.plot(difference, y, "o", color=colour, ms=6, mfc=colour if significant else "white")
-    usage.set(xlabel="head usage", xlim=(0, 1.02))
-    usage.set_title("Head usage on the target's images", fontsize=9.5, loc="left")
+    name = usage_name(results)
+    usage.set(xlabel=name, xlim=(0, 1.02))
+    usage.set_title(f"{name.capitalize()} on the target's images", fontsize=9.5, loc="left")
     recall.set(xlabel="recall")
     recall.set_title("Recall, 95% Wilson intervals", fontsize=9.5, loc="left")
     change.axvline(0, color=INK, lw=0.8)
@@ -141,19 +148,22 @@ def trained_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             own.append(recall[label] - p["before"]["recall"])
         models.append({
             "name": f"{name} model ({model['compute_fraction']:.2f} compute)", "kind": "model",
-            "head_usage": model["head_usage"], "recall": float(np.mean(own)), "others_accuracy": float(np.mean(others)),
+            "usage": usage_of(model), "recall": float(np.mean(own)), "others_accuracy": float(np.mean(others)),
         })  # fmt: skip
     return models
 
 
 def frontier(results: Mapping[str, Any]) -> Figure:
-    """Mean change of recall, and of the others' accuracy, over mean head usage: every strategy, baseline and model."""
+    """Mean change of recall, and of the others' accuracy, over mean usage: every strategy, baseline and model."""
     singles = single_classes(results["profiles"])
-    points = [{"name": name, "kind": kind_of(name), **value} for name, value in results["rivals"].items()]
+    points = [
+        {"name": name, "kind": kind_of(name), "usage": usage_of(value), **value}
+        for name, value in results["rivals"].items()
+    ]
     if "profile" not in results["rivals"]:
-        usage = float(np.mean([p["after"]["head_usage"] for p in singles]))
-        points.append({"name": "profile", "kind": "profile", **results["mean_change"], "head_usage": usage})
-    points += [point for point in trained_models(results) if point["head_usage"] is not None]
+        usage = float(np.mean([usage_of(p["after"]) for p in singles]))
+        points.append({"name": "profile", "kind": "profile", "usage": usage, **results["mean_change"]})
+    points += [point for point in trained_models(results) if point["usage"] is not None]
     height = max(3.4, 0.17 * len(points) + 0.5)
     width, total = 11.5, 2 * height + 1.9
     figure = Figure(figsize=(width, total))
@@ -165,6 +175,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
         axis = figure.add_axes((0.06, bottom, 0.66, height / total))
         style(axis)
         _frontier_panel(axis, points, field, height)
+        axis.set_xlabel(f"{usage_name(results)}, mean over the classes")
         axis.set_title(f"{text}: mean change over the classes", fontsize=10, loc="left")
     handles = [
         Line2D([], [], ls="", marker=marker, color=colour, ms=11 if marker == "*" else 7, label=meaning)
@@ -184,13 +195,13 @@ def _frontier_panel(axis: Any, points: Sequence[dict[str, Any]], field: str, hei
     shown = np.maximum(values, FLOOR) * 100
     reach = max(shown.max() - shown.min(), 1.0)
     low, high = shown.min() - 0.08 * reach, shown.max() + 0.08 * reach
-    axis.set(xlim=(0, 1.03), ylim=(low, high), ylabel="points", xlabel="head usage, mean over the classes")
+    axis.set(xlim=(0, 1.03), ylim=(low, high), ylabel="points")
     axis.axhline(0, color="#999999", lw=0.8)
-    order = sorted(range(len(points)), key=lambda i: (shown[i], values[i], points[i]["head_usage"]))
+    order = sorted(range(len(points)), key=lambda i: (shown[i], values[i], points[i]["usage"]))
     line = 0.155 / height * (high - low)
     labels = spread(shown[order], line, low, high)
     for i, y in zip(order, labels, strict=True):
-        x, (marker, colour, _) = points[i]["head_usage"], KINDS[points[i]["kind"]]
+        x, (marker, colour, _) = points[i]["usage"], KINDS[points[i]["kind"]]
         sign = {"marker": marker, "color": colour, "mec": "white", "mew": 0.7, "ls": "", "clip_on": False}
         axis.plot(x, shown[i], **sign, ms=15 if marker == "*" else 7.5, zorder=3)
         if values[i] < FLOOR:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from training.checkpoint import Run, RunError
 from training.evaluation.rivals import SLICE
 from training.evaluation.seeds import table
+from training.model.inference import usage_of
 from training.report import figures, gate_figures
 from training.vit.phases import annealed
 
@@ -43,7 +44,8 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
     vit, sae = run.info("vit"), run.info("sae")["result"]
     points = with_targets(vit["result"]["curves"], vit["settings"]["vit"]["usage_target"])
     encoded = {}
-    for name, figure in pictures(results, points).items():
+    usage = "usage" if vit["settings"]["vit"].get("mlp_groups") else "head usage"
+    for name, figure in pictures(results, points, usage).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", facecolor="white")
         run.write(f"{name}.png", buffer.getvalue())
@@ -52,8 +54,8 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
     print(f"report: {run.folder / 'report.html'}", flush=True)
 
 
-def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """By file name; points: the training curves (phase, step, accuracy, usage, maybe target)."""
+def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]], usage: str) -> dict[str, Figure]:
+    """By file name; points: the training curves (phase, step, accuracy, usage, maybe target). usage: what theirs is."""
     drawn = {
         "effects": figures.arrows(results),
         "precision": figures.precision(results),
@@ -66,9 +68,9 @@ def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]]) -> di
     if results.get("last_block", {}).get("oracle"):
         drawn["last_block"] = figures.last_block(results)
     if results.get("latents"):
-        drawn["latents"] = gate_figures.latents(results["latents"][:MOST_DESCRIBED])
+        drawn["latents"] = gate_figures.latents(results["latents"][:MOST_DESCRIBED], gate_figures.unit_names(results))
     if points:
-        drawn["curves"] = gate_figures.curves(points)
+        drawn["curves"] = gate_figures.curves(points, usage)
     return drawn
 
 
@@ -79,6 +81,7 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["usage"] = usage_of
     singles = figures.single_classes(results["profiles"])
     described = results.get("latents", [])[:MOST_DESCRIBED]
     top = max((abs(v) for profile in described for term in profile["terms"] for v in term["effect"]), default=1.0)
@@ -95,6 +98,8 @@ def page(
         oracle_at=oracle_at,
         slice=SLICE,
         shade=lambda value: shade(value, top),
+        usage_name=figures.usage_name(results),
+        units=gate_figures.unit_names(results),
     )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from training.data.splits import Split
-from training.model.gated_vit import GatedVit, Steer
+from training.model.gated_vit import GatedVit
 from training.model.inference import NEAR, answers
 from training.model.sae import Sae
 from training.sae.activations import chunks, moments
@@ -93,7 +93,7 @@ def fidelity(
             "cosine": sums["cosine"] / count,
             "dead": (uses == 0).double().mean().item(),
             "dense": (uses > DENSE * count).double().mean().item(),
-            "gate_agreement": sums["agree"] / (count * model.heads),
+            "gate_agreement": sums["agree"] / (count * (model.heads + model.mlp_groups)),
             "gate_agreement_clear": sums["agree_clear"] / sums["clear"] if sums["clear"] else 1.0,
         })  # fmt: skip
     return quality
@@ -113,13 +113,22 @@ def recovered(reconstruct: Reconstruct, model: GatedVit, held_out: Tensor, split
     held_out (S, B, D): the residuals of the split's images; their mean is the ablation that CE recovered is measured
     against: ce_recovered = (ce_mean - ce_reconstructed) / (ce_mean - ce), 1 when nothing is lost and 0 when the
     reconstruction is worth no more than the mean; None when the mean does no harm, so that nothing can be recovered.
+    Of a model with MLP groups, head usage and MLP usage too.
     (The loss recovered of https://transformer-circuits.pub/2023/monosemantic-features, with the mean in place of 0.)
     """
     mean = moments(held_out)[0].to(model.device)  # (S, 1, D)
-    accuracy, ce = _accuracy_and_loss(model, split, None)
-    accuracy_rebuilt, ce_rebuilt = _accuracy_and_loss(model, split, lambda site, x: reconstruct(site, x)[1])
-    _, ce_mean = _accuracy_and_loss(model, split, lambda site, x: mean[site].expand_as(x))
-    return {
+
+    def ablated(site: int, x: Tensor) -> Tensor:
+        return mean[site].expand_as(x)
+
+    whole, rebuilt, of_mean = (
+        answers(model, split, steer) for steer in (None, lambda site, x: reconstruct(site, x)[1], ablated)
+    )
+    accuracy, accuracy_rebuilt = ((o.predicted == split.classes).double().mean().item() for o in (whole, rebuilt))
+    ce, ce_rebuilt, ce_mean = (
+        F.cross_entropy(outcome.logits.double(), split.classes).item() for outcome in (whole, rebuilt, of_mean)
+    )
+    found = {
         "accuracy": accuracy,
         "accuracy_reconstructed": accuracy_rebuilt,
         "ce": ce,
@@ -127,13 +136,11 @@ def recovered(reconstruct: Reconstruct, model: GatedVit, held_out: Tensor, split
         "ce_mean": ce_mean,
         "ce_recovered": (ce_mean - ce_rebuilt) / (ce_mean - ce) if ce_mean > ce else None,
     }
-
-
-def _accuracy_and_loss(model: GatedVit, split: Split, steer: Steer | None) -> tuple[float, float]:
-    """Top-1 accuracy, and mean cross-entropy in nats."""
-    outcome = answers(model, split, steer)
-    accuracy = (outcome.predicted == split.classes).double().mean().item()
-    return accuracy, F.cross_entropy(outcome.logits.double(), split.classes).item()
+    if model.mlp_groups:
+        for name, outcome in (("", whole), ("_reconstructed", rebuilt)):
+            found[f"head_usage{name}"] = outcome.head_gate.double().mean().item()
+            found[f"mlp_usage{name}"] = outcome.mlp_gate.double().mean().item()
+    return found
 
 
 def stability(a: Sae, b: Sae) -> list[float]:
