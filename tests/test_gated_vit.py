@@ -25,7 +25,7 @@ from training.model.gated_vit import (
     parse_gated_blocks,
     straight_through,
 )
-from training.model.inference import steered_by
+from training.model.inference import Outcome, steered_by
 from training.model.macs import Macs, count, head_macs
 from training.model.sae import Sae
 from training.steering import SteeringTerm
@@ -159,7 +159,7 @@ def test_unit_usage_by_hand() -> None:
 
 @given(images=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_unit_usage_of_heads_alone_is_head_usage_exactly(images: int, seed: int) -> None:
-    """With its gradient."""
+    """With its gradient; and over images, which bisections compare."""
     gate = torch.rand(images, 2, 3, generator=torch.Generator().manual_seed(seed))
     one, other = gate.clone().requires_grad_(), gate.clone().requires_grad_()
     usage, mean = Macs(1000, (10, 4)).usage(one), other.mean((1, 2))
@@ -169,6 +169,8 @@ def test_unit_usage_of_heads_alone_is_head_usage_exactly(images: int, seed: int)
     assert one.grad is not None
     assert torch.equal(one.grad, other.grad)
     assert Macs(1000, (10, 4)).weights(3).tolist() == [[1 / 6] * 3] * 2
+    decided = gate > 0.5
+    assert Outcome(gate, decided, gate, 3).usage(Macs(1000, (10, 4))) == decided.double().mean().item()
 
 
 def test_a_group_is_multiplied_after_its_activation() -> None:
