@@ -27,6 +27,7 @@ from export.session import Arrays, inputs_of, open_session, run_onnx
 from training.__main__ import main
 from training.config import VitSettings
 from training.data.splits import Split
+from training.dial import Dial, Point, check_curve
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit, keep_positive
@@ -222,8 +223,8 @@ def test_groups_come_back_from_the_weights_of_a_graph() -> None:
     torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=0, atol=1e-4)
 
 
-def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
-    """Every stage to the report, on three classes of stripes."""
+def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
+    """Every stage to the report, with the models that a dial is compared with, on three classes of stripes."""
     draw = np.random.default_rng(0)
     for label in range(3):
         (tmp_path / "images" / f"c{label}").mkdir(parents=True)
@@ -237,8 +238,9 @@ def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
         "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 1, "sae.epochs": 2,
         "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1,
     }  # fmt: skip
-    given = [f"--{name}={value}" for name, value in flags.items()]
-    assert main(["all", "--preset=smoke", "--data.dataset=folder", "--out", str(run), *given]) == 0
+    given = ["--preset=smoke", "--data.dataset=folder", "--vit.dial", *(f"--{k}={v}" for k, v in flags.items())]
+    for step in ("vit", "sae", "profiles", "controls", "evaluate", "report"):
+        assert main([step, "--out", str(run), *given]) == 0
     results = json.loads((run / "results.json").read_text())
     macs = results["macs"]
     assert (macs["mlp_groups"], len(macs["per_mlp_group"])) == (4, 2)
@@ -257,7 +259,24 @@ def test_a_run_with_mlp_groups_goes_the_whole_way(tmp_path: Path) -> None:
     fidelity = json.loads((run / "sae.json").read_text())["result"]
     assert all(0 < site["gate_agreement"] <= 1 for site in fidelity["fidelity"])
     assert fidelity["recovered"].keys() > {f"{k}_usage{r}" for k in ("head", "mlp") for r in ("", "_reconstructed")}
-    assert "MLP usage" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "MLP usage" in page
+
+    made = json.loads((run / "vit.json").read_text())["result"]
+    dial = Dial.from_json(made["dial"])
+    assert (made["mlp_groups"], dial.gate_bias.shape[1:]) == (4, (2, 7))
+    assert results["dials"].keys() == {"", *(profile["name"] for profile in results["profiles"])}
+    for name, points in results["dials"].items():
+        check_curve([Point(**point) for point in points], name)
+    top = results["dial"]["test"][""][-1]
+    assert (top["budget"], top["compute_fraction"]) == (1, 1)
+    assert top["accuracy"] == pytest.approx(results["ungated"]["accuracy"], abs=1e-5)
+    controls = results["controls"]
+    assert controls.keys() == {"dense", "plain-75", "plain-55", "plain-40", "static", "heads"}
+    assert [name for name, control in controls.items() if "dial" in control] == ["static", "heads"]
+    assert json.loads((run / "controls" / "plain-55" / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
+    assert "with a dial of heads alone, mean accuracy over compute" in " ".join(page.split())
+    assert (run / "dial.png").stat().st_size < 200_000
 
 
 def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:

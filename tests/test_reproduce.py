@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from training import reproduce
 from training.__main__ import main, parse
-from training.reproduce import ORDER, Job, JobFailed, Processes, jobs_of, run_jobs
+from training.reproduce import Job, JobFailed, Processes, jobs_of, order_of, run_jobs
 
 TINY = [
     "--preset=smoke", "--threads=1", "--data.max-train=600", "--data.max-test=200", "--vit.dim=24", "--vit.depth=2",
@@ -56,7 +56,7 @@ def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowe
     assert sorted(map(str, ended)) == sorted(map(str, jobs))
     assert most == limit
     if limit == 1:  # the first seed is ready first; reports wait for both
-        steps = [Job(seed, name) for seed in (0, 1) for name in ORDER if name != "report"]
+        steps = [Job(seed, name) for seed in (0, 1) for name in order_of(False) if name != "report"]
         assert started == [*steps, Job(0, "report"), Job(1, "report")]
 
 

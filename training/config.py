@@ -9,13 +9,15 @@ finished stage remembers the groups that it depends on: see checkpoint.py.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
 
 from training.presets import PRESETS
 
 AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
 """The command line gives text."""
+Teacher = Annotated[Path | None, PlainSerializer(lambda path: path and path.name, when_used="json")]
+"""A run folder may be moved with what it holds, so its name alone is remembered."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 """Those of `all`."""
 
@@ -127,6 +129,8 @@ class VitSettings(Group):
     as many classes as there are labels is kept, one of another size is left out."""
     backbone: Path | None = Field(None, exclude=True)
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
+    teacher: Teacher = Field(None, exclude_if=lambda value: value is None)
+    """Distil the ungated phase from the plain ViT of this run folder, as well."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)
@@ -219,7 +223,7 @@ class ProfileSettings(Group):
     terms: int = Field(32, ge=1)
     """Steering terms a site at most."""
     usage_target: float = Field(0.27, gt=0, le=1)
-    """Head usage on the class that the learned profiles are drawn to."""
+    """Unit usage (of heads alone: head usage) on the class that the learned profiles are drawn to."""
     steps: int = Field(500, ge=0)
     """Steps of the joint search for all classes."""
     rows: int = Field(12, ge=2)
@@ -273,7 +277,9 @@ class Settings(BaseSettings):
     """Seconds between two saved states of a stage: what an interruption costs at most."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0: all cores."""
-    only: tuple[Literal["dense", "direct", "last-block", "small"], ...] = ()
+    only: tuple[
+        Literal["dense", "direct", "last-block", "small", "plain-75", "plain-55", "plain-40", "static", "heads"], ...
+    ] = ()
     """Step `controls`: train these alone."""
     others: tuple[Path, ...] = ()
     """Step `report`: the evaluated runs of other seeds, to stand beside this one."""

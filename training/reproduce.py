@@ -19,20 +19,30 @@ from pathlib import Path
 
 from training.checkpoint import Run
 from training.evaluation.seeds import table
+from training.presets import PRESETS
 
-ORDER: dict[str, tuple[str, ...]] = {
-    "vit": (),
-    "dense": (),
-    "sae": ("vit",),
-    "profiles": ("sae",),
-    "direct": ("vit",),
-    "last-block": ("vit",),
-    "small": (),
-    "evaluate": ("profiles", "dense", "direct", "last-block", "small"),
-    "report": ("evaluate",),
-}
-"""The jobs of one seed, and those that must be over before each. The longest chain comes first."""
-CONTROLS = ("dense", "direct", "last-block", "small")
+CONTROLS: dict[bool, dict[str, tuple[str, ...]]] = {
+    False: {"dense": (), "direct": ("vit",), "last-block": ("vit",), "small": ()},
+    True: {
+        "dense": (), "plain-75": ("dense",), "plain-55": ("dense",), "plain-40": ("dense",),
+        "static": ("vit",), "heads": ("vit",),
+    },
+}  # fmt: skip
+"""Of a model without and with a dial (evaluation/controls.py): what must be over before each."""
+
+
+def order_of(dial: bool) -> dict[str, tuple[str, ...]]:
+    """The jobs of one seed, and those that must be over before each. The longest chain comes first."""
+    controls = CONTROLS[dial]
+    return {
+        "vit": (),
+        "dense": (),
+        "sae": ("vit",),
+        "profiles": ("sae",),
+        **controls,
+        "evaluate": ("profiles", *controls),
+        "report": ("evaluate",),
+    }
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,15 @@ class JobFailed(Exception):
         self.job, self.code, self.blocked = job, code, blocked
 
 
-def jobs_of(seeds: int) -> dict[Job, list[Job]]:
+def jobs_of(seeds: int, dial: bool = False) -> dict[Job, list[Job]]:
     """All jobs, and those that must be over before each. A report shows all seeds, so it waits for all of them."""
+    order = order_of(dial)
     return {
         Job(seed, name): [
-            Job(other, before) for before in ORDER[name] for other in range(seeds) if other == seed or name == "report"
+            Job(other, before) for before in order[name] for other in range(seeds) if other == seed or name == "report"
         ]
         for seed in range(seeds)
-        for name in ORDER
+        for name in order
     }
 
 
@@ -137,7 +148,7 @@ class Processes:
     def arguments(self, job: Job) -> list[str]:
         """Of python -m training."""
         options, out = self.options, self.options.out
-        step = ["controls", "--only", job.name] if job.name in CONTROLS else [job.name]
+        step = ["controls", "--only", job.name] if job.name in {**CONTROLS[False], **CONTROLS[True]} else [job.name]
         if job.name == "report":
             others = (seed for seed in range(options.seeds) if seed != job.seed)
             step += [argument for seed in others for argument in ("--others", f"{out / f'seed-{seed}'}")]
@@ -168,7 +179,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
         parser.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
-    jobs = jobs_of(options.seeds)
+    dial = "--vit.dial" in flags or PRESETS.get(options.preset, {}).get("vit", {}).get("dial", False)
+    jobs = jobs_of(options.seeds, dial)
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
     try:
         asyncio.run(run_jobs(jobs, processes.run, options.jobs))

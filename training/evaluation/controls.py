@@ -1,6 +1,8 @@
 """Step `controls`: the models that a sceptic would train instead, each an ordinary run in <run>/controls/<name>.
 
 All have the data, the seed and the total number of epochs of the run; those with gates start from its ungated model.
+A model with a dial is compared with plain ones along the dial and with simpler dials, another with models that spend as
+much as its profiles do.
 """
 
 import math
@@ -10,7 +12,6 @@ from typing import Any
 from training.checkpoint import Run
 from training.config import Settings, VitSettings
 from training.data.splits import Data
-from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.profiles.fit import fit_profiles
 from training.sae.fit import fit_sae
@@ -18,6 +19,8 @@ from training.vit.fit import build, fit_vit
 
 LAST_BLOCK = "last-block"
 """The paper's setting. It has autoencoders and profiles of its own."""
+PLAIN = {"plain-75": 0.75, "plain-55": 0.55, "plain-40": 0.4}
+"""Plain ViTs beside a dial: their compute, as a share of the full width's."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,33 @@ class Control:
 
 def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     """What there is to compare the model of `run` with, by name."""
+    changes = _of_dial(settings, data, run) if settings.vit.dial else _of_gates(settings, data, run)
+    models = {}
+    for name, (what, changed) in changes.items():
+        own = Run(run.folder / "controls" / name)
+        vit = VitSettings(**{**settings.vit.model_dump(), **changed})
+        update: dict[str, Any] = {"out": own.folder, "vit": vit}
+        if name == LAST_BLOCK:  # a step costs a hundredth there (last_block.py), and of one block more heads can go
+            search = settings.profiles
+            scaled = {"steps": 4 * search.steps, "usage_target": 0.75 * search.usage_target}
+            update["profiles"] = search.model_copy(update=scaled)
+        models[name] = Control(what, own, settings.model_copy(update=update))
+    return models
+
+
+def _ungated(vit: VitSettings) -> dict[str, Any]:
+    epochs = vit.backbone_epochs + vit.gate_epochs + vit.joint_epochs
+    return {"dial": False, "mlp_groups": 0, "backbone_epochs": epochs, "gate_epochs": 0, "joint_epochs": 0}
+
+
+def _of_gates(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For a model that is trained to one usage: by name, the sentence and the settings that are changed."""
     vit, usage = settings.vit, settings.profiles.usage_target
-    units = "unit usage" if vit.mlp_groups else "head usage"
-    ungated = {
-        "mlp_groups": 0,
-        "backbone_epochs": vit.backbone_epochs + vit.gate_epochs + vit.joint_epochs,
-        "gate_epochs": 0,
-        "joint_epochs": 0,
-    }
     gated = {"backbone": run.folder}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
-        "dense": ("a plain ViT of the same shape, every head on, trained as long", ungated),
+        "dense": ("a plain ViT of the same shape, every head on, trained as long", _ungated(vit)),
         "direct": (
-            f"the same ungated model, its gates trained to {units} {usage}, no steering",
+            f"the same ungated model, its gates trained to head usage {usage}, no steering",
             {**gated, "usage_target": usage},
         ),
         LAST_BLOCK: ("the same ungated model, only the last block gated", {**gated, "gated_blocks": "last"}),
@@ -52,20 +69,33 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
     if vit.model == "conv_stem":
         dim = narrower(vit, data, usage)
         changes["small"] = (
-            f"a plain ViT of width {dim} instead of {vit.dim}, which computes as much as the gated one at {units} "
+            f"a plain ViT of width {dim} instead of {vit.dim}, which computes as much as the gated one at head usage "
             f"{usage}, trained as long",
-            {**ungated, "dim": dim},
+            {**_ungated(vit), "dim": dim},
         )
-    models = {}
-    for name, (what, changed) in changes.items():
-        own = Run(run.folder / "controls" / name)
-        update: dict[str, Any] = {"out": own.folder, "vit": VitSettings(**{**vit.model_dump(), **changed})}
-        if name == LAST_BLOCK:  # a step costs a hundredth there (last_block.py), and of one block more heads can go
-            search = settings.profiles
-            scaled = {"steps": 4 * search.steps, "usage_target": 0.75 * search.usage_target}
-            update["profiles"] = search.model_copy(update=scaled)
-        models[name] = Control(what, own, settings.model_copy(update=update))
-    return models
+    return changes
+
+
+def _of_dial(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For a model with a dial, likewise: what spends as much without gates, or with simpler ones."""
+    vit, gated = settings.vit, {"backbone": run.folder}
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "dense": ("a plain ViT of the same shape, trained as long", _ungated(vit)),
+    }
+    for name, share in PLAIN.items() if vit.model == "conv_stem" else ():
+        dim = width_of(vit, data, share)
+        changes[name] = (
+            f"a plain ViT of width {dim} instead of {vit.dim}, {share} of the compute, trained as long and distilled "
+            "from the plain ViT of the same shape",
+            {**_ungated(vit), "dim": dim, "teacher": run.folder / "controls" / "dense"},
+        )
+    changes["static"] = (
+        "the same ungated model, with a dial whose gates do not look at the image: one order of the units for all",
+        {**gated, "gate": "static"},
+    )
+    if vit.mlp_groups:
+        changes["heads"] = ("the same ungated model, with a dial of heads alone", {**gated, "mlp_groups": 0})
+    return changes
 
 
 def fit_controls(settings: Settings, data: Data, run: Run) -> None:
@@ -81,14 +111,19 @@ def fit_controls(settings: Settings, data: Data, run: Run) -> None:
 
 
 def narrower(vit: VitSettings, data: Data, usage: float) -> int:
-    """The width of the ungated model that computes as much as the gated one of full width at that unit usage."""
-
-    def model(dim: int, mlp_groups: int = 0) -> GatedVit:
-        return build(vit.model_copy(update={"dim": dim, "mlp_groups": mlp_groups}), data.spec, len(data.labels)).eval()
-
-    gated = model(vit.dim, vit.mlp_groups)
+    """The width of the ungated model that computes as much as the gated one of full width at that head usage."""
+    gated = build(vit, data.spec, len(data.labels)).eval()
     macs = count(gated)
-    units = gated.heads * sum(macs.per_head) + gated.mlp_groups * sum(macs.per_mlp_group)
-    target = macs.dense - (1 - usage) * units
+    return width_of(vit, data, 1 - (1 - usage) * gated.heads * sum(macs.per_head) / macs.dense)
+
+
+def width_of(vit: VitSettings, data: Data, share: float) -> int:
+    """The width at which the ungated model comes nearest to this share of the compute of the full width."""
+
+    def dense(dim: int) -> int:
+        plain = vit.model_copy(update={"dim": dim, "dial": False, "mlp_groups": 0})
+        return count(build(plain, data.spec, len(data.labels)).eval()).dense
+
+    target = share * dense(vit.dim)
     step = math.lcm(4, vit.heads)  # four numbers a sin-cos position, as many a head for every head
-    return min(range(step, vit.dim + 1, step), key=lambda dim: abs(count(model(dim)).dense - target))
+    return min(range(step, vit.dim + 1, step), key=lambda dim: abs(dense(dim) - target))

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.interpolate import interp1d
 from scipy.optimize import isotonic_regression
+from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +39,25 @@ class Steered:
     steer: Steer | None
     classes: tuple[int, ...]
     """Whose images."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """What a dial does to each image, along the compute that is spent on average."""
+
+    spent: np.ndarray
+    """(P,) mean compute fraction."""
+    right: np.ndarray
+    """(P, B): 1 where the image gets its label."""
+
+    def area(self, low: float, high: float) -> np.ndarray:
+        """(B,): the mean of `right` over compute from low to high, interpolated between points. Its mean over the
+        images is the mean accuracy along the dial, the area under the curve over its width."""
+        spent, first = np.unique(np.maximum.accumulate(self.spent), return_index=True)
+        places = np.unique(np.concatenate([[low, high], spent[(spent > low) & (spent < high)]]))
+        along = interp1d(spent, self.right[first], axis=0)(places)
+        area: np.ndarray = np.trapezoid(along, places, axis=0) / (high - low)
+        return area
 
 
 def measure_dial(
@@ -71,6 +92,30 @@ def measure_dial(
         "dials": {name: [asdict(point) for point in points] for name, points in curves.items()},
         "dial": {"test": tested, "largest_error": {name: round(value, 5) for name, value in error.items()}},
     }
+
+
+def measure_unsteered(
+    knots: Dial, model: GatedNetwork, selection: Split, test: Split, macs: Macs
+) -> tuple[list[dict[str, Any]], Along]:
+    """What the test split spends and gets at the budgets of the dial without steering, and what was right there."""
+    budgets = knots.budget[::2]
+    points = curve(budgets, at_positions(knots, model, selection, None, budgets), selection.classes, macs)
+    outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
+    spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
+    right = np.array([(outcome.predicted == test.classes).numpy() for outcome in outcomes], float)
+    return [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)], Along(spent, right)
+
+
+def compare_areas(one: Along, other: Along) -> dict[str, float]:
+    """The mean accuracy of two dials along the compute that both reach, measured on the same images: the difference,
+    its standard error, and the p-value of it not being above 0 (one-sided, paired over the images)."""
+    low, high = max(one.spent[0], other.spent[0]), min(one.spent[-1], other.spent[-1])
+    difference = one.area(low, high) - other.area(low, high)
+    error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    mean = float(difference.mean())
+    p = float(norm.sf(mean / error)) if error else float(mean <= 0)
+    numbers = {"from": low, "to": high, "difference": mean, "standard_error": error, "p": p}
+    return {name: round(float(value), 6) for name, value in numbers.items()}
 
 
 def of_classes(split: Split, classes: tuple[int, ...]) -> Split:

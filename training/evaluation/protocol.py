@@ -21,7 +21,7 @@ from training.evaluation.baselines import each_under, prior_bias
 from training.evaluation.changes import CHANGES, Values, changes
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, criteria
-from training.evaluation.dial import measure_dial
+from training.evaluation.dial import Along, compare_areas, measure_dial, measure_unsteered
 from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of
 from training.evaluation.significance import mean
@@ -47,9 +47,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
     results = _protocol(settings, data, run, model, sae, profiles)
-    if dial := run.info("vit")["result"].get("dial"):
-        knots = Dial.from_json(dial)
-        results |= measure_dial(knots, model, sae, profiles, data.labels, data.selection, data.test, count(model))
+    if settings.vit.dial:
+        results |= measure_dial(_knots(run), model, sae, profiles, data.labels, data.selection, data.test, count(model))
     results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
     present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
     if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):
@@ -58,6 +57,12 @@ def evaluate(
     if plain:
         dense = count(model).dense
         results["controls"] = {name: _control(control, data, dense) for name, control in plain.items()}
+    if dials := {name: control for name, control in plain.items() if control.settings.vit.dial}:
+        own = _along(run, data)[1]
+        for name, control in dials.items():
+            points, along = _along(control.run, data)
+            results["controls"][name]["dial"] = points
+            results["controls"][name]["area"] = compare_areas(own, along)
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
@@ -218,6 +223,15 @@ def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
         "recall": [round(e.recall, 5) for e in effects],
         "precision": [round(e.precision, 5) for e in effects],
     }
+
+
+def _knots(run: Run) -> Dial:
+    return Dial.from_json(run.info("vit")["result"]["dial"])
+
+
+def _along(run: Run, data: Data) -> tuple[list[dict[str, Any]], Along]:
+    model = load_vit(run)
+    return measure_unsteered(_knots(run), model, data.selection, data.test, count(model))
 
 
 def _last_block(control: Control, data: Data) -> dict[str, Any]:

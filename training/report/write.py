@@ -21,7 +21,7 @@ from training.checkpoint import Run, RunError
 from training.evaluation.rivals import SLICE
 from training.evaluation.seeds import table
 from training.model.inference import usage_of
-from training.report import figures, gate_figures
+from training.report import dial_figures, figures, gate_figures
 from training.vit.phases import annealed
 
 TEMPLATES = Path(__file__).parent
@@ -42,7 +42,9 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
         of_seeds = table([run, *others])
         results |= {key: of_seeds[key] for key in ("seeds", "intervals")}
     vit, sae = run.info("vit"), run.info("sae")["result"]
-    points = with_targets(vit["result"]["curves"], vit["settings"]["vit"]["usage_target"])
+    points = vit["result"]["curves"]
+    if not results.get("dial"):
+        points = with_targets(points, vit["settings"]["vit"]["usage_target"])
     encoded = {}
     usage = "usage" if vit["settings"]["vit"].get("mlp_groups") else "head usage"
     for name, figure in pictures(results, points, usage).items():
@@ -56,7 +58,8 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
 
 def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]], usage: str) -> dict[str, Figure]:
     """By file name; points: the training curves (phase, step, accuracy, usage, maybe target). usage: what theirs is."""
-    drawn = {
+    drawn = {"dial": dial_figures.frontier(results)} if results.get("dial") else {}
+    drawn |= {
         "effects": figures.arrows(results),
         "precision": figures.precision(results),
         "frontier": figures.frontier(results),

@@ -136,4 +136,5 @@ def _place_of(budget: np.ndarray, usage: np.ndarray, spent: np.ndarray) -> np.nd
     """Usages of the learned dial that spend these budgets, by what was measured at rising `usage`."""
     spent = np.maximum.accumulate(spent)
     last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # of places that spend the same
-    return np.interp(budget, spent[last], usage[last])
+    usages: np.ndarray = np.interp(budget, spent[last], usage[last])
+    return usages

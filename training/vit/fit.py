@@ -27,7 +27,7 @@ from training.model.gated_vit import (
     keep_all,
     parse_gated_blocks,
 )
-from training.model.inference import Outcome, answers, gate_diagnostics
+from training.model.inference import Outcome, answers, gate_diagnostics, usages
 from training.model.macs import count
 from training.vit.dial import calibrate
 from training.vit.phases import phases_of, run_phase, save
@@ -35,6 +35,7 @@ from training.vit.phases import phases_of, run_phase, save
 OF_BACKBONE = (
     "model", "weights", "pretrained", "dim", "depth", "heads", "patch", "unpadded", "mlp_ratio",
     "backbone_epochs", "batch_size", "learning_rate", "schedule", "weight_decay", "label_smoothing", "ema_decay",
+    "teacher",
 )  # fmt: skip
 """The settings of VitSettings that the ungated model depends on."""
 
@@ -60,7 +61,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
         run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
         processes.wait()
     for phase in phases_of(vit)[first:]:
-        teacher = None if phase.index == 0 else _stored(run, "backbone", vit, data.spec, len(data.labels))
+        teacher = _teacher(vit) if phase.index == 0 else _stored(run, "backbone", vit, data.spec, len(data.labels))
         run_phase(settings, data, run, model, teacher, phase, state, curves)
         if phase.index == 0:
             run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
@@ -99,6 +100,15 @@ def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes
     assert stored is not None
     model.load_state_dict(stored.tensors)
     return model.to(processes.device()).eval().requires_grad_(False)
+
+
+def _teacher(settings: VitSettings) -> GatedVit | None:
+    if settings.teacher is None:
+        return None
+    run = Run(settings.teacher)
+    if not run.has("vit"):
+        raise RunError(f"vit.teacher is {run.folder}, which has no finished model: train it there first")
+    return load_vit(run)
 
 
 def check_images(run: Run, data: Data) -> None:
@@ -153,17 +163,16 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
 
     ungated_model = _stored(run, "backbone", settings.vit, data.spec, len(data.labels))
     ungated, gated = answers(ungated_model, selection, decide=keep_all), answers(model, selection)
+    macs = count(model)
     measured = {
         "ungated_accuracy": accuracy(ungated),
         "accuracy": accuracy(gated),
-        "head_usage": gated.head_gate.double().mean().item(),
-        **({"mlp_usage": gated.mlp_gate.double().mean().item()} if model.mlp_groups else {}),
+        **usages(gated, macs),
         "most_common_label": soundness.most_common(selection.classes),
     }
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
     print(f"vit: on the selection slice: {shown}", flush=True)
     run.write_tensors("vit", model.state_dict())
-    macs = count(model)
     dial = {} if model.dial is None else {"dial": calibrate(model, selection, macs).to_json()}
     result = {
         "labels": list(data.labels),

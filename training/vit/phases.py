@@ -79,8 +79,8 @@ def run_phase(
 ) -> None:
     """Train `model` through one phase; it ends with the averaged weights.
 
-    teacher: the ungated model, from the second phase on; a model with a dial learns from its own average instead.
-    state: what `model` was loaded from, if a run is resumed.
+    teacher: what the answers are drawn to, from the second phase on the ungated model; with a dial it is the averaged
+    model itself instead. state: what `model` was loaded from, if a run is resumed.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
@@ -112,7 +112,7 @@ def run_phase(
         # a resumed step draws what it would have drawn; each process its own gate noise
         torch.manual_seed((settings.seed * 3 + phase.index) * 10_000_000 + step + rank * 1_000_000_007)
         schedule.step_update(step + 1)
-        if vit.dial and teacher is not None:
+        if vit.dial and phase.gate_rate:
             noise = phase.gate_noise(step / total)
             loss, measured = dial_step(network, average.module, noise, settings, batch, macs)
         else:
@@ -145,7 +145,7 @@ def train_step(
     offset = torch.zeros(images, 1, device=device)
     if phase.offset:
         offset = offsets(images, phase.offset, vit.offset_share, device)
-    decide = keep_all if teacher is None else straight_through(vit.gumbel_temperature, phase.gate_noise(done))
+    decide = straight_through(vit.gumbel_temperature, phase.gate_noise(done)) if phase.gate_rate else keep_all
     with autocast():
         logits, out = network(batch.images, decide=lowered(decide, offset))
     logits, plain = logits.float(), out["head_gate"][offset[:, 0] == 0]
@@ -154,9 +154,11 @@ def train_step(
         with torch.no_grad(), autocast():
             ungated = teacher(batch.images, decide=keep_all)[0].float().log_softmax(-1)
         divergence = F.kl_div(logits.log_softmax(-1), ungated, reduction="batchmean", log_target=True)
+        loss = loss + vit.distillation_weight * divergence
+    if phase.gate_rate:
         usage = plain.mean() if vit.budget == "global" else plain.mean((0, 2))  # () or (G,)
         excess = (usage - phase.usage_target(done)).pow(2).mean()
-        loss = loss + vit.distillation_weight * divergence + vit.usage_weight * excess
+        loss = loss + vit.usage_weight * excess
     correct = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
     return loss, {"loss": loss.detach(), "accuracy": correct.float().mean(), "usage": plain.detach().mean()}
 

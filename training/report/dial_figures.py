@@ -1,0 +1,73 @@
+"""The frontier of a model with a dial: accuracy against compute, with everything that it is compared with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.evaluation.significance import wilson
+from training.report.figures import BLUE, GREY, INK, ORANGE, VERMILION, single_classes, style
+
+LINES = {
+    "static": (GREY, "--", "s", "a dial whose gates do not look at the image"),
+    "heads": (ORANGE, ":", "v", "a dial of heads alone"),
+}
+"""Colour, dashes, marker and meaning of controls with a dial."""
+
+
+def frontier(results: Mapping[str, Any]) -> Figure:
+    """Accuracy on the test split over mean compute, with 95% intervals (Wilson)."""
+    figure = Figure(figsize=(9.2, 5.6), layout="constrained")
+    axis = figure.subplots()
+    style(axis)
+    controls = results.get("controls", {})
+    for name, (colour, dashes, marker, meaning) in LINES.items():
+        if points := controls.get(name, {}).get("dial"):
+            axis.plot(*_line(points), color=colour, ls=dashes, marker=marker, ms=5, lw=1.6, label=meaning)
+    points = results["dial"]["test"][""]
+    spent, accuracy = _line(points)
+    low, high = np.array([_interval(p["accuracy"], p["images"]) for p in points]).T
+    axis.fill_between(spent, 100 * low, 100 * high, color=BLUE, alpha=0.15, lw=0)
+    axis.plot(spent, accuracy, color=BLUE, marker="o", ms=6, lw=2.2, label="the dial, no steering")
+    profiles = _under_profiles(results)
+    if profiles:
+        axis.plot(
+            *_line(profiles), color=VERMILION, marker="*", ms=10, lw=1.4, ls="-.",
+            label="the dial, each image under the profile of its class (the class is told)",
+        )  # fmt: skip
+    plain = [
+        (control["compute_fraction"], control["accuracy"]) for control in controls.values() if "dial" not in control
+    ]
+    for x, y in plain:
+        axis.plot([x, x], 100 * np.array(_interval(y, results["images"])), color=INK, lw=1.3, zorder=3)
+    if plain:
+        axis.plot(
+            *np.array([(x, 100 * y) for x, y in sorted(plain)]).T, ls="", marker="D", ms=6.5, color=INK, zorder=4,
+            label="plain ViTs, each trained for its size",
+        )  # fmt: skip
+    axis.set_xlabel("Compute of an image, as a share of the whole network's (mean)")
+    axis.set_ylabel("Accuracy on the test split, %")
+    axis.set_xlim(max(0.0, min(spent.min(), *[x for x, _ in plain], 1.0) - 0.04), 1.02)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def _interval(accuracy: float, images: int) -> tuple[float, float]:
+    right = round(accuracy * images)
+    return wilson(np.arange(images) < right)
+
+
+def _line(points: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([p["compute_fraction"] for p in points]), np.array([100 * p["accuracy"] for p in points])
+
+
+def _under_profiles(results: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The mean over the profiles of one class, at budgets that each of them can spend."""
+    tested = [results["dial"]["test"][p["name"]] for p in single_classes(results["profiles"])]
+    by_budget = [{point["budget"]: point for point in points} for points in tested]
+    common = sorted(set.intersection(*map(set, by_budget))) if by_budget else []
+    return [
+        {key: float(np.mean([points[b][key] for points in by_budget])) for key in ("compute_fraction", "accuracy")}
+        for b in common
+    ]
