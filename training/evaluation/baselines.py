@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.data.splits import Split
@@ -73,16 +74,20 @@ def fixed_units(kept: Tensor) -> Rival:
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
-def random_units(macs: Macs, heads: int, usage: float, seed: Sequence[int]) -> Rival:
-    """Units in random order, as many as come nearest to the usage, for every image. seed: numbers that no two draws
-    share."""
+def first_units(macs: Macs, heads: int, order: NDArray[np.int64], usage: float) -> Rival:
+    """The first units of an order (G * U,), as many as come nearest to the usage, for every image."""
     costs = macs.costs(heads).numpy()  # (G, U)
-    order = np.random.default_rng(seed).permutation(costs.size)
     reached = np.concatenate([[0.0], costs.flat[order].cumsum()])  # by the first 0, 1, 2, ... units
     count = round(float(np.interp(usage * reached[-1], reached, np.arange(len(reached)))))
     kept = torch.zeros(costs.size)
-    kept[torch.from_numpy(order)[:count]] = 1
+    kept[torch.from_numpy(order[:count])] = 1
     return fixed_units(kept.view(costs.shape))
+
+
+def random_units(macs: Macs, heads: int, usage: float, seed: Sequence[int]) -> Rival:
+    """A random set of units. seed: numbers that no two draws share."""
+    order = np.random.default_rng(seed).permutation(macs.costs(heads).numel())
+    return first_units(macs, heads, order, usage)
 
 
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:
