@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS, MLP_GATE, OUTPUTS
+from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
 from training.steering import Terms, to_arrays
 
 Arrays = dict[str, NDArray[Any]]
@@ -35,9 +35,11 @@ def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 
 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
     """All outputs by name, but those observed for calibration. Inputs that the graph does not have are omitted: a
-    specialised one has the image alone."""
-    names = {entry.name for entry in session.get_inputs()}
-    own = {name: value for name, value in inputs.items() if name in names}
+    specialised one has the image alone. Without GATE_BIAS there are no biases."""
+    shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+    own = {name: value for name, value in inputs.items() if name in shapes}
+    if GATE_BIAS in shapes.keys() - own.keys():
+        own[GATE_BIAS] = np.zeros((len(inputs[INPUTS[0]]), *shapes[GATE_BIAS][1:]), np.float32)
     outputs = [entry.name for entry in session.get_outputs() if entry.name in (*OUTPUTS, MLP_GATE)]
     return dict(zip(outputs, session.run(outputs, own), strict=True))
 

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from export.bundle import INPUTS, Bundle, BundleError, Golden, load_bundle, load_golden
+from export.bundle import MLP_GATE, Bundle, BundleError, Golden, load_bundle, load_golden
 from export.contained import check_contained
 from export.session import Arrays, not_finite, open_session, run_onnx
 
 Run = Callable[[Arrays], Arrays]
 """Inputs of a graph -> its outputs."""
+GATES = ("head_gate", MLP_GATE)
 
 
 def verify(folder: Path) -> Bundle:
@@ -49,14 +51,16 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
     cure = ". 8-bit products may saturate here (a CPU without VNNI): take another graph" if int8 else ""
     worst = 0.0
     for rows in (slice(0, 1), slice(None)):
-        outputs = run({name: golden.inputs[name][rows] for name in INPUTS})
+        outputs = run({name: value[rows] for name, value in golden.inputs.items()})
         if wrong := not_finite(outputs):
             raise BundleError(f"{path}: for golden.npz {wrong}; allowed: a finite number")
-        if not np.array_equal(outputs["head_gate"], outputs["gate_logit"] > 0):
-            raise BundleError(f"{path}: head_gate is not gate_logit > 0")
+        gates = unit_gates(outputs)
+        if not np.array_equal(gates, outputs["gate_logit"] > 0):
+            names = " and ".join(name for name in GATES if name in outputs)
+            raise BundleError(f"{path}: {names} is not gate_logit > 0")
         expected = golden.outputs["gate_logit"][rows]
         far = np.abs(expected) > golden.margin
-        if not np.array_equal(outputs["head_gate"][far], (expected > 0)[far]):
+        if not np.array_equal(gates[far], (expected > 0)[far]):
             raise BundleError(f"{path}: gates of golden.npz are not reproduced{cure}")
         apart = float(np.abs(outputs["gate_logit"] - expected).max())
         if not apart <= golden.margin:
@@ -69,3 +73,9 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
                 f"{path}: logits differ from golden.npz by {worst:.3g}; allowed: {golden.tolerance:.3g}{cure}"
             )
     return worst
+
+
+def unit_gates(outputs: Arrays) -> NDArray[np.bool_]:
+    """The gates of all units (B, gated blocks, units): of the heads and, in a model with them, the MLP groups."""
+    gates = [outputs[name] for name in GATES if name in outputs]
+    return np.concatenate(gates, 2)
