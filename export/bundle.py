@@ -255,7 +255,8 @@ class Manifest:
         if not self.dial:
             require(not self.dials, "dials", sorted(self.dials), "none, as there is no dial")
             return
-        require(self.takes_biases, "dial", f"{len(self.dial)} knots", "none in a compact bundle")
+        budgets = [knot.budget for knot in self.dial]
+        require(self.takes_biases, "dial.budget", budgets, "none in a compact bundle")
         try:
             dial = self.read_dial()
             for name, curve in self.dials.items():

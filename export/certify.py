@@ -13,6 +13,7 @@ from onnxruntime import InferenceSession
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
+from export.verify import gate_names, unit_gates
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
@@ -156,7 +157,7 @@ class _Differences:
 
     def add(self, outputs: Arrays, expected: Arrays, alone: Arrays) -> None:
         """Add a batch. alone: the outputs of its last row in a batch of its own."""
-        flips = outputs["head_gate"] != expected["head_gate"]
+        flips = unit_gates(outputs) != unit_gates(expected)
         self.rows, self.gates, self.flipped = (
             self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
         )  # fmt: skip
@@ -170,7 +171,7 @@ class _Differences:
         self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
         self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any((1, 2))))
         last = {name: value[-1:] for name, value in outputs.items()}
-        same = (alone["head_gate"] == last["head_gate"]).all((1, 2))
+        same = (unit_gates(alone) == unit_gates(last)).all((1, 2))
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
 
     def check(self, limits: Limits, cure: str) -> None:
@@ -279,8 +280,8 @@ class Reference:
             outputs = run_onnx(session, inputs)
             _check_shapes(outputs, expected)
             _check_finite(outputs, "", worst.rows)
-            if not np.array_equal(outputs["head_gate"], outputs["gate_logit"] > 0):
-                raise GateMismatch("head_gate is not gate_logit > 0")
+            if not np.array_equal(unit_gates(outputs), outputs["gate_logit"] > 0):
+                raise GateMismatch(f"{gate_names(outputs)} is not gate_logit > 0")
             alone = run_onnx(session, {name: value[-1:] for name, value in inputs.items()})
             _check_finite(alone, "alone, ", worst.rows + len(outputs["logits"]) - 1)
             worst.add(outputs, expected, alone)

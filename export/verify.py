@@ -56,8 +56,7 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
             raise BundleError(f"{path}: for golden.npz {wrong}; allowed: a finite number")
         gates = unit_gates(outputs)
         if not np.array_equal(gates, outputs["gate_logit"] > 0):
-            names = " and ".join(name for name in GATES if name in outputs)
-            raise BundleError(f"{path}: {names} is not gate_logit > 0")
+            raise BundleError(f"{path}: {gate_names(outputs)} is not gate_logit > 0")
         expected = golden.outputs["gate_logit"][rows]
         far = np.abs(expected) > golden.margin
         if not np.array_equal(gates[far], (expected > 0)[far]):
@@ -79,3 +78,8 @@ def unit_gates(outputs: Arrays) -> NDArray[np.bool_]:
     """The gates of all units (B, gated blocks, units): of the heads and, in a model with them, the MLP groups."""
     gates = [outputs[name] for name in GATES if name in outputs]
     return np.concatenate(gates, 2)
+
+
+def gate_names(outputs: Arrays) -> str:
+    """The names of the outputs that unit_gates joins."""
+    return " and ".join(name for name in GATES if name in outputs)

@@ -93,6 +93,7 @@ class Source:
 
     @property
     def terms(self) -> list[Terms]:
+        """Of each profile."""
         return [profile.terms for profile in self.profiles]
 
 
