@@ -57,7 +57,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version 2": (lambda m: m.update(schema_version=2), "schema_version is 2; allowed: 3, with ['mlp_groups', 'dial'"),
     "few knots": (lambda m: m.update(dial=m["dial"][2:]), "dial: budget is [0.5"),
     "falling bias": (lambda m: m["dial"][3]["gate_bias"][1].__setitem__(6, -9), "falling at (knot, gated block, unit)"),
-    "a unit less": (lambda m: [row.pop() for k in m["dial"] for row in k["gate_bias"]], "gate_bias is (2, 6); allowed: "),
+    "a unit less": (lambda m: [row.pop() for k in m["dial"] for row in k["gate_bias"]], "gate_bias is (2, 6)"),
     "too large": (lambda m: m["dial"][-1]["gate_bias"][0].__setitem__(0, 1e4), "gate_bias is 10000.0; allowed: -1000"),
     "text": (lambda m: m["dial"][0].update(budget="0.3"), "dial[0].budget is '0.3'; allowed: a valid number"),
     "no curve": (lambda m: m["dials"].pop(""), "dials is ['b', 'own']; allowed: '' (without steering) among them"),
