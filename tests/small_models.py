@@ -23,7 +23,7 @@ from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.model.sae import Sae
-from training.steering import NEUTRAL, SteeringProfile, SteeringTerm, Terms
+from training.steering import NEUTRAL, UNBIASED, GateBias, SteeringProfile, SteeringTerm, Terms
 
 SPEC = ImageSpec(16, 16, 3, 16, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 STEERED: Terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(7, 0.0, -4.0)), 1: (SteeringTerm(2, 3.0, 0.5),)}
@@ -67,13 +67,18 @@ def dial_of(steered: SteeredVit) -> Dial:
     return Dial(budget, np.clip(160 * (budget[:, None, None] - start) - 8, -8, 8.0).astype(np.float32))
 
 
-def curve_of(steered: SteeredVit, dial: Dial, images: NDArray[np.uint8], terms: Terms) -> tuple[Point, ...]:
-    """What the dial does to the images under the terms, by PyTorch. The accuracies are made up."""
+def curve_of(
+    steered: SteeredVit, dial: Dial, images: NDArray[np.uint8], terms: Terms, own: GateBias
+) -> tuple[Point, ...]:
+    """What the dial does to the images under the terms and biases, by PyTorch. The accuracies are made up."""
     macs, places = count(steered.model), np.linspace(dial.lowest, 1.0, 15)
+    bias = np.zeros(dial.gate_bias.shape[1:], np.float32)
+    for block, of_block in own.items():
+        bias[steered.model.gated_blocks.index(block)] = of_block
     spent = []
     for place in places:
         inputs = inputs_of(images, [terms] * len(images), steered.sae.sites)
-        gates = run_torch(steered, {**inputs, GATE_BIAS: dial.at(np.full(len(images), place))})
+        gates = run_torch(steered, {**inputs, GATE_BIAS: dial.at(np.full(len(images), place)) + bias})
         spent.append(float(macs.fraction(*(torch.from_numpy(gates[name]) for name in ("head_gate", MLP_GATE))).mean()))
     return tuple(
         Point(float(place), float(fraction), float(place) ** 0.1, float(place) ** 0.1)
@@ -89,9 +94,9 @@ def source_of(steered: SteeredVit, profiles: Sequence[SteeringProfile], dial: Di
     curves = {}
     if dial:
         knots = tuple(Knot(**{**knot, "gate_bias": tuple(map(tuple, knot["gate_bias"]))}) for knot in dial.to_json())
-        of_profiles = {"": NEUTRAL, **{profile.name: profile.terms for profile in profiles}}
+        of_profiles = {"": (NEUTRAL, UNBIASED), **{p.name: (p.terms, p.gate_bias) for p in profiles}}
         pixels = selection.images[:].numpy()
-        curves = {name: curve_of(steered, dial, pixels, terms) for name, terms in of_profiles.items()}
+        curves = {name: curve_of(steered, dial, pixels, *does) for name, does in of_profiles.items()}
     measured = Macs(macs.dense, macs.per_head, macs.per_mlp_group)
     return Source(
         SPEC, tuple("abcde"), measured, steered, profiles, {"head_usage": 0.5}, selection, None, knots, curves
