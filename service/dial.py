@@ -46,6 +46,8 @@ class Forced:
         return bool(self.open or self.closed)
 
 
+ROUNDING = 1e-6
+"""Of the budgets of a request, whose fields are of single precision."""
 FREE = Forced()
 """No unit is forced."""
 
@@ -60,7 +62,7 @@ def budget_bias(bundle: Bundle, budget: float | None, profile: str) -> Bias | No
     if bundle.dial is None:
         raise Lacking(f"budget is {budget:g}, but {_name(bundle)} has no dial; allowed: no budget")
     lowest = bundle.dial.lowest
-    if not np.float32(lowest) <= np.float32(budget) <= 1:  # NaN too; a float of the protocol
+    if not lowest - ROUNDING <= budget <= 1:  # NaN too
         raise InvalidRequest(f"budget is {budget:g}; allowed: {lowest:g} to 1")
     curve = bundle.curves.get(profile, bundle.curves[""])
     bias: Bias = bundle.dial.at(np.array([position(budget, curve)]))[0]

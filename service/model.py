@@ -106,7 +106,7 @@ class Model:
             outputs = answer.outputs.rows(slice(0, count))
             unsteered = answer.outputs.rows(slice(count, len(order)))
             self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
-        self._metrics.answered(_label(steering), outputs)
+        self._metrics.answered(_label(steering), outputs, steering.budget)
         return replace(answer, outputs=outputs)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
@@ -117,8 +117,8 @@ class Model:
         pairs = joined([(part, 1) for row in rows for part in (without, row)])
         answer = await self._run(images, order, pairs, seconds_left, False)
         unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
-        self._metrics.answered(NONE, unsteered)
-        self._metrics.answered(_label(steering), steered)
+        self._metrics.answered(NONE, unsteered, steering.budget)
+        self._metrics.answered(_label(steering), steered, steering.budget)
         return replace(answer, outputs=unsteered), replace(answer, outputs=steered)
 
     async def explain(

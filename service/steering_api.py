@@ -153,7 +153,8 @@ class SteeringService(SteeringServiceServicer):
         with model.statistics.failures():
             if not 0 <= request.top_k <= len(labels):
                 raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
-            steering = self._steering(model, request.steering, request.budget if request.HasField("budget") else None)
+            budget = round(request.budget, 6) if request.HasField("budget") else None  # 0.7, not 0.699999988079071
+            steering = self._steering(model, request.steering, budget)
             return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
 
     def _images(self, model: Model, request: Request) -> Images:

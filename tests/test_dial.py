@@ -302,6 +302,33 @@ def test_compare_and_explain_are_at_the_budget(client: Client, bundle: Bundle, s
     np.testing.assert_allclose(logits, after["gate_logit"], atol=1e-3)
 
 
+def test_units_and_budgets_are_counted(server: ServerProcess, client: Client) -> None:
+    """By block and unit, under the profile; and the compute that they save."""
+
+    def counts() -> NDArray[np.float64]:
+        def of(name: str, **labels: str) -> float:
+            return server.count(f"steervit_{name}", model="dial", **labels)
+
+        units = [of(f"{kind}_kept_total", profile="own", block=str(block), **{label: str(number)})
+                 for block in (1, 2) for kind, label, count in (("heads", "head", 3), ("mlp_groups", "group", 4))
+                 for number in range(count)]  # fmt: skip
+        macs = [of(f"macs_{which}_total", profile="own") for which in ("spent", "dense")]
+        return np.array(
+            [*units, *macs, of("budget_count"), of("budget_bucket", le="0.3"), of("budget_bucket", le="0.7")]
+        )
+
+    before = counts()
+    answer = client.predict(list(PIXELS[:8]), model="dial", profile="own", budget=0.3)
+    client.predict(list(PIXELS[:5]), model="dial", budget=0.7)
+    client.predict(list(PIXELS[:5]), model="dial")
+    added = counts() - before
+    np.testing.assert_array_equal(added[:14], masks(answer.predictions).sum(0).ravel())
+    assert added[14] / added[15] == pytest.approx(answer.receipt.compute_fraction, rel=1e-6)
+    assert added[16:].tolist() == [13, 8, 13]
+    assert server.count("steervit_gated_mlp_groups", model="dial") == 8
+    assert server.count("steervit_gated_mlp_groups", model="small") == 0
+
+
 def test_the_dial_is_told_and_printed(
     server: ServerProcess, client: Client, bundle: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
