@@ -23,7 +23,7 @@ from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import Arrays, inputs_of, open_session, run_onnx
 from export.verify import verify
-from export.write import ExportSettings, write_source
+from export.write import ExportSettings, _dial, write_source
 from service.buckets import Buckets
 from service.client import Asked, AsyncClient, Client
 from service.client.__main__ import main
@@ -33,8 +33,17 @@ from service.pb import steering_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from service.steering import Steering, stack, with_bias
+from training.checkpoint import RunError
 from training.model.macs import count
-from training.steering import NEUTRAL, SteeringArrays, SteeringProfile, SteeringTerm, Terms, at_strength
+from training.steering import (
+    NEUTRAL,
+    SteeringArrays,
+    SteeringProfile,
+    SteeringTerm,
+    Terms,
+    at_strength,
+    profiles_to_json,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +54,13 @@ BIAS = {2: (0.0, 1.5, 0.0, -20.0, 0.0, 20.0, 0.0)}
 PROFILES = (
     SteeringProfile("b", ("b",), "by hand", STEERED, {"after": {"head_usage": 0.5}}),
     SteeringProfile("own", ("c",), "by hand", {1: (SteeringTerm(3, 2.0, 1.0),)}, gate_bias=BIAS),
+    SteeringProfile("replaced", ("d",), "by hand", {}, gate_bias=BIAS),
 )
+FROM_FOLDER = (
+    SteeringProfile("night", ("b", "c"), "by hand", {}, gate_bias={1: (3.0, -3.0, 0.0, 2.0, -2.0, 4.0, -4.0)}),
+    SteeringProfile("replaced", ("d",), "by hand", STEERED),
+)
+"""Of --profiles-dir: nobody has measured what the dial does under them."""
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +74,21 @@ def bundle(steered: SteeredVit, tmp_path_factory: pytest.TempPathFactory) -> Bun
     return write_source(source, tmp_path_factory.mktemp("models"), SETTINGS)
 
 
+def test_the_dial_comes_from_the_run_folder(bundle: Bundle, steered: SteeredVit) -> None:
+    made = json.loads(json.dumps({"dial": dial_of(steered).to_json(), "macs": {}}))
+    results = json.loads(json.dumps({"dials": {name: list(map(vars, of)) for name, of in bundle.curves.items()}}))
+    assert _dial(made, results) == (bundle.manifest.dial, bundle.curves)
+    assert _dial({}, {}) == ((), {})
+    with pytest.raises(RunError, match=r"results.json has no dials, but the model has a dial: evaluate again"):
+        _dial(made, {})
+
+
 def test_a_bundle_has_the_dial_and_the_curves_that_it_was_written_from(bundle: Bundle, steered: SteeredVit) -> None:
     manifest, dial = bundle.manifest, dial_of(steered)
     assert (manifest.schema_version, manifest.mlp_groups, manifest.units) == (3, 4, 7)
     assert bundle.dial is not None
     assert bundle.dial.to_json() == dial.to_json()
-    assert bundle.curves.keys() == {"", "b", "own"}
+    assert bundle.curves.keys() == {"", "b", "own", "replaced"}
     assert bundle.profiles["own"] == PROFILES[1]
     assert verify(bundle.folder).manifest == manifest
     golden = load_golden(bundle.folder, "fp32")
@@ -79,8 +103,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a unit less": (lambda m: [row.pop() for k in m["dial"] for row in k["gate_bias"]], "gate_bias is (2, 6)"),
     "too large": (lambda m: m["dial"][-1]["gate_bias"][0].__setitem__(0, 1e4), "gate_bias is 10000.0; allowed: -1000"),
     "text": (lambda m: m["dial"][0].update(budget="0.3"), "dial[0].budget is '0.3'; allowed: a valid number"),
-    "no curve": (lambda m: m["dials"].pop(""), "dials is ['b', 'own']; allowed: '' (without steering) among them"),
-    "no dial": (lambda m: m.pop("dial"), "dials is ['', 'b', 'own']; allowed: none, as there is no dial"),
+    "no curve": (lambda m: m["dials"].pop(""), "dials is ['b', 'own', 'replaced']; allowed: '' (without"),
+    "no dial": (lambda m: m.pop("dial"), "dials is ['', 'b', 'own', 'replaced']; allowed: none"),
     "short curve": (lambda m: m["dials"].update(b=m["dials"]["b"][:8]), "dials['b'] is 8 points; allowed: 9 or more"),
     "unknown profile": (lambda m: m["dials"].update(x=m["dials"]["b"]), "dials has ['x']; allowed: '' and"),
     "off the dial": (lambda m: m["dials"]["b"][0].update(budget=0.2), "dials['b'].budget is 0.2; allowed: 0.3 or more"),
@@ -102,11 +126,14 @@ def test_a_wrong_dial_is_refused(name: str, bundle: Bundle, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Bundle) -> Iterator[ServerProcess]:
+def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With the bundle and, beside it, the one of version 2."""
     repository = bundle.folder.parents[1]
     shutil.copytree(OLD / "small", repository / "small")
-    running = start_server(repository, "--max-delay-ms", "20", "--max-batch", "16", "--instances", "1")
+    content = {**profiles_to_json(FROM_FOLDER), "gates_sae_digest": bundle.manifest.gates_sae_digest}
+    (folder := tmp_path_factory.mktemp("profiles")).joinpath("night.json").write_text(json.dumps(content))
+    flags = ("--max-delay-ms", "20", "--max-batch", "16", "--instances", "1", "--profiles-dir", str(folder))
+    running = start_server(repository, *flags)
     yield running
     assert stop_server(running) == 0
 
@@ -129,6 +156,8 @@ ASKED: tuple[Asked, ...] = (
     {"profile": "b", "budget": 0.5},
     {"profile": "own"},
     {"profile": "own", "budget": 0.8, "strength": 0.5},
+    {"profile": "night", "budget": 0.7, "strength": 2.0},
+    {"profile": "replaced", "budget": 0.55},
     {"terms": STEERED},
     {"terms": STEERED, "budget": 0.45},
     FORCED,
@@ -138,12 +167,13 @@ ASKED: tuple[Asked, ...] = (
 
 def expected(bundle: Bundle, steered: SteeredVit, pixels: NDArray[np.uint8], asked: Asked) -> Arrays:
     """By hand and PyTorch: the terms at the strength, and for each unit the dial's bias, the profile's and 1e4."""
-    profile, strength = bundle.profiles.get(asked.get("profile", "")), asked.get("strength", 1.0)
+    served = {**bundle.profiles, **{profile.name: profile for profile in FROM_FOLDER}}
+    profile, strength = served.get(asked.get("profile", "")), asked.get("strength", 1.0)
     terms = at_strength(profile.terms if profile else asked.get("terms", NEUTRAL), strength)
     bias = np.zeros((2, 7), np.float32)
     if "budget" in asked:
         assert bundle.dial
-        curve = bundle.curves[asked.get("profile", "")]
+        curve = bundle.curves["" if profile in FROM_FOLDER or profile is None else profile.name]
         spent, places = [p.compute_fraction for p in curve], [p.budget for p in curve]
         bias += bundle.dial.at(np.interp([np.float32(asked["budget"])], spent, places))[0]
     for block, of_block in (profile.gate_bias if profile else {}).items():
@@ -337,6 +367,7 @@ def test_the_dial_is_told_and_printed(
     for told, name in ((described.dial, ""), (of_profile.dial, "own")):
         assert [p.compute_fraction for p in told] == pytest.approx([p.compute_fraction for p in bundle.curves[name]])
     assert {of.block: tuple(of.biases) for of in of_profile.gate_biases} == BIAS
+    assert not client.profile("replaced", "dial").dial
     flags = ("--address", server.address, "--model", "dial")
     for more in ((), ("--profile", "own")):
         assert main(["dial", *flags, *more]) == 0
