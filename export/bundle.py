@@ -252,17 +252,17 @@ class Manifest:
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
 
     def _validate_dial(self, require: Callable[[bool, str, object, str], None]) -> None:
-        if not self.dial:
+        dial = read_dial(self.dial)
+        if dial is None:
             require(not self.dials, "dials", sorted(self.dials), "none, as there is no dial")
             return
         budgets = [knot.budget for knot in self.dial]
         require(self.takes_biases, "dial.budget", budgets, "none in a compact bundle")
-        try:
-            dial = self.read_dial()
-            for name, curve in self.dials.items():
+        for name, curve in self.dials.items():
+            try:
                 check_curve(curve, f"dials[{name!r}]")
-        except DialError as error:
-            raise BundleError(f"manifest.json: {error}") from error
+            except DialError as error:
+                raise BundleError(f"manifest.json: {error}") from error
         shape, allowed = dial.gate_bias.shape[1:], (len(self.gated_blocks), self.units)
         require(shape == allowed, "dial.gate_bias", shape, f"the shape {allowed}, gated blocks and units")
         most = float(np.abs(dial.gate_bias).max())
@@ -272,9 +272,13 @@ class Manifest:
             first = curve[0].budget
             require(first >= dial.lowest, f"dials[{name!r}].budget", first, f"{dial.lowest} or more, as on the dial")
 
-    def read_dial(self) -> Dial:
-        """The dial of a model that has one. Raises DialError when the knots are not a dial."""
-        return Dial.from_json([vars(knot) for knot in self.dial])
+
+def read_dial(knots: Sequence[Knot]) -> Dial | None:
+    """The dial with these knots; None without any. Raises BundleError when they are not a dial."""
+    try:
+        return Dial.from_json([vars(knot) for knot in knots]) if knots else None
+    except DialError as error:
+        raise BundleError(f"manifest.json: {error}") from error
 
 
 def specialised_file(index: int, precision: str) -> str:
@@ -346,8 +350,8 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}
-    dial = manifest.read_dial() if manifest.dial else None
-    return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16], dial, manifest.dials)
+    name = hashlib.sha256(content).hexdigest()[:16]
+    return Bundle(folder, manifest, by_name, name, read_dial(manifest.dial), manifest.dials)
 
 
 def check_profile(profile: SteeringProfile, manifest: Manifest, where: str) -> None:

@@ -6,6 +6,7 @@ with other parameters.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -14,9 +15,9 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, load_bundle, load_golden
+from export.bundle import Bundle, BundleError, load_bundle, load_golden
+from export.certify import run_torch
 from export.graph import SteeredVit
-from export.session import Arrays
 from export.verify import check_golden
 from training.config import VitSettings
 from training.model.backbone import create_vit
@@ -52,12 +53,7 @@ def rebuild(folder: Path, settings: VitSettings) -> tuple[Bundle, SteeredVit]:
     unset = [name for name in wrong.missing_keys if not name.endswith(("running_mean", "running_var", "tracked"))]
     assert unset == wrong.unexpected_keys == []
     steered = SteeredVit(model, sae).eval().requires_grad_(False)
-
-    def run(inputs: Arrays) -> Arrays:
-        outputs = steered(*(torch.from_numpy(inputs[name]) for name in INPUTS))
-        return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=True)}
-
-    check_golden(run, load_golden(folder, "fp32"), path)
+    check_golden(partial(run_torch, steered), load_golden(folder, "fp32"), path)
     return bundle, steered
 
 
@@ -85,6 +81,11 @@ def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[s
     def heads(part: str) -> Tensor:
         return torch.stack([weights[f"block{index}/head{head}/{part}"] for head in range(model.heads)])
 
+    def mlp(part: str, neurons: int) -> Tensor:
+        """neurons: the dimension of the hidden neurons, whose groups are put together."""
+        groups = [f"group{group}/" for group in range(model.mlp_groups)] if index in model.gated_blocks else []
+        return torch.cat([weights[f"block{index}/mlp/{group}{part}"] for group in groups or [""]], neurons)
+
     scale = (model.dim // model.heads) ** -0.5  # is in the queries
     query, key, value = heads("query.weight") / scale, heads("key.weight"), heads("value.weight")  # each (H, D, E)
     query_bias = heads("query.bias").flatten() / scale
@@ -101,8 +102,10 @@ def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[s
         "attn.qkv.bias": torch.cat([query_bias, torch.zeros_like(query_bias), value_bias]),
         "attn.proj.weight": projection.T,
         "attn.proj.bias": weights[f"block{index}/output.bias"],
-        **{f"mlp.{name}.weight": weights[f"block{index}/mlp/{name}.weight"].T for name in ("fc1", "fc2")},
-        **{f"mlp.{name}.bias": weights[f"block{index}/mlp/{name}.bias"] for name in ("fc1", "fc2")},
+        "mlp.fc1.weight": mlp("fc1.weight", 1).T,
+        "mlp.fc1.bias": mlp("fc1.bias", 0),
+        "mlp.fc2.weight": mlp("fc2.weight", 0).T,
+        "mlp.fc2.bias": weights[f"block{index}/mlp/fc2.bias"],
         **{f"{norm}.{part}": weights[f"block{index}/{norm}.{part}"]
            for norm in ("norm1", "norm2") for part in ("weight", "bias")},
     }  # fmt: skip

@@ -36,12 +36,17 @@ def open_session(graph: bytes | Path, attention: str = "masked", threads: int = 
 def run_onnx(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
     """All outputs by name, but those observed for calibration. Inputs that the graph does not have are omitted: a
     specialised one has the image alone. Without GATE_BIAS there are no biases."""
+    outputs = [entry.name for entry in session.get_outputs() if entry.name in (*OUTPUTS, MLP_GATE)]
+    return dict(zip(outputs, session.run(outputs, inputs_for(session, inputs)), strict=True))
+
+
+def inputs_for(session: onnxruntime.InferenceSession, inputs: Arrays) -> Arrays:
+    """Those that the graph has; zeros for GATE_BIAS where it is not among them."""
     shapes = {entry.name: entry.shape for entry in session.get_inputs()}
     own = {name: value for name, value in inputs.items() if name in shapes}
     if GATE_BIAS in shapes.keys() - own.keys():
         own[GATE_BIAS] = np.zeros((len(inputs[INPUTS[0]]), *shapes[GATE_BIAS][1:]), np.float32)
-    outputs = [entry.name for entry in session.get_outputs() if entry.name in (*OUTPUTS, MLP_GATE)]
-    return dict(zip(outputs, session.run(outputs, own), strict=True))
+    return own
 
 
 def not_finite(outputs: Arrays, first: int = 0) -> str:

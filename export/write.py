@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save as safetensors
 
 from export.builder import OPSET, save
@@ -28,6 +29,7 @@ from export.bundle import (
     golden_bytes,
     load_bundle,
     new_folder,
+    read_dial,
     specialised_file,
     versions,
     write_bundle,
@@ -38,7 +40,7 @@ from export.compact import Compact, compact
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
-from export.session import inputs_of, open_session, run_onnx
+from export.session import Arrays, inputs_of, open_session, run_onnx
 from training import soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings
@@ -289,13 +291,22 @@ def _specialised(
 
 
 def _ranges(source: Source) -> dict[str, Range]:
-    """For int8: held-out images, without steering and under every profile in turn."""
+    """For int8: held-out images, without steering and under every profile in turn, half of them at some budget."""
     images = source.selection.images[_spread(len(source.selection), CALIBRATION_IMAGES)].numpy()
     tried = [{}, *source.terms]
     rows = [tried[index % len(tried)] for index in range(len(images))]
+    biases = None
+    if dial := read_dial(source.dial):
+        drawn = np.random.default_rng(0)
+        biases = dial.at(drawn.uniform(dial.lowest, 1, len(images)))
+        biases[drawn.random(len(images)) < 0.5] = 0
+
+    def batch(part: NDArray[np.int64]) -> Arrays:
+        inputs = inputs_of(images[part], [rows[i] for i in part], source.steered.sae.sites)
+        return inputs if biases is None else {**inputs, GATE_BIAS: biases[part]}
+
     parts = np.array_split(np.arange(len(images)), max(1, len(images) // 32))
-    batches = (inputs_of(images[part], [rows[i] for i in part], source.steered.sae.sites) for part in parts)
-    return calibrate(source.steered, source.spec, batches)
+    return calibrate(source.steered, source.spec, map(batch, parts))
 
 
 def _spread(of: int, count: int) -> torch.Tensor:

@@ -185,10 +185,10 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     async def _steering(self, model: Model, asked: Asked, inputs: Mapping[str, Tensor], images: int) -> Steering:
         profile, strength, budget = asked.profile, asked.strength, asked.budget
         tensors = [inputs[name] for name in STEERING if name in inputs]
-        bias = inputs.get(GATE_BIAS)
-        if bias is not None and (bias.ndim != 3 or len(bias) != images):
-            units = f"[{images}, {len(model.bundle.manifest.gated_blocks)}, {model.bundle.manifest.units}]"
-            raise InvalidRequest(f"input 'gate_bias' has the shape {list(bias.shape)}; allowed: {units}")
+        manifest, bias = model.bundle.manifest, inputs.get(GATE_BIAS)
+        units = images, len(manifest.gated_blocks), manifest.units
+        if bias is not None and bias.shape != units:
+            raise InvalidRequest(f"input 'gate_bias' has the shape {list(bias.shape)}; allowed: {list(units)}")
         if not tensors and bias is None:
             return model.steering(profile, NEUTRAL, strength, budget=budget)
         if not tensors:
@@ -202,7 +202,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             by_name = {name: list(inputs[name].shape) for name in STEERING if name in inputs}
             raise InvalidRequest(
                 f"steering tensors have the shapes {by_name}; allowed: {', '.join(STEERING)}, "
-                f"all [{images}, {len(model.bundle.manifest.sites)}, terms]"
+                f"all [{images}, {len(manifest.sites)}, terms]"
             )
         if tensors[0][0].size > self._settings.max_terms:
             raise InvalidRequest(

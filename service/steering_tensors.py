@@ -69,24 +69,18 @@ def from_tensors(
 def with_biases(bundle: Bundle, steering: Steering, gate_bias: NDArray[np.float32], strength: float) -> Steering:
     """The steering with gate biases (B, G, U) of each image added, at the strength.
 
-    Raises Lacking when the model takes none, and InvalidRequest for another shape or a value that is not allowed.
+    Raises Lacking when the model takes none, and InvalidRequest for a value that is not allowed.
     """
-    manifest = bundle.manifest
-    require_biases(bundle, f"input gate_bias has the shape {list(gate_bias.shape)}")
-    if gate_bias.shape[1:] != (len(manifest.gated_blocks), manifest.units):
-        raise InvalidRequest(
-            f"input gate_bias has the shape {list(gate_bias.shape)}; "
-            f"allowed: [images, {len(manifest.gated_blocks)}, {manifest.units}], gated blocks and units"
-        )
+    require_biases(bundle, "input 'gate_bias' is given")
     if (invalid := ~(np.abs(gate_bias) <= MAX_BIAS)).any():  # NaN too
         image, *_ = np.argwhere(invalid)[0].tolist()
         value = gate_bias[invalid][0]
-        raise InvalidRequest(f"input gate_bias of image {image} has the value {value}; allowed: -1e6 to 1e6")
+        raise InvalidRequest(f"input 'gate_bias' of image {image} has the value {value}; allowed: -1e6 to 1e6")
     own = gate_bias * np.float32(strength)
     if not own.any():
         return steering
     rows = own[:1] if (own == own[:1]).all() else own
-    digests = [biased_digest(steering.digest, as_gate_bias(manifest, row)) for row in rows]
+    digests = [biased_digest(steering.digest, as_gate_bias(bundle.manifest, row)) for row in rows]
     arrays = SteeringArrays(*(np.repeat(a, len(rows), 0) if len(a) < len(rows) else a for a in _parts(steering.arrays)))
     there = steering.arrays.gate_bias
     bias = np.broadcast_to(rows if there is None else rows + there, (len(arrays.latent), *own.shape[1:]))
