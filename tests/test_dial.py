@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -25,14 +27,17 @@ from export.session import Arrays, inputs_of, open_session, run_onnx
 from export.verify import verify
 from export.write import ExportSettings, _dial, write_source
 from service.buckets import Buckets
+from service.calls import Call, CallQueue, Piece
 from service.client import Asked, AsyncClient, Client
 from service.client.__main__ import main
+from service.dial import Forced, Unit
 from service.engine import Engine
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.pb.steering_pb2_grpc import SteeringServiceStub
-from service.steering import Steering, stack, with_bias
+from service.steering import Steering, resolve, stack, with_bias
+from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from training.checkpoint import RunError
 from training.model.macs import count
 from training.steering import (
@@ -42,6 +47,7 @@ from training.steering import (
     SteeringTerm,
     Terms,
     at_strength,
+    digest,
     profiles_to_json,
 )
 
@@ -285,6 +291,28 @@ REFUSED: tuple[tuple[str, Asked, str, str], ...] = (
 )  # fmt: skip
 
 
+@fault("steering: budget out of range", "INVALID_ARGUMENT: budget is 0.29; allowed: 0.3 to 1", STEERING)
+@fault(
+    "steering: budget for a model without a dial",
+    "FAILED_PRECONDITION: budget is 0.5, but model 'small' version 1 has no dial; allowed: no budget",
+    STEERING,
+)
+@fault(
+    "steering: gate biases for graphs without the input",
+    "FAILED_PRECONDITION: steering.open and steering.closed name 1 units, but the graphs of model 'small' version 1 "
+    "have no input gate_bias: its bundle is of schema version 2; allowed: none",
+    STEERING,
+)
+@fault(
+    "steering: unit that does not exist",
+    "INVALID_ARGUMENT: steering.open[0].mlp_group is 4; allowed: 0 to 3",
+    STEERING,
+)
+@fault(
+    "steering: unit forced both ways",
+    "INVALID_ARGUMENT: steering.open and steering.closed both have block 2 mlp_group 1; allowed: one of them",
+    STEERING,
+)
 @pytest.mark.parametrize(("model", "asked", "code", "sentence"), REFUSED)
 def test_what_is_refused_and_why(client: Client, model: str, asked: Asked, code: str, sentence: str) -> None:
     for call in (client.predict, client.compare, client.explain):
@@ -301,6 +329,7 @@ def test_a_unit_that_names_nothing_is_refused(server: ServerProcess) -> None:
     assert caught.value.details() == "steering.open[0] names no unit; allowed: head or mlp_group"
 
 
+@fault("bundle: older schema", "the answers as ever; FAILED_PRECONDITION to a budget, which needs a dial")
 def test_a_bundle_of_version_2_is_served_as_before(client: Client, server: ServerProcess) -> None:
     manifest = load_bundle(OLD / "small" / "1").manifest
     assert (manifest.schema_version, manifest.mlp_groups, manifest.takes_biases) == (2, 0, False)
@@ -393,11 +422,7 @@ def test_the_open_inference_protocol_has_budgets_and_biases_a_row(
     bias = np.random.default_rng(3).normal(0, 3, (4, 2, 7)).astype(np.float32)
 
     def infer(parameters: dict[str, oi.InferParameter], **tensors: NDArray[Any]) -> oi.ModelInferResponse:
-        request = oi.ModelInferRequest(model_name="dial", parameters=parameters)
-        for name, value in {"image": PIXELS[:4], **tensors}.items():
-            request.inputs.add(name=name, datatype="UINT8" if name == "image" else "FP32", shape=value.shape)
-            request.raw_input_contents.append(value.tobytes())
-        return stub.ModelInfer(request, timeout=20)
+        return stub.ModelInfer(infer_request("dial", parameters, **tensors), timeout=20)
 
     def gates(answer: oi.ModelInferResponse) -> NDArray[np.bool_]:
         assert [output.name for output in answer.outputs] == ["logits", "head_gate", "gate_logit", MLP_GATE]
@@ -424,23 +449,79 @@ def test_the_open_inference_protocol_has_budgets_and_biases_a_row(
     as_forced[:, 0, 0] = 1e4
     assert infer({}, gate_bias=as_forced).parameters["steering_digest"].string_param == forced
     assert alike.parameters["steering_digest"].string_param != forced
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"budget": oi.InferParameter(double_param=0.1)}, "budget is 0.1; allowed: 0.3 to 1"),
-        ({"budget": oi.InferParameter(bool_param=True)}, "parameter budget is True; allowed: a number"),
-        ({"gate_bias": bias[:3]}, "input 'gate_bias' has the shape [3, 2, 7]; allowed: [4, 2, 7]"),
-        ({"gate_bias": bias[:, :, :6]}, "input 'gate_bias' has the shape [4, 2, 6]; allowed: [4, 2, 7]"),
-        (
-            {"gate_bias": bias * np.float32(np.nan)},
-            "input 'gate_bias' of image 0 has the value nan; allowed: -1e6 to 1e6",
-        ),
-    )
-    for asked, sentence in wrong:
-        with pytest.raises(grpc.RpcError) as caught:
-            infer(
-                {k: v for k, v in asked.items() if k == "budget"}, **{k: v for k, v in asked.items() if k != "budget"}
-            )
-        assert sentence in caught.value.details()
-        assert caught.value.code().name == "INVALID_ARGUMENT"
     metadata = stub.ModelMetadata(oi.ModelMetadataRequest(name="dial"))
     shapes = {output.name: list(output.shape) for output in metadata.outputs}
     assert shapes == {"logits": [-1, 5], "head_gate": [-1, 2, 3], "gate_logit": [-1, 2, 7], "mlp_gate": [-1, 2, 4]}
+
+
+def infer_request(
+    model: str, parameters: dict[str, oi.InferParameter], **tensors: NDArray[Any]
+) -> oi.ModelInferRequest:
+    """For the first four images."""
+    request = oi.ModelInferRequest(model_name=model, parameters=parameters)
+    for name, value in {"image": PIXELS[:4], **tensors}.items():
+        request.inputs.add(name=name, datatype="UINT8" if name == "image" else "FP32", shape=value.shape)
+        request.raw_input_contents.append(value.tobytes())
+    return request
+
+
+ZEROS = np.zeros((4, 2, 7), np.float32)
+REFUSED_TENSORS: tuple[tuple[str, dict[str, Any], dict[str, NDArray[np.float32]], str, str], ...] = (
+    ("dial", {"double_param": 0.1}, {}, "INVALID_ARGUMENT", "budget is 0.1; allowed: 0.3 to 1"),
+    ("dial", {"bool_param": True}, {}, "INVALID_ARGUMENT", "parameter budget is True; allowed: a number"),
+    ("dial", {"string_param": "nan"}, {}, "INVALID_ARGUMENT", "parameter budget is 'nan'; allowed: a number"),
+    ("small", {"double_param": 0.5}, {}, "FAILED_PRECONDITION",
+     "budget is 0.5, but model 'small' version 1 has no dial; allowed: no budget"),
+    ("small", {}, {"gate_bias": ZEROS[:, :, :3]}, "FAILED_PRECONDITION",
+     "input 'gate_bias' is given, but the graphs of model 'small' version 1 have no input gate_bias: its bundle is of "
+     "schema version 2; allowed: none"),
+    ("dial", {}, {"gate_bias": ZEROS[:3]}, "INVALID_ARGUMENT",
+     "input 'gate_bias' has the shape [3, 2, 7]; allowed: [4, 2, 7]"),
+    ("dial", {}, {"gate_bias": ZEROS[:, 0]}, "INVALID_ARGUMENT",
+     "input 'gate_bias' has the shape [4, 7]; allowed: [4, 2, 7]"),
+    ("dial", {}, {"gate_bias": ZEROS + np.float32(np.nan)}, "INVALID_ARGUMENT",
+     "input 'gate_bias' of image 0 has the value nan; allowed: -1e6 to 1e6"),
+)  # fmt: skip
+
+
+@fault("steering: budget out of range", "INVALID_ARGUMENT: budget is 0.1; allowed: 0.3 to 1", OPEN_INFERENCE)
+@fault(
+    "steering: budget for a model without a dial",
+    "FAILED_PRECONDITION: budget is 0.5, but model 'small' version 1 has no dial; allowed: no budget",
+    OPEN_INFERENCE,
+)
+@fault(
+    "steering: gate biases for graphs without the input",
+    "FAILED_PRECONDITION: input 'gate_bias' is given, but the graphs of model 'small' version 1 have no input "
+    "gate_bias: its bundle is of schema version 2; allowed: none",
+    OPEN_INFERENCE,
+)
+@pytest.mark.parametrize(("model", "budget", "tensors", "code", "sentence"), REFUSED_TENSORS)
+def test_what_is_refused_of_tensors_and_parameters(
+    server: ServerProcess,
+    model: str,
+    budget: dict[str, Any],
+    tensors: dict[str, NDArray[np.float32]],
+    code: str,
+    sentence: str,
+) -> None:
+    stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    parameters = {"budget": oi.InferParameter(**budget)} if budget else {}
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(infer_request(model, parameters, **tensors), timeout=20)
+    assert (caught.value.code().name, caught.value.details()) == (code, sentence)
+
+
+def test_a_call_with_biases_never_runs_on_the_graph_of_its_profile(bundle: Bundle) -> None:
+    own = digest(STEERED)
+    specialists = cast(Any, SimpleNamespace(specialised={own}, seconds=lambda rows, digest="": 0.0 if digest else 1.0))
+    queue = CallQueue(specialists, lambda *_: None)
+
+    def piece(**asked: Any) -> Piece:
+        steering = resolve(bundle, "b", NEUTRAL, 1.0, **asked)
+        return Piece(Call(PIXELS[:1], steering, False, math.inf, 0.0, cast(Any, None)), 0, 1)
+
+    assert queue.common_digest([piece(), piece()]) == own
+    assert queue.common_digest([piece(), piece(budget=0.5)]) == ""
+    assert queue.common_digest([piece(budget=0.5)]) == ""
+    assert queue.common_digest([piece(forced=Forced(open=[Unit(1, "head", 0)]))]) == ""
