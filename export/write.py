@@ -345,11 +345,12 @@ def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProf
                 f"results.json measured other terms of profile {profile.name!r}: digest is {recorded!r}; "
                 f"allowed: {allowed!r}, so evaluate again"
             )
-    kept = ("images", "before", "after", "head_usage_before", "head_usage_after")
-    return [
-        replace(p, evaluation={"split": results["split"], **{key: measured[p.name][key] for key in kept}})
-        for p in profiles
-    ]
+    usages = [f"{unit}_usage_{when}" for unit in ("head", "mlp") for when in ("before", "after")]
+
+    def kept(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: entry[key] for key in ("images", "before", "after", *usages) if key in entry}
+
+    return [replace(p, evaluation={"split": results["split"], **kept(measured[p.name])}) for p in profiles]
 
 
 def _results(run: Run) -> dict[str, Any]:

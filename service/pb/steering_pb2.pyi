@@ -451,7 +451,7 @@ class Profile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ...) -> None: ...
 
 class Effect(_message.Message):
-    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy")
+    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy", "mlp_usage", "unit_usage")
     RECALL_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -461,6 +461,8 @@ class Effect(_message.Message):
     F1_FIELD_NUMBER: _ClassVar[int]
     AUROC_FIELD_NUMBER: _ClassVar[int]
     OTHERS_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    MLP_USAGE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_USAGE_FIELD_NUMBER: _ClassVar[int]
     recall: float
     precision: float
     false_positive_rate: float
@@ -470,4 +472,6 @@ class Effect(_message.Message):
     f1: float
     auroc: float
     others_accuracy: float
-    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., f1: _Optional[float] = ..., auroc: _Optional[float] = ..., others_accuracy: _Optional[float] = ...) -> None: ...
+    mlp_usage: float
+    unit_usage: float
+    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., f1: _Optional[float] = ..., auroc: _Optional[float] = ..., others_accuracy: _Optional[float] = ..., mlp_usage: _Optional[float] = ..., unit_usage: _Optional[float] = ...) -> None: ...
