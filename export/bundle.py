@@ -21,8 +21,8 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -30,11 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from training.dial import Dial, DialError, Point, check_curve
 from training.fields import AS_INTEGER, Count, Natural, Number, checked_as, read, read_as
 from training.image_spec import ImageSpec
-from training.steering import Name, SteeringError, SteeringProfile, check, digest, profiles_from_json
+from training.steering import Name, SteeringError, SteeringProfile, check, check_gate_bias, digest, profiles_from_json
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 ATTENTIONS = ("dispatch", "masked", "compact", "fused")
 PRECISIONS = ("fp32", "int8", "fp16")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -42,9 +43,12 @@ VERSION = re.compile(r"[1-9][0-9]{0,17}")
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
 GATE_BIAS = "gate_bias"
-"""A further input, float32 (B, gated blocks, units): added to the gate logits."""
+"""A further input, float32 (B, gated blocks, units): added to the gate logits. Manifest.takes_biases: which graphs have
+it."""
 MLP_GATE = "mlp_gate"
 """A further output of models with MLP groups, bool (B, gated blocks, MLP groups)."""
+MAX_KNOT = 1000.0
+"""Of a dial's gate biases: far above what opens or closes a unit, far below what forces it (service/dial.py)."""
 
 FileName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Attention = Annotated[str, read_as(Literal[ATTENTIONS])]
@@ -78,8 +82,8 @@ class Graph:
 
 @dataclass(frozen=True)
 class Specialised:
-    """A graph for one profile: its terms are in it, and heads that its classes almost never keep are not. Its only
-    input is the image; the heads that are not in it report 0."""
+    """A graph for one profile: its terms are in it, and units that its classes almost never keep are not. Its only
+    input is the image; the units that are not in it report 0."""
 
     file: str
     precision: Precision
@@ -87,11 +91,11 @@ class Specialised:
     digest: str
     """Of the profile's terms (training/steering.py): the graph answers for these alone."""
     kept: tuple[tuple[Natural, ...], ...]
-    """The heads that are left of each gated block."""
+    """The units that are left of each gated block: heads from 0 on, MLP groups after them."""
     threshold: Number
-    """Heads that a smaller share of the classes' images kept were left out."""
+    """Units that a smaller share of the classes' images kept were left out."""
     before: Mapping[str, Any]
-    """What the profile does on held-out images with all heads, and `after` with those that are left."""
+    """What the profile does on held-out images with all units, and `after` with those that are left."""
     after: Mapping[str, Any]
     certificate: Mapping[str, Any]
     """As of Graph."""
@@ -102,14 +106,27 @@ class Macs:
     """Multiply-accumulates per image, by the counter of training/model/macs.py."""
 
     dense: Count
-    """Every head on."""
+    """Every unit open."""
     per_head: tuple[Natural, ...]
     """What one head costs, by gated block."""
+    per_mlp_group: tuple[Natural, ...] = ()
+    """What one MLP group costs, by gated block; empty in a model without MLP groups."""
 
-    def spent(self, head_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Gates (B, gated blocks, heads) -> MACs spent (B,)."""
-        closed = (~head_gate).sum(2)  # (B, G)
-        return np.asarray(self.dense - closed @ np.asarray(self.per_head, np.int64), np.int64)
+    def spent(self, head_gate: NDArray[np.bool_], mlp_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Gates (B, gated blocks, heads) and (B, gated blocks, MLP groups) -> MACs spent (B,)."""
+        spent = self.dense - (head_gate.shape[2] - head_gate.sum(2)) @ np.asarray(self.per_head, np.int64)
+        if self.per_mlp_group:
+            spent = spent - (mlp_gate.shape[2] - mlp_gate.sum(2)) @ np.asarray(self.per_mlp_group, np.int64)
+        return np.asarray(spent, np.int64)
+
+
+@dataclass(frozen=True)
+class Knot:
+    """Of the dial: a budget and the gate biases that reach it (training/dial.py)."""
+
+    budget: Number
+    gate_bias: tuple[tuple[Number, ...], ...]
+    """By gated block and unit, heads first."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +150,7 @@ class Measured:
 class Manifest:
     """The content of manifest.json: the model, its graphs, its evaluation, and every other file of the bundle."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     name: FileName
     version: Annotated[int, Field(strict=True, ge=1, lt=10**18), AS_INTEGER]
     labels: Annotated[tuple[Name, ...], Field(min_length=2)]
@@ -150,7 +167,7 @@ class Manifest:
     evaluation: Annotated[Mapping[str, Any], checked_as(Measured)]
     """Of the unsteered model on the test split, not in a compact bundle; and the `warnings` of its run, if any."""
     compact: Mapping[str, Any] | None
-    """Of a compact bundle: its profile, the heads that are left, and what leaving out the others did on held-out
+    """Of a compact bundle: its profile, the units that are left, and what leaving out the others did on held-out
     images."""
     gates_sae_digest: str
     """Of the weights that give a steering term its meaning; profiles are bound to it."""
@@ -158,6 +175,23 @@ class Manifest:
     """Every file but the manifest itself."""
     specialised: tuple[Specialised, ...] = ()
     """Not in older bundles."""
+    mlp_groups: Natural = 0
+    """A gated block; 0: heads alone have gates, as in every bundle before version 3."""
+    dial: tuple[Knot, ...] = ()
+    """Of a model that takes a budget."""
+    dials: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
+    """What the dial did on the selection slice: "" without steering, and by profile."""
+
+    @property
+    def units(self) -> int:
+        """The units of a gated block: its heads, then its MLP groups."""
+        return self.heads + self.mlp_groups
+
+    @property
+    def takes_biases(self) -> bool:
+        """Whether its graphs, but specialised ones, have the input GATE_BIAS. Older graphs have not, nor has a compact
+        one, where a bias could open a unit that is not there."""
+        return self.schema_version >= 3 and self.compact is None
 
     @property
     def latents(self) -> tuple[int, ...]:
@@ -167,8 +201,11 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The value of manifest.json, which from_json reads."""
         value = asdict(self)
-        if not self.specialised:
-            del value["specialised"]  # as bundles were before there were such graphs
+        for name in ("specialised", "mlp_groups", "dial", "dials"):
+            if not value[name]:
+                del value[name]  # as bundles were before there was such a field
+        if not self.macs.per_mlp_group:
+            del value["macs"]["per_mlp_group"]
         return value
 
     @classmethod
@@ -192,8 +229,13 @@ class Manifest:
         require(set(sites) <= set(blocks) and list(sites) == sorted(set(sites)), "sites", sites, allowed)
         per_head = self.macs.per_head
         require(len(per_head) == len(blocks), "macs.per_head", per_head, "one number a gated block")
-        least = self.heads * sum(per_head)
-        require(least <= self.macs.dense, "macs.dense", self.macs.dense, f"{least} or more, as all heads together")
+        per_group = self.macs.per_mlp_group
+        allowed = "one number a gated block" if self.mlp_groups else "none, as mlp_groups is 0"
+        require(len(per_group) == len(blocks) * bool(self.mlp_groups), "macs.per_mlp_group", per_group, allowed)
+        least = self.heads * sum(per_head) + self.mlp_groups * sum(per_group)
+        require(least <= self.macs.dense, "macs.dense", self.macs.dense, f"{least} or more, as all units together")
+        new = [name for name in ("mlp_groups", "dial", "dials") if getattr(self, name)]
+        require(self.schema_version >= 3 or not new, "schema_version", self.schema_version, f"3, with {new}")
         for graph in self.graphs:
             file = f"{graph.attention}.{graph.precision}.onnx"
             require(graph.file == file, "graphs.file", graph.file, file)
@@ -201,12 +243,42 @@ class Manifest:
             file = specialised_file(index, entry.precision)
             require(entry.file == file, "specialised.file", entry.file, file)
             require(
-                len(entry.kept) == len(blocks) and all(head < self.heads for of in entry.kept for head in of),
-                "specialised.kept", entry.kept, "some of the heads of each gated block",
+                len(entry.kept) == len(blocks) and all(unit < self.units for of in entry.kept for unit in of),
+                "specialised.kept", entry.kept, "some of the units of each gated block",
             )  # fmt: skip
+        self._validate_dial(require)
         graphs = [*(graph.file for graph in self.graphs), *(entry.file for entry in self.specialised)]
         for required in ("profiles.json", "sae.safetensors", "golden.npz", *graphs):
             require(required in self.files, "files", sorted(self.files), f"a list with {required}")
+
+    def _validate_dial(self, require: Callable[[bool, str, object, str], None]) -> None:
+        dial = read_dial(self.dial)
+        if dial is None:
+            require(not self.dials, "dials", sorted(self.dials), "none, as there is no dial")
+            return
+        budgets = [knot.budget for knot in self.dial]
+        require(self.takes_biases, "dial.budget", budgets, "none in a compact bundle")
+        for name, curve in self.dials.items():
+            try:
+                check_curve(curve, f"dials[{name!r}]")
+            except DialError as error:
+                raise BundleError(f"manifest.json: {error}") from error
+        shape, allowed = dial.gate_bias.shape[1:], (len(self.gated_blocks), self.units)
+        require(shape == allowed, "dial.gate_bias", shape, f"the shape {allowed}, gated blocks and units")
+        most = float(np.abs(dial.gate_bias).max())
+        require(most <= MAX_KNOT, "dial.gate_bias", most, f"-{MAX_KNOT:g} to {MAX_KNOT:g}")
+        require("" in self.dials, "dials", sorted(self.dials), "'' (without steering) among them")
+        for name, curve in self.dials.items():
+            first = curve[0].budget
+            require(first >= dial.lowest, f"dials[{name!r}].budget", first, f"{dial.lowest} or more, as on the dial")
+
+
+def read_dial(knots: Sequence[Knot]) -> Dial | None:
+    """The dial with these knots; None without any. Raises BundleError when they are not a dial."""
+    try:
+        return Dial.from_json([vars(knot) for knot in knots]) if knots else None
+    except DialError as error:
+        raise BundleError(f"manifest.json: {error}") from error
 
 
 def specialised_file(index: int, precision: str) -> str:
@@ -224,6 +296,10 @@ class Bundle:
     """By name."""
     digest: str
     """SHA-256 of manifest.json, which names the SHA-256 of everything else; 16 hexadecimal digits."""
+    dial: Dial | None = None
+    """Of a model that takes a budget."""
+    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    """Manifest.dials: of these profiles as they are here."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +307,7 @@ class Golden:
     """Inputs of a few rows and the outputs expected of them: for fp32 PyTorch's, else the graph's own at export."""
 
     inputs: Mapping[str, NDArray[Any]]
-    """By INPUTS."""
+    """By INPUTS, and GATE_BIAS where graphs take biases."""
     outputs: Mapping[str, NDArray[Any]]
     """logits and gate_logit."""
     tolerance: float
@@ -255,8 +331,10 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
             _check_file(folder, name, entry)
         profiles = profiles_from_json(json.loads((folder / "profiles.json").read_bytes()))
         for profile in profiles:
-            check(profile.terms, manifest.latents, f"profile {profile.name!r}")
-        digests = {profile.name: digest(profile.terms) for profile in profiles}
+            check_profile(profile, manifest, f"profile {profile.name!r}")
+        digests = {profile.name: digest(profile.terms, profile.gate_bias) for profile in profiles}
+        if unknown := manifest.dials.keys() - digests.keys() - {""}:
+            raise BundleError(f"manifest.json: dials has {sorted(unknown)}; allowed: '' and names of profiles.json")
         for own in manifest.specialised:
             if digests.get(own.profile) != own.digest:
                 raise BundleError(
@@ -272,7 +350,16 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}
-    return Bundle(folder, manifest, by_name, hashlib.sha256(content).hexdigest()[:16])
+    name = hashlib.sha256(content).hexdigest()[:16]
+    return Bundle(folder, manifest, by_name, name, read_dial(manifest.dial), manifest.dials)
+
+
+def check_profile(profile: SteeringProfile, manifest: Manifest, where: str) -> None:
+    """Raise SteeringError unless the model has the sites, latents and units of the profile."""
+    check(profile.terms, manifest.latents, where)
+    if profile.gate_bias and not manifest.takes_biases:
+        raise SteeringError(f"{where}: gate_bias is given; allowed: none, as the model's graphs take no gate biases")
+    check_gate_bias(profile.gate_bias, manifest.gated_blocks, manifest.units, f"{where}: gate_bias")
 
 
 def load_golden(folder: Path, key: str) -> Golden:
@@ -285,7 +372,7 @@ def load_golden(folder: Path, key: str) -> Golden:
             if not len(arrays["image"]):
                 raise BundleError(f"{folder / 'golden.npz'}: image has 0 rows; allowed: 1 or more")
             return Golden(
-                {name: arrays[name] for name in INPUTS},
+                {name: arrays[name] for name in (*INPUTS, *[GATE_BIAS] * (GATE_BIAS in arrays))},
                 {name: arrays[f"{key}.{name}"] for name in ("logits", "gate_logit")},
                 float(arrays[f"{key}.tolerance"]),
                 float(arrays[f"{key}.margin"]),

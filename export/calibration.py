@@ -6,17 +6,19 @@ import numpy as np
 
 from export.graph import SteeredVit, build
 from export.precision import Float, Range
-from export.session import Arrays, open_session
+from export.session import Arrays, inputs_for, open_session
 from training.image_spec import ImageSpec
 
 
 def calibrate(steered: SteeredVit, spec: ImageSpec, batches: Iterable[Arrays]) -> dict[str, Range]:
-    """batches: inputs of the graph. Returns, by the key of precision.Operand, the lowest and the highest value."""
-    session = open_session(build(steered, spec, "masked", {}, Float(observe=True)).SerializeToString())
+    """batches: inputs of the graph, with gate biases or without. Returns, by the key of precision.Operand, the lowest
+    and the highest value."""
+    graph = build(steered, spec, "masked", {}, Float(observe=True), gate_bias=True)
+    session = open_session(graph.SerializeToString())
     names = [output.name for output in session.get_outputs() if output.name.startswith("observed/")]
     ranges: dict[str, Range] = {}
     for batch in batches:
-        for name, value in zip(names, session.run(names, batch), strict=True):
+        for name, value in zip(names, session.run(names, inputs_for(session, batch)), strict=True):
             key = name.removeprefix("observed/")
             low, high = ranges.get(key, (np.inf, -np.inf))
             ranges[key] = min(low, float(value.min())), max(high, float(value.max()))

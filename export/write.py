@@ -2,22 +2,25 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save as safetensors
 
 from export.builder import OPSET, save
 from export.bundle import (
+    GATE_BIAS,
     SCHEMA_VERSION,
     Bundle,
     BundleError,
     Golden,
     Graph,
+    Knot,
     Macs,
     Manifest,
     Site,
@@ -26,22 +29,25 @@ from export.bundle import (
     golden_bytes,
     load_bundle,
     new_folder,
+    read_dial,
     specialised_file,
     versions,
     write_bundle,
 )
 from export.calibration import calibrate
-from export.certify import LIMITS, Reference, steerings
+from export.certify import LIMITS, Reference, run_torch, steerings
 from export.compact import Compact, compact
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Arithmetic, Float, Int8, Range
-from export.session import inputs_of, open_session, run_onnx
+from export.session import Arrays, inputs_of, open_session, run_onnx
 from training import soundness
 from training.checkpoint import Run, RunError
 from training.config import DataSettings
 from training.data import splits
 from training.data.splits import Split
+from training.dial import ALL_OPEN, Point
+from training.fields import read
 from training.image_spec import ImageSpec
 from training.profiles.fit import load_profiles
 from training.sae.fit import load_sae
@@ -73,7 +79,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The contents of a bundle, before it is written."""
 
     spec: ImageSpec
@@ -83,10 +89,13 @@ class _Source:
     profiles: Sequence[SteeringProfile]
     evaluation: Mapping[str, Any]
     selection: Split
-    compacted: Compact | None
+    compacted: Compact | None = None
+    dial: tuple[Knot, ...] = ()
+    dials: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
 
     @property
     def terms(self) -> list[Terms]:
+        """Of each profile."""
         return [profile.terms for profile in self.profiles]
 
 
@@ -95,9 +104,13 @@ def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
 
     Raises BundleError when name or version are not allowed or taken, ExportError when a graph does not match PyTorch.
     """
-    version = max(versions(repository / settings.name), default=0) + 1 if settings.version is None else settings.version
-    new_folder(repository, settings.name, version)  # checked before any work
-    source = _read(run, settings)
+    version = _version(repository, settings)  # checked before any work
+    return write_source(_read(run, settings), repository, replace(settings, version=version))
+
+
+def write_source(source: Source, repository: Path, settings: ExportSettings) -> Bundle:
+    """As `write`, of contents at hand."""
+    version = _version(repository, settings)
     model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
     metadata = {"model": settings.name, "version": str(version), "labels": json.dumps(source.labels)}
     with TemporaryDirectory() as folder:
@@ -123,6 +136,9 @@ def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
         gates_sae_digest=gates_sae_digest(weights, model.gated_blocks),
         files={},
         specialised=specialised,
+        mlp_groups=model.mlp_groups,
+        dial=source.dial,
+        dials=source.dials,
     )
     contents["profiles.json"] = (json.dumps(profiles_to_json(source.profiles), indent=1) + "\n").encode()
     contents["sae.safetensors"] = safetensors(weights)
@@ -130,10 +146,18 @@ def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
     return load_bundle(write_bundle(repository, manifest, contents))
 
 
-def _read(run: Run, settings: ExportSettings) -> _Source:
+def _version(repository: Path, settings: ExportSettings) -> int:
+    """The version to write. Raises BundleError when name or version are not allowed or taken."""
+    last = max(versions(repository / settings.name), default=0)
+    version = last + 1 if settings.version is None else settings.version
+    new_folder(repository, settings.name, version)
+    return version
+
+
+def _read(run: Run, settings: ExportSettings) -> Source:
     info, results = run.info("vit"), _results(run)
     made = info["result"]
-    labels, macs = tuple(made["labels"]), Macs(made["macs"]["dense"], tuple(made["macs"]["per_head"]))
+    labels, macs = tuple(made["labels"]), read(Macs, made["macs"], BundleError, "macs: ")
     model, sae = load_vit(run).cpu(), load_sae(run).cpu()
     profiles = _with_evaluation(results, load_profiles(run))
     evaluation = {"split": results["split"], "images": results["images"], **results["neutral"]}
@@ -143,20 +167,34 @@ def _read(run: Run, settings: ExportSettings) -> _Source:
     soundness.show("export", of_run)
     warnings = {"warnings": [*images.warnings, *of_run]} if images.warnings or of_run else {}
     selection = images.selection
-    compacted = None
+    dial, dials = _dial(made, results)
+    compacted, units = None, model.heads + model.mlp_groups
     if settings.compact_for is not None:
         profile = _named(profiles, settings.compact_for)
         compacted = compact(model, sae, profile, labels, selection, settings.compact_threshold)
         profiles = [replace(profile, evaluation={"split": "selection", "after": compacted.after.to_json()})]
-        model, evaluation = compacted.model, {}
-        _show(compacted, profile, model.heads)
+        model, evaluation, dial, dials = compacted.model, {}, (), {}
+        _show(compacted, profile, units)
     evaluation |= warnings
     spec, steered = ImageSpec(**made["image"]), SteeredVit(model, sae).eval()
-    return _Source(spec, labels, macs, steered, profiles, evaluation, selection, compacted)
+    return Source(spec, labels, macs, steered, profiles, evaluation, selection, compacted, dial, dials)
+
+
+def _dial(made: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[tuple[Knot, ...], dict[str, tuple[Point, ...]]]:
+    """The dial that the stage `vit` made, if it did, and its curves, which `evaluate` measured; by profile.
+
+    Raises BundleError when they cannot be read.
+    """
+    if not made.get("dial"):
+        return (), {}
+    if "dials" not in results:
+        raise RunError("results.json has no dials, but the model has a dial: evaluate again")
+    knots = read(tuple[Knot, ...], made["dial"], BundleError, "dial: ")
+    return knots, read(dict[str, tuple[Point, ...]], results["dials"], BundleError, "dials: ")
 
 
 def _graphs(
-    source: _Source, settings: ExportSettings, metadata: dict[str, str], folder: Path
+    source: Source, settings: ExportSettings, metadata: dict[str, str], folder: Path
 ) -> tuple[list[Graph], dict[str, Golden]]:
     """Write every graph into the folder and compare it with PyTorch; golden rows by precision."""
     selection, sae = source.selection, source.steered.sae
@@ -177,12 +215,31 @@ def _graphs(
             arithmetic: Arithmetic = Int8(ranges) if ranges else Float(FLOATS[precision])
             kept = source.compacted.kept if source.compacted else None
             path = folder / f"{kind}.{precision}.onnx"
-            save(build(source.steered, source.spec, kind, metadata, arithmetic, kept), path)
+            biases = source.compacted is None  # which Manifest.takes_biases says
+            save(build(source.steered, source.spec, kind, metadata, arithmetic, kept, biases), path)
             certificate = reference.certify(path, kind, precision)
             print(f"{path.name}: {certificate}", flush=True)
             graphs.append(Graph(path.name, kind, precision, OPSET, certificate.to_json()))
             first.setdefault(precision, path)
-    return graphs, reference.golden(first)
+    golden = reference.golden(first)
+    return graphs, golden if source.compacted else _with_biases(golden, source.steered, first)
+
+
+def _with_biases(golden: Mapping[str, Golden], steered: SteeredVit, graphs: Mapping[str, Path]) -> dict[str, Golden]:
+    """The same rows; in each third one gate biases open half of the units and close the others."""
+    model = steered.model
+    shape = len(model.gated_blocks), model.heads + model.mlp_groups
+    biased = {}
+    for precision, rows in golden.items():
+        opened = np.random.default_rng(0).random((len(rows.inputs["image"]), *shape)) < 0.5
+        bias = np.where(opened, np.float32(ALL_OPEN), np.float32(-ALL_OPEN))
+        bias[np.arange(len(bias)) % 3 != 2] = 0
+        inputs = {**rows.inputs, GATE_BIAS: bias}
+        outputs = (
+            run_torch(steered, inputs) if precision == "fp32" else run_onnx(open_session(graphs[precision]), inputs)
+        )
+        biased[precision] = replace(rows, inputs=inputs, outputs={name: outputs[name] for name in rows.outputs})
+    return biased
 
 
 def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
@@ -193,7 +250,7 @@ def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
 
 
 def _specialised(
-    source: _Source, settings: ExportSettings, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
+    source: Source, settings: ExportSettings, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
 ) -> tuple[Specialised, ...]:
     """Write the graphs for one profile each, compared with PyTorch under it; their golden rows join the others."""
     names = [p.name for p in source.profiles] if settings.specialise is None else settings.specialise
@@ -203,8 +260,10 @@ def _specialised(
     specialised = []
     for index, name in enumerate(names):
         profile = _named(source.profiles, name, "--specialise")
+        if profile.gate_bias:
+            raise BundleError(f"--specialise: profile {name!r} has a gate_bias; allowed: profiles of terms alone")
         compacted = compact(model, sae, profile, source.labels, selection, settings.compact_threshold)
-        _show(compacted, profile, model.heads, "specialised")
+        _show(compacted, profile, model.heads + model.mlp_groups, "specialised")
         steered = SteeredVit(compacted.model, sae).eval()
         path = folder / specialised_file(index, precision)
         real = FLOATS[precision]
@@ -231,14 +290,23 @@ def _specialised(
     return tuple(specialised)
 
 
-def _ranges(source: _Source) -> dict[str, Range]:
-    """For int8: held-out images, without steering and under every profile in turn."""
+def _ranges(source: Source) -> dict[str, Range]:
+    """For int8: held-out images, without steering and under every profile in turn, half of them at some budget."""
     images = source.selection.images[_spread(len(source.selection), CALIBRATION_IMAGES)].numpy()
     tried = [{}, *source.terms]
     rows = [tried[index % len(tried)] for index in range(len(images))]
+    biases = None
+    if dial := read_dial(source.dial):
+        drawn = np.random.default_rng(0)
+        biases = dial.at(drawn.uniform(dial.lowest, 1, len(images)))
+        biases[drawn.random(len(images)) < 0.5] = 0
+
+    def batch(part: NDArray[np.int64]) -> Arrays:
+        inputs = inputs_of(images[part], [rows[i] for i in part], source.steered.sae.sites)
+        return inputs if biases is None else {**inputs, GATE_BIAS: biases[part]}
+
     parts = np.array_split(np.arange(len(images)), max(1, len(images) // 32))
-    batches = (inputs_of(images[part], [rows[i] for i in part], source.steered.sae.sites) for part in parts)
-    return calibrate(source.steered, source.spec, batches)
+    return calibrate(source.steered, source.spec, map(batch, parts))
 
 
 def _spread(of: int, count: int) -> torch.Tensor:
@@ -253,10 +321,10 @@ def _named(profiles: Sequence[SteeringProfile], name: str, flag: str = "--compac
     raise BundleError(f"{flag} is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
 
 
-def _show(compacted: Compact, profile: SteeringProfile, heads: int, how: str = "compact") -> None:
-    total, left = heads * len(compacted.kept), sum(map(len, compacted.kept))
+def _show(compacted: Compact, profile: SteeringProfile, units: int, how: str = "compact") -> None:
+    total, left = units * len(compacted.kept), sum(map(len, compacted.kept))
     before, after = compacted.before, compacted.after
-    print(f"{how} for {profile.name}: {total - left} of {total} heads removed (kept by < {compacted.threshold:.1%})")
+    print(f"{how} for {profile.name}: {total - left} of {total} units removed (kept by < {compacted.threshold:.1%})")
     for what in ("recall", "precision", "overall_accuracy", "head_usage", "compute_fraction"):
         was, now = getattr(before, what), getattr(after, what)
         print(f"  {what.replace('_', ' '):17}{was:.4f} -> {now:.4f}   (selection images, profile at strength 1)")
@@ -277,11 +345,12 @@ def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProf
                 f"results.json measured other terms of profile {profile.name!r}: digest is {recorded!r}; "
                 f"allowed: {allowed!r}, so evaluate again"
             )
-    kept = ("images", "before", "after", "head_usage_before", "head_usage_after")
-    return [
-        replace(p, evaluation={"split": results["split"], **{key: measured[p.name][key] for key in kept}})
-        for p in profiles
-    ]
+    usages = [f"{unit}_usage_{when}" for unit in ("head", "mlp") for when in ("before", "after")]
+
+    def kept(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: entry[key] for key in ("images", "before", "after", *usages) if key in entry}
+
+    return [replace(p, evaluation={"split": results["split"], **kept(measured[p.name])}) for p in profiles]
 
 
 def _results(run: Run) -> dict[str, Any]:

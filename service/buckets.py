@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS
+from export.bundle import GATE_BIAS, INPUTS
 from export.session import Arrays
 from service import cuda
 
@@ -129,8 +129,8 @@ class _Bucket:
         with cuda.quiet.using():
             for name, staged in self._staged.items():
                 value = inputs[name]
-                if name == INPUTS[0]:
-                    staged[:count] = value  # other rows keep earlier images, which have no effect on these
+                if name in (INPUTS[0], GATE_BIAS):
+                    staged[:count] = value  # other rows keep earlier values, which have no effect on these
                 else:
                     width = value.shape[2]
                     staged[:count, :, :width] = value
@@ -142,11 +142,14 @@ class _Bucket:
 
 
 def filled_up(inputs: Arrays) -> Arrays:
-    """The inputs padded to powers of two: rows with black images without steering, terms with neutral ones."""
+    """The inputs padded to powers of two: rows with black images without steering, terms with neutral ones, biases with
+    0."""
     count, _, terms = inputs[INPUTS[1]].shape
     rows, width = sizes(count)[-1] - count, sizes(terms)[-1] - terms
     padded = {INPUTS[0]: np.pad(inputs[INPUTS[0]], ((0, rows), (0, 0), (0, 0), (0, 0)))}
     for name in INPUTS[1:]:
         neutral = 1 if name == "steering_scale" else 0
         padded[name] = np.pad(inputs[name], ((0, rows), (0, 0), (0, width)), constant_values=neutral)
+    if GATE_BIAS in inputs:
+        padded[GATE_BIAS] = np.pad(inputs[GATE_BIAS], ((0, rows), (0, 0), (0, 0)))
     return padded

@@ -204,6 +204,6 @@ class CallQueue:
 
     def _key(self, call: Call) -> str:
         """The digest of the call's steering, if there is a graph for it alone that can answer; else ""."""
-        digest = call.steering.digest
+        digest, biased = call.steering.digest, call.steering.arrays.gate_bias is not None
         specialised = self._specialists is not None and digest in self._specialists.specialised
-        return digest if specialised and not call.residual else ""
+        return digest if specialised and not biased and not call.residual else ""

@@ -15,6 +15,7 @@ from service.engine import Outputs
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -98,6 +99,8 @@ class ProfileTotals:
     images: int
     heads_kept: list[list[int]]
     """By gated block and head."""
+    mlp_groups_kept: list[list[int]]
+    """By gated block and MLP group."""
     macs_spent: int
     macs_dense: int
     near_threshold: int
@@ -110,23 +113,26 @@ class ProfileTotals:
 class ProfileCounts:
     """The counts of one profile of a model."""
 
-    def __init__(self, blocks: tuple[int, ...], heads: int):
-        """blocks: those with gates; heads: of each."""
-        self.layout = blocks, heads
+    def __init__(self, blocks: tuple[int, ...], heads: int, mlp_groups: int):
+        """blocks: those with gates; heads, mlp_groups: of each."""
+        self.layout = blocks, heads, mlp_groups
         self._lock = threading.Lock()
+        self._mlp_groups: NDArray[np.int64] = np.zeros((len(blocks), mlp_groups), np.int64)
         self._heads: NDArray[np.int64] = np.zeros((len(blocks), heads), np.int64)
         self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
         self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
 
     def answered(self, outputs: Outputs, dense: int) -> None:
-        """dense: multiply-accumulates of an image with every head on."""
-        gates = outputs.head_gate
+        """dense: multiply-accumulates of an image with every unit open."""
+        gates, of_mlps = outputs.head_gate, outputs.mlp_gate
         count = len(gates)
         kept = gates[0] if count == 1 else gates.sum(0)  # (G, H)
+        groups = of_mlps[0] if count == 1 else of_mlps.sum(0)  # (G, M)
         spent, near = sum(outputs.macs.tolist()), sum(outputs.near_threshold.tolist())
         with self._lock:
             self._images += count
             self._heads += kept
+            self._mlp_groups += groups
             self._macs_spent += spent
             self._macs_dense += dense * count
             self._near_threshold += near
@@ -145,8 +151,9 @@ class ProfileCounts:
         """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
-                self._images, self._heads.tolist(), self._macs_spent, self._macs_dense, self._near_threshold,
-                self._shadow_images, self._shadow_agreed, (self._shadow_steered, self._shadow_unsteered),
+                self._images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
+                self._near_threshold, self._shadow_images, self._shadow_agreed,
+                (self._shadow_steered, self._shadow_unsteered),
             )  # fmt: skip
 
 
@@ -154,7 +161,7 @@ class VersionCounts:
     """The counts of a version, over all profiles."""
 
     def __init__(self) -> None:
-        self.batch_size = Histogram(SIZES)
+        self.batch_size, self.budget = Histogram(SIZES), Histogram(BUDGETS)
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
         self.specialised = Tally()

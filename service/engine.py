@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS, OUTPUTS, Bundle, BundleError, Golden, Graph, load_golden
+from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Bundle, BundleError, Golden, Graph, load_golden
 from export.contained import check_contained
 from export.session import Arrays, session_options
 from export.verify import check_golden
@@ -41,10 +41,14 @@ class Outputs:
     """(B, classes)"""
     head_gate: NDArray[np.bool_]
     """(B, gated blocks, heads)"""
+    mlp_gate: NDArray[np.bool_]
+    """(B, gated blocks, MLP groups)"""
     gate_logit: NDArray[np.float32]
-    """(B, gated blocks, heads)"""
+    """(B, gated blocks, units): of heads, then of MLP groups."""
     head_usage: NDArray[np.float64]
     """(B,)"""
+    mlp_usage: NDArray[np.float64]
+    """(B,); 0 in a model without MLP groups."""
     macs: NDArray[np.int64]
     """(B,) multiply-accumulates spent."""
     near_threshold: NDArray[np.int64]
@@ -57,8 +61,8 @@ class Outputs:
     def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
         """The outputs of some images, with the time of all."""
         return Outputs(
-            self.logits[index], self.head_gate[index], self.gate_logit[index],
-            self.head_usage[index], self.macs[index], self.near_threshold[index],
+            self.logits[index], self.head_gate[index], self.mlp_gate[index], self.gate_logit[index],
+            self.head_usage[index], self.mlp_usage[index], self.macs[index], self.near_threshold[index],
             None if self.residual is None else self.residual[index], self.seconds,
         )  # fmt: skip
 
@@ -74,7 +78,7 @@ def joined(parts: Sequence[Outputs]) -> Outputs:
     """The images of several batches, one after the other; their times added."""
     if len(parts) == 1:
         return parts[0]
-    names = ("logits", "head_gate", "gate_logit", "head_usage", "macs", "near_threshold")
+    names = [field.name for field in fields(Outputs) if field.name not in ("residual", "seconds")]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     residuals = [part.residual for part in parts if part.residual is not None]
     # a part may have residuals only because another call in its batch requested them
@@ -111,6 +115,7 @@ class Engine:
         check_installation()
         self.bundle = bundle
         self._macs_per_head = np.array(bundle.manifest.macs.per_head, np.int64)  # (G,)
+        self._macs_per_mlp_group = np.array(bundle.manifest.macs.per_mlp_group, np.int64)  # (G,), or empty
         self.provider = resolve_provider(provider)
         self.graph = choose_graph(bundle, self.provider, graph)
         self.threads = threads or usable_cpus()
@@ -127,6 +132,8 @@ class Engine:
             return Loaded(path, options, self.provider, used, bounds)
 
         self._general = load(self.graph.file, self.graph.attention)
+        if bundle.manifest.takes_biases and GATE_BIAS not in self._general.inputs:
+            raise BundleError(f"{bundle.folder / self.graph.file}: there is no input {GATE_BIAS}; allowed: one")
         self._specialised: dict[str, Loaded] = {}
         """By the digest of their terms."""
         if specialised or (specialised is None and used):
@@ -162,9 +169,10 @@ class Engine:
         path = self.bundle.folder / file
 
         def answers(inputs: Arrays) -> Arrays:
-            steering = SteeringArrays(*(inputs[name] for name in INPUTS[1:]))
-            outputs = self.run(inputs["image"], steering, residual=True, digest=digest)
-            return {name: getattr(outputs, name) for name in OUTPUTS}
+            image, latent, scale, shift = (inputs[name] for name in INPUTS)
+            steering = SteeringArrays(latent, scale, shift, inputs.get(GATE_BIAS))
+            outputs = self.run(image, steering, residual=True, digest=digest)
+            return {name: getattr(outputs, name) for name in (*OUTPUTS, MLP_GATE)}
 
         try:
             self._check_shapes(golden, path, digest)
@@ -187,20 +195,31 @@ class Engine:
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
     ) -> Outputs:
-        """images (B, height, width, channels), steering arrays (B, S, T). digest: of the terms, if all images have
-        the same; a graph for them runs if there is one."""
+        """images (B, height, width, channels), steering arrays (B, S, T), with gate biases only where graphs take them.
+        digest: of the terms, if all images have the same and no biases; a graph for them runs if there is one."""
+        manifest = self.bundle.manifest
         inputs: Arrays = dict(zip(INPUTS, (images, steering.latent, steering.scale, steering.shift), strict=True))
-        names = ["logits", "head_gate", "gate_logit", *["residual"] * residual]
+        if manifest.takes_biases:
+            shape = len(images), len(manifest.gated_blocks), manifest.units
+            inputs[GATE_BIAS] = np.zeros(shape, np.float32) if steering.gate_bias is None else steering.gate_bias
+        names = ["logits", "head_gate", "gate_logit", *[MLP_GATE] * bool(manifest.mlp_groups), *["residual"] * residual]
         loaded = self._specialised.get(digest, self._general) if digest else self._general
         start = time.perf_counter()
         logits, head_gate, gate_logit, *others = loaded.run(names, inputs)
         seconds = time.perf_counter() - start
-        macs = self.bundle.manifest.macs
         kept = head_gate.sum(2)  # (B, G)
+        macs = manifest.macs.dense - (manifest.heads - kept) @ self._macs_per_head
+        mlp_gate, mlp_usage = head_gate[:, :, :0], np.zeros(len(logits))
+        if manifest.mlp_groups:
+            mlp_gate = others.pop(0)
+            groups = mlp_gate.sum(2)  # (B, G)
+            mlp_usage = groups.sum(1) / mlp_gate[0].size
+            macs -= (manifest.mlp_groups - groups) @ self._macs_per_mlp_group
         return Outputs(
-            logits, head_gate, gate_logit,
+            logits, head_gate, mlp_gate, gate_logit,
             head_usage=kept.sum(1) / head_gate[0].size,
-            macs=macs.dense - (head_gate.shape[2] - kept) @ self._macs_per_head,
+            mlp_usage=mlp_usage,
+            macs=macs,
             near_threshold=(np.abs(gate_logit) < NEAR_THRESHOLD).reshape(len(logits), -1).sum(1),
             residual=others[0] if others else None,
             seconds=seconds,
@@ -209,14 +228,17 @@ class Engine:
     def _check_shapes(self, golden: Golden, path: Path, digest: str) -> None:
         """Raise BundleError unless inputs and outputs have the shapes of the manifest, by which answers are read."""
         manifest = self.bundle.manifest
-        gates, sites = (len(manifest.gated_blocks), manifest.heads), len(manifest.sites)
+        blocks, sites = len(manifest.gated_blocks), len(manifest.sites)
         image, *steering = (golden.inputs[name][:1] for name in INPUTS)
+        biases = [(GATE_BIAS, golden.inputs[GATE_BIAS][:1])] if GATE_BIAS in golden.inputs else []
         outputs = self.run(image, SteeringArrays(*steering), residual=True, digest=digest)
         for name, value, allowed in (
             ("image", image, manifest.image.shape),
             ("logits", outputs.logits, (len(manifest.labels),)),
-            ("head_gate", outputs.head_gate, gates),
-            ("gate_logit", outputs.gate_logit, gates),
+            ("head_gate", outputs.head_gate, (blocks, manifest.heads)),
+            (MLP_GATE, outputs.mlp_gate, (blocks, manifest.mlp_groups)),
+            ("gate_logit", outputs.gate_logit, (blocks, manifest.units)),
+            *((name, array, (blocks, manifest.units)) for name, array in biases),
             ("residual", outputs.residual, (sites, manifest.dim)),
             *((name, array, (sites, array.shape[2])) for name, array in zip(INPUTS[1:], steering, strict=True)),
         ):

@@ -19,6 +19,10 @@ class DigestMismatch(RequestError):
     """The steering was made for other gates and autoencoders than those served."""
 
 
+class Lacking(RequestError):
+    """The model lacks what the request needs, such as a dial."""
+
+
 class Overloaded(RequestError):
     """The queue is full. retry_after_seconds: when the queued images are expected to have run."""
 
@@ -47,6 +51,7 @@ STATUS: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
     DigestMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    Lacking: grpc.StatusCode.FAILED_PRECONDITION,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
     Stopping: grpc.StatusCode.UNAVAILABLE,

@@ -3,7 +3,7 @@
 A gate reads x' = x + sum_k (z'_k - z_k) W_dec[k]; its logits are 4 tanh(linear(norm(x')) / 4). The effect of a latent
 is what its share z'_k W_dec[k] of x' adds to the logits: the logits with the share minus those without it.
 
-Letters: L latents, D residual width, H heads, T terms, K reported latents.
+Letters: L latents, D residual width, U units (heads, then MLP groups), T terms, K reported latents.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ class Explanation:
     steered_value: Floats
     """(K,) z': equal to z without steering."""
     effect: Floats
-    """(K, H) on the gate logits."""
+    """(K, U) on the gate logits."""
     gate_logit: Floats
-    """(H,) of the steered gate."""
+    """(U,) of the steered gate, with its biases."""
     unsteered_gate_logit: Floats
-    """(H,) on the same residual."""
+    """(U,) on the same residual, without biases."""
     active: int
     """Latents that are not zero."""
 
@@ -50,8 +50,11 @@ class Explainer:
         except (OSError, SafetensorError) as error:
             raise BundleError(f"{folder / 'sae.safetensors'} cannot be read: {error}") from error
 
-    def explain(self, site: int, residual: Floats, steering: SteeringArrays, count: int) -> Explanation:
-        """residual (D,); steering (1, S, T). count: latents to report beside the steered ones."""
+    def explain(
+        self, site: int, residual: Floats, steering: SteeringArrays, bias: Floats | None, count: int
+    ) -> Explanation:
+        """residual (D,); steering (1, S, T); bias (U,) or None: of the site's gate. count: latents to report beside the
+        steered ones."""
         w = {name: value[site] for name, value in self._weights.items() if not name.startswith("gates.")}
         raw = w["encoder"] @ (residual - w["decoder_bias"]) + w["encoder_bias"]  # (L,)
         z = np.where(raw > w["threshold"], raw, np.float32(0))
@@ -63,13 +66,14 @@ class Explainer:
         others = np.argsort(-np.abs(z), kind="stable")[:count]
         shown = np.array(list(dict.fromkeys([*latent[steers].tolist(), *others[z[others] != 0].tolist()])), np.int64)
         logit = self._gate(site, reads)
-        without = self._gate(site, reads - steered[shown, None] * w["decoder"][shown])  # (K, H)
+        without = self._gate(site, reads - steered[shown, None] * w["decoder"][shown])  # (K, U)
         return Explanation(
-            shown, z[shown], steered[shown], logit - without, logit, self._gate(site, residual), int((z != 0).sum())
-        )
+            shown, z[shown], steered[shown], logit - without, logit if bias is None else logit + bias,
+            self._gate(site, residual), int((z != 0).sum()),
+        )  # fmt: skip
 
     def _gate(self, site: int, x: Floats) -> Floats:
-        """(..., D) -> gate logits (..., H)."""
+        """(..., D) -> gate logits (..., U)."""
         w = {part: self._weights[f"gates.{site}.{part}"] for part in ("norm.weight", "norm.bias")}
         centred = x - x.mean(-1, keepdims=True)
         y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + GATE_EPSILON) * w["norm.weight"] + w["norm.bias"]

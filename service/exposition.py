@@ -63,8 +63,13 @@ FAMILIES = (
         "Images for which a head ran. Head usage: rate of this / rate of steervit_images_total.",
         (*PROFILE, "block", "head"),
     ),
-    Family("counter", "steervit_macs_spent", "Multiply-accumulates of the heads that ran and of all else.", PROFILE),
-    Family("counter", "steervit_macs_dense", "Multiply-accumulates with every head on.", PROFILE),
+    Family(
+        "counter", "steervit_mlp_groups_kept",
+        "Images for which an MLP group ran. Share: rate of this / rate of steervit_images_total.",
+        (*PROFILE, "block", "group"),
+    ),
+    Family("counter", "steervit_macs_spent", "Multiply-accumulates of the units that ran and of all else.", PROFILE),
+    Family("counter", "steervit_macs_dense", "Multiply-accumulates with every unit open.", PROFILE),
     Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
     Family(
         "gauge", "steervit_profile_expected_head_usage",
@@ -72,6 +77,8 @@ FAMILIES = (
         PROFILE,
     ),
     Family("gauge", "steervit_gated_heads", "Heads with a gate, in all blocks.", MODEL),
+    Family("gauge", "steervit_gated_mlp_groups", "MLP groups, in all blocks.", MODEL),
+    Family("histogram", "steervit_budget", "Budgets of answered images that had one.", MODEL),
     Family("counter", "steervit_shadow_images", "Steered images that were also run unsteered.", PROFILE),
     Family("counter", "steervit_shadow_agreed", "Those of them that got the same label.", PROFILE),
     Family(
@@ -125,6 +132,7 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))
+    rows["steervit_budget"].append((names, counts.budget.read()))
     rows["steervit_batch_size_images"].append((names, counts.batch_size.read()))
     rows["steervit_inference_duration_seconds"].append((names, counts.inference.read()))
     rows["steervit_queue_duration_seconds"].append((names, counts.queue.read()))
@@ -132,7 +140,7 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
 
 
 def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
-    """Add the series of a profile's counts, heads by block. rows: with a list for every family."""
+    """Add the series of a profile's counts, units by block. rows: with a list for every family."""
     labels, totals = (*names, profile_label(profile)), counts.read()
     rows["steervit_images"].append((labels, totals.images))
     rows["steervit_macs_spent"].append((labels, totals.macs_spent))
@@ -142,10 +150,12 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
     rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))
     for steering, kept in zip(("steered", "unsteered"), totals.shadow_heads, strict=True):
         rows["steervit_shadow_heads_kept"].append(((*labels, steering), kept))
-    blocks, _ = counts.layout
-    for block, of_block in zip(blocks, totals.heads_kept, strict=True):
-        for head, images in enumerate(of_block):
-            rows["steervit_heads_kept"].append(((*labels, str(block), str(head)), images))
+    blocks, *_ = counts.layout
+    units = {"steervit_heads_kept": totals.heads_kept, "steervit_mlp_groups_kept": totals.mlp_groups_kept}
+    for name, by_block in units.items():
+        for block, of_block in zip(blocks, by_block, strict=True):
+            for unit, images in enumerate(of_block):
+                rows[name].append(((*labels, str(block), str(unit)), images))
 
 
 class Page:

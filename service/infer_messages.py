@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
-from export.bundle import OUTPUTS
+from export.bundle import MLP_GATE, OUTPUTS, Manifest
 from service.calls import Answer
 from service.engine import Outputs
 from service.errors import InvalidRequest
@@ -16,8 +16,9 @@ from service.receipt import Origin, measures, origin
 from service.steering import Steering
 from service.tensors import RESERVED, TensorHeader, packed, read_headers
 
-OUTPUT_TYPES = dict(zip(OUTPUTS, ("FP32", "BOOL", "FP32", "FP32"), strict=True))
+OUTPUT_TYPES = dict(zip((*OUTPUTS, MLP_GATE), ("FP32", "BOOL", "FP32", "FP32", "BOOL"), strict=True))
 BY_DEFAULT = OUTPUTS[:3]
+"""And MLP_GATE, of a model with MLP groups."""
 MAX_CACHED_BYTES = 2048
 """Size of a request without its raw contents up to which its parsed form is cached."""
 
@@ -27,9 +28,10 @@ class Asked(NamedTuple):
 
     tensors: tuple[TensorHeader, ...]
     outputs: Mapping[str, int]
-    """The requested outputs, each with its number of classes; 0: the tensor itself."""
+    """The requested outputs, each with its number of classes; 0: the tensor itself. Empty: those by default."""
     profile: str
     strength: float
+    budget: float | None
 
 
 def read_request(request: pb.ModelInferRequest, raw: bool) -> tuple[Asked, Sequence[Any]]:
@@ -55,9 +57,9 @@ def _cached(request: bytes) -> Asked:
     return _asked(pb.ModelInferRequest.FromString(request))
 
 
-def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str, float]:
-    """Profile and strength."""
-    profile, strength = "", 1.0
+def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str, float, float | None]:
+    """Profile, strength and budget."""
+    profile, strength, budget = "", 1.0, None
     for name, parameter in parameters.items():
         value = _value(parameter)
         if name == "profile":
@@ -65,15 +67,23 @@ def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str, float
                 raise InvalidRequest(f"parameter profile is {value!r}; allowed: a string")
             profile = value
         elif name == "strength":
-            try:
-                strength = math.nan if isinstance(value, bool) or value is None else float(value)
-            except ValueError:
-                strength = math.nan
-            if math.isnan(strength):
-                raise InvalidRequest(f"parameter strength is {value!r}; allowed: a number")
+            strength = _number(name, value)
+        elif name == "budget":
+            budget = _number(name, value)
         elif not RESERVED.fullmatch(name):
-            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength")
-    return profile, strength
+            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength, budget")
+    return profile, strength, budget
+
+
+def _number(name: str, value: bool | int | float | str | None) -> float:
+    """The number that a parameter is, or says. Raises InvalidRequest."""
+    try:
+        number = math.nan if isinstance(value, bool) or value is None else float(value)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise InvalidRequest(f"parameter {name} is {value!r}; allowed: a number")
+    return number
 
 
 def _value(parameter: pb.InferParameter) -> bool | int | float | str | None:
@@ -87,12 +97,17 @@ def _requested(request: pb.ModelInferRequest) -> dict[str, int]:
     outputs: dict[str, int] = {}
     for index, output in enumerate(request.outputs):
         where = f"outputs[{index}]"
-        if output.name not in OUTPUTS:
-            raise InvalidRequest(f"{where} is {output.name!r}; allowed: {', '.join(OUTPUTS)}")
+        if output.name not in OUTPUT_TYPES:
+            raise InvalidRequest(f"{where} is {output.name!r}; allowed: {', '.join(OUTPUT_TYPES)}")
         if output.name in outputs:
             raise InvalidRequest(f"{where} {output.name!r} is given twice; allowed: once")
         outputs[output.name] = _classes(output, f"{where} {output.name!r}")
-    return outputs or dict.fromkeys(BY_DEFAULT, 0)
+    return outputs
+
+
+def by_default(manifest: Manifest) -> list[str]:
+    """The outputs of a request that names none."""
+    return [*BY_DEFAULT, *[MLP_GATE] * bool(manifest.mlp_groups)]
 
 
 def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str) -> int:
@@ -116,7 +131,7 @@ def response(request_id: str, model: Model, steering: Steering, answer: Answer, 
     """
     contents: list[bytes] = []
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    for name, classes in outputs.items():
+    for name, classes in (outputs or dict.fromkeys(by_default(model.bundle.manifest), 0)).items():
         if classes:
             rows = _classified(answer.outputs, model.bundle.manifest.labels, classes)
             tensors.append((name, "BYTES", (len(rows), len(rows[0]))))
@@ -126,7 +141,7 @@ def response(request_id: str, model: Model, steering: Steering, answer: Answer, 
             tensors.append((name, OUTPUT_TYPES[name], value.shape))
             contents.append(value.tobytes())
     message = pb.ModelInferResponse(id=request_id, raw_output_contents=contents)
-    for name, number in measures(model, answer)._asdict().items():
+    for name, number in measures(model, steering, answer)._asdict().items():
         if isinstance(number, float):
             message.parameters[name].double_param = number
         elif number:  # 0 is left out, as in Receipt

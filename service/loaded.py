@@ -47,13 +47,14 @@ class Loaded:
         self._seconds: list[float] = []
         """Durations of batches of 1, 2, 4, ... images."""
         self._session, self._buckets = self._opened(options, bounds)
-        self._inputs = {entry.name for entry in self._session.get_inputs()}
+        self.inputs = {entry.name for entry in self._session.get_inputs()}
+        """Their names."""
 
     def run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
         """The outputs of those names. Inputs that the graph does not have are ignored."""
         if self._buckets:
             return self._buckets.run(names, inputs)
-        own = inputs if len(self._inputs) == len(inputs) else {name: inputs[name] for name in self._inputs}
+        own = inputs if len(self.inputs) == len(inputs) else {name: inputs[name] for name in self.inputs}
         outputs: list[NDArray[Any]] = self._session.run(list(names), own)
         return outputs
 

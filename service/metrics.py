@@ -147,7 +147,7 @@ class Metrics:
             return model.profiles[OTHER]
 
     def _profile_counts(self, model: "ModelMetrics", profile: Key) -> ProfileCounts:
-        """Existing counts if they have the same blocks and heads, else new ones."""
+        """Existing counts if they have the same blocks and units, else new ones."""
         counts, key = self._profiles.values, (*model.names, profile)
         if key not in counts or counts[key].layout != model.layout:
             counts[key] = ProfileCounts(*model.layout)
@@ -174,7 +174,7 @@ class ModelMetrics:
         self._plan, self._gpu = plan, gpu
         self.names = manifest.name, str(manifest.version)
         self.info = (*self.names, bundle.digest, manifest.gates_sae_digest, graph, provider)
-        self.layout = manifest.gated_blocks, manifest.heads
+        self.layout = manifest.gated_blocks, manifest.heads, manifest.mlp_groups
         self.profiles: dict[Key, ProfileCounts] = {}
         """By profile with series of its own. Replaced as a whole."""
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
@@ -222,9 +222,11 @@ class ModelMetrics:
         """Count dropped images. reason: one of DROP_REASONS."""
         self._counts.dropped[reason].inc(images)
 
-    def answered(self, profile: Key, outputs: Outputs) -> None:
-        """Count the answers of images under a profile, NONE or CUSTOM."""
+    def answered(self, profile: Key, outputs: Outputs, budget: float | None = None) -> None:
+        """Count the answers of images under a profile, NONE or CUSTOM. budget: theirs, if they had one."""
         self._counts_of(profile).answered(outputs, self._dense)
+        if budget is not None:
+            self._counts.budget.observe(*[budget] * len(outputs.logits))
 
     def shadowed(self, profile: Key, steered: Outputs, unsteered: Outputs) -> None:
         """Count the same images with and without steering."""
@@ -232,8 +234,9 @@ class ModelMetrics:
 
     def add_gauges(self, rows: Mapping[str, list[Row]]) -> None:
         """Add the series that describe the model at this moment. rows: with a list for every family."""
-        blocks, heads = self.layout
+        blocks, heads, mlp_groups = self.layout
         rows["steervit_gated_heads"].append((self.names, len(blocks) * heads))
+        rows["steervit_gated_mlp_groups"].append((self.names, len(blocks) * mlp_groups))
         rows["steervit_instances"].append((self.names, self._plan.instances))
         plan = (str(value).lower() for value in astuple(self._plan))
         rows["steervit_tuning_info"].append(((*self.names, *plan), 1))

@@ -19,18 +19,19 @@ from service.batcher import Batcher, BatchStats
 from service.calls import Answer
 from service.config import Settings
 from service.counting import CUSTOM, NONE, Key
+from service.dial import FREE, Forced
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
 from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
 from service.steering import Steering, joined, resolve
-from service.steering_tensors import from_tensors
+from service.steering_tensors import from_tensors, with_biases
 from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
-"""Steerings, profile x strength, that a model caches; the least recently used go first."""
+"""Steerings, profile x strength x budget, that a model caches; the least recently used go first."""
 SLICE_SECONDS = 0.01
 """How long a request uses a thread of the pool before it is another's turn."""
 T = TypeVar("T")
@@ -52,14 +53,15 @@ class Model:
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
         """With the profiles of the last use()."""
-        self._own = bundle.profiles
+        self._own, self._curves = bundle.profiles, bundle.curves
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
         self._explainer = Explainer(bundle.folder)  # now: its file has just been checked
         self.statistics = Statistics()
         self._in_flight = 0
         self._resolved = _resolver(bundle)
-        self._unsteered = resolve(bundle, "", NEUTRAL, 1.0)
+        self._gates = [bundle.manifest.gated_blocks.index(site.block) for site in bundle.manifest.sites]
+        """Of each site, the place of its gate among the gated blocks."""
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._pool = pool
         self._metrics: ModelMetrics = metrics.for_model(
@@ -97,26 +99,26 @@ class Model:
         count = len(images)
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
-        both = joined([(steering, count), (self._unsteered, len(shadowed))]) if shadowed else steering
+        both = joined([(steering, count), (self._unsteered(steering), len(shadowed))]) if shadowed else steering
         answer = await self._run(images, order, both, seconds_left, residual)
         outputs = answer.outputs
         if shadowed:
             outputs = answer.outputs.rows(slice(0, count))
             unsteered = answer.outputs.rows(slice(count, len(order)))
             self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
-        self._metrics.answered(_label(steering), outputs)
+        self._metrics.answered(_label(steering), outputs, steering.budget)
         return replace(answer, outputs=outputs)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
-        """The images unsteered and steered, side by side in the same batch."""
-        count = len(images)
+        """The images unsteered and steered, side by side in the same batch, at the same budget."""
+        count, without = len(images), self._unsteered(steering)
         order = [index for index in range(count) for _ in range(2)]
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
-        pairs = joined([(part, 1) for row in rows for part in (self._unsteered, row)])
+        pairs = joined([(part, 1) for row in rows for part in (without, row)])
         answer = await self._run(images, order, pairs, seconds_left, False)
         unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
-        self._metrics.answered(_label(self._unsteered), unsteered)
-        self._metrics.answered(_label(steering), steered)
+        self._metrics.answered(NONE, unsteered, steering.budget)
+        self._metrics.answered(_label(steering), steered, steering.budget)
         return replace(answer, outputs=unsteered), replace(answer, outputs=steered)
 
     async def explain(
@@ -129,7 +131,11 @@ class Model:
 
         def explain(image: int) -> list[Explanation]:
             row = steering.rows(slice(image, image + 1)).arrays
-            return [self._explainer.explain(site, x, row, latents) for site, x in enumerate(residual[image])]
+            biases = [None if row.gate_bias is None else row.gate_bias[0, place] for place in self._gates]
+            return [
+                self._explainer.explain(site, x, row, bias, latents)
+                for site, (x, bias) in enumerate(zip(residual[image], biases, strict=True))
+            ]
 
         return answer, await self.in_turns([partial(explain, image) for image in range(len(images))])
 
@@ -141,24 +147,50 @@ class Model:
             done += await loop.run_in_executor(self._pool, _some, calls[len(done) :])
         return done
 
-    def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-        """The steering of a request, checked (service/steering.py). Profiles at a strength are cached."""
-        if terms or made_for:
-            return resolve(self.bundle, profile, terms, strength, made_for)
-        return self._resolved(profile, strength)
+    def steering(
+        self,
+        profile: str,
+        terms: Terms,
+        strength: float,
+        made_for: str = "",
+        budget: float | None = None,
+        forced: Forced = FREE,
+    ) -> Steering:
+        """The steering of a request, checked (service/steering.py). Profiles at a strength and a budget are cached."""
+        if terms or made_for or forced:
+            return resolve(self.bundle, profile, terms, strength, made_for, budget, forced)
+        return self._resolved(profile, strength, budget)
 
-    async def steering_of(self, arrays: SteeringArrays, strength: float) -> Steering:
-        """The steering of tensors, checked; in the pool, as they may be large."""
+    async def steering_of(
+        self,
+        terms: SteeringArrays | None,
+        gate_bias: NDArray[np.float32] | None,
+        profile: str,
+        strength: float,
+        budget: float | None,
+    ) -> Steering:
+        """The steering of tensors, checked; in the pool, as they may be large. terms: or None, then of the profile;
+        gate_bias: (B, G, U), added, or None."""
+        bundle, loop = self.bundle, asyncio.get_running_loop()
+
+        def read() -> Steering:
+            steering = (
+                self.steering(profile, NEUTRAL, strength, budget=budget)
+                if terms is None
+                else from_tensors(bundle, terms, strength, budget)
+            )
+            return steering if gate_bias is None else with_biases(bundle, steering, gate_bias, strength)
+
         self._in_flight += 1
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, from_tensors, self.bundle, arrays, strength)
+            return await loop.run_in_executor(self._pool, read)
         finally:
             self._in_flight -= 1
 
     def use(self, profiles: Profiles) -> None:
         """Serve these profiles beside the bundle's own. Calls in progress are not affected."""
-        self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
+        curves = {name: curve for name, curve in self._curves.items() if name not in profiles}
+        self.bundle = replace(self.bundle, profiles={**self._own, **profiles}, curves=curves)
         self._resolved = _resolver(self.bundle)
         self._metrics.use(self.bundle.profiles)
 
@@ -201,6 +233,10 @@ class Model:
         await self.in_turns([partial(put, index) for index in range(len(decoders))])
         return pixels
 
+    def _unsteered(self, steering: Steering) -> Steering:
+        """No steering, at the same budget."""
+        return self._resolved("", 1.0, steering.budget)
+
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call to run unsteered as well; none while the queue is more than half full."""
         if not self._shadow_fraction or _label(steering) is NONE:
@@ -210,9 +246,14 @@ class Model:
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
 
-def _resolver(bundle: Bundle) -> Callable[[str, float], Steering]:
-    """A cached function from a profile and a strength to the steering."""
-    return lru_cache(MAX_RESOLVED)(lambda profile, strength: resolve(bundle, profile, NEUTRAL, strength))
+def _resolver(bundle: Bundle) -> Callable[[str, float, float | None], Steering]:
+    """A cached function from a profile, a strength and a budget to the steering."""
+
+    @lru_cache(MAX_RESOLVED)
+    def resolved(profile: str, strength: float, budget: float | None) -> Steering:
+        return resolve(bundle, profile, NEUTRAL, strength, budget=budget)
+
+    return resolved
 
 
 def _some(calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -2,13 +2,15 @@
 
 - Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] or
   [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and `steering_latent` INT64, `steering_scale` FP32 and
-  `steering_shift` FP32, all three [images, sites, terms]. The metadata does not list the steering tensors: clients that
-  make up data for every listed input would steer at random. Raw or typed contents, not both; typed ones of at most 2^18
-  elements a tensor.
-- Parameters: `profile` (string), `strength` (double, int, or a string with a number).
-- Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32 and, if requested, `residual` FP32; raw contents.
-  With the parameter `classification` N, `logits` are BYTES [images, N] `logit:index:label`, the largest first.
-- Parameters of the answer: the fields of receipt.py, without empty strings and counts of 0.
+  `steering_shift` FP32, all three [images, sites, terms]; and `gate_bias` FP32 [images, gated blocks, units], added to
+  the gate logits at the strength. The metadata does not list the tensors that steer: clients that make up data for
+  every listed input would steer at random. Raw or typed contents, not both; typed ones of at most 2^18 elements a
+  tensor.
+- Parameters: `profile` (string), `strength` and `budget` (double, int, or a string with a number).
+- Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32, of a model with MLP groups `mlp_gate` BOOL and, if
+  requested, `residual` FP32; raw contents. With the parameter `classification` N, `logits` are BYTES [images, N]
+  `logit:index:label`, the largest first.
+- Parameters of the answer: the fields of receipt.py, without empty strings, counts of 0 and what does not apply.
 """
 
 import math
@@ -19,10 +21,11 @@ from typing import Any
 
 import grpc
 
+from export.bundle import GATE_BIAS, Manifest
 from service.config import Settings
 from service.errors import InvalidRequest, NotAllowed, RequestError
 from service.images import Limits, decode
-from service.infer_messages import BY_DEFAULT, OUTPUT_TYPES, Asked, read_request, response
+from service.infer_messages import OUTPUT_TYPES, Asked, by_default, read_request, response
 from service.model import Images, Model
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
@@ -156,8 +159,10 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
     def _most(self, model: Model) -> dict[str, int]:
         """The most elements of each input: no more than these become Python objects."""
         images, terms = self._settings.max_images, self._settings.max_terms
+        manifest = model.bundle.manifest
         steering = dict.fromkeys(STEERING, images * terms)
-        return {**steering, "image": images * math.prod(model.bundle.manifest.image.shape), "encoded_image": images}
+        steering[GATE_BIAS] = images * len(manifest.gated_blocks) * manifest.units
+        return {**steering, "image": images * math.prod(manifest.image.shape), "encoded_image": images}
 
     def _images(self, model: Model, inputs: Mapping[str, Tensor]) -> Images:
         names = [name for name in ("image", "encoded_image") if name in inputs]
@@ -178,10 +183,16 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         ]
 
     async def _steering(self, model: Model, asked: Asked, inputs: Mapping[str, Tensor], images: int) -> Steering:
-        profile, strength = asked.profile, asked.strength
+        profile, strength, budget = asked.profile, asked.strength, asked.budget
         tensors = [inputs[name] for name in STEERING if name in inputs]
+        manifest, bias = model.bundle.manifest, inputs.get(GATE_BIAS)
+        units = images, len(manifest.gated_blocks), manifest.units
+        if bias is not None and bias.shape != units:
+            raise InvalidRequest(f"input 'gate_bias' has the shape {list(bias.shape)}; allowed: {list(units)}")
+        if not tensors and bias is None:
+            return model.steering(profile, NEUTRAL, strength, budget=budget)
         if not tensors:
-            return model.steering(profile, NEUTRAL, strength)
+            return await model.steering_of(None, bias, profile, strength, budget)
         if profile:
             raise InvalidRequest(
                 f"parameter profile is {profile!r} and steering tensors are given too; allowed: one of them"
@@ -191,19 +202,20 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             by_name = {name: list(inputs[name].shape) for name in STEERING if name in inputs}
             raise InvalidRequest(
                 f"steering tensors have the shapes {by_name}; allowed: {', '.join(STEERING)}, "
-                f"all [{images}, {len(model.bundle.manifest.sites)}, terms]"
+                f"all [{images}, {len(manifest.sites)}, terms]"
             )
         if tensors[0][0].size > self._settings.max_terms:
             raise InvalidRequest(
                 f"steering tensors have {tensors[0][0].size} terms an image; allowed: {self._settings.max_terms}"
             )
-        return await model.steering_of(SteeringArrays(*tensors), strength)
+        return await model.steering_of(SteeringArrays(*tensors), bias, profile, strength, budget)
 
 
-def _output_shapes(manifest: Any) -> dict[str, list[int]]:
+def _output_shapes(manifest: Manifest) -> dict[str, list[int]]:
     """The shapes of the default outputs, without the batch."""
-    heads = [len(manifest.gated_blocks), manifest.heads]
-    return dict(zip(BY_DEFAULT, ([len(manifest.labels)], heads, heads), strict=True))
+    of_block = manifest.heads, manifest.units, manifest.mlp_groups
+    shapes = [[len(manifest.labels)], *([len(manifest.gated_blocks), number] for number in of_block)]
+    return dict(zip(by_default(manifest), shapes, strict=False))
 
 
 def _statistics(model: Model) -> pb.ModelStatistics:

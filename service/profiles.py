@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.bundle import Bundle, BundleError, check_inside
+from export.bundle import Bundle, BundleError, check_inside, check_profile
 from service.metrics import Metrics
-from training.steering import SteeringError, SteeringProfile, check, profiles_from_json
+from training.steering import SteeringError, SteeringProfile, profiles_from_json
 
 log = logging.getLogger("steervit.profiles")
 Profiles = Mapping[str, SteeringProfile]
@@ -118,6 +118,6 @@ def _for(bundle: Bundle, files: Iterable[_File]) -> Profiles:
         for profile in file.profiles:
             if profile.name in profiles:
                 raise SteeringError(f"{file.path}: profile {profile.name!r} is in another file too; allowed: once")
-            check(profile.terms, bundle.manifest.latents, f"{file.path}: profile {profile.name!r}")
+            check_profile(profile, bundle.manifest, f"{file.path}: profile {profile.name!r}")
             profiles[profile.name] = profile
     return profiles

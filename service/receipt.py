@@ -27,6 +27,10 @@ class Measures(NamedTuple):
     head_usage: float
     compute_fraction: float
     gates_near_threshold: int
+    mlp_usage: float | None
+    """None in a model without MLP groups."""
+    budget: float | None
+    """As asked for."""
 
 
 def origin(model: Model, steering: Steering) -> Origin:
@@ -43,14 +47,16 @@ def origin(model: Model, steering: Steering) -> Origin:
     )
 
 
-def measures(model: Model, answer: Answer) -> Measures:
-    """Head usage and compute fraction are means over the call's images; gates near their threshold are added up."""
-    outputs = answer.outputs
+def measures(model: Model, steering: Steering, answer: Answer) -> Measures:
+    """Usages and compute fraction are means over the call's images; gates near their threshold are added up."""
+    outputs, manifest = answer.outputs, model.bundle.manifest
     count = len(outputs.logits)
     return Measures(
         answer.queue_seconds,
         outputs.seconds,
         sum(outputs.head_usage.tolist()) / count,
-        sum(outputs.macs.tolist()) / (count * model.bundle.manifest.macs.dense),
+        sum(outputs.macs.tolist()) / (count * manifest.macs.dense),
         sum(outputs.near_threshold.tolist()),
+        sum(outputs.mlp_usage.tolist()) / count if manifest.mlp_groups else None,
+        steering.budget,
     )

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from export.bundle import Bundle
+from service.dial import FREE, Bias, Forced, as_gate_bias, budget_bias, steering_bias, total
 from service.errors import DigestMismatch, InvalidRequest, NotFound
 from training.steering import (
     NEUTRAL,
+    UNBIASED,
     SteeringArrays,
     SteeringError,
     SteeringProfile,
@@ -37,19 +39,31 @@ class Steering:
     """Of the terms, strength included."""
     off: bool = False
     """Whether the strength is 0: nothing is steered."""
+    budget: float | None = None
+    """The compute fraction that each image may cost on average; None: what the gates want."""
 
     def rows(self, part: slice) -> "Steering":
         """The steering of some images of the call."""
         if len(self.arrays.latent) == 1:
             return self
         arrays = self.arrays
-        return replace(self, arrays=SteeringArrays(arrays.latent[part], arrays.scale[part], arrays.shift[part]))
+        bias = None if arrays.gate_bias is None else arrays.gate_bias[part]
+        return replace(self, arrays=SteeringArrays(arrays.latent[part], arrays.scale[part], arrays.shift[part], bias))
 
 
-def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "".
+def resolve(
+    bundle: Bundle,
+    profile: str,
+    terms: Terms,
+    strength: float,
+    made_for: str = "",
+    budget: float | None = None,
+    forced: Forced = FREE,
+) -> Steering:
+    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "". budget: of its
+    images; None: no budget. forced: units, whatever the strength.
 
-    Raises InvalidRequest, NotFound or DigestMismatch.
+    Raises InvalidRequest, NotFound, DigestMismatch or Lacking.
     """
     if profile and terms:
         raise InvalidRequest(f"steering.profile is {profile!r} and steering.terms are given too; allowed: one of them")
@@ -60,9 +74,10 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
         )
     if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    own = UNBIASED
     if profile:
         entry = named(bundle, profile, "steering.profile")
-        profile, terms = entry.name, entry.terms
+        profile, terms, own = entry.name, entry.terms, entry.gate_bias
     try:
         if not profile:
             check(terms, bundle.manifest.latents, "steering.terms")
@@ -72,9 +87,24 @@ def resolve(bundle: Bundle, profile: str, terms: Terms, strength: float, made_fo
         applied = at_strength(terms, strength) if strength else NEUTRAL
     except SteeringError as error:
         raise InvalidRequest(f"steering.terms at steering.strength {strength:g}: {error}") from error
-    custom = bool(terms) and not profile
-    arrays = to_arrays([applied], len(bundle.manifest.sites))
-    return Steering(arrays, profile, custom, digest(applied), not strength)
+    bias = steering_bias(bundle, own, strength, forced)
+    of_budget = budget_bias(bundle, budget, profile if strength else "")
+    arrays = with_bias(to_arrays([applied], len(bundle.manifest.sites)), total(bias, of_budget))
+    return Steering(
+        arrays,
+        profile,
+        custom=bool(terms or forced) and not profile,
+        digest=digest(applied, as_gate_bias(bundle.manifest, bias)),
+        off=not strength and not forced,
+        budget=budget,
+    )
+
+
+def with_bias(arrays: SteeringArrays, bias: Bias | None) -> SteeringArrays:
+    """The arrays of one image, or of images that all have these gate biases (G, U)."""
+    if bias is None:
+        return arrays
+    return replace(arrays, gate_bias=np.repeat(bias[None], len(arrays.latent), 0))
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
@@ -97,22 +127,34 @@ def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
-    """The arrays (B, S, T) of a batch with counts[i] rows of steering i, padded with the neutral term."""
+    """The arrays of a batch with counts[i] rows of steering i: terms padded with the neutral one, and gate biases, 0 in
+    rows without, if any row has some."""
     first = steerings[0].arrays
     if len(steerings) == 1 and len(first.latent) == counts[0]:
         return first
     if all(steering.arrays is first for steering in steerings) and len(first.latent) == 1:
         count = sum(counts)
         return SteeringArrays(
-            np.repeat(first.latent, count, 0), np.repeat(first.scale, count, 0), np.repeat(first.shift, count, 0)
+            np.repeat(first.latent, count, 0),
+            np.repeat(first.scale, count, 0),
+            np.repeat(first.shift, count, 0),
+            None if first.gate_bias is None else np.repeat(first.gate_bias, count, 0),
         )
     sites = first.latent.shape[1]
     width = max(steering.arrays.latent.shape[2] for steering in steerings)
     shape = (sum(counts), sites, width)
-    batch = SteeringArrays(np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32))
+    biases = [of.arrays.gate_bias for of in steerings if of.arrays.gate_bias is not None]
+    batch = SteeringArrays(
+        np.zeros(shape, np.int64),
+        np.ones(shape, np.float32),
+        np.zeros(shape, np.float32),
+        np.zeros((shape[0], *biases[0].shape[1:]), np.float32) if biases else None,
+    )
     start = 0
     for steering, count in zip(steerings, counts, strict=True):
         rows, terms = slice(start, start + count), slice(0, steering.arrays.latent.shape[2])
+        if batch.gate_bias is not None and steering.arrays.gate_bias is not None:
+            batch.gate_bias[rows] = steering.arrays.gate_bias
         batch.latent[rows, :, terms] = steering.arrays.latent
         batch.scale[rows, :, terms] = steering.arrays.scale
         batch.shift[rows, :, terms] = steering.arrays.shift

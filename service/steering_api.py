@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from export.bundle import Manifest
 from service.calls import Answer
 from service.config import Settings
+from service.dial import Forced, Unit
 from service.engine import Outputs
 from service.errors import InvalidRequest
 from service.explain import Explanation
@@ -23,6 +24,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceServicer
 from service.receipt import measures, origin
 from service.repository import Repository
 from service.steering import Steering, named
+from training.dial import Point
 from training.steering import SteeringError, SteeringProfile, SteeringTerm, digest
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -108,6 +110,9 @@ class SteeringService(SteeringServiceServicer):
             specialised_profiles=[
                 entry.profile for entry in manifest.specialised if entry.digest in model.engine.specialised
             ],
+            mlp_groups=manifest.mlp_groups,
+            dial=dial_points(bundle.curves.get("", ())),
+            lowest_budget=bundle.dial.lowest if bundle.dial else None,
         )
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:
@@ -123,6 +128,8 @@ class SteeringService(SteeringServiceServicer):
             model=bundle.manifest.name,
             version=str(bundle.manifest.version),
             gates_sae_digest=bundle.manifest.gates_sae_digest,
+            dial=dial_points(bundle.curves.get(profile.name, ())),
+            gate_biases=[pb.GateBias(block=block, biases=of) for block, of in sorted(profile.gate_bias.items())],
         )
 
     async def ListProfiles(self, request: pb.ListProfilesRequest, context: Context) -> pb.ListProfilesResponse:
@@ -146,7 +153,8 @@ class SteeringService(SteeringServiceServicer):
         with model.statistics.failures():
             if not 0 <= request.top_k <= len(labels):
                 raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
-            steering = self._steering(model, request.steering)
+            budget = round(request.budget, 6) if request.HasField("budget") else None  # 0.7, not 0.699999988079071
+            steering = self._steering(model, request.steering, budget)
             return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
 
     def _images(self, model: Model, request: Request) -> Images:
@@ -167,11 +175,10 @@ class SteeringService(SteeringServiceServicer):
                     raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")
         return decoders if encoded else np.stack([decode_() for decode_ in decoders])
 
-    def _steering(self, model: Model, steering: pb.Steering) -> Steering:
-        if len(steering.terms) > self._settings.max_terms:
-            raise InvalidRequest(
-                f"steering.terms has {len(steering.terms)} entries; allowed: {self._settings.max_terms}"
-            )
+    def _steering(self, model: Model, steering: pb.Steering, budget: float | None) -> Steering:
+        for name in ("terms", "open", "closed"):
+            if (count := len(getattr(steering, name))) > self._settings.max_terms:
+                raise InvalidRequest(f"steering.{name} has {count} entries; allowed: {self._settings.max_terms}")
         terms: dict[int, tuple[SteeringTerm, ...]] = {}
         for index, term in enumerate(steering.terms):
             scale = term.scale if term.HasField("scale") else 1.0
@@ -180,7 +187,18 @@ class SteeringService(SteeringServiceServicer):
             except SteeringError as error:
                 raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
         strength = steering.strength if steering.HasField("strength") else 1.0
-        return model.steering(steering.profile, terms, strength, steering.gates_sae_digest)
+        forced = Forced(_units(steering.open, "open"), _units(steering.closed, "closed"))
+        return model.steering(steering.profile, terms, strength, steering.gates_sae_digest, budget, forced)
+
+
+def _units(units: Sequence[pb.Unit], field: str) -> list[Unit]:
+    read = []
+    for index, unit in enumerate(units):
+        kind = unit.WhichOneof("unit")
+        if kind is None:
+            raise InvalidRequest(f"steering.{field}[{index}] names no unit; allowed: head or mlp_group")
+        read.append(Unit(unit.block, kind, getattr(unit, kind)))
+    return read
 
 
 async def written(model: Model, images: int, each: int, part: Callable[[slice], Message], end: Message) -> bytes:
@@ -198,14 +216,15 @@ def _bytes_of(part: Callable[[slice], Message], rows: slice) -> bytes:
 
 def _messages(manifest: Manifest, top_k: int) -> int:
     """The number of messages in a prediction."""
-    return 1 + top_k + len(manifest.gated_blocks)
+    return 1 + top_k + len(manifest.gated_blocks) * (2 if manifest.mlp_groups else 1)
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
-    """One message an image, with its top_k most probable classes and the heads that ran."""
+    """One message an image, with its top_k most probable classes and the units that ran."""
     ranking, probability = outputs.ranked()
-    rows = ranking[:, :top_k], probability[:, :top_k], outputs.head_gate
-    columns = (*rows, outputs.head_usage, outputs.macs, outputs.near_threshold)
+    rows = ranking[:, :top_k], probability[:, :top_k], outputs.head_gate, outputs.mlp_gate
+    columns = (*rows, outputs.head_usage, outputs.mlp_usage, outputs.macs, outputs.near_threshold)
+    blocks_with_groups = manifest.gated_blocks if manifest.mlp_groups else ()
     return [
         pb.Prediction(
             classes=[
@@ -218,17 +237,26 @@ def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Pre
             head_usage=usage,
             compute_fraction=macs / manifest.macs.dense,
             gates_near_threshold=near,
+            mlp_mask=[
+                pb.BlockMlpGroups(block=block, kept=kept)
+                for block, kept in zip(blocks_with_groups, of_mlps, strict=False)
+            ],
+            mlp_usage=mlp_usage,
         )
-        for classes, likely, mask, usage, macs, near in zip(*(values.tolist() for values in columns), strict=True)
+        for classes, likely, mask, of_mlps, usage, mlp_usage, macs, near in zip(
+            *(values.tolist() for values in columns), strict=True
+        )
     ]
 
 
 def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k: int) -> list[pb.Comparison]:
-    """One message an image, from its row of both outputs. head_changes: the gates that decided differently."""
+    """One message an image, from its row of both outputs. head_changes, mlp_changes: the gates that decided
+    differently."""
     pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
     messages = []
     for row, (before, after) in enumerate(pairs):
         changed = np.argwhere(unsteered.head_gate[row] != steered.head_gate[row]).tolist()
+        mlps_changed = np.argwhere(unsteered.mlp_gate[row] != steered.mlp_gate[row]).tolist()
         messages.append(
             pb.Comparison(
                 unsteered=before,
@@ -241,6 +269,12 @@ def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k:
                     for b, h in changed
                 ],
                 compute_fraction_change=after.compute_fraction - before.compute_fraction,
+                mlp_changes=[
+                    pb.MlpGroupChange(
+                        block=manifest.gated_blocks[b], mlp_group=m, opened=bool(steered.mlp_gate[row, b, m])
+                    )
+                    for b, m in mlps_changed
+                ],
             )
         )
     return messages
@@ -272,7 +306,20 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
 
 def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
     """The receipt of an answer (service/receipt.py) as a message."""
-    return pb.Receipt(**origin(model, steering)._asdict(), **measures(model, answer)._asdict())
+    return pb.Receipt(**origin(model, steering)._asdict(), **measures(model, steering, answer)._asdict())
+
+
+def dial_points(curve: Sequence[Point]) -> list[pb.DialPoint]:
+    """One message a point."""
+    return [
+        pb.DialPoint(
+            position=point.budget,
+            compute_fraction=point.compute_fraction,
+            accuracy=point.accuracy,
+            measured_accuracy=point.measured_accuracy,
+        )
+        for point in curve
+    ]
 
 
 def profile_message(profile: SteeringProfile) -> pb.Profile:
@@ -282,7 +329,7 @@ def profile_message(profile: SteeringProfile) -> pb.Profile:
         classes=profile.classes,
         strategy=profile.strategy,
         terms=sum(map(len, profile.terms.values())),
-        steering_digest=digest(profile.terms),
+        steering_digest=digest(profile.terms, profile.gate_bias),
         images=profile.evaluation.get("images", 0),
     )
     for name, field in (("before", message.before), ("after", message.after)):

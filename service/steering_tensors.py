@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,18 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
+from service.dial import as_gate_bias, budget_bias, require_biases
 from service.errors import InvalidRequest
-from service.steering import Steering
-from training.steering import SteeringArrays, SteeringError, SteeringTerm, at_strength, check
+from service.steering import Steering, with_bias
+from training.steering import (
+    MAX_BIAS,
+    SteeringArrays,
+    SteeringError,
+    SteeringTerm,
+    at_strength,
+    biased_digest,
+    check,
+)
 
 MAX_VALUE = 1e6
 """Of a scale or shift, as in SteeringTerm."""
 
 
-def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) -> Steering:
+def from_tensors(
+    bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0, budget: float | None = None
+) -> Steering:
     """The steering of tensors (B, S, T): terms of each image, padded with neutral ones (any latent, scale 1, shift 0).
 
-    Raises InvalidRequest naming the image, the site and what is wrong with a term.
+    Raises InvalidRequest naming the image, the site and what is wrong with a term, and as budget_bias.
     """
     latents = bundle.manifest.latents
     if arrays.latent.shape[1] != len(latents) or arrays.latent.shape[2] < 1:
@@ -49,7 +61,37 @@ def from_tensors(bundle: Bundle, arrays: SteeringArrays, strength: float = 1.0) 
     rows = slice(0, 1) if same else slice(None)
     digests = _digests(*(array[rows] for array in _parts(by_latent)))
     name = digests[0] if same else _hash("".join(digests))
-    return Steering(SteeringArrays(*(array[rows] for array in _parts(applied))), "", bool(terms.any()), name)
+    own = SteeringArrays(*(array[rows] for array in _parts(applied)))
+    own = with_bias(own, budget_bias(bundle, budget, ""))
+    return Steering(own, "", bool(terms.any()), name, budget=budget)
+
+
+def with_biases(bundle: Bundle, steering: Steering, gate_bias: NDArray[np.float32], strength: float) -> Steering:
+    """The steering with gate biases (B, G, U) of each image added, at the strength.
+
+    Raises Lacking when the model takes none, and InvalidRequest for a value that is not allowed.
+    """
+    require_biases(bundle, "input 'gate_bias' is given")
+    if (invalid := ~(np.abs(gate_bias) <= MAX_BIAS)).any():  # NaN too
+        image, *_ = np.argwhere(invalid)[0].tolist()
+        value = gate_bias[invalid][0]
+        raise InvalidRequest(f"input 'gate_bias' of image {image} has the value {value}; allowed: -1e6 to 1e6")
+    own = gate_bias * np.float32(strength)
+    if not own.any():
+        return steering
+    rows = own[:1] if (own == own[:1]).all() else own
+    digests = [biased_digest(steering.digest, as_gate_bias(bundle.manifest, row)) for row in rows]
+    arrays = SteeringArrays(*(np.repeat(a, len(rows), 0) if len(a) < len(rows) else a for a in _parts(steering.arrays)))
+    there = steering.arrays.gate_bias
+    bias = np.broadcast_to(rows if there is None else rows + there, (len(arrays.latent), *own.shape[1:]))
+    name = digests[0] if len(rows) == 1 else _hash("".join(digests))
+    return replace(
+        steering,
+        arrays=replace(arrays, gate_bias=np.ascontiguousarray(bias)),
+        custom=not steering.profile,
+        digest=name,
+        off=False,
+    )
 
 
 def _at_strength(arrays: SteeringArrays, strength: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

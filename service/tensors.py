@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle import INPUTS
+from export.bundle import GATE_BIAS, INPUTS
 from service.errors import InvalidRequest
 from service.pb import open_inference_pb2 as pb
 
@@ -26,6 +26,7 @@ INPUT_TYPES = {
     "image": "UINT8",
     "encoded_image": "BYTES",
     **dict(zip(STEERING, ("INT64", "FP32", "FP32"), strict=True)),
+    GATE_BIAS: "FP32",
 }
 MAX_RANK = 4
 """Sizes in a shape."""

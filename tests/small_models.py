@@ -1,6 +1,7 @@
 """Small ViTs of every kind that timm makes, with random weights and gates, and inputs for their graphs."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,12 +12,18 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from export.bundle import GATE_BIAS, MLP_GATE, Knot, Macs
+from export.certify import run_torch
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of
+from export.write import Source
+from training.data.splits import Split
+from training.dial import Dial, Point
 from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
+from training.model.macs import count
 from training.model.sae import Sae
-from training.steering import SteeringTerm, Terms
+from training.steering import NEUTRAL, UNBIASED, GateBias, SteeringProfile, SteeringTerm, Terms
 
 SPEC = ImageSpec(16, 16, 3, 16, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 STEERED: Terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(7, 0.0, -4.0)), 1: (SteeringTerm(2, 3.0, 0.5),)}
@@ -50,6 +57,50 @@ def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2), mlp
     for parameter in sae.parameters():
         nn.init.normal_(parameter, std=0.5)
     return SteeredVit(model, sae).eval().requires_grad_(False)
+
+
+def dial_of(steered: SteeredVit) -> Dial:
+    """Made up: from budget 0.3 on one unit after the other opens, the last ones first."""
+    shape = len(steered.model.gated_blocks), steered.model.heads + steered.model.mlp_groups
+    budget = np.linspace(0.3, 1.0, 8)
+    start = np.linspace(0.8, 0.2, math.prod(shape)).reshape(shape)
+    return Dial(budget, np.clip(160 * (budget[:, None, None] - start) - 8, -8, 8.0).astype(np.float32))
+
+
+def curve_of(
+    steered: SteeredVit, dial: Dial, images: NDArray[np.uint8], terms: Terms, own: GateBias
+) -> tuple[Point, ...]:
+    """What the dial does to the images under the terms and biases, by PyTorch. The accuracies are made up."""
+    macs, places = count(steered.model), np.linspace(dial.lowest, 1.0, 15)
+    bias = np.zeros(dial.gate_bias.shape[1:], np.float32)
+    for block, of_block in own.items():
+        bias[steered.model.gated_blocks.index(block)] = of_block
+    spent = []
+    for place in places:
+        inputs = inputs_of(images, [terms] * len(images), steered.sae.sites)
+        gates = run_torch(steered, {**inputs, GATE_BIAS: dial.at(np.full(len(images), place)) + bias})
+        spent.append(float(macs.fraction(*(torch.from_numpy(gates[name]) for name in ("head_gate", MLP_GATE))).mean()))
+    return tuple(
+        Point(float(place), float(fraction), float(place) ** 0.1, float(place) ** 0.1)
+        for place, fraction in zip(places, np.maximum.accumulate(spent), strict=True)
+    )
+
+
+def source_of(steered: SteeredVit, profiles: Sequence[SteeringProfile], dial: Dial | None = None) -> Source:
+    """What a bundle of the model is written from (export/write.py): with the dial, measured on its own images."""
+    selection = Split(torch.from_numpy(images(64, 5)), torch.arange(64) % 5)
+    macs = count(steered.model)
+    knots: tuple[Knot, ...] = ()
+    curves = {}
+    if dial:
+        knots = tuple(Knot(**{**knot, "gate_bias": tuple(map(tuple, knot["gate_bias"]))}) for knot in dial.to_json())
+        of_profiles = {"": (NEUTRAL, UNBIASED), **{p.name: (p.terms, p.gate_bias) for p in profiles}}
+        pixels = selection.images[:].numpy()
+        curves = {name: curve_of(steered, dial, pixels, *does) for name, does in of_profiles.items()}
+    measured = Macs(macs.dense, macs.per_head, macs.per_mlp_group)
+    return Source(
+        SPEC, tuple("abcde"), measured, steered, profiles, {"head_usage": 0.5}, selection, None, knots, curves
+    )
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.uint8]:

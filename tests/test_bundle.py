@@ -90,7 +90,7 @@ def test_a_changed_or_missing_file_is_refused(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 1}, "schema_version is 1; allowed: 2"),
+        ({"schema_version": 1}, "schema_version is 1; allowed: 2 or 3"),
         ({"version": 0}, "version is 0; allowed: 1 or more"),
         ({"version": "3"}, "version is '3'; allowed: a valid integer"),
         ({"heads": True}, "heads is True; allowed: a valid integer"),

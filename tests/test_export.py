@@ -180,7 +180,7 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     flags = ("--compact-for", name, "--compact-threshold", "0.2", "--verify-images", "12")
     done = run_main(export_main, str(smoke_run), str(models), "--name", "compact", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "heads removed (kept by < 20.0%)" in done.stdout
+    assert "units removed (kept by < 20.0%)" in done.stdout
     bundle = load_bundle(models / "compact" / "1")
     made = bundle.manifest.compact
     assert made is not None

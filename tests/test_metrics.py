@@ -62,9 +62,10 @@ def answers(bundle: Bundle, count: int) -> Outputs:
     manifest = bundle.manifest
     shape = count, len(manifest.gated_blocks), manifest.heads
     scores, macs = np.zeros((count, 10), np.float32), np.full(count, manifest.macs.dense)
+    groups = np.ones((*shape[:2], manifest.mlp_groups), bool)
     return Outputs(
-        scores, np.ones(shape, bool), np.ones(shape, np.float32), np.ones(count), macs,
-        np.ones(count, np.int64), None, 0.01,
+        scores, np.ones(shape, bool), groups, np.ones((*shape[:2], manifest.units), np.float32), np.ones(count),
+        np.ones(count), macs, np.ones(count, np.int64), None, 0.01,
     )  # fmt: skip
 
 
@@ -76,8 +77,11 @@ def test_the_measures_of_a_receipt_by_hand(bundle: Bundle) -> None:
         macs=np.array([4, 3]) * (dense // 4),
         near_threshold=np.array([0, 3]),
     )
-    measured = measures(SimpleNamespace(bundle=bundle), Answer(outputs, 0.2))
-    assert measured == pytest.approx((0.2, 0.01, 0.75, 0.875, 3), rel=1e-6)
+    model, steering = SimpleNamespace(bundle=bundle), SimpleNamespace(budget=0.9)
+    measured = measures(model, steering, Answer(outputs, 0.2))
+    usage = 1.0 if bundle.manifest.mlp_groups else None
+    assert (measured.mlp_usage, measured.budget) == (usage, 0.9)
+    assert measured[:5] == pytest.approx((0.2, 0.01, 0.75, 0.875, 3), rel=1e-6)
 
 
 def test_series_of_an_unloaded_version_are_retained_and_then_go_by_themselves(bundle: Bundle, now: list[float]) -> None:

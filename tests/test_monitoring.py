@@ -36,13 +36,15 @@ class Received:
     """What the clients of the run got."""
 
     masks: dict[str, list[NDArray[np.bool_]]] = field(default_factory=lambda: defaultdict(list))
-    """By profile, each (gated blocks, heads)."""
+    """By profile, each (gated blocks, units)."""
     rejected: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, profile: str, predictions: list[pb.Prediction]) -> None:
         with self.lock:
-            self.masks[profile] += [np.array([list(b.kept) for b in p.head_mask], bool) for p in predictions]
+            for p in predictions:
+                heads, groups = (np.array([list(b.kept) for b in of], bool) for of in (p.head_mask, p.mlp_mask))
+                self.masks[profile].append(np.concatenate([heads, groups.reshape(len(heads), -1)], 1))
 
 
 @dataclass(frozen=True)
@@ -104,27 +106,26 @@ def run(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[bytes]
     assert stop_server(server) == 0
 
 
-def by_head(found: dict[frozenset[tuple[str, str]], float], bundle: Bundle) -> NDArray[np.float64]:
-    """Series with the labels block and head -> (gated blocks, heads)."""
+def by_unit(found: dict[frozenset[tuple[str, str]], float], bundle: Bundle) -> NDArray[np.float64]:
+    """Series with the labels block and unit -> (gated blocks, units)."""
     blocks = bundle.manifest.gated_blocks
-    values = np.full((len(blocks), bundle.manifest.heads), np.nan)
+    values = np.full((len(blocks), bundle.manifest.units), np.nan)
     for labels, value in found.items():
         of = dict(labels)
-        values[blocks.index(int(of["block"])), int(of["head"])] = value
+        kind, number = of["unit"][0], int(of["unit"][1:])
+        values[blocks.index(int(of["block"])), number + bundle.manifest.heads * (kind == "m")] = value
     return values
 
 
-def test_the_head_matrix_is_the_sum_of_the_masks_that_clients_received(run: Run, bundle: Bundle) -> None:
+def test_the_matrix_of_units_is_the_sum_of_the_masks_that_clients_received(run: Run, bundle: Bundle) -> None:
     assert set(run.received.masks) >= {"none", "profile:none", "custom", "footwear", "Shirt", "Bag"}
-    of_chosen, of_none = (panel for panel in panels("heads") if panel["title"].startswith("Heads that ran"))
+    of_chosen, of_none = (panel for panel in panels("heads") if panel["title"].startswith("Units that ran"))
     for profile, masks in run.received.masks.items():
-        counted = run.prometheus.query(f'sum by (block, head) (steervit_heads_kept_total{{profile="{profile}"}})')
-        np.testing.assert_array_equal(by_head(counted, bundle), np.sum(masks, 0))
         asked = filled_in(of_chosen["targets"][0]["expr"], profile, run.seconds)
-        np.testing.assert_allclose(by_head(run.prometheus.query(asked), bundle), np.mean(masks, 0), atol=1e-9)
+        np.testing.assert_allclose(by_unit(run.prometheus.query(asked), bundle), np.mean(masks, 0), atol=1e-9)
     asked = filled_in(of_none["targets"][0]["expr"], "Shirt", run.seconds)
     np.testing.assert_allclose(
-        by_head(run.prometheus.query(asked), bundle), np.mean(run.received.masks["none"], 0), atol=1e-9
+        by_unit(run.prometheus.query(asked), bundle), np.mean(run.received.masks["none"], 0), atol=1e-9
     )
 
 
@@ -135,8 +136,9 @@ def test_the_table_of_profiles_says_what_clients_received(run: Run, bundle: Bund
     assert set(usage) == set(run.received.masks)
     macs = bundle.manifest.macs
     for profile, masks in run.received.masks.items():
-        assert usage[profile] == pytest.approx(np.mean(masks))
-        assert saved[profile] == pytest.approx(1 - macs.spent(np.array(masks)).mean() / macs.dense)
+        heads, groups = np.split(np.array(masks), [bundle.manifest.heads], 2)
+        assert usage[profile] == pytest.approx(heads.mean())
+        assert saved[profile] == pytest.approx(1 - macs.spent(heads, groups).mean() / macs.dense)
         if profile not in ("none", "custom"):
             evaluation = bundle.profiles["Bag" if profile == "profile:none" else profile].evaluation
             assert expected[profile] == evaluation["after"]["head_usage"]

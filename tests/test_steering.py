@@ -124,7 +124,7 @@ def one_term(**changes: object) -> Terms:
         (lambda: check({0: (SteeringTerm(8),)}, [8]), "latent is 8 at site 0; allowed: 0 to 7"),
         (lambda: check({1: (SteeringTerm(0),)}, [8]), "site is 1; allowed: 0 to 0"),
         (lambda: check({0: (SteeringTerm(1), SteeringTerm(1))}, [8]), "latent 1 at site 0 is given twice"),
-        (lambda: profiles_from_json({"schema_version": 2}), "schema_version is 2; allowed: 1"),
+        (lambda: profiles_from_json({"schema_version": 3}), "schema_version is 3; allowed: 1 or 2"),
         (
             lambda: profiles_from_json({"schema_version": 1, "profiles": [{"name": "x"}]}),
             "profiles[0].classes is missing",

@@ -98,6 +98,7 @@ def test_tensors_are_steering_like_their_terms_one_by_one(tensors: SteeringArray
     steering = from_tensors(BUNDLE, tensors, strength)
     padded, name, custom = expected
     assert (steering.digest, steering.custom, steering.profile) == (name, custom, "")
+    assert padded.pop("gate_bias") is steering.arrays.gate_bias is None
     for field, values in padded.items():
         array = getattr(steering.arrays, field)
         wider = array.shape[2] - values.shape[2]  # alike at strength 0, whatever the images' terms

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.fields import Number
+
 ALL_OPEN = 8.0
 """The gate bias that opens a unit whatever its gate reads: gate logits lie within +-GATE_BOUND, which is 4."""
 MIN_KNOTS = 7
@@ -35,13 +37,13 @@ class DialError(ValueError):
 class Point:
     """What a position of the dial did on the images that it was measured on."""
 
-    budget: float
+    budget: Number
     """The position: the budget of the dial's knots."""
-    compute_fraction: float
+    compute_fraction: Number
     """Mean; never falls from one point of a curve to the next."""
-    accuracy: float
+    accuracy: Number
     """Made monotone by isotonic regression."""
-    measured_accuracy: float
+    measured_accuracy: Number
     """As it was measured."""
 
 

@@ -1,7 +1,8 @@
 """Steering terms and profiles: what a caller may ask of the gates, and the file that profiles are kept in.
 
 A term changes one latent of one site: z' = scale * z + shift. What is added to the gate's input is
-((scale - 1) * z + shift) * decoder row, so the neutral term (scale 1, shift 0) adds exactly nothing.
+((scale - 1) * z + shift) * decoder row, so the neutral term (scale 1, shift 0) adds exactly nothing. A profile may also
+have gate biases of its own, which are added to the gate logits.
 
 Standard library, numpy and pydantic only: the server imports this module.
 """
@@ -21,7 +22,7 @@ from pydantic import AfterValidator, Field
 
 from training.fields import Number, checked_as, read, read_as
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 GATE_BOUND = 4.0
 """A gate logit is GATE_BOUND * tanh(linear / GATE_BOUND)."""
 GATE_EPSILON = 1e-5
@@ -96,10 +97,16 @@ class TermEntry:
 
 Name = Annotated[str, AfterValidator(check_name)]
 SiteIndex = Annotated[int, read_as(Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$"), AfterValidator(int)])]
+BlockIndex = SiteIndex
+"""Of a transformer block, as in Manifest.gated_blocks; not its place among the gated ones."""
 Term = Annotated[SteeringTerm, read_as(Annotated[TermEntry, AfterValidator(TermEntry.term)])]
 Terms = Mapping[SiteIndex, tuple[Term, ...]]
 """The terms of one image, by site index. Sites without terms are left out."""
 NEUTRAL: Terms = {}
+GateBias = Mapping[BlockIndex, tuple[Number, ...]]
+"""Gate biases of one image, by gated block: one for each of its units, heads first. Blocks without are left out."""
+UNBIASED: GateBias = {}
+MAX_BIAS = 1e6
 
 
 @dataclass(frozen=True)
@@ -124,13 +131,15 @@ class SteeringProfile:
     terms: Terms
     evaluation: Annotated[Mapping[str, Any], checked_as(Measured)] = field(default_factory=dict)
     """Its measured effect, before and after."""
+    gate_bias: GateBias = field(default_factory=dict)
+    """Biases of its own, added to the gate logits; not in version 1."""
 
 
 @dataclass(frozen=True)
 class ProfileFile:
     """The content of profiles.json."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     profiles: tuple[SteeringProfile, ...] = ()
 
 
@@ -144,6 +153,8 @@ class SteeringArrays:
     """(B, S, T)"""
     shift: NDArray[np.float32]
     """(B, S, T)"""
+    gate_bias: NDArray[np.float32] | None = None
+    """(B, G, U) for G gated blocks and U units of each; None: no biases."""
 
 
 def at_strength(terms: Terms, strength: float) -> Terms:
@@ -171,6 +182,18 @@ def check(terms: Terms, latents: Sequence[int], where: str = "terms") -> None:
             seen.add(term.latent)
 
 
+def check_gate_bias(gate_bias: GateBias, blocks: Sequence[int], units: int, where: str = "gate_bias") -> None:
+    """Raise SteeringError unless the biases are of gated blocks, one for each unit. blocks: the gated ones."""
+    for block, of_block in gate_bias.items():
+        if block not in blocks:
+            allowed = ", ".join(map(str, blocks))
+            raise SteeringError(f"{where}: block is {block}; allowed: a gated one, {allowed}")
+        if len(of_block) != units:
+            raise SteeringError(f"{where}: block {block} has {len(of_block)} biases; allowed: {units}, one a unit")
+        if outside := [bias for bias in of_block if not abs(bias) <= MAX_BIAS]:
+            raise SteeringError(f"{where}: a bias of block {block} is {outside[0]}; allowed: -1e6 to 1e6")
+
+
 def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
     """Terms of B images as arrays (B, sites, T), T the most terms that any image has at a site (at least 1)."""
     count = max((len(of_site) for row in rows for of_site in row.values()), default=0)
@@ -185,15 +208,27 @@ def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
     return SteeringArrays(latent, scale, shift)
 
 
-def digest(terms: Terms) -> str:
-    """A short name for what the terms do: 16 hexadecimal digits. Neutral terms do not count, nor does the order."""
+def digest(terms: Terms, gate_bias: GateBias = UNBIASED) -> str:
+    """A short name for what the terms and biases do: 16 hexadecimal digits. Neutral ones do not count, nor does the
+    order."""
     entries = sorted(
         (site, term.latent, term.scale, term.shift)
         for site, of_site in terms.items()
         for term in of_site
         if (term.scale, term.shift) != (1, 0)
     )
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+    return biased_digest(hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16], gate_bias)
+
+
+def biased_digest(of_terms: str, gate_bias: GateBias) -> str:
+    """The digest of terms with such a digest and of these biases."""
+    entries = sorted(
+        (block, unit, float(np.float32(bias)))
+        for block, of_block in gate_bias.items()
+        for unit, bias in enumerate(of_block)
+        if bias
+    )
+    return hashlib.sha256(f"{of_terms} {json.dumps(entries)}".encode()).hexdigest()[:16] if entries else of_terms
 
 
 def terms_to_json(terms: Terms) -> dict[str, Any]:
@@ -211,8 +246,7 @@ def terms_from_json(value: Any) -> Terms:
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
     """The value of profiles.json, which profiles_from_json reads."""
-    entries = [{**vars(profile), "terms": terms_to_json(profile.terms)} for profile in profiles]
-    return {"schema_version": SCHEMA_VERSION, "profiles": entries}
+    return {"schema_version": SCHEMA_VERSION, "profiles": [_profile_to_json(profile) for profile in profiles]}
 
 
 def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
@@ -222,6 +256,12 @@ def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
     if twice := [name for name, count in counts.items() if count > 1]:
         raise SteeringError(f"profile {twice[0]!r} is there twice; allowed: once")
     return profiles
+
+
+def _profile_to_json(profile: SteeringProfile) -> dict[str, Any]:
+    value = {**vars(profile), "terms": terms_to_json(profile.terms)}
+    biases = {str(block): list(map(_short, of_block)) for block, of_block in sorted(profile.gate_bias.items())}
+    return {**value, "gate_bias": biases} if biases else {k: v for k, v in value.items() if k != "gate_bias"}
 
 
 def _short(value: float) -> float:

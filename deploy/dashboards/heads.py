@@ -1,4 +1,5 @@
-"""What the dashboard `heads` shows: which heads run under which profile, what that saves, whether it is still right."""
+"""What the dashboard `heads` shows: which heads and MLP groups run under which profile, what that saves, whether it is
+still right."""
 
 from deploy.dashboards.panels import (
     coloured,
@@ -9,6 +10,7 @@ from deploy.dashboards.panels import (
     matrix,
     merged,
     number,
+    over_time,
     override,
     rows,
     stacked,
@@ -38,11 +40,25 @@ def usage(labels: str, window: str, by: str = "") -> str:
     )
 
 
-def usage_of_heads(labels: str) -> str:
-    """By block and head: the share of the images of the time range for which it ran."""
+def usage_of_units(labels: str) -> str:
+    """By block and unit, h0 or m0: the share of the images of the time range for which it ran. place: in the matrix."""
+
+    def of(kind: str, label: str, letter: str, first: str) -> str:
+        kept = f"increase(steervit_{kind}_kept_total{{{labels}}}{RANGE})"
+        for name, before in (("unit", letter), ("place", first)):
+            kept = f'label_join(label_replace({kept}, "before", "{before}", "", ""), "{name}", "", "before", "{label}")'
+        return f"sum by (block, unit, place) ({kept})"
+
+    heads, groups = of("heads", "head", "h", "0"), of("mlp_groups", "group", "m", "1000")
+    return f"({heads} or {groups}) / on () group_left () (sum(increase(steervit_images_total{{{labels}}}{RANGE})) > 0)"
+
+
+def near_threshold(window: str, by: str = "") -> str:
+    """Gates near their threshold / (images x units)."""
+    units = "(steervit_gated_heads + steervit_gated_mlp_groups)"
     return (
-        f"sum by (block, head) (increase(steervit_heads_kept_total{{{labels}}}{RANGE}))"
-        f" / on () group_left () (sum(increase(steervit_images_total{{{labels}}}{RANGE})) > 0)"
+        f"sum{by}(rate(steervit_gates_near_threshold_total{{{MODEL}}}{window}))"
+        f" / (sum{by}(rate(steervit_images_total{{{MODEL}}}{window}) * {TO_MODEL} {units}) > 0)"
     )
 
 
@@ -77,8 +93,8 @@ OVERVIEW = [
     )),
     (4, number(
         "Compute saved",
-        "Multiply-accumulates that closed heads saved, as a share of the whole model's with every head on. Wall time "
-        "saved depends on the graph: see the README.", "percentunit",
+        "Multiply-accumulates that closed heads and MLP groups saved, as a share of the whole model's with all of them "
+        "on. Wall time saved depends on the graph: see the README.", "percentunit",
         "1 - " + ratio("macs_spent", "macs_dense", MODEL, RANGE),
         ((None, "green"),),
     )),
@@ -99,21 +115,19 @@ OVERVIEW = [
     )),
     (4, number(
         "Gates near the threshold", "Share of the gates that were decided by so little that rounding could turn them.",
-        "percentunit",
-        f"sum(rate(steervit_gates_near_threshold_total{{{MODEL}}}{RANGE}))"
-        f" / (sum(rate(steervit_images_total{{{MODEL}}}{RANGE}) * {TO_MODEL} steervit_gated_heads) > 0)",
+        "percentunit", near_threshold(RANGE),
     )),
 ]  # fmt: skip
 
 CHOSEN = [
     (9, matrix(
-        "Heads that ran: $profile",
-        "Block x head: for which share of the images under the chosen profile a head ran, over the time range. Blocks "
-        "without gates are left out: their heads always run.", usage_of_heads(PROFILE),
+        "Units that ran: $profile",
+        "Block x unit: for which share of the images under the chosen profile a head (h) or MLP group (m) ran, over "
+        "the time range. Blocks without gates are left out: their units always run.", usage_of_units(PROFILE),
     )),
     (9, matrix(
-        "Heads that ran: no steering", "The same for the images that came without steering, to compare with.",
-        usage_of_heads(f'{MODEL}, profile="none"'),
+        "Units that ran: no steering", "The same for the images that came without steering, to compare with.",
+        usage_of_units(f'{MODEL}, profile="none"'),
     )),
     (6, lines(
         "Steered and unsteered: $profile",
@@ -154,7 +168,8 @@ PROFILES = [
         (f"sum by (profile) (rate(steervit_images_total{{{MODEL}}}{STEP})) > 0", "{{profile}}"),
     ))),
     (12, lines(
-        "Compute saved by profile", "Share of the whole model's multiply-accumulates that closed heads saved.",
+        "Compute saved by profile",
+        "Share of the whole model's multiply-accumulates that closed heads and MLP groups saved.",
         "percentunit", ("1 - " + ratio("macs_spent", "macs_dense", MODEL, STEP, BY), "{{profile}}"),
     )),
 ]  # fmt: skip
@@ -174,20 +189,30 @@ STILL_RIGHT = [
     (8, lines(
         "Gates near the threshold",
         "Share of the gates with a logit so near 0 that rounding could turn them: where the same image may get another "
-        "mask on other hardware.", "percentunit",
-        (f"sum by (profile) (rate(steervit_gates_near_threshold_total{{{MODEL}}}{STEP}))"
-         f" / (sum by (profile) (rate(steervit_images_total{{{MODEL}}}{STEP}) * {TO_MODEL} steervit_gated_heads) > 0)",
-         "{{profile}}"),
+        "mask on other hardware.", "percentunit", (near_threshold(STEP, BY), "{{profile}}"),
     )),
+]  # fmt: skip
+
+BUDGETS = [
+    (12, over_time(
+        "Budgets", "How many images came with which budget. Images without one are not in it.", "percentunit",
+        f"sum by (le) (increase(steervit_budget_bucket{{{MODEL}}}{STEP}))",
+    )),
+    (12, lines(
+        "Compute spent", "Share of the whole model's multiply-accumulates, over all images, with or without a budget.",
+        "percentunit", (ratio("macs_spent", "macs_dense", MODEL, STEP), "spent"),
+    ).max(1)),
 ]  # fmt: skip
 
 BOARD = dashboard(
     "steervit: heads", "steervit-heads",
-    "Which attention heads run under which profile, what that saves, and whether it is still right.", VARIABLES,
+    "Which attention heads and MLP groups run under which profile, what that saves, and whether it is still right.",
+    VARIABLES,
     [
         ("Over the time range", 4, OVERVIEW),
         ("Profiles", 9, PROFILES),
         ("Chosen profile: $profile", 9, CHOSEN),
+        ("Compute", 8, BUDGETS),
         ("Still right?", 8, STILL_RIGHT),
     ],
 )  # fmt: skip

@@ -111,24 +111,24 @@ def rows(
 
 
 def matrix(title: str, description: str, expr: str) -> table.Panel:
-    """Blocks x heads, coloured from 0 to 1. (Grafana's heat map has time on its x axis.)"""
-    as_numbers = [{"targetField": field, "destinationType": "number"} for field in ("block", "head")]
+    """Blocks x units, ordered by the label place, coloured from 0 to 1. (Grafana's heat map has time on its x axis.)"""
+    as_numbers = [{"targetField": field, "destinationType": "number"} for field in ("block", "place")]
     panel = rows(
         title, description, "percentunit", (expr,),
         DataTransformerConfig("convertFieldType", options={"fields": {}, "conversions": as_numbers}),
-        DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": "head"}]}),
+        DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": "place"}]}),
         DataTransformerConfig("sortBy", options={"fields": {}, "sort": [{"field": "block"}]}),
         DataTransformerConfig(
             "groupingToMatrix",
-            options={"rowField": "block", "columnField": "head", "valueField": "Value", "emptyValue": "null"},
+            options={"rowField": "block", "columnField": "unit", "valueField": "Value", "emptyValue": "null"},
         ),
-        _organized({"block\\head": "block \\ head"}, {}, {}),
+        _organized({"block\\unit": "block \\ unit"}, {}, {}),
     )  # fmt: skip
     panel.min(0).max(1).decimals(0).align(options.FieldTextAlignment.CENTER)
     panel.color_scheme(FieldColor().mode(FieldColorModeId.CONTINUOUS_BLUES))
     panel.cell_options(options.TableColoredBackgroundCellOptions(mode=options.TableCellBackgroundDisplayMode.BASIC))
     plain = {"unit": "none", "custom.cellOptions": {"type": "auto"}, "custom.width": 110}
-    return override(panel, "block \\ head", plain)
+    return override(panel, "block \\ unit", plain)
 
 
 def override(panel: table.Panel, field: str, properties: dict[str, object]) -> table.Panel:

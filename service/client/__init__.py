@@ -22,6 +22,7 @@ from training.steering import Terms
 
 Images = Sequence[bytes | NDArray[np.uint8]]
 """Encoded files, or uint8 arrays (height, width, channels) of the model's own size."""
+UNIT = re.compile(r"([0-9]{1,9})/([hm])([0-9]{1,9})")
 Request = TypeVar("Request", pb.PredictRequest, pb.CompareRequest, pb.ExplainRequest)
 Answer = TypeVar("Answer")
 
@@ -36,6 +37,12 @@ class Asked(TypedDict, total=False):
     """0: no steering, 1: as it is, the default."""
     gates_sae_digest: str
     """That the terms were made for; a server with other gates or autoencoders refuses them."""
+    open: Sequence[str]
+    """Units that run whatever their gates read: 2/h5 is head 5 of block 2, 2/m0 its MLP group 0."""
+    closed: Sequence[str]
+    """Units that do not."""
+    budget: float
+    """The compute fraction that an image may cost on average; by default what the gates want."""
     model: str
     """Needed when several are served."""
     version: str
@@ -113,6 +120,10 @@ class Client:
         """Which latents are active, and what each does to the gates. latents: of each site; 0: ten."""
         return self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
 
+    def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
+        """Its labels, gated blocks, units and sites, and what its dial does without steering."""
+        return self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+
     def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """With its terms, and the gates_sae_digest that they were made for."""
         return self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
@@ -177,6 +188,10 @@ class AsyncClient:
         """As Client.explain. latents: of each site; 0: ten."""
         return await self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
 
+    async def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
+        """As Client.model: what it reads and answers, and its dial."""
+        return await self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+
     async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """As Client.profile: with its terms, and the gates_sae_digest that they were made for."""
         return await self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
@@ -231,7 +246,20 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
             request.steering.terms.add(site=site, latent=term.latent, scale=term.scale, shift=term.shift)
     if "strength" in asked:
         request.steering.strength = asked["strength"]
+    request.steering.open.extend(map(unit, asked.get("open", ())))
+    request.steering.closed.extend(map(unit, asked.get("closed", ())))
+    if "budget" in asked:
+        request.budget = asked["budget"]
     return request
+
+
+def unit(text: str) -> pb.Unit:
+    """The unit of such a text as 2/h5 or 2/m0. Raises ValueError for another one."""
+    parts = UNIT.fullmatch(text)
+    if parts is None:
+        raise ValueError(f"unit is {text!r}; allowed: a block and a head, as in 2/h5, or an MLP group, as in 2/m0")
+    block, kind, number = parts.groups()
+    return pb.Unit(block=int(block), **{"head" if kind == "h" else "mlp_group": int(number)})
 
 
 def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:

@@ -1,6 +1,7 @@
 """python -m service.client predict --profile Shirt deploy/samples/Shirt/*.png      (compare, explain, load: likewise)
 
 python -m service.client profiles
+python -m service.client dial [--profile Shirt]
 """
 
 import argparse
@@ -16,9 +17,16 @@ from typing import Any, TypeVar
 import grpc
 
 from export.arguments import with_names
-from service.client import Asked, Client
+from service.client import Asked, Client, unit
 from service.client.load import Load, run
-from service.client.tables import compare_table, explain_table, predict_table, profiles_table
+from service.client.tables import (
+    compare_table,
+    dial_plot,
+    dial_table,
+    explain_table,
+    predict_table,
+    profiles_table,
+)
 from service.pb import steering_pb2 as pb
 from training.terminal import print_anything
 
@@ -50,8 +58,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--profile", **several, help=f"steering profile, such as a class name (default: none){turns}"
         )
+        command.add_argument("--budget", type=float, help="compute fraction to spend on average (default: no budget)")
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
+        for flag, what in (("--open", "run"), ("--closed", "do not run")):
+            what = (
+                f"units that {what} whatever their gates read: 2/h5,3/m0 is head 5 of block 2, MLP group 0 of block 3"
+            )
+            of_images[name].add_argument(flag, type=_units, default=[], metavar="UNITS", help=what)
     of_images["predict"].add_argument("--top-k", type=int, default=2, help="classes to show (default 2)")
     of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
     load_options = of_images["load"].add_argument
@@ -61,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
     load_options("--json", action="store_true", help="the report as JSON")
     listed = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
-    for command in (*of_images.values(), listed):
+    dial = commands.add_parser("dial", help="show what budgets do: compute and accuracy, as they were measured")
+    dial.add_argument("--profile", default="", help="under this profile (default: without steering)")
+    for command in (*of_images.values(), listed, dial):
         command.add_argument("--address", default="127.0.0.1:8001", help="host:port (default %(default)s)")
         command.add_argument("--tls-ca", type=Path, help="PEM file with the server's authority: connect with TLS")
         command.add_argument(
@@ -112,7 +128,7 @@ def _load(options: argparse.Namespace) -> int:
     images = [path.read_bytes() for path in options.images]
     load = Load(
         options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
-        options.model, options.version, options.rate, options.timeout,
+        options.model, options.version, options.rate, options.timeout, options.budget,
     )  # fmt: skip
     report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
     print(report.to_json() if options.json else f"{report}")
@@ -124,10 +140,16 @@ def _ask(options: argparse.Namespace) -> int:
         if options.command == "profiles":
             print(profiles_table(list(client.profiles(options.model, options.version))))
             return 0
+        if options.command == "dial":
+            print(_dial(client, options))
+            return 0
         names = [str(path) for path in options.images]
         asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
+        asked |= {"open": options.open, "closed": options.closed}
         if options.strength is not None:
             asked["strength"] = options.strength
+        if options.budget is not None:
+            asked["budget"] = options.budget
         if options.command == "compare":
             print(compare_table(names, in_calls(client.compare, options.images, asked)))
         elif options.command == "explain":
@@ -139,8 +161,34 @@ def _ask(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dial(client: Client, options: argparse.Namespace) -> str:
+    """The curve of the dial. Raises Refused when there is none."""
+    model = client.model(options.model, options.version)
+    if not model.dial:
+        raise Refused(f"model {model.model!r} version {model.version} has no dial: it takes no budgets")
+    of, where = model.dial, "without steering"
+    if options.profile:
+        of, where = client.profile(options.profile, options.model, options.version).dial, f"profile {options.profile}"
+        if not of:
+            raise Refused(f"{where} has no curve of its own: the one without steering counts")
+    head = f"model {model.model} version {model.version}, {where}; budgets: {model.lowest_budget:g} to 1"
+    return f"{head}\n\n{dial_table(of)}\n\n{dial_plot(of)}"
+
+
+def _units(text: str) -> list[str]:
+    """The units between the commas, checked."""
+    units = text.split(",")
+    try:
+        for each in units:
+            unit(each)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return units
+
+
 class Refused(Exception):
-    """A failed call with images: its status, its sentence, and the file that it names."""
+    """What the server refused or lacks; of a failed call with images its status, its sentence, and the file that it
+    names."""
 
 
 def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -> Answer:

@@ -34,6 +34,8 @@ class Load:
     """Calls a second, begun at even times whether or not others are answered; 0: by `concurrency`."""
     timeout: float = 60.0
     """Seconds a call."""
+    budget: float | None = None
+    """Of every call; None: what the gates want."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ async def run(
             image = next(turn)
             request.images.add(pixels=image) if raw else request.images.add(encoded=image)
         request.steering.profile = profile
+        if load.budget is not None:
+            request.budget = load.budget
         requests.append(request)
     following = itertools.cycle(requests)
     latencies: list[float] = []

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from service.pb import steering_pb2 as pb
 
 
@@ -19,24 +21,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
-    """One row an image: its classes, and the heads that ran; then the receipt. names: of the images, in order."""
+    """One row an image: its classes, and the units that ran; then the receipt. names: of the images, in order."""
     rows = []
     for name, prediction in zip(names, answer.predictions, strict=True):
         best, *others = prediction.classes
         second = ", ".join(f"{other.label} {other.probability:.2f}" for other in others)
-        kept = sum(sum(block.kept) for block in prediction.head_mask)
-        total = sum(len(block.kept) for block in prediction.head_mask)
-        heads = f"{kept}/{total}"
+        units = [_share_of(prediction.head_mask), f"{prediction.head_usage:.2f}"]
+        if prediction.mlp_mask:
+            units += [_share_of(prediction.mlp_mask), f"{prediction.mlp_usage:.2f}"]
         compute = f"{prediction.compute_fraction:.3f}"
-        rows.append(
-            [name, best.label, f"{best.probability:.2f}", second, heads, f"{prediction.head_usage:.2f}", compute]
-        )
-    shown = table(["image", "class", "p", "then", "heads", "usage", "compute"], rows)
+        rows.append([name, best.label, f"{best.probability:.2f}", second, *units, compute])
+    units = ["heads", "usage", *["MLP groups", "usage"] * any(p.mlp_mask for p in answer.predictions)]
+    shown = table(["image", "class", "p", "then", *units, "compute"], rows)
     return f"{shown}\n\n{_served_by(answer.receipt)}"
+
+
+def _share_of(mask: Sequence[pb.BlockHeads] | Sequence[pb.BlockMlpGroups]) -> str:
+    """Units that ran / gated units."""
+    return f"{sum(sum(block.kept) for block in mask)}/{sum(len(block.kept) for block in mask)}"
 
 
 def _served_by(receipt: pb.Receipt) -> str:
     steering = f"profile {receipt.profile}" if receipt.profile else "inline terms or none"
+    if receipt.HasField("budget"):
+        steering += f", budget {receipt.budget:g} (spent {receipt.compute_fraction:.3f})"
     return (
         f"model {receipt.model} version {receipt.version} "
         f"({receipt.graph}, bundle {receipt.bundle_digest}), {steering}, steering {receipt.steering_digest}\n"
@@ -45,21 +53,22 @@ def _served_by(receipt: pb.Receipt) -> str:
 
 
 def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
-    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed heads."""
+    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed units."""
     rows = []
     for name, comparison in zip(names, answer.comparisons, strict=True):
         before, after = comparison.unsteered, comparison.steered
-        opened = sum(change.opened for change in comparison.head_changes)
+        changes = [c.opened for c in comparison.head_changes] + [c.opened for c in comparison.mlp_changes]
+        opened = sum(changes)
         labels = [f"{p.classes[0].label} {p.classes[0].probability:.2f}" for p in (before, after)]
         rows.append(
             [
                 name, *labels, "" if comparison.same_label else "other",
                 f"{before.head_usage:.2f} -> {after.head_usage:.2f}",
                 f"{before.compute_fraction:.3f} -> {after.compute_fraction:.3f}",
-                f"+{opened} -{len(comparison.head_changes) - opened}",
+                f"+{opened} -{len(changes) - opened}",
             ]
         )  # fmt: skip
-    shown = table(["image", "unsteered", "steered", "label", "head usage", "compute", "heads"], rows)
+    shown = table(["image", "unsteered", "steered", "label", "head usage", "compute", "units"], rows)
     return f"{shown}\n\n{_served_by(answer.receipt)}"
 
 
@@ -69,8 +78,12 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
     for name, explanation in zip(names, answer.explanations, strict=True):
         best = explanation.prediction.classes[0]
         parts.append(f"{name}: {best.label} {best.probability:.2f}, head usage {explanation.prediction.head_usage:.2f}")
+        count = len(explanation.prediction.head_mask[0].kept)
         for site in explanation.sites:
-            heads = [f"head {index}" for index in range(len(site.gate_logits))]
+            units = [
+                f"head {index}" if index < count else f"MLP group {index - count}"
+                for index in range(len(site.gate_logits))
+            ]
             rows = [
                 ["unsteered gate", "", "", *(f"{v:+.2f}" for v in site.unsteered_gate_logits)],
                 ["gate", "", "", *(f"{v:+.2f}" for v in site.gate_logits)],
@@ -80,9 +93,45 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
                 effects = [f"{v:+.2f}" for v in latent.gate_effects]
                 rows.append([f"latent {latent.latent}", f"{latent.value:.2f}", changed, *effects])
             parts.append(f"\nsite {site.site} (block {site.block}), {site.active_latents} latents active")
-            parts.append(table(["", "value", "steered", *heads], rows))
+            parts.append(table(["", "value", "steered", *units], rows))
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+def dial_table(curve: Sequence[pb.DialPoint]) -> str:
+    """One row a position of the dial: the budget that is turned into it, and the accuracy there."""
+    rows = [
+        [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
+        for p in curve
+    ]
+    return table(["budget", "accuracy", "as measured", "position"], rows)
+
+
+COLUMNS, LINES = 68, 14
+"""Of the plot, without its axes: with them it is 78 columns wide."""
+
+
+def dial_plot(curve: Sequence[pb.DialPoint]) -> str:
+    """Accuracy against compute: o where it was measured, . between."""
+    compute, accuracy = [p.compute_fraction for p in curve], [p.accuracy for p in curve]
+    left, right = min(compute), max(compute)
+    low, high = min(accuracy), max(accuracy)
+    cells = [[" "] * COLUMNS for _ in range(LINES)]
+
+    def put(x: float, y: float, mark: str) -> None:
+        column = round((x - left) / ((right - left) or 1) * (COLUMNS - 1))
+        line = round((high - y) / ((high - low) or 1) * (LINES - 1))
+        cells[line][column] = mark
+
+    for column in range(COLUMNS):
+        x = left + column / (COLUMNS - 1) * (right - left)
+        put(x, float(np.interp(x, compute, accuracy)), ".")
+    for x, y in zip(compute, accuracy, strict=True):
+        put(x, y, "o")
+    labels = {0: f"{high:.4f}", LINES - 1: f"{low:.4f}"}
+    lines = [f"{labels.get(index, ''):>8} |{''.join(line).rstrip()}" for index, line in enumerate(cells)]
+    ends = f"{left:.2f}{'compute'.center(COLUMNS - 8)}{right:.2f}"
+    return "\n".join(["accuracy", *lines, f"{'':8} +{'-' * COLUMNS}", f"{'':10}{ends}"])
 
 
 def profiles_table(profiles: Sequence[pb.Profile]) -> str:

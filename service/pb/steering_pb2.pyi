@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "version", "images", "steering", "top_k")
+    __slots__ = ("model", "version", "images", "steering", "top_k", "budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STEERING_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     steering: Steering
     top_k: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("encoded", "pixels")
@@ -29,16 +31,30 @@ class Image(_message.Message):
     def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[bytes] = ...) -> None: ...
 
 class Steering(_message.Message):
-    __slots__ = ("profile", "terms", "strength", "gates_sae_digest")
+    __slots__ = ("profile", "terms", "strength", "gates_sae_digest", "open", "closed")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
     profile: str
     terms: _containers.RepeatedCompositeFieldContainer[SteeringTerm]
     strength: float
     gates_sae_digest: str
-    def __init__(self, profile: _Optional[str] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., strength: _Optional[float] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
+    open: _containers.RepeatedCompositeFieldContainer[Unit]
+    closed: _containers.RepeatedCompositeFieldContainer[Unit]
+    def __init__(self, profile: _Optional[str] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., strength: _Optional[float] = ..., gates_sae_digest: _Optional[str] = ..., open: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ..., closed: _Optional[_Iterable[_Union[Unit, _Mapping]]] = ...) -> None: ...
+
+class Unit(_message.Message):
+    __slots__ = ("block", "head", "mlp_group")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    MLP_GROUP_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    head: int
+    mlp_group: int
+    def __init__(self, block: _Optional[int] = ..., head: _Optional[int] = ..., mlp_group: _Optional[int] = ...) -> None: ...
 
 class SteeringTerm(_message.Message):
     __slots__ = ("site", "latent", "scale", "shift")
@@ -61,18 +77,22 @@ class PredictResponse(_message.Message):
     def __init__(self, predictions: _Optional[_Iterable[_Union[Prediction, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Prediction(_message.Message):
-    __slots__ = ("classes", "head_mask", "head_usage", "compute_fraction", "gates_near_threshold")
+    __slots__ = ("classes", "head_mask", "head_usage", "compute_fraction", "gates_near_threshold", "mlp_mask", "mlp_usage")
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     HEAD_MASK_FIELD_NUMBER: _ClassVar[int]
     HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
     GATES_NEAR_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MLP_MASK_FIELD_NUMBER: _ClassVar[int]
+    MLP_USAGE_FIELD_NUMBER: _ClassVar[int]
     classes: _containers.RepeatedCompositeFieldContainer[ClassProbability]
     head_mask: _containers.RepeatedCompositeFieldContainer[BlockHeads]
     head_usage: float
     compute_fraction: float
     gates_near_threshold: int
-    def __init__(self, classes: _Optional[_Iterable[_Union[ClassProbability, _Mapping]]] = ..., head_mask: _Optional[_Iterable[_Union[BlockHeads, _Mapping]]] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ...) -> None: ...
+    mlp_mask: _containers.RepeatedCompositeFieldContainer[BlockMlpGroups]
+    mlp_usage: float
+    def __init__(self, classes: _Optional[_Iterable[_Union[ClassProbability, _Mapping]]] = ..., head_mask: _Optional[_Iterable[_Union[BlockHeads, _Mapping]]] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ..., mlp_mask: _Optional[_Iterable[_Union[BlockMlpGroups, _Mapping]]] = ..., mlp_usage: _Optional[float] = ...) -> None: ...
 
 class ClassProbability(_message.Message):
     __slots__ = ("label", "index", "probability")
@@ -92,8 +112,16 @@ class BlockHeads(_message.Message):
     kept: _containers.RepeatedScalarFieldContainer[bool]
     def __init__(self, block: _Optional[int] = ..., kept: _Optional[_Iterable[bool]] = ...) -> None: ...
 
+class BlockMlpGroups(_message.Message):
+    __slots__ = ("block", "kept")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    kept: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, block: _Optional[int] = ..., kept: _Optional[_Iterable[bool]] = ...) -> None: ...
+
 class Receipt(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds", "head_usage", "compute_fraction", "gates_near_threshold")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds", "head_usage", "compute_fraction", "gates_near_threshold", "mlp_usage", "budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +134,8 @@ class Receipt(_message.Message):
     HEAD_USAGE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
     GATES_NEAR_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MLP_USAGE_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -118,21 +148,25 @@ class Receipt(_message.Message):
     head_usage: float
     compute_fraction: float
     gates_near_threshold: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ...) -> None: ...
+    mlp_usage: float
+    budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ..., mlp_usage: _Optional[float] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class CompareRequest(_message.Message):
-    __slots__ = ("model", "version", "images", "steering", "top_k")
+    __slots__ = ("model", "version", "images", "steering", "top_k", "budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STEERING_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     steering: Steering
     top_k: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class CompareResponse(_message.Message):
     __slots__ = ("comparisons", "receipt")
@@ -143,7 +177,7 @@ class CompareResponse(_message.Message):
     def __init__(self, comparisons: _Optional[_Iterable[_Union[Comparison, _Mapping]]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
 class Comparison(_message.Message):
-    __slots__ = ("unsteered", "steered", "unsteered_logits", "steered_logits", "same_label", "head_changes", "compute_fraction_change")
+    __slots__ = ("unsteered", "steered", "unsteered_logits", "steered_logits", "same_label", "head_changes", "compute_fraction_change", "mlp_changes")
     UNSTEERED_FIELD_NUMBER: _ClassVar[int]
     STEERED_FIELD_NUMBER: _ClassVar[int]
     UNSTEERED_LOGITS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +185,7 @@ class Comparison(_message.Message):
     SAME_LABEL_FIELD_NUMBER: _ClassVar[int]
     HEAD_CHANGES_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FRACTION_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    MLP_CHANGES_FIELD_NUMBER: _ClassVar[int]
     unsteered: Prediction
     steered: Prediction
     unsteered_logits: _containers.RepeatedScalarFieldContainer[float]
@@ -158,7 +193,8 @@ class Comparison(_message.Message):
     same_label: bool
     head_changes: _containers.RepeatedCompositeFieldContainer[HeadChange]
     compute_fraction_change: float
-    def __init__(self, unsteered: _Optional[_Union[Prediction, _Mapping]] = ..., steered: _Optional[_Union[Prediction, _Mapping]] = ..., unsteered_logits: _Optional[_Iterable[float]] = ..., steered_logits: _Optional[_Iterable[float]] = ..., same_label: _Optional[bool] = ..., head_changes: _Optional[_Iterable[_Union[HeadChange, _Mapping]]] = ..., compute_fraction_change: _Optional[float] = ...) -> None: ...
+    mlp_changes: _containers.RepeatedCompositeFieldContainer[MlpGroupChange]
+    def __init__(self, unsteered: _Optional[_Union[Prediction, _Mapping]] = ..., steered: _Optional[_Union[Prediction, _Mapping]] = ..., unsteered_logits: _Optional[_Iterable[float]] = ..., steered_logits: _Optional[_Iterable[float]] = ..., same_label: _Optional[bool] = ..., head_changes: _Optional[_Iterable[_Union[HeadChange, _Mapping]]] = ..., compute_fraction_change: _Optional[float] = ..., mlp_changes: _Optional[_Iterable[_Union[MlpGroupChange, _Mapping]]] = ...) -> None: ...
 
 class HeadChange(_message.Message):
     __slots__ = ("block", "head", "opened")
@@ -170,21 +206,33 @@ class HeadChange(_message.Message):
     opened: bool
     def __init__(self, block: _Optional[int] = ..., head: _Optional[int] = ..., opened: _Optional[bool] = ...) -> None: ...
 
+class MlpGroupChange(_message.Message):
+    __slots__ = ("block", "mlp_group", "opened")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    MLP_GROUP_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    mlp_group: int
+    opened: bool
+    def __init__(self, block: _Optional[int] = ..., mlp_group: _Optional[int] = ..., opened: _Optional[bool] = ...) -> None: ...
+
 class ExplainRequest(_message.Message):
-    __slots__ = ("model", "version", "images", "steering", "top_k", "latents")
+    __slots__ = ("model", "version", "images", "steering", "top_k", "latents", "budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STEERING_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     steering: Steering
     top_k: int
     latents: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., latents: _Optional[int] = ...) -> None: ...
+    budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., latents: _Optional[int] = ..., budget: _Optional[float] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
     __slots__ = ("explanations", "receipt")
@@ -239,7 +287,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense", "instances", "cuda_graph_batches", "specialised_profiles")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense", "instances", "cuda_graph_batches", "specialised_profiles", "mlp_groups", "dial", "lowest_budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +306,9 @@ class GetModelResponse(_message.Message):
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     CUDA_GRAPH_BATCHES_FIELD_NUMBER: _ClassVar[int]
     SPECIALISED_PROFILES_FIELD_NUMBER: _ClassVar[int]
+    MLP_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    DIAL_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -276,7 +327,22 @@ class GetModelResponse(_message.Message):
     instances: Instances
     cuda_graph_batches: _containers.RepeatedScalarFieldContainer[int]
     specialised_profiles: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ..., cuda_graph_batches: _Optional[_Iterable[int]] = ..., specialised_profiles: _Optional[_Iterable[str]] = ...) -> None: ...
+    mlp_groups: int
+    dial: _containers.RepeatedCompositeFieldContainer[DialPoint]
+    lowest_budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ..., cuda_graph_batches: _Optional[_Iterable[int]] = ..., specialised_profiles: _Optional[_Iterable[str]] = ..., mlp_groups: _Optional[int] = ..., dial: _Optional[_Iterable[_Union[DialPoint, _Mapping]]] = ..., lowest_budget: _Optional[float] = ...) -> None: ...
+
+class DialPoint(_message.Message):
+    __slots__ = ("position", "compute_fraction", "accuracy", "measured_accuracy")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    position: float
+    compute_fraction: float
+    accuracy: float
+    measured_accuracy: float
+    def __init__(self, position: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., accuracy: _Optional[float] = ..., measured_accuracy: _Optional[float] = ...) -> None: ...
 
 class Instances(_message.Message):
     __slots__ = ("instances", "threads", "wide_threads", "spinning", "max_batch", "source")
@@ -313,18 +379,30 @@ class GetProfileRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class GetProfileResponse(_message.Message):
-    __slots__ = ("profile", "terms", "model", "version", "gates_sae_digest")
+    __slots__ = ("profile", "terms", "model", "version", "gates_sae_digest", "dial", "gate_biases")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GATES_SAE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIAL_FIELD_NUMBER: _ClassVar[int]
+    GATE_BIASES_FIELD_NUMBER: _ClassVar[int]
     profile: Profile
     terms: _containers.RepeatedCompositeFieldContainer[SteeringTerm]
     model: str
     version: str
     gates_sae_digest: str
-    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
+    dial: _containers.RepeatedCompositeFieldContainer[DialPoint]
+    gate_biases: _containers.RepeatedCompositeFieldContainer[GateBias]
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., terms: _Optional[_Iterable[_Union[SteeringTerm, _Mapping]]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., dial: _Optional[_Iterable[_Union[DialPoint, _Mapping]]] = ..., gate_biases: _Optional[_Iterable[_Union[GateBias, _Mapping]]] = ...) -> None: ...
+
+class GateBias(_message.Message):
+    __slots__ = ("block", "biases")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, block: _Optional[int] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ListProfilesRequest(_message.Message):
     __slots__ = ("model", "version", "page_size", "page_token")
@@ -373,7 +451,7 @@ class Profile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ...) -> None: ...
 
 class Effect(_message.Message):
-    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy")
+    __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy", "mlp_usage", "unit_usage")
     RECALL_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +461,8 @@ class Effect(_message.Message):
     F1_FIELD_NUMBER: _ClassVar[int]
     AUROC_FIELD_NUMBER: _ClassVar[int]
     OTHERS_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    MLP_USAGE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_USAGE_FIELD_NUMBER: _ClassVar[int]
     recall: float
     precision: float
     false_positive_rate: float
@@ -392,4 +472,6 @@ class Effect(_message.Message):
     f1: float
     auroc: float
     others_accuracy: float
-    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., f1: _Optional[float] = ..., auroc: _Optional[float] = ..., others_accuracy: _Optional[float] = ...) -> None: ...
+    mlp_usage: float
+    unit_usage: float
+    def __init__(self, recall: _Optional[float] = ..., precision: _Optional[float] = ..., false_positive_rate: _Optional[float] = ..., overall_accuracy: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., f1: _Optional[float] = ..., auroc: _Optional[float] = ..., others_accuracy: _Optional[float] = ..., mlp_usage: _Optional[float] = ..., unit_usage: _Optional[float] = ...) -> None: ...

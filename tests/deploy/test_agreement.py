@@ -230,8 +230,9 @@ def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_
     found = objects("overlays/kserve")
     (runtime,), (service,) = of_kind(found, "ServingRuntime"), of_kind(found, "InferenceService")
     model = service["spec"]["predictor"]["model"]
-    assert model["modelFormat"] == {"name": "steervit", "version": str(SCHEMA_VERSION)}
-    assert model["modelFormat"].items() <= runtime["spec"]["supportedModelFormats"][0].items()
+    assert model["modelFormat"] == {"name": "steervit", "version": str(bundle.manifest.schema_version)}
+    served = [(format_["name"], format_["version"]) for format_ in runtime["spec"]["supportedModelFormats"]]
+    assert served == [("steervit", str(SCHEMA_VERSION)), ("steervit", str(SCHEMA_VERSION - 1))]
     assert [model["protocolVersion"]] == runtime["spec"]["protocolVersions"]
     assert model["storageUri"] == f"pvc://steervit-models/{bundle.manifest.name}/{bundle.manifest.version}"
 

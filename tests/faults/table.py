@@ -35,6 +35,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | export/ | test_export.py, test_graphs.py, test_fused.py, test_mlp_groups.py, test_bundle.py |
 | service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
 | service/: that it answers alike | test_determinism.py, test_batcher.py |
+| budgets, from bundle to client | test_budgets.py |
 | service/: how it uses the CPUs, and a GPU | test_tuning.py, test_patience.py, test_transport.py, test_buckets.py |
 | service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |

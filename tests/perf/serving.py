@@ -24,7 +24,6 @@ from safetensors.numpy import save
 
 from export.builder import OPSET
 from export.bundle import (
-    SCHEMA_VERSION,
     Graph,
     Macs,
     Manifest,
@@ -91,7 +90,7 @@ def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) 
         "golden.npz": golden_bytes(reference.golden(first, 4)),
     }
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION, name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)),
+        schema_version=2, name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)),
         image=spec, gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
         sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
         macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
