@@ -45,7 +45,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what starts processes, which `make test-fast` leaves out."""
     module = vars(getattr(item, "module", item))
     starts = {"start_server", "run_module", "Live"} & module.keys()
-    if starts or {"server", "smoke_run", "expected"} & set(getattr(item, "fixturenames", ())):
+    if starts or {"server", "smoke_run", "smoke_models", "expected"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.processes)
 
 
@@ -100,4 +100,18 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = strace.prefix(folder.parent / "trace")
     done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with that run as smoke/1: every kind of graph, and graphs of two profiles' own; beside it `trace`,
+    likewise."""
+    folder = tmp_path_factory.mktemp("exported") / "models"
+    every = ("--attention", "dispatch,masked,fused", "--precision", "fp32,int8,fp16", "--verify-images", "12")
+    every += ("--specialise", "Shirt", "--specialise", "Bag", "--compact-threshold", "0.2")
+    prefix = strace.prefix(folder.parent / "trace")
+    done = run_module("export", str(smoke_run), str(folder), "--name", "smoke", *every, prefix=prefix)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning" not in done.stderr
     return folder
