@@ -23,18 +23,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two t
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""
+SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py")
+"""Those that write graphs of the same small models."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
     hypothesis.settings.load_profile("ci")
 
 
 class ByServers(LoadScopeScheduling):
-    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that need the
-    smoke run as one."""
+    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that share a
+    run or models as one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "smoke run" if file in SMOKE_RUN else file
+        return next((together[0] for together in (SMOKE_RUN, SMALL_MODELS) if file in together), file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServers:
