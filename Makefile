@@ -7,7 +7,7 @@ PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
-WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
+WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation
 TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
 TARGET ?= cpu
@@ -94,7 +94,7 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy/alerts
 	$(RUN) -m deploy.kubernetes.prometheus_rules
 
-deploy-check: .venv/.dev  ## Everything under deploy/kubernetes: built, against schemas, scanned, compared with the code
+deploy-check: .venv/.dev system-test  ## deploy/kubernetes: built, against schemas, scanned, compared with the code; the image rehearsed
 	$(RUN) -m deploy.kubernetes.tools
 	$(RUN) -m pytest tests/deploy
 

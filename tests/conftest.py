@@ -23,18 +23,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two t
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""
+SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py")
+"""Those that write graphs of the same small models."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
     hypothesis.settings.load_profile("ci")
 
 
 class ByServers(LoadScopeScheduling):
-    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that need the
-    smoke run as one."""
+    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that share a
+    run or models as one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "smoke run" if file in SMOKE_RUN else file
+        return next((together[0] for together in (SMOKE_RUN, SMALL_MODELS) if file in together), file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServers:
@@ -45,7 +47,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what starts processes, which `make test-fast` leaves out."""
     module = vars(getattr(item, "module", item))
     starts = {"start_server", "run_module", "Live"} & module.keys()
-    if starts or {"server", "smoke_run", "expected"} & set(getattr(item, "fixturenames", ())):
+    if starts or {"server", "smoke_run", "smoke_models", "expected"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.processes)
 
 
@@ -100,4 +102,18 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = strace.prefix(folder.parent / "trace")
     done = run_module("training", "all", "--preset", "smoke", "--out", str(folder), prefix=prefix, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with that run as smoke/1: every kind of graph, and graphs of two profiles' own; beside it `trace`,
+    likewise."""
+    folder = tmp_path_factory.mktemp("exported") / "models"
+    every = ("--attention", "dispatch,masked,fused", "--precision", "fp32,int8,fp16", "--verify-images", "12")
+    every += ("--specialise", "Shirt", "--specialise", "Bag", "--compact-threshold", "0.2")
+    prefix = strace.prefix(folder.parent / "trace")
+    done = run_module("export", str(smoke_run), str(folder), "--name", "smoke", *every, prefix=prefix)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning" not in done.stderr
     return folder

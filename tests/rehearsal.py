@@ -17,6 +17,8 @@ from io import BytesIO
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from processes import ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -24,6 +26,13 @@ PREFIX = "/opt/steervit"
 BUILDER = "65534:65534"
 """Not the user of the image, who must not own its files."""
 Instructions = list[tuple[str, str]]
+SERVED_ON = {
+    "sys_platform": "linux",
+    "platform_machine": "x86_64",
+    "python_version": "3.11",
+    "python_full_version": "3.11.14",
+}
+"""The machines of the image."""
 
 
 def stages() -> dict[str, Instructions]:
@@ -177,3 +186,23 @@ def _as_user(user: str) -> list[str]:
     number, _, group = user.partition(":")
     without = ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     return ["setpriv", f"--reuid={number}", f"--regid={group}", *without, "--"]
+
+
+def locked(name: str) -> dict[str, str]:
+    """What a lock installs on the machines that we serve on: version by package."""
+    found = {}
+    for line in (ROOT / "deploy" / f"requirements-{name}.lock").read_text().splitlines():
+        if line and not line.startswith((" ", "#")):
+            requirement = Requirement(line.rstrip(" \\"))
+            if requirement.marker is None or requirement.marker.evaluate(SERVED_ON):
+                found[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+def unresolved(site: Path, inside: str) -> set[str]:
+    """Libraries that the CUDA provider of this site-packages folder, `inside` in the image, would not find."""
+    paths = environment(stages()["cuda"])["LD_LIBRARY_PATH"].replace(inside, str(site))
+    provider = site / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
+    done = subprocess.run(["ldd", str(provider)], capture_output=True, text=True, env={"LD_LIBRARY_PATH": paths})
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0] for line in done.stdout.splitlines() if "not found" in line}

@@ -1,8 +1,9 @@
 """Small ViTs of every kind that timm makes, with random weights and gates, and inputs for their graphs."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ from training.steering import NEUTRAL, UNBIASED, GateBias, SteeringProfile, Stee
 SPEC = ImageSpec(16, 16, 3, 16, "bicubic", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 STEERED: Terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(7, 0.0, -4.0)), 1: (SteeringTerm(2, 3.0, 0.5),)}
 small = partial(VisionTransformer, img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
+
+
+def with_mlp(mlp: nn.Module, **options: float) -> VisionTransformer:
+    """In its last block: the exporter takes a second for each."""
+    vit = small(**options)
+    vit.blocks[-1].mlp = mlp
+    return vit
+
+
 KINDS: dict[str, Callable[[], VisionTransformer]] = {
     "plain": small,
     "distilled": lambda: VisionTransformerDistilled(
@@ -36,7 +46,7 @@ KINDS: dict[str, Callable[[], VisionTransformer]] = {
     "registers and layer scale": lambda: small(reg_tokens=2, init_values=0.3, no_embed_class=True),
     "normed queries and keys": lambda: small(qk_norm=True),
     "no biases": lambda: small(qkv_bias=False, proj_bias=False),
-    "gated MLP": lambda: small(mlp_layer=partial(SwiGLU), init_values=0.5),
+    "gated MLP": lambda: with_mlp(SwiGLU(24, 96), init_values=0.5),
     "pre-norm": lambda: small(pre_norm=True, act_layer=partial(nn.GELU, approximate="tanh")),
 }
 
@@ -101,6 +111,17 @@ def source_of(steered: SteeredVit, profiles: Sequence[SteeringProfile], dial: Di
     return Source(
         SPEC, tuple("abcde"), measured, steered, profiles, {"head_usage": 0.5}, selection, None, knots, curves
     )
+
+
+@cache
+def of_kind(kind: str) -> SteeredVit:
+    """One model a kind, whose parts go through PyTorch's exporter once for all tests. Not to be changed."""
+    return model_of(KINDS[kind]())
+
+
+def with_other_gates(model: GatedVit) -> GatedVit:
+    """The same model, with gates of its own that may be changed; what else it is made of is shared."""
+    return copy.deepcopy(model, {id(model.vit): model.vit})
 
 
 def images(count: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -1,16 +1,12 @@
-"""The image and compose.yaml: read by their own tools, and rehearsed without a container engine."""
+"""The image and compose.yaml, read by their own tools. deploy/test_image.py rehearses the image."""
 
 import os
 import re
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
-from collections.abc import Iterator
-from importlib.metadata import distributions
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import rehearsal
@@ -21,13 +17,6 @@ from processes import ROOT, SAMPLES
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
-SERVED_ON = {
-    "sys_platform": "linux",
-    "platform_machine": "x86_64",
-    "python_version": "3.11",
-    "python_full_version": "3.11.14",
-}
-COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "tcc", "as", "ld", "make", "cmake", "nvcc", "ptxas", "rustc", "cargo"}
 
 
 def tool(*command: str) -> str:
@@ -37,17 +26,6 @@ def tool(*command: str) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def locked(name: str) -> dict[str, str]:
-    """What a lock installs on the machines that we serve on: version by package."""
-    found = {}
-    for line in (DEPLOY / f"requirements-{name}.lock").read_text().splitlines():
-        if line and not line.startswith((" ", "#")):
-            requirement = Requirement(line.rstrip(" \\"))
-            if requirement.marker is None or requirement.marker.evaluate(SERVED_ON):
-                found[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==")
-    return found
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
@@ -77,7 +55,7 @@ def test_bases_are_pinned_and_all_that_is_copied_is_in_the_context(tmp_path: Pat
 
 @pytest.mark.parametrize(("name", "runtime"), [("cpu", "onnxruntime"), ("cuda", "onnxruntime-gpu")])
 def test_a_lock_meets_pyproject_and_brings_no_torch(name: str, runtime: str) -> None:
-    found = locked(name)
+    found = rehearsal.locked(name)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in map(Requirement, project["dependencies"]):
         wanted = runtime if requirement.name.startswith("onnxruntime") else canonicalize_name(requirement.name)
@@ -130,97 +108,6 @@ def test_every_library_of_the_cuda_provider_is_where_the_cuda_image_looks() -> N
     site = Path(sysconfig.get_path("purelib"))
     if not (site / "nvidia").is_dir():
         pytest.skip("this environment has no CUDA packages")
-    assert unresolved(site, f"{rehearsal.PREFIX}/venv/lib/python3.11/site-packages") == {"libcuda.so.1"}  # the driver's
-
-
-def unresolved(site: Path, inside: str) -> set[str]:
-    """Libraries that the CUDA provider of this site-packages folder, `inside` in the image, would not find."""
-    paths = rehearsal.environment(rehearsal.stages()["cuda"])["LD_LIBRARY_PATH"].replace(inside, str(site))
-    provider = site / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
-    done = subprocess.run(["ldd", str(provider)], capture_output=True, text=True, env={"LD_LIBRARY_PATH": paths})
-    assert done.returncode == 0, done.stderr
-    return {line.split()[0] for line in done.stdout.splitlines() if "not found" in line}
-
-
-@pytest.fixture(scope="module", params=os.environ.get("CONTAINER_IMAGES", "cpu").split(","))
-def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The folders that the image's own install steps made. CONTAINER_IMAGES=cpu,cuda: of CUDA too, a large download."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can rehearse the image's users")
-    if subprocess.run([sys.base_prefix + "/bin/python3", "-m", "pip", "--version"], capture_output=True).returncode:
-        pytest.skip(f"the Python in {sys.base_prefix} has no pip")
-    folder = tmp_path_factory.mktemp("image")
-    source = rehearsal.context(folder / "source")
-    rehearsal.build(request.param, source, folder / "root")
-    return SimpleNamespace(target=request.param, root=folder / "root", models=source / "deploy" / "models")
-
-
-@pytest.fixture
-def container(image: SimpleNamespace) -> Iterator[rehearsal.Container]:
-    started = rehearsal.run(image.target, image.root, image.models, STEERVIT_PROVIDER="cpu")
-    yield started
-    started.kill()
-
-
-@pytest.mark.slow
-def test_the_image_holds_what_its_lock_names_and_no_compiler(image: SimpleNamespace) -> None:
-    site = next(image.root.glob("venv/lib/python3*/site-packages"))
-    found = {canonicalize_name(d.name): d.version for d in distributions(path=[str(site), str(image.root / "app")])}
-    assert found.pop("steervit")
-    assert found == locked(image.target)
-    names = {path.name for path in image.root.rglob("*")}
-    assert not names & COMPILERS
-    assert not names & {"torch", "triton", "pip"}
-    if image.target == "cuda":
-        assert unresolved(site, f"{rehearsal.PREFIX}/venv/lib/python3.11/site-packages") == {"libcuda.so.1"}
-
-
-@pytest.mark.slow
-def test_a_read_only_container_without_rights_answers_and_ends_with_0(container: rehearsal.Container) -> None:
-    assert container.healthy()
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{container.pid}/status").read_text().splitlines())
-    assert status["Uid"].split() == ["65532"] * 4
-    assert status["NSpid"].split()[-1] == "1"
-    assert (int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"].strip()) == (0, 0, "1")
-    for folder in ("/", "/tmp", "/models", rehearsal.PREFIX, f"{rehearsal.PREFIX}/app"):
-        assert container.execute("sh", "-c", f"echo > {folder}/new").returncode != 0, f"{folder} can be written"
-    shoe = sorted((SAMPLES / "Sneaker").glob("*.png"))[0]
-    client = container.from_outside("-m", "service.client", "predict", "--profile", "Sneaker", str(shoe))
-    answer, errors = client.communicate(timeout=60)
-    assert client.returncode == 0, errors
-    assert re.search(r"\.png +Sneaker ", answer), answer
-    container.signal()
-    assert container.wait() == 0
-
-
-HOLDING_A_CALL = """
-import time, grpc
-from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
-from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-def questions():
-    yield ServerReflectionRequest(list_services="")
-    time.sleep(60)
-call = ServerReflectionStub(grpc.insecure_channel("127.0.0.1:8001")).ServerReflectionInfo(questions())
-next(call)
-print("open", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_a_container_that_drains_at_once(container: rehearsal.Container) -> None:
-    """Process 1 gets no signal that it has no handler for, so this cannot be left to the kernel."""
-    client = container.from_outside("-c", HOLDING_A_CALL)
-    assert client.stdout is not None
-    assert client.stdout.readline() == "open\n", client.communicate()
-    container.signal()
-    assert container.process.stderr is not None
-    assert any("stopping" in line for line in container.process.stderr)
-    start = time.monotonic()
-    container.signal()
-    try:
-        assert container.wait() == 128 + 15
-        assert time.monotonic() - start < 10, "it took its time to drain"
-    finally:
-        client.kill()
-        client.communicate()
+    assert rehearsal.unresolved(site, f"{rehearsal.PREFIX}/venv/lib/python3.11/site-packages") == {
+        "libcuda.so.1"
+    }  # the driver's

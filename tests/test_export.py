@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from processes import MODELS, run_main, run_module, start_server, stop_server
+from processes import MODELS, run_main, start_server, stop_server
 from torch import nn
 
 from export.__main__ import main as export_main
@@ -36,19 +36,9 @@ from training.presets import PRESETS
 from training.steering import NEUTRAL, SteeringProfile, digest, profiles_from_json, to_arrays
 
 
-@pytest.fixture(scope="module")
-def models(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    every = ("--attention", "dispatch,masked,fused", "--precision", "fp32,int8,fp16", "--verify-images", "12")
-    every += ("--specialise", "Shirt", "--specialise", "Bag", "--compact-threshold", "0.2")
-    done = run_module("export", str(smoke_run), str(folder), "--name", "smoke", *every)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
-
-
 @pytest.mark.slow
-def test_every_graph_of_a_bundle_serves_the_same_answers(models: Path, sample_pixels: NDArray[np.uint8]) -> None:
-    bundle = load_bundle(models / "smoke" / "1")
+def test_every_graph_of_a_bundle_serves_the_same_answers(smoke_models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+    bundle = load_bundle(smoke_models / "smoke" / "1")
     names = [f"{graph.attention}.{graph.precision}" for graph in bundle.manifest.graphs]
     assert names == [
         *("dispatch.fp32", "masked.fp32", "fused.fp32", "dispatch.int8", "masked.int8", "masked.fp16", "fused.fp16")
@@ -70,16 +60,16 @@ def test_every_graph_of_a_bundle_serves_the_same_answers(models: Path, sample_pi
         assert seen["accuracy"] >= seen["accuracy_of_model"] - 5e-3
         assert seen["flipped_gates"] <= 0.02 * seen["gates"]
         assert seen["batch_sizes"] == [1, 7, 64]
-    done = run_module("export", "verify", str(bundle.folder))
+    done = run_main(export_main, "verify", str(bundle.folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("golden rows within") == len(names) + 2
 
 
 @pytest.mark.slow
-def test_a_graph_for_one_profile_answers_for_its_batches(models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+def test_a_graph_for_one_profile_answers_for_its_batches(smoke_models: Path, sample_pixels: NDArray[np.uint8]) -> None:
     """As on a GPU: heads that the profile does not use are not in the graph, and the others answer as in the general
     one; whatever is asked for together, each call has the answer that it has alone."""
-    bundle = load_bundle(models / "smoke" / "1")
+    bundle = load_bundle(smoke_models / "smoke" / "1")
     entries = bundle.manifest.specialised
     assert [(entry.profile, entry.precision) for entry in entries] == [("Shirt", "fp16"), ("Bag", "fp16")]
     engine = Engine(bundle, "cpu", 1, "fused.fp32", max_batch=16, bounded=True, specialised=True)
@@ -128,11 +118,10 @@ def test_a_graph_for_one_profile_answers_for_its_batches(models: Path, sample_pi
 
 @pytest.mark.slow
 def test_a_server_runs_a_profiles_own_graph_and_counts_its_images(
-    models: Path, sample_pixels: NDArray[np.uint8]
+    smoke_models: Path, sample_pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    (models / "one" / "smoke").mkdir(parents=True)
-    shutil.copytree(models / "smoke" / "1", models / "one" / "smoke" / "1")
-    running = start_server(models / "one", "--specialised", "on", "--graph", "fused.fp32", "--tune", "off")
+    shutil.copytree(smoke_models / "smoke", tmp_path / "smoke")
+    running = start_server(tmp_path, "--specialised", "on", "--graph", "fused.fp32", "--tune", "off")
     images = list(sample_pixels[:8])
     with Client(running.address) as client:
         own, twice = client.predict(images, profile="Shirt"), client.predict(images, profile="Shirt", strength=2.0)
@@ -170,18 +159,18 @@ def test_specialised_graphs_are_for_the_terms_that_they_were_made_with(bundle: B
 
 @pytest.mark.slow
 def test_a_compact_bundle_is_a_bundle_of_its_own(
-    smoke_run: Path, models: Path, sample_pixels: NDArray[np.uint8]
+    smoke_run: Path, smoke_models: Path, sample_pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    whole = load_bundle(models / "smoke" / "1")
+    whole = load_bundle(smoke_models / "smoke" / "1")
     # a profile under which some heads are hardly used, and some are
     profiles = json.loads((smoke_run / "results.json").read_text())["profiles"]
     usage = {profile["name"]: np.array(profile["head_usage_after"]) for profile in profiles}
     name = next(name for name, of_heads in usage.items() if of_heads.min() < 0.1 and of_heads.max() > 0.3)
     flags = ("--compact-for", name, "--compact-threshold", "0.2", "--verify-images", "12")
-    done = run_main(export_main, str(smoke_run), str(models), "--name", "compact", *flags)
+    done = run_main(export_main, str(smoke_run), str(tmp_path), "--name", "compact", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "units removed (kept by < 20.0%)" in done.stdout
-    bundle = load_bundle(models / "compact" / "1")
+    bundle = load_bundle(tmp_path / "compact" / "1")
     made = bundle.manifest.compact
     assert made is not None
     assert list(bundle.profiles) == [made["profile"]] == [name]
@@ -194,22 +183,18 @@ def test_a_compact_bundle_is_a_bundle_of_its_own(
     assert outputs.head_gate[:, ~removed].any()
     assert made["after"]["head_usage"] <= made["before"]["head_usage"]
     assert whole.manifest.macs == bundle.manifest.macs  # closed heads are counted as closed, of the same whole
-    done = run_main(export_main, str(smoke_run), str(models), "--name", "x", "--compact-for", "-rf")
+    done = run_main(export_main, str(smoke_run), str(tmp_path), "--name", "x", "--compact-for", "-rf")
     assert done.returncode == 1
     assert "--compact-for is '-rf'; allowed: 'T-shirt', 'Trouser'" in done.stderr
-    assert not (models / "x").exists()
+    assert not (tmp_path / "x").exists()
 
 
-def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(smoke_run: Path, tmp_path: Path) -> None:
-    def export(run: Path, name: str) -> tuple[str, list[str]]:
-        flags = ("--attention", "masked", "--verify-images", "2", "--accuracy-images", "50")
-        done = run_main(export_main, str(run), str(tmp_path / "models"), "--name", name, *flags)
-        assert done.returncode == 0, done.stderr
-        evaluation = load_bundle(tmp_path / "models" / name / "1").manifest.evaluation
-        return done.stderr, list(evaluation.get("warnings", []))
-
-    said, warnings = export(smoke_run, "sound")
-    assert ("warning" in said, warnings) == (False, [])
+def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(
+    smoke_run: Path, smoke_models: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(smoke_models / "smoke", models / "smoke")
+    assert "warnings" not in load_bundle(models / "smoke" / "1").manifest.evaluation
     run = Path(shutil.copytree(smoke_run, tmp_path / "run"))
     for name, keys, value in (
         ("vit.json", ("result", "selection", "head_usage"), 1.0),
@@ -221,15 +206,18 @@ def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(smoke_run: Path
             changed = changed[key]
         changed[keys[-1]] = value
         (run / name).write_text(json.dumps(whole))
-    said, warnings = export(run, "untrained")
+    flags = ("--attention", "masked", "--verify-images", "2", "--accuracy-images", "50")
+    done = run_main(export_main, str(run), str(models), "--name", "untrained", *flags)
+    assert done.returncode == 0, done.stderr
+    warnings = load_bundle(models / "untrained" / "1").manifest.evaluation["warnings"]
     assert [warning.partition(",")[0].partition(";")[0] for warning in warnings] == [
         "head usage is 1.0000",
         "an autoencoder leaves a fraction of variance unexplained of 19.0000",
         "accuracy is 0.1100 on the test images",
     ]
-    assert all(f"export: warning: {warning}\n" in said for warning in warnings)
+    assert all(f"export: warning: {warning}\n" in done.stderr for warning in warnings)
     with (tmp_path / "log").open("w") as log:
-        assert stop_server(start_server(tmp_path / "models", stderr=log)) == 0
+        assert stop_server(start_server(models, stderr=log)) == 0
     logged = (tmp_path / "log").read_text()
     assert all(f"model untrained version 1: {warning}\n" in logged for warning in warnings)
     assert logged.count("WARNING") == len(warnings)

@@ -1,11 +1,9 @@
 """The graphs for GPUs, on the CPU: against PyTorch, for the kinds of timm models; and that a GPU can capture them."""
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
-from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, rows
+from small_models import KINDS, SPEC, STEERED, assert_same, images, of_kind, rows, with_other_gates
 
 from export.bundle import INPUTS, OUTPUTS
 from export.certify import LIMITS, run_torch
@@ -30,7 +28,7 @@ AS_EXPORTED = {"registers and layer scale", "gated MLP", "normed queries and key
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_gives_pytorchs_answers(kind: str) -> None:
-    steered = model_of(KINDS[kind]())
+    steered = of_kind(kind)
     inputs = rows(9)
     expected = run_torch(steered, inputs)
     graph = build(steered, SPEC, "fused", {"model": "m"})
@@ -73,8 +71,8 @@ TERMS: dict[str, Terms] = {
     ],
 )
 def test_a_graph_for_one_steering_has_its_terms_and_heads_alone(terms: str, kept: tuple[tuple[int, ...], ...]) -> None:
-    steered = model_of(KINDS["plain"]())
-    model = copy.deepcopy(steered.model)
+    steered = of_kind("plain")
+    model = with_other_gates(steered.model)
     for gate, heads in zip(model.gates, kept, strict=True):
         _close(gate, heads)
     inputs = inputs_of(images(9), [TERMS[terms]] * 9, 2)

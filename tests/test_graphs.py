@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, rows, small
+from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, of_kind, rows, with_mlp, with_other_gates
 from timm.layers import GluMlp
 
 from export.bundle import INPUTS, OUTPUTS, BundleError
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_gives_pytorchs_answers_in_both_graphs(kind: str) -> None:
-    steered = model_of(KINDS[kind]())
+    steered = of_kind(kind)
     inputs = rows(9)
     expected = run_torch(steered, inputs)
     assert 0.2 < expected["head_gate"].mean() < 0.8
@@ -45,7 +45,7 @@ def test_every_kind_of_model_gives_pytorchs_answers_in_both_graphs(kind: str) ->
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredVit:
-    return model_of(small())
+    return of_kind("plain")
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,11 @@ def test_any_batch_and_any_gates(
 
 @pytest.mark.parametrize("bias", [-4.0, 4.0])
 def test_all_heads_off_and_all_heads_on(bias: float) -> None:
-    steered = model_of(small())
-    for gate in steered.model.gates:
+    model = with_other_gates(of_kind("plain").model)
+    for gate in model.gates:
         gate.linear.weight.zero_()
         gate.linear.bias.fill_(bias)
+    steered = SteeredVit(model, of_kind("plain").sae)
     for batch in (1, 4):
         expected = run_torch(steered, rows(batch))
         assert (expected["head_gate"] == (bias > 0)).all()
@@ -168,7 +169,7 @@ Saturating.__name__ = MatMulIntegerToFloat.__name__  # by which it is found
 
 @exact_int8
 def test_golden_rows_of_int8_tell_a_machine_that_saturates() -> None:
-    steered = model_of(KINDS["distilled"]())
+    steered = of_kind("distilled")
     ranges = calibrate(steered, SPEC, [rows(64)])
     graphs = {name: build(steered, SPEC, name, {}, Int8(ranges)) for name in ("masked", "dispatch")}
     reference = Reference(steered, images(24), [{}, STEERED], images(2), np.zeros(2, np.int64))
@@ -264,7 +265,7 @@ def test_what_is_in_a_graph(steered: SteeredVit, attention: str, precision: str)
 
 def test_glu_is_timms_too() -> None:
     """An MLP that this project does not write itself goes through the exporter, in the int8 graph as well."""
-    steered = model_of(small(mlp_layer=partial(GluMlp, gate_last=False)))
+    steered = model_of(with_mlp(GluMlp(24, 96, gate_last=False)))
     inputs = rows(5)
     graph = build(steered, SPEC, "dispatch", {}, Int8(calibrate(steered, SPEC, [inputs])))
     found = run_onnx(open_session(graph.SerializeToString(), "dispatch"), inputs)

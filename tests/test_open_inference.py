@@ -29,8 +29,9 @@ def triton_python() -> Path:
     folder = ROOT / "build" / "tritonclient"
     python = folder / "bin" / "python"
     if not (folder / "installed").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TRITON_CLIENT], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+        subprocess.run([*pip, TRITON_CLIENT], check=True)
         (folder / "installed").touch()
     return python
 

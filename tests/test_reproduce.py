@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, run_main, run_module
+from processes import ROOT, run_main, until
 from safetensors.torch import load_file
 
 from training import reproduce
@@ -27,7 +27,7 @@ TINY = [
     "--preset=smoke", "--threads=1", "--data.max-train=600", "--data.max-test=200", "--vit.dim=24", "--vit.depth=2",
     "--vit.batch-size=32", "--vit.learning-rate=4e-3", "--vit.joint-learning-rate=2e-3",
     "--vit.gate-learning-rate=2e-2", "--vit.usage-weight=10", "--vit.ema-decay=0.9", "--vit.backbone-epochs=4",
-    "--vit.joint-epochs=3", "--sae.latents=48", "--sae.epochs=10", "--profiles.steps=20", "--profiles.contexts",
+    "--vit.joint-epochs=3", "--sae.latents=48", "--sae.epochs=10", "--profiles.steps=10", "--profiles.contexts",
     '{"footwear": ["Sandal", "Sneaker", "Ankle boot"]}',
 ]  # fmt: skip
 
@@ -96,26 +96,35 @@ def test_each_job_is_a_step_of_its_seed_with_the_flags_given(tmp_path: Path) -> 
         assert list(settings.others) == (others if job.name == "report" else [])
 
 
-@pytest.fixture(scope="module")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one seed, by one command that starts a process for each of its jobs."""
-    out = tmp_path_factory.mktemp("reproduced")
-    done = run_main(reproduce.main, "--seeds=1", "--jobs=2", "--out", str(out), *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "] 9/9 seed 0, report: " in done.stdout
-    return out / "seed-0"
-
-
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Steps in this process compute as those of `reproduced` do."""
+    """Steps in this process set the number of threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
+def run_here(out: Path, *names: str) -> None:
+    """The jobs of one seed, or those of these names, in this process: importing torch for each would take longer."""
+    processes = Processes(argparse.Namespace(preset="smoke", out=out, seeds=1), TINY, threads=1, total=9)
+
+    async def run(job: Job) -> int:
+        return main(processes.arguments(job))
+
+    chosen = {job: before for job, before in jobs_of(1).items() if job.name in (names or ORDER)}
+    asyncio.run(run_jobs(chosen, run, 1))
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one seed, with all its controls."""
+    out = tmp_path_factory.mktemp("reproduced")
+    run_here(out)
+    return out / "seed-0"
+
+
 @pytest.mark.slow
-def test_one_command_goes_from_data_to_the_report(reproduced: Path) -> None:
+def test_the_jobs_of_a_seed_go_from_data_to_the_report(reproduced: Path) -> None:
     results = read(reproduced / "results.json")
     assert results["seed"] == 0
     assert set(results["controls"]) == {"dense", "direct", "small"}
@@ -123,12 +132,47 @@ def test_one_command_goes_from_data_to_the_report(reproduced: Path) -> None:
     assert len(results["last_block"]["profiles"]) == len(results["profiles"]) == 11
     assert len(results["last_block"]["oracle"]["Shirt"]) == 4  # 0 to 3 heads
     assert "footwear" in [profile["name"] for profile in results["profiles"]]
-    assert [row["seed"] for row in read(reproduced.parent / "table.json")["seeds"]] == [0]
     assert (reproduced / "report.html").is_file()
 
 
+STAND_IN = """
+import pathlib
+import shutil
+import sys
+
+print("started")
+with open("started.txt", "a") as file:
+    file.write("|".join(sys.argv[1:]) + chr(10))
+if sys.argv[1] == "evaluate":
+    shutil.copytree("reproduced", sys.argv[sys.argv.index("--out") + 1], dirs_exist_ok=True)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
+def test_one_command_starts_a_process_for_each_job_and_writes_the_table(
+    reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes find another `training` in the working directory, which says how it was started."""
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__main__.py").write_text(STAND_IN)
+    (tmp_path / "reproduced").symlink_to(reproduced)
+    monkeypatch.chdir(tmp_path)
+    done = run_main(reproduce.main, "--seeds=2", "--jobs=2", "--out", "run", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "] 18/18 seed " in done.stdout
+    assert "seed mean: " in done.stdout
+    options = argparse.Namespace(preset="smoke", out=Path("run"), seeds=2)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    processes = Processes(options, TINY[1:], threads, total=18)  # without --preset, which is in the options
+    expected = {"|".join(processes.arguments(job)): job for job in jobs_of(2)}
+    started = [expected[line] for line in (tmp_path / "started.txt").read_text().splitlines()]
+    assert sorted(map(str, started)) == sorted(map(str, jobs_of(2)))
+    assert all(started.index(before) < started.index(job) for job, of in jobs_of(2).items() for before in of)
+    assert all(processes.log(job).read_text() == "started\n" for job in started)
+    assert len(read(tmp_path / "run" / "table.json")["seeds"]) == 2
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_made_again(reproduced: Path) -> None:
     def stages() -> dict[Path, int]:
         paths = [path for path in reproduced.rglob("*") if path.suffix in (".safetensors", ".json")]
@@ -137,13 +181,8 @@ def test_what_is_finished_is_not_made_again(reproduced: Path) -> None:
 
     before = stages()
     assert {path.name for path in before} >= {"vit.safetensors", "sae.json", "profiles.stage.json"}
-    options = argparse.Namespace(preset="smoke", out=reproduced.parent, seeds=1)
-    processes = Processes(options, TINY, threads=1, total=9)
-
-    async def run(job: Job) -> int:
-        return main(processes.arguments(job))
-
-    asyncio.run(run_jobs(jobs_of(1), run, 1))
+    assert max(before.values()) < (reproduced / "results.json").stat().st_mtime_ns, "evaluate leaves them alone"
+    run_here(reproduced.parent, *(name for name in ORDER if name not in ("evaluate", "report")))
     assert stages() == before
 
 
@@ -156,23 +195,43 @@ def test_a_failed_command_shows_the_last_lines_of_the_job(tmp_path: Path) -> Non
     assert "vit.dim is 50 with 3 heads; allowed: a multiple of 12" in done.stderr
 
 
+EACH_IN_A_FORK = """
+import os
+import sys
+from training.__main__ import main
+
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        os._exit(main(sys.argv[1:]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_training_ends_as_one_left_alone(reproduced: Path, tmp_path: Path) -> None:
     """Killed twice, each time at a random moment after it had saved a state of its own, and started again."""
     flags = ["vit", *TINY, "--save-every=0.1", "--out", str(tmp_path)]
     draw, saved = random.Random(5), tmp_path / "vit.state.safetensors"
-    for _ in range(2):
-        before = saved.stat().st_mtime_ns if saved.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-m", "training", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    finished = run_module("training", *flags)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    before = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", EACH_IN_A_FORK, *flags],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as program:  # fmt: skip
+        assert program.stdin
+        assert program.stdout
+        for _ in range(2):
+            print("train", file=program.stdin, flush=True)
+            child = int(program.stdout.readline())
+            until(lambda before=before: saved.exists() and saved.stat().st_mtime_ns > before)
+            time.sleep(draw.uniform(0, 0.4))
+            os.kill(child, signal.SIGKILL)
+            assert program.stdout.readline() == f"{-signal.SIGKILL}\n", "it ended before it was killed"
+            before = saved.stat().st_mtime_ns
+        program.stdin.close()
+    assert main(flags) == 0
     one, two = (load_file(folder / "vit.safetensors") for folder in (reproduced, tmp_path))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -183,6 +242,7 @@ IN_EACH_PROCESS = """
 import copy
 import sys
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training import processes
 from training.__main__ import main, parse
 from training.data.splits import load
@@ -190,29 +250,37 @@ from training.data.streams import Batch
 from training.vit.fit import build
 from training.vit.phases import phases_of, train_step
 
-settings = parse(["vit", *sys.argv[1:], "--no-bf16"])
-data, rank = load(settings.data, settings.seed), processes.state().process_index
-torch.manual_seed(0)
-model = build(settings.vit, data.spec, len(data.labels)).eval()
-model.gates.requires_grad_(False)
-gradients = []
-for network, share in ((copy.deepcopy(model), slice(None)), (processes.parallel(model), slice(rank, None, 2))):
-    batch = Batch(data.train.images[:40][share], data.train.classes[:40][share])
-    loss, _ = train_step(network, None, phases_of(settings.vit)[0], settings, batch, 0.0)
-    loss.backward()
-    gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-assert len(gradients[0]) > 20
-for whole, shared in zip(*gradients, strict=True):
-    torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
-for step in ("vit", "sae", "profiles", "evaluate"):
-    assert main([step, *sys.argv[1:]]) == 0
+
+def work():
+    settings = parse(["vit", *sys.argv[1:], "--no-bf16"])
+    data, rank = load(settings.data, settings.seed), processes.state().process_index
+    assert processes.state().num_processes == 2
+    torch.manual_seed(0)
+    model = build(settings.vit, data.spec, len(data.labels)).eval()
+    model.gates.requires_grad_(False)
+    gradients = []
+    for network, share in ((copy.deepcopy(model), slice(None)), (processes.parallel(model), slice(rank, None, 2))):
+        batch = Batch(data.train.images[:40][share], data.train.classes[:40][share])
+        loss, _ = train_step(network, None, phases_of(settings.vit)[0], settings, batch, 0.0)
+        loss.backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20
+    for whole, shared in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
+    for step in ("vit", "sae", "profiles", "evaluate"):
+        assert main([step, *sys.argv[1:]]) == 0
+
+
+if __name__ == "__main__":
+    launch = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": "two", "start_method": "fork"}
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **launch), work)()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
-    """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process.
+    """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process. As torchrun
+    starts them, but for torch, which they import together.
 
     The network itself is another draw of the same training: batch statistics of its stem are those of half a batch, and
     gate noise differs.
@@ -220,8 +288,8 @@ def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
     program, out, alone = tmp_path / "program.py", tmp_path / "two", tmp_path / "one"
     program.write_text(IN_EACH_PROCESS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d", str(program)]
-    done = run_module(*launch, *TINY, "--out", str(out), **environment)
+    command = [sys.executable, str(program), *TINY, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     alone.mkdir()
     for name in ("vit.json", "vit.safetensors", "sae.json", "sae.safetensors"):

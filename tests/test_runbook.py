@@ -97,17 +97,20 @@ def test_faults_raise_their_alerts(
         dead = f"127.0.0.1:{taken.getsockname()[1]}"
         with running(tmp_path, {"steervit-dead": dead}) as prometheus:
             until(lambda: prometheus.raised() == {"SteervitTargetDown", "SteervitAllTargetsDown"}, 40)
+            idle = start_server(MODELS)
+            prometheus.watch({"steervit-dead": dead, "steervit-idle": urlsplit(idle.metrics_url).netloc})
+            until(lambda: "SteervitNoTraffic" in prometheus.raised(job="steervit-idle"), 40)
             ill = start_server(
                 repository, "--model-control", "poll", "--poll-seconds", "0.2", "--profiles-dir", str(profiles),
                 "--shadow-fraction", "1", "--max-queue", "1024", "--max-batch", "1", "--threads", "1",
             )  # fmt: skip
-            idle = start_server(MODELS)
             try:
                 targets = {"steervit-ill": ill, "steervit-idle": idle}
                 addresses = {job: urlsplit(server.metrics_url).netloc for job, server in targets.items()}
                 watched = {"steervit-dead": dead, **addresses}
                 prometheus.watch(watched)
-                until(lambda: "SteervitNoTraffic" in prometheus.raised(job="steervit-idle"), 40)
+                # what the load is averaged with begins here
+                until(lambda: bool(prometheus.query('up{job="steervit-ill"} == 1')), 40)
                 dead_alone = {job: "SteervitAllTargetsDown" in prometheus.raised(job=job) for job in watched}
                 assert dead_alone == {"steervit-dead": True, "steervit-ill": False, "steervit-idle": False}
 
@@ -128,7 +131,7 @@ def test_faults_raise_their_alerts(
                     for _ in range(25):  # images whose label the profile changes
                         client.predict((changed * 10)[:10], profile="tops")
                 down = {"SteervitTargetDown"}  # a busy machine can be late for a scrape, so it does not count here
-                with load(ill, np.repeat(sample_pixels, 2, 0), calls=8):  # more than it can run
+                with load(ill, sample_pixels, calls=16):  # more than it can run
                     expected = CAUSED - down - {"SteervitAllTargetsDown", "SteervitNoTraffic"}
                     until(lambda: prometheus.raised(job="steervit-ill") - down == expected, 60)
                 for alert in prometheus.get("alerts")["alerts"]:

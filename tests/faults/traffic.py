@@ -76,4 +76,4 @@ class Traffic:
                 wrong = self._expected[profile].wrong(protocol.read(answer, self._bundle), [row])
                 self.problems += [f"{protocol.name}, {profile or 'no profile'}: {problem}" for problem in wrong]
                 self.answered += 1
-                self._done.wait(0.01)
+                self._done.wait(0.03)

@@ -1,0 +1,99 @@
+"""The image, rehearsed without a container engine: installed as its Dockerfile says, started, asked, stopped."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rehearsal
+from packaging.utils import canonicalize_name
+from processes import SAMPLES
+
+COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "tcc", "as", "ld", "make", "cmake", "nvcc", "ptxas", "rustc", "cargo"}
+
+
+@pytest.fixture(scope="module", params=os.environ.get("CONTAINER_IMAGES", "cpu").split(","))
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The folders that the image's own install steps made. CONTAINER_IMAGES=cpu,cuda: of CUDA too, a large download."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can rehearse the image's users")
+    if subprocess.run([sys.base_prefix + "/bin/python3", "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip(f"the Python in {sys.base_prefix} has no pip")
+    folder = tmp_path_factory.mktemp("image")
+    source = rehearsal.context(folder / "source")
+    rehearsal.build(request.param, source, folder / "root")
+    return SimpleNamespace(target=request.param, root=folder / "root", models=source / "deploy" / "models")
+
+
+@pytest.fixture
+def container(image: SimpleNamespace) -> Iterator[rehearsal.Container]:
+    started = rehearsal.run(image.target, image.root, image.models, STEERVIT_PROVIDER="cpu")
+    yield started
+    started.kill()
+
+
+def test_the_image_holds_what_its_lock_names_and_no_compiler(image: SimpleNamespace) -> None:
+    site = next(image.root.glob("venv/lib/python3*/site-packages"))
+    found = {canonicalize_name(d.name): d.version for d in distributions(path=[str(site), str(image.root / "app")])}
+    assert found.pop("steervit")
+    assert found == rehearsal.locked(image.target)
+    names = {path.name for path in image.root.rglob("*")}
+    assert not names & COMPILERS
+    assert not names & {"torch", "triton", "pip"}
+    if image.target == "cuda":
+        assert rehearsal.unresolved(site, f"{rehearsal.PREFIX}/venv/lib/python3.11/site-packages") == {"libcuda.so.1"}
+
+
+def test_a_read_only_container_without_rights_answers_and_ends_with_0(container: rehearsal.Container) -> None:
+    assert container.healthy()
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{container.pid}/status").read_text().splitlines())
+    assert status["Uid"].split() == ["65532"] * 4
+    assert status["NSpid"].split()[-1] == "1"
+    assert (int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"].strip()) == (0, 0, "1")
+    for folder in ("/", "/tmp", "/models", rehearsal.PREFIX, f"{rehearsal.PREFIX}/app"):
+        assert container.execute("sh", "-c", f"echo > {folder}/new").returncode != 0, f"{folder} can be written"
+    shoe = sorted((SAMPLES / "Sneaker").glob("*.png"))[0]
+    client = container.from_outside("-m", "service.client", "predict", "--profile", "Sneaker", str(shoe))
+    answer, errors = client.communicate(timeout=60)
+    assert client.returncode == 0, errors
+    assert re.search(r"\.png +Sneaker ", answer), answer
+    container.signal()
+    assert container.wait() == 0
+
+
+HOLDING_A_CALL = """
+import time, grpc
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+def questions():
+    yield ServerReflectionRequest(list_services="")
+    time.sleep(60)
+call = ServerReflectionStub(grpc.insecure_channel("127.0.0.1:8001")).ServerReflectionInfo(questions())
+next(call)
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_a_container_that_drains_at_once(container: rehearsal.Container) -> None:
+    """Process 1 gets no signal that it has no handler for, so this cannot be left to the kernel."""
+    client = container.from_outside("-c", HOLDING_A_CALL)
+    assert client.stdout is not None
+    assert client.stdout.readline() == "open\n", client.communicate()
+    container.signal()
+    assert container.process.stderr is not None
+    assert any("stopping" in line for line in container.process.stderr)
+    start = time.monotonic()
+    container.signal()
+    try:
+        assert container.wait() == 128 + 15
+        assert time.monotonic() - start < 10, "it took its time to drain"
+    finally:
+        client.kill()
+        client.communicate()
