@@ -52,7 +52,9 @@ class Model:
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
         """With the profiles of the last use()."""
-        self._own = bundle.profiles
+        self.own = bundle
+        """As it was loaded, with no profile of the profile folder."""
+        self._default = settings.default_profile
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
         self._explainer = Explainer(bundle.folder)  # now: its file has just been checked
@@ -142,7 +144,12 @@ class Model:
         return done
 
     def steering(self, profile: str, terms: Terms, strength: float, made_for: str = "") -> Steering:
-        """The steering of a request, checked (service/steering.py). Profiles at a strength are cached."""
+        """The steering of a request, checked (service/steering.py). Profiles at a strength are cached.
+
+        The default profile stands in for one that neither names a profile nor has terms, unless its strength is 0.
+        """
+        if not profile and not terms and strength:
+            profile = self._default
         if terms or made_for:
             return resolve(self.bundle, profile, terms, strength, made_for)
         return self._resolved(profile, strength)
@@ -158,7 +165,7 @@ class Model:
 
     def use(self, profiles: Profiles) -> None:
         """Serve these profiles beside the bundle's own. Calls in progress are not affected."""
-        self.bundle = replace(self.bundle, profiles={**self._own, **profiles})
+        self.bundle = replace(self.bundle, profiles={**self.own.profiles, **profiles})
         self._resolved = _resolver(self.bundle)
         self._metrics.use(self.bundle.profiles)
 

@@ -284,6 +284,7 @@ def profile_message(profile: SteeringProfile) -> pb.Profile:
         terms=sum(map(len, profile.terms.values())),
         steering_digest=digest(profile.terms),
         images=profile.evaluation.get("images", 0),
+        kind=profile.kind or "",
     )
     for name, field in (("before", message.before), ("after", message.after)):
         if name in profile.evaluation:

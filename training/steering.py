@@ -100,6 +100,9 @@ Term = Annotated[SteeringTerm, read_as(Annotated[TermEntry, AfterValidator(TermE
 Terms = Mapping[SiteIndex, tuple[Term, ...]]
 """The terms of one image, by site index. Sites without terms are left out."""
 NEUTRAL: Terms = {}
+Kind = Literal["class", "context", "selective"]
+"""What a profile is for: images of one label, of several, or all traffic, of which a selective one steers images of its
+classes and leaves the others alone."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,12 @@ class SteeringProfile:
     terms: Terms
     evaluation: Annotated[Mapping[str, Any], checked_as(Measured)] = field(default_factory=dict)
     """Its measured effect, before and after."""
+    kind: Kind | None = None
+    """Absent in a file: class, or context where there are several classes."""
+
+    def __post_init__(self) -> None:
+        if self.kind is None:
+            object.__setattr__(self, "kind", "class" if len(self.classes) == 1 else "context")
 
 
 @dataclass(frozen=True)

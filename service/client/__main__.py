@@ -46,10 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in of_images.items():
         command.add_argument("images", nargs="+", type=Path, help="JPEG, PNG, WebP, BMP or GIF files")
         several: dict[str, Any] = {"action": "append"} if name == "load" else {"default": ""}
-        turns = "; given several times, they are taken in turn, '' for no steering" if name == "load" else ""
+        turns = "; given several times, they are taken in turn, '' for the default" if name == "load" else ""
         command.add_argument(
-            "--profile", **several, help=f"steering profile, such as a class name (default: none){turns}"
-        )
+            "--profile", **several,
+            help=f"steering profile, such as a class name (default: that of the server, if it has one){turns}",
+        )  # fmt: skip
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
     of_images["predict"].add_argument("--top-k", type=int, default=2, help="classes to show (default 2)")
