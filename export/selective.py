@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ SERVED = 50
 """Examples of the profiles that are written for the server, composed, and found for single classes."""
 POOL = 8000
 """Training images that examples and background are drawn from, the same share of every class."""
+CHOOSING = 3000
+"""Selection images that strengths are chosen on."""
 FROZEN_EPOCHS = 30
 """Of the frozen decoder's encoder, over the pool's residuals."""
 FRONTIER = (0.25, 0.5, 1.0, 2.0)
@@ -94,8 +97,26 @@ class Search:
             )
             strength, tried = chosen(self.network, self.macs, self.selection, target, self._method(method, value))
             self.found[name] = {"value": value, "strength": strength, "tried": tried}
-            Run(self.folder).write_json("selective.found.json", self.stamped())
+            self._save()
         return self.found[name]
+
+    def measure(self, key: Key, split: str, images: Examples) -> dict[str, Any]:
+        """What a key does on a split; of a context's profile and probe the frontier too."""
+        entry, target = self.entry(key), self.targets[key[0]]
+        if split not in entry:
+            method = self.method(key)
+            answers_at = partial(under, self.network, images, method)
+            entry[split] = {"terms": method.terms, **judged(self.macs, images, answers_at(entry["strength"]), target)}
+            if key[1] == SERVED and len(target) > 1 and key[2] in (LATENTS, PROBE):
+                entry[split]["frontier"] = [
+                    {"strength": at, **measured(self.macs, images, answers_at(at), target)} for at in FRONTIER
+                ]
+            self._save()
+        values: dict[str, Any] = entry[split]
+        return values
+
+    def _save(self) -> None:
+        Run(self.folder).write_json("selective.found.json", self.stamped())
 
     def method(self, key: Key) -> Method:
         """As found."""
@@ -112,9 +133,8 @@ class Search:
 
     def _method(self, method: str, value: dict[str, Any]) -> Method:
         if method == PROBE:
-            return of_probe(
-                Probe(torch.tensor(value["weight"]), torch.tensor(value["offset"]), torch.tensor(value["bias"]))
-            )
+            weight, offset, bias = (torch.tensor(value[name]) for name in ("weight", "offset", "bias"))
+            return of_probe(Probe(weight, offset, bias))
         return of_terms(self.dictionaries[method], terms_from_json(value))
 
 
@@ -137,7 +157,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     pool = data.train.take(balanced(data.train.classes, min(1.0, POOL / len(data.train)), settings.seed)[0])
-    splits = {"pool": pool, "selection": data.selection, **({"test": data.test} if options.split == "test" else {})}
+    selection = data.selection.take(balanced(data.selection.classes, CHOOSING / len(data.selection), settings.seed)[0])
+    splits = {"pool": pool, "selection": selection, **({"test": data.test} if options.split == "test" else {})}
     network, tokens = from_first_gate(steered.model, list(splits.values()))
     known = {name: examples(network, split, name) for name, split in zip(splits, tokens, strict=True)}
     search = Search(
@@ -155,15 +176,7 @@ def main(arguments: Sequence[str]) -> int:
     images = known[options.split]
     records = []
     for key in tqdm(keys, desc="selective", unit="search", dynamic_ncols=True):
-        entry, method = search.entry(key), search.method(key)
-        target, strength = targets[key[0]], entry["strength"]
-        values = judged(search.macs, images, under(network, images, method, strength), target)
-        records.append(_record(key, strength, method.terms, values))
-        if key[1] == SERVED and key[0] in contexts and key[2] in (LATENTS, PROBE):
-            records[-1]["frontier"] = [
-                {"strength": at, **measured(search.macs, images, under(network, images, method, at), target)}
-                for at in FRONTIER
-            ]
+        records.append(_record(key, search.entry(key)["strength"], search.measure(key, options.split, images)))
     merged = _compositions(search, contexts, images)
     result = {
         "split": options.split, "images": len(images), "pool": len(known["pool"]), "settings": vars(search.settings),
@@ -188,9 +201,9 @@ def _keys(contexts: Sequence[str], labels: Sequence[str]) -> Iterator[Key]:
         yield from itertools.product(contexts, (size,), (PCA, FROZEN))
 
 
-def _record(key: Key, strength: float, terms: int, values: dict[str, Any]) -> dict[str, Any]:
+def _record(key: Key, strength: float, values: dict[str, Any]) -> dict[str, Any]:
     context, images, method = key
-    return {"context": context, "images": images, "method": method, "strength": strength, "terms": terms, **values}
+    return {"context": context, "images": images, "method": method, "strength": strength, **values}
 
 
 def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> list[dict[str, Any]]:
@@ -209,8 +222,8 @@ def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> 
                   "untouched_others": 1.0, "others_accuracy_change": 0.0}  # there are no others
         )  # fmt: skip
         parts = {context: measured(search.macs, images, after, search.targets[context])["saved"] for context in group}
-        record = _record((" + ".join(group), SERVED, f"{LATENTS}, merged"), 1.0, method.terms, values)
-        records.append({**record, "saved_by_context": parts})
+        record = _record((" + ".join(group), SERVED, f"{LATENTS}, merged"), 1.0, values)
+        records.append({**record, "terms": method.terms, "saved_by_context": parts})
     return records
 
 
