@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,6 @@ CHOOSING = 3000
 """Selection images that strengths are chosen on."""
 FROZEN_EPOCHS = 30
 """Of the frozen decoder's encoder, over the pool's residuals."""
-FRONTIER = (0.25, 0.5, 1.0, 2.0)
-"""Strengths at which a context's profile and its probe are measured beside the chosen one."""
 Key = tuple[str, int, str]
 """(context, examples, method)"""
 
@@ -101,16 +98,12 @@ class Search:
         return self.found[name]
 
     def measure(self, key: Key, split: str, images: Examples) -> dict[str, Any]:
-        """What a key does on a split; of a context's profile and probe the frontier too."""
+        """What a key does on a split; its strength chosen before."""
         entry, target = self.entry(key), self.targets[key[0]]
         if split not in entry:
             method = self.method(key)
-            answers_at = partial(under, self.network, images, method)
-            entry[split] = {"terms": method.terms, **judged(self.macs, images, answers_at(entry["strength"]), target)}
-            if key[1] == SERVED and len(target) > 1 and key[2] in (LATENTS, PROBE):
-                entry[split]["frontier"] = [
-                    {"strength": at, **measured(self.macs, images, answers_at(at), target)} for at in FRONTIER
-                ]
+            after = under(self.network, images, method, entry["strength"])
+            entry[split] = {"terms": method.terms, **judged(self.macs, images, after, target)}
             self._save()
         values: dict[str, Any] = entry[split]
         return values
@@ -147,6 +140,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     parser.add_argument("--split", choices=("selection", "test"), default="selection", help="default: %(default)s")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=EXAMPLES, metavar="N",
+        help="images of a context that its profile is found from; default: " + " ".join(map(str, EXAMPLES)),
+    )  # fmt: skip
+    parser.add_argument("--classes", action="store_true", help="profiles of single classes too")
     options = parser.parse_args(arguments)
     settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
     try:
@@ -160,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     selection = data.selection.take(balanced(data.selection.classes, CHOOSING / len(data.selection), settings.seed)[0])
     splits = {"pool": pool, "selection": selection, **({"test": data.test} if options.split == "test" else {})}
     network, tokens = from_first_gate(steered.model, list(splits.values()))
-    known = {name: examples(network, split, name) for name, split in zip(splits, tokens, strict=True)}
+    known = {name: examples(network, split) for name, split in zip(splits, tokens, strict=True)}
     search = Search(
         bundle, network, count(steered.model), known["pool"], known["selection"],
         _dictionaries(options.out, steered.sae, known["pool"], settings), targets, options.out,
@@ -172,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
         if {**search.stamped(), "found": {}} == {**stored, "found": {}}:
             search.found = stored["found"]
     contexts = list(settings.profiles.contexts)
-    keys = list(_keys(contexts, list(data.labels)))
+    keys = list(_keys(contexts, options.images, data.labels if options.classes else ()))
     images = known[options.split]
     records = []
     for key in tqdm(keys, desc="selective", unit="search", dynamic_ncols=True):
@@ -189,16 +187,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _keys(contexts: Sequence[str], labels: Sequence[str]) -> Iterator[Key]:
+def _keys(contexts: Sequence[str], sizes: Sequence[int], labels: Sequence[str]) -> Iterator[Key]:
     """What is found, in the order of its weight in the report."""
-    sizes = (SERVED, *(n for n in EXAMPLES if n != SERVED))
-    yield from itertools.product(contexts, sizes[:1], (LATENTS, PROBE))
-    for size in sizes[1:]:
+    for size in sizes:
         yield from itertools.product(contexts, (size,), (LATENTS, PROBE))
     yield from itertools.product(contexts, (SERVED,), (PCA, FROZEN))
     yield from itertools.product(labels, (SERVED,), (LATENTS, PROBE))
-    for size in sizes[1:]:
-        yield from itertools.product(contexts, (size,), (PCA, FROZEN))
 
 
 def _record(key: Key, strength: float, values: dict[str, Any]) -> dict[str, Any]:
@@ -207,22 +201,15 @@ def _record(key: Key, strength: float, values: dict[str, Any]) -> dict[str, Any]
 
 
 def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> list[dict[str, Any]]:
-    """Every two, and all, contexts' profiles as one, each found from its own images alone."""
+    """The profiles of every two contexts as one, each found from its own images alone."""
     records = []
-    groups = [*itertools.combinations(contexts, 2), tuple(contexts)] if len(contexts) > 2 else [tuple(contexts)]
-    for group in dict.fromkeys(groups):
-        terms = composed([search.terms((context, SERVED, LATENTS)) for context in group])
+    for pair in itertools.combinations(contexts, 2):
+        terms = composed([search.terms((context, SERVED, LATENTS)) for context in pair])
         method = of_terms(search.dictionaries[LATENTS], terms)
         after = under(search.network, images, method, 1.0)
-        whole = tuple(sorted({c for context in group for c in search.targets[context]}))
-        values = (
-            judged(search.macs, images, after, whole)
-            if len(whole) < len(search.bundle.manifest.labels)
-            else {**judged(search.macs, images, after, whole), "moved": 0.0, "moved_signed": 0.0,
-                  "untouched_others": 1.0, "others_accuracy_change": 0.0}  # there are no others
-        )  # fmt: skip
-        parts = {context: measured(search.macs, images, after, search.targets[context])["saved"] for context in group}
-        record = _record((" + ".join(group), SERVED, f"{LATENTS}, merged"), 1.0, values)
+        values = judged(search.macs, images, after, tuple(c for context in pair for c in search.targets[context]))
+        parts = {context: measured(search.macs, images, after, search.targets[context])["saved"] for context in pair}
+        record = _record((" + ".join(pair), SERVED, f"{LATENTS}, merged"), 1.0, values)
         records.append({**record, "terms": method.terms, "saved_by_context": parts})
     return records
 
@@ -236,9 +223,8 @@ def _write_profiles(
         record = next(r for r in records if (r["context"], r["images"], r["method"]) == (context, SERVED, LATENTS))
         classes = tuple(search.bundle.manifest.labels[c] for c in search.targets[context])
         terms = search.terms((context, SERVED, LATENTS))
-        kept = {name: value for name, value in record.items() if name != "frontier"}
         profiles.append(
-            SteeringProfile(f"selective: {context}", classes, "selective", terms, {"split": split, "selective": kept},
+            SteeringProfile(f"selective: {context}", classes, "selective", terms, {"split": split, "selective": record},
                             "selective")
         )  # fmt: skip
     digest = {"gates_sae_digest": search.bundle.manifest.gates_sae_digest}

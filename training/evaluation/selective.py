@@ -32,7 +32,6 @@ from training.model.macs import Macs
 from training.model.sae import Sae
 from training.profiles.selective import Examples, touched
 from training.profiles.strategies import Target
-from training.sae.activations import residuals
 from training.steering import Terms, at_strength
 
 
@@ -61,9 +60,17 @@ def of_probe(probe: Probe) -> Method:
     return Method(probe.at, probe.touched, len(probe.offset))
 
 
-def examples(network: GatedNetwork, split: Split, what: str) -> Examples:
-    """The split, with what the model answers and reads on it without steering."""
-    return Examples(split, answers(network, split), residuals(network, split, f"selective: {what}"))
+@torch.no_grad()
+def examples(network: GatedNetwork, split: Split, size: int = 500) -> Examples:
+    """The split, with what the model answers and reads on it without steering, in one pass."""
+    read: list[Tensor] = []
+
+    def keep(site: int, residual: Tensor) -> Tensor:
+        read.append(residual.cpu())
+        return residual
+
+    sites, unsteered = len(network.gates), answers(network, split, keep, size=size)
+    return Examples(split, unsteered, torch.stack([torch.cat(read[site::sites]) for site in range(sites)]))
 
 
 def drawn(pool: Examples, target: Target, count: int, seed: int) -> tuple[Examples, Examples]:

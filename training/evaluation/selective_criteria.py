@@ -11,7 +11,7 @@ CHOOSING_MOVED, CHOOSING_LOST = 0.8 * MOST_MOVED, MOST_LOST
 """The bounds under which a strength is chosen on the selection slice."""
 STRENGTHS = (1.0, 0.7, 0.5, 0.35, 0.2)
 """Tried on the selection slice, the first within the bounds is taken, for every method alike."""
-EXAMPLES = (5, 10, 50, 500)
+EXAMPLES = (50, 5, 500, 10)
 """Images of the context that a profile is found from, drawn once, the smaller sets within the larger ones."""
 BACKGROUND = 2000
 """Training images that are not of the context, for every method alike."""
