@@ -21,7 +21,7 @@ from training.model.macs import count
 from training.profiles.selective import Examples, SelectiveSettings, Task, composed, selective, touched
 from training.steering import SteeringTerm, Terms, profiles_from_json, profiles_to_json
 
-QUICK = SelectiveSettings(terms=4, leak=0.0, closing=8.0, steps=25, rows=16)
+QUICK = SelectiveSettings(terms=4, leak=0.0, closing=8.0, steps=25, rows=16, learning_rate=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,7 @@ def of_latent(steered: SteeredVit, latent: int) -> Examples:
 
 
 def test_the_search_closes_heads_of_its_images_and_moves_no_other(steered: SteeredVit) -> None:
-    shares = torch.stack([(steered.sae.encode(0, of_latent(steered, 0).residuals[0]) != 0).double().mean(0)])
-    latent = int((shares - 0.3).abs().argmin())
-    known, macs = of_latent(steered, latent), count(steered.model)
+    known, macs = of_latent(steered, 0), count(steered.model)  # active on 43 of the 240
     own, others = drawn(known, (0,), 20, seed=0)
     fewer, _ = drawn(known, (0,), 5, seed=0)
     assert torch.equal(fewer.split.images, own.split.images[:5])
@@ -73,7 +71,7 @@ def test_the_search_closes_heads_of_its_images_and_moves_no_other(steered: Steer
     assert {term.shift for of in terms.values() for term in of} == {0}
     method = of_terms(steered.sae, terms)
     effect = measured(macs, known, under(steered.model, known, method, 1.0), (0,))
-    assert effect["saved"] > 0.02
+    assert effect["saved"] > 0.03
     assert (effect["moved"], effect["untouched_others"], effect["others_accuracy_change"]) == (0, 1, 0)
     strength, tried = chosen(steered.model, macs, known, (1,), of_terms(steered.sae, {}))
     assert (strength, len(tried), tried[0]["saved"]) == (1.0, 1, 0)
