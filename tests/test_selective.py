@@ -1,5 +1,6 @@
 """Selective profiles: what they leave alone, to the bit, and the search that finds them."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import inputs_of, open_session, run_onnx
 from training.data.splits import Split
+from training.evaluation.dictionaries import effects, projection
 from training.evaluation.selective import chosen, drawn, examples, measured, of_probe, of_terms, under
 from training.evaluation.selective_criteria import verdict
 from training.evaluation.selective_rivals import principal, probe
@@ -119,3 +121,24 @@ def test_profiles_without_a_kind_are_of_a_class_or_a_context() -> None:
     old = profiles_from_json({"schema_version": 1, "profiles": [one, two, {**two, "name": "c", "kind": "selective"}]})
     assert [profile.kind for profile in old] == ["class", "context", "selective"]
     assert profiles_from_json(profiles_to_json(old)) == old
+
+
+def test_the_effect_of_a_latent_is_predicted_where_it_is_proportional(steered: SteeredVit) -> None:
+    """Of a gate that is linear (no norm, logits far below the bound) the effect of a latent is a number times z."""
+    model, sae = copy.deepcopy(steered.model), steered.sae
+    for gate in model.gates:
+        gate.norm = torch.nn.Identity()
+        gate.linear.weight.mul_(1e-4)
+    residuals = of_latent(steered, 0).residuals
+    for site in effects(model, sae, residuals[:, ::2], residuals[:, 1::2]):
+        assert site["latents"] > 0
+        assert min(site["r2_effect"], site["r2_variation"], site["r2_median"]) > 0.999
+    for site in effects(steered.model, sae, residuals[:, ::2], residuals[:, 1::2]):
+        assert site["r2_effect"] < 0.99
+
+
+def test_projections_keep_what_their_components_explain() -> None:
+    x = torch.randn(1, 500, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 2.0, 1.0, 0.5])
+    rebuilt = projection(x, 2)(0, x[0])[1]
+    unexplained = (x[0] - rebuilt).square().sum() / (x[0] - x[0].mean(0)).square().sum()
+    assert unexplained.item() == pytest.approx((1 + 0.25) / (16 + 4 + 1 + 0.25), rel=0.15)
