@@ -39,7 +39,7 @@ from training.evaluation.selective import (
     table,
     under,
 )
-from training.evaluation.selective_criteria import EXAMPLES
+from training.evaluation.selective_criteria import EXAMPLES, STRENGTHS
 from training.evaluation.selective_rivals import Probe, frozen, principal, probe
 from training.model.gated_vit import GatedVit
 from training.model.macs import Macs, count
@@ -51,6 +51,7 @@ from training.steering import SteeringProfile, Terms, at_strength, profiles_to_j
 from training.terminal import print_anything
 
 LATENTS, PROBE, PCA, FROZEN = "SAE latents", "linear probe, bias", "PCA", "frozen decoder"
+SPLITS = ("selection", "test")
 SERVED = 50
 """Examples of the profiles that are written for the server, composed, and found for single classes."""
 POOL = 8000
@@ -84,18 +85,23 @@ class Search:
         """What was found for a key: its strength, the trials, and its terms or the tensors of its probe."""
         context, images, method = key
         name, target = f"{context}/{images}/{method}", self.targets[context]
-        if name not in self.found:
+        entry = self.found.setdefault(name, {})
+        if "value" not in entry:
             own, others = drawn(self.pool, target, images, self.seed)
             task = Task(self.network, self.macs, own, others, self.settings, self.seed, self.bf16)
-            value: dict[str, Any] = (
+            entry["value"] = (
                 _probe_to_json(probe(task, name))
                 if method == PROBE
                 else terms_to_json(selective(task, self.dictionaries[method], name))
             )
-            strength, tried = chosen(self.network, self.macs, self.selection, target, self._method(method, value))
-            self.found[name] = {"value": value, "strength": strength, "tried": tried}
+        if entry.get("strengths") != list(STRENGTHS):  # chosen among others, or not yet
+            of_method = self._method(method, entry["value"])
+            strength, tried = chosen(self.network, self.macs, self.selection, target, of_method)
+            if strength != entry.get("strength"):
+                entry = {"value": entry["value"]}
+            self.found[name] = entry = {**entry, "strength": strength, "strengths": list(STRENGTHS), "tried": tried}
             self._save()
-        return self.found[name]
+        return entry
 
     def measure(self, key: Key, split: str, images: Examples) -> dict[str, Any]:
         """What a key does on a split; its strength chosen before."""
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is found and measured")
     parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
-    parser.add_argument("--split", choices=("selection", "test"), default="selection", help="default: %(default)s")
+    parser.add_argument("--split", choices=SPLITS, default="selection", help="default: %(default)s")
     parser.add_argument(
         "--images", type=int, nargs="+", default=EXAMPLES, metavar="N",
         help="images of a context that its profile is found from; default: " + " ".join(map(str, EXAMPLES)),
