@@ -25,6 +25,7 @@ from training.evaluation.baselines import (
     matched,
     prior_bias,
     random_heads,
+    static_heads,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio
 from training.evaluation.criteria import MARGINS, criteria
@@ -229,6 +230,10 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     drawn = model(images, None, random_heads(model, 0.5, seed=1).decide)[1]["head_gate"]
     assert drawn[0].sum() == 3
     assert (drawn == drawn[0]).all()
+    for gate, used in zip(model.gates, ([0, 1, 1], [1, 0, 0]), strict=True):
+        gate.linear.bias.data = 4 * torch.tensor(used) - 2.0
+    static = static_heads(model, Split(images, torch.zeros(5, dtype=torch.long)), 0.5)
+    assert model(images, None, static.decide)[1]["head_gate"][0].tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
 def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> None:

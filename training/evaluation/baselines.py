@@ -79,6 +79,14 @@ def random_heads(model: GatedNetwork, usage: float, seed: Sequence[int]) -> Riva
     return fixed_heads(kept.view(-1, model.heads))
 
 
+def static_heads(model: GatedNetwork, own: Split, usage: float) -> Rival:
+    """Class-aware pruning: round(usage x heads) heads for every image, those that `own` uses most without steering."""
+    used = answers(model, own).head_gate.double().mean(0)  # (G, H)
+    kept = torch.zeros(used.numel())
+    kept[used.flatten().argsort(descending=True, stable=True)[: round(usage * used.numel())]] = 1
+    return fixed_heads(kept.view(used.shape))
+
+
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:
     """The highest recall that a constant on the target's class logits reaches at a precision of at least `precision`.
 

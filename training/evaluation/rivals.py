@@ -14,7 +14,15 @@ from torch import Tensor
 from training.checkpoint import Run
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.baselines import Rival, logit_bias, matched, random_heads, residual_direction, threshold_shift
+from training.evaluation.baselines import (
+    Rival,
+    logit_bias,
+    matched,
+    random_heads,
+    residual_direction,
+    static_heads,
+    threshold_shift,
+)
 from training.evaluation.significance import Rightness, mean
 from training.model.gated_vit import GatedNetwork
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
@@ -103,6 +111,8 @@ def rivals_of(
             else:
                 rival = Rival(steered_by(sae, terms))
             rivals[strategy] = [rival]
+
+        rivals["static heads of the class"] = [static_heads(model, own, usage)]
 
         def found(outcomes: Sequence[Outcome]) -> Measured:
             return _mean([_measured(outcome, images, macs) for outcome in outcomes])
