@@ -96,7 +96,8 @@ class Search:
             )
         if entry.get("strengths") != list(STRENGTHS):  # chosen among others, or not yet
             of_method = self._method(method, entry["value"])
-            strength, tried = chosen(self.network, self.macs, self.selection, target, of_method)
+            known = entry.get("tried", ())
+            strength, tried = chosen(self.network, self.macs, self.selection, target, of_method, known)
             if strength != entry.get("strength"):
                 entry = {"value": entry["value"]}
             self.found[name] = entry = {**entry, "strength": strength, "strengths": list(STRENGTHS), "tried": tried}
@@ -178,16 +179,16 @@ def main(arguments: Sequence[str]) -> int:
     contexts = list(settings.profiles.contexts)
     keys = list(_keys(contexts, options.images, data.labels if options.classes else ()))
     images = known[options.split]
-    records = []
+    merged, records, run = _compositions(search, contexts, images), [], Run(options.out)
+    result = {
+        "split": options.split,
+        "images": len(images),
+        "pool": len(known["pool"]),
+        "settings": vars(search.settings),
+    }
     for key in tqdm(keys, desc="selective", unit="search", dynamic_ncols=True):
         records.append(_record(key, search.entry(key)["strength"], search.measure(key, options.split, images)))
-    merged = _compositions(search, contexts, images)
-    result = {
-        "split": options.split, "images": len(images), "pool": len(known["pool"]), "settings": vars(search.settings),
-        "records": records, "composed": merged,
-    }  # fmt: skip
-    run = Run(options.out)
-    run.write_json(f"selective.{options.split}.json", result)
+        run.write_json(f"selective.{options.split}.json", {**result, "records": records, "composed": merged})
     _write_profiles(search, contexts, run, records, options.split)
     print(table([*records, *merged]))
     return 0

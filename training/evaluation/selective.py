@@ -96,17 +96,25 @@ def under(network: GatedNetwork, images: Examples, method: Method, strength: flo
 
 
 def chosen(
-    network: GatedNetwork, macs: Macs, selection: Examples, target: Target, method: Method
+    network: GatedNetwork,
+    macs: Macs,
+    selection: Examples,
+    target: Target,
+    method: Method,
+    known: Sequence[dict[str, Any]] = (),
 ) -> tuple[float, list[dict[str, Any]]]:
     """The largest strength within the bounds on the selection slice, or the one that moves least if none is;
-    and what those that were tried do there."""
+    and what those that were tried do there. known: what was tried before."""
     tried: list[dict[str, Any]] = []
     for strength in STRENGTHS:
-        values = measured(macs, selection, under(network, selection, method, strength), target)
-        tried.append({"strength": strength, **values})
+        values = next((values for values in known if values["strength"] == strength), None)
+        if values is None:
+            after = under(network, selection, method, strength)
+            values = {"strength": strength, **measured(macs, selection, after, target)}
+        tried.append(values)
         if values["moved"] <= CHOOSING_MOVED and -values["accuracy_change"] <= CHOOSING_LOST:
             return strength, tried
-    return min(tried, key=lambda values: values["moved"])["strength"], tried
+    return min(tried, key=lambda values: float(values["moved"]))["strength"], tried
 
 
 def measured(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict[str, Any]:
