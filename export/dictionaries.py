@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from export.bundle import BundleError
 from export.rebuild import rebuild
 from training.checkpoint import Run
@@ -50,18 +52,17 @@ def main(arguments: Sequence[str]) -> int:
     model, tokens = from_first_gate(steered.model, splits)
     train, held_out = (residuals(model, split, "dictionaries: residuals") for split in tokens)
     seed, bf16, sae = settings.seed, settings.bf16, steered.sae
+    fits = {k: fitted(Fitting, train, k, seed, bf16) for k in tqdm(KS, "dictionaries: fits", dynamic_ncols=True)}
     result: dict[str, Any] = {
         "gates_sae_digest": bundle.manifest.gates_sae_digest,
         "images": {"train": len(splits[0]), "held_out": len(splits[1])},
         "fit": {"latents": SWEEP.latents, "epochs": SWEEP.epochs, "kind": SWEEP.kind},
-        "bundle": fidelity(reconstruction(sae), model, held_out[:, 1::2], "dictionaries: bundle"),
-        "over_k": compared(model, train, held_out, KS, seed, bf16),
+        "bundle": fidelity(reconstruction(sae), model, held_out, "dictionaries: bundle"),
+        "over_k": compared(model, train, held_out, fits),
         "stability": {"k": STABLE_AT, **stabilities(train, held_out[:, ::2], seed, bf16)},
         "effects": {
             "bundle": effects(model, sae, train[:, ::4], held_out),
-            f"k {STABLE_AT}": effects(
-                model, fitted(Fitting, train, held_out[:, ::2], STABLE_AT, seed, bf16), train[:, ::4], held_out
-            ),
+            f"k {STABLE_AT}": effects(model, fits[STABLE_AT].folded(held_out[:, ::2]), train[:, ::4], held_out),
         },
     }
     Run(options.out).write_json("dictionaries.json", result)

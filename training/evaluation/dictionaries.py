@@ -6,7 +6,7 @@ bundle, which saw more residuals for longer.
 Letters: B images, S sites, L latents, D residual width, A (image, latent) pairs, U units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from training.config import SaeSettings
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
-from training.sae.fidelity import Reconstruct, fidelity, reconstruction, stability
+from training.sae.fidelity import Reconstruct, fidelity, stability
 from training.sae.fit import Fitting
 
-KS = (2, 3, 4, 6, 8, 12, 16, 48)
+KS = (2, 3, 4, 6, 8, 12, 16)
 """Active latents, and principal components, an image."""
-SWEEP = SaeSettings(epochs=10)
-"""Of every fit, but for k."""
+SWEEP = SaeSettings(kind="topk", latents=256, epochs=12, batch_size=256, learning_rate=2e-3)
+"""Of every fit, but for k. TopK, so that an image has exactly k."""
 STABLE_AT = 8
 """The k of the fits whose stability is measured."""
 ACTIVE = 30
@@ -43,12 +43,12 @@ class RandomStart(Fitting):
             self.encoder.copy_(self.decoder)
 
 
-def fitted(kind: type[Fitting], train: Tensor, held_out: Tensor, k: int, seed: int, bf16: bool) -> Sae:
-    """A small fit to residuals (S, B, D); thresholds from the held-out ones."""
+def fitted(kind: type[Fitting], train: Tensor, k: int, seed: int, bf16: bool) -> Fitting:
+    """A small fit to residuals (S, B, D)."""
     torch.manual_seed(seed)
     fitting = kind(train, SWEEP.model_copy(update={"k": k}))
     fitting.fit(seed, bf16)
-    return fitting.folded(held_out)
+    return fitting
 
 
 def projection(train: Tensor, components: int) -> Reconstruct:
@@ -66,22 +66,17 @@ def projection(train: Tensor, components: int) -> Reconstruct:
     return reconstruct
 
 
-def compared(
-    model: GatedVit, train: Tensor, held_out: Tensor, ks: Sequence[int], seed: int, bf16: bool
-) -> list[dict[str, Any]]:
-    """FVU and gate agreement over k, beside as many principal components, mean over the sites.
+def compared(model: GatedVit, train: Tensor, held_out: Tensor, fits: Mapping[int, Fitting]) -> list[dict[str, Any]]:
+    """FVU and gate agreement on held-out residuals over k, beside as many principal components, mean over the sites.
 
-    held_out (S, B, D): one half sets thresholds, the other measures.
+    fits: by k; measured as fitted, before the conversion to JumpReLU.
     """
-    records = []
-    for k in ks:
-        sae = fitted(Fitting, train, held_out[:, ::2], k, seed, bf16)
-        kinds = {"sae": reconstruction(sae), "pca": projection(train, k)}
-        records.append({"k": k, **{
-            name: _means(fidelity(rebuilt, model, held_out[:, 1::2], f"dictionaries: {name}, k {k}"))
-            for name, rebuilt in kinds.items()
-        }})  # fmt: skip
-    return records
+    return [
+        {"k": k, **{
+            name: _means(fidelity(rebuilt, model, held_out, f"dictionaries: {name}, k {k}"))
+            for name, rebuilt in (("sae", fit.reconstruct), ("pca", projection(train, k)))
+        }} for k, fit in fits.items()
+    ]  # fmt: skip
 
 
 def _means(sites: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -98,13 +93,13 @@ def stabilities(train: Tensor, held_out: Tensor, seed: int, bf16: bool) -> dict[
     """
     found = {}
     for name, kind in (("residual start", Fitting), ("random start", RandomStart)):
-        pair = [fitted(kind, train, held_out, STABLE_AT, seed + 1000 * index, bf16) for index in (1, 2)]
-        found[name] = stability(*pair)
+        fits = [fitted(kind, train, STABLE_AT, seed + 1000 * index, bf16) for index in (1, 2)]
+        found[name] = stability(*(fit.folded(held_out) for fit in fits))
     for name, kind in (("untrained", Fitting), ("random directions", RandomStart)):
         pair = []
         for index in (1, 2):
             torch.manual_seed(seed + 1000 * index)
-            pair.append(kind(train, SWEEP).folded(held_out))
+            pair.append(kind(train, SWEEP.model_copy(update={"k": STABLE_AT})).folded(held_out))
         found[name] = stability(*pair)
     return {name: [round(value, 4) for value in values] for name, values in found.items()}
 
