@@ -52,20 +52,23 @@ def main(arguments: Sequence[str]) -> int:
     model, tokens = from_first_gate(steered.model, splits)
     train, held_out = (residuals(model, split, "dictionaries: residuals") for split in tokens)
     seed, bf16, sae = settings.seed, settings.bf16, steered.sae
-    fits = {k: fitted(Fitting, train, k, seed, bf16) for k in tqdm(KS, "dictionaries: fits", dynamic_ncols=True)}
     result: dict[str, Any] = {
         "gates_sae_digest": bundle.manifest.gates_sae_digest,
         "images": {"train": len(splits[0]), "held_out": len(splits[1])},
-        "fit": {"latents": SWEEP.latents, "epochs": SWEEP.epochs, "kind": SWEEP.kind},
+        "fit": {name: getattr(SWEEP, name) for name in ("kind", "latents", "epochs", "batch_size", "learning_rate")},
         "bundle": fidelity(reconstruction(sae), model, held_out, "dictionaries: bundle"),
-        "over_k": compared(model, train, held_out, fits),
-        "stability": {"k": STABLE_AT, **stabilities(train, held_out[:, ::2], seed, bf16)},
-        "effects": {
-            "bundle": effects(model, sae, train[:, ::4], held_out),
-            f"k {STABLE_AT}": effects(model, fits[STABLE_AT].folded(held_out[:, ::2]), train[:, ::4], held_out),
-        },
+        "effects": {"bundle": effects(model, sae, train[:, ::4], held_out)},
+        "over_k": [],
     }
-    Run(options.out).write_json("dictionaries.json", result)
+    run = Run(options.out)
+    for k in tqdm(KS, "dictionaries: fits", unit="fit", dynamic_ncols=True):
+        fit = fitted(Fitting, train, k, seed, bf16)
+        result["over_k"].append(compared(model, train, held_out, fit))
+        if k == STABLE_AT:
+            result["effects"][f"k {k}"] = effects(model, fit.folded(held_out[:, ::2]), train[:, ::4], held_out)
+        run.write_json("dictionaries.json", result)
+    result["stability"] = {"k": STABLE_AT, **stabilities(train, held_out[:, ::2], seed, bf16)}
+    run.write_json("dictionaries.json", result)
     print(f"{'k':>4}{'SAE FVU':>10}{'agree':>9}{'PCA FVU':>10}{'agree':>9}")
     for record in result["over_k"]:
         of_kinds = (record[kind][name] for kind in ("sae", "pca") for name in ("fvu", "gate_agreement"))

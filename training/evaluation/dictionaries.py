@@ -6,7 +6,7 @@ bundle, which saw more residuals for longer.
 Letters: B images, S sites, L latents, D residual width, A (image, latent) pairs, U units.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.sae.fit import Fitting
 
 KS = (2, 3, 4, 6, 8, 12, 16)
 """Active latents, and principal components, an image."""
-SWEEP = SaeSettings(kind="topk", latents=256, epochs=12, batch_size=256, learning_rate=2e-3)
+SWEEP = SaeSettings(kind="topk", latents=256, epochs=5, batch_size=256, learning_rate=3e-3)
 """Of every fit, but for k. TopK, so that an image has exactly k."""
 STABLE_AT = 8
 """The k of the fits whose stability is measured."""
@@ -66,17 +66,17 @@ def projection(train: Tensor, components: int) -> Reconstruct:
     return reconstruct
 
 
-def compared(model: GatedVit, train: Tensor, held_out: Tensor, fits: Mapping[int, Fitting]) -> list[dict[str, Any]]:
-    """FVU and gate agreement on held-out residuals over k, beside as many principal components, mean over the sites.
+def compared(model: GatedVit, train: Tensor, held_out: Tensor, fit: Fitting) -> dict[str, Any]:
+    """FVU and gate agreement on held-out residuals, beside as many principal components, mean over the sites.
 
-    fits: by k; measured as fitted, before the conversion to JumpReLU.
+    fit: measured as fitted, before the conversion to JumpReLU.
     """
-    return [
-        {"k": k, **{
-            name: _means(fidelity(rebuilt, model, held_out, f"dictionaries: {name}, k {k}"))
-            for name, rebuilt in (("sae", fit.reconstruct), ("pca", projection(train, k)))
-        }} for k, fit in fits.items()
-    ]  # fmt: skip
+    k = fit.settings.k
+    kinds = {"sae": fit.reconstruct, "pca": projection(train, k)}
+    return {"k": k, **{
+        name: _means(fidelity(rebuilt, model, held_out, f"dictionaries: {name}, k {k}"))
+        for name, rebuilt in kinds.items()
+    }}  # fmt: skip
 
 
 def _means(sites: Sequence[dict[str, float]]) -> dict[str, Any]:
