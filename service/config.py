@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     """Interval of scanning the repository folder and the profile folder, seconds."""
     profiles_dir: Path | None = None
     """A folder of more profiles: JSON files, each for one gates_sae_digest. Changes apply while the server runs."""
+    default_profile: str = ""
+    """The profile of requests that name none and have no terms, such as a selective one; strength 0 still means no
+    steering. Every served model must have it."""
     versions: str = Field("latest", pattern=r"^(latest|latest:[1-9][0-9]?|all|[1-9][0-9]*(,[1-9][0-9]*)*)$")
     """Versions of each model to serve: `latest`, `latest:2`, `all` or `1,3`. Versions in labels.json are served too."""
     host: str = "127.0.0.1"

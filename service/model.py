@@ -53,7 +53,9 @@ class Model:
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
         """With the profiles of the last use()."""
-        self._own, self._curves = bundle.profiles, bundle.curves
+        self.own = bundle
+        """As it was loaded, with no profile of the profile folder."""
+        self._default = settings.default_profile
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
         self._explainer = Explainer(bundle.folder)  # now: its file has just been checked
@@ -156,7 +158,12 @@ class Model:
         budget: float | None = None,
         forced: Forced = FREE,
     ) -> Steering:
-        """The steering of a request, checked (service/steering.py). Profiles at a strength and a budget are cached."""
+        """The steering of a request, checked (service/steering.py). Profiles at a strength and a budget are cached.
+
+        The default profile stands in for one that neither names a profile nor has terms, unless its strength is 0.
+        """
+        if not profile and not terms and strength:
+            profile = self._default
         if terms or made_for or forced:
             return resolve(self.bundle, profile, terms, strength, made_for, budget, forced)
         return self._resolved(profile, strength, budget)
@@ -189,8 +196,8 @@ class Model:
 
     def use(self, profiles: Profiles) -> None:
         """Serve these profiles beside the bundle's own. Calls in progress are not affected."""
-        curves = {name: curve for name, curve in self._curves.items() if name not in profiles}
-        self.bundle = replace(self.bundle, profiles={**self._own, **profiles}, curves=curves)
+        curves = {name: curve for name, curve in self.own.curves.items() if name not in profiles}
+        self.bundle = replace(self.bundle, profiles={**self.own.profiles, **profiles}, curves=curves)
         self._resolved = _resolver(self.bundle)
         self._metrics.use(self.bundle.profiles)
 

@@ -10,11 +10,13 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.bundle import Bundle, BundleError, check_inside, check_profile
+from service.errors import NotFound
 from service.metrics import Metrics
+from service.steering import named
 from training.steering import SteeringError, SteeringProfile, profiles_from_json
 
 log = logging.getLogger("steervit.profiles")
@@ -32,11 +34,11 @@ class _File:
 class ProfileFolder:
     """The profiles of the folder in its last valid state."""
 
-    def __init__(self, folder: Path | None, metrics: Metrics):
-        """Raises BundleError when there is no such folder."""
+    def __init__(self, folder: Path | None, metrics: Metrics, default: str = ""):
+        """default: a profile that every model must have, if any. Raises BundleError when there is no such folder."""
         if folder is not None and not folder.is_dir():
             raise BundleError(f"profiles_dir is {folder}; allowed: a folder")
-        self._folder, self._metrics = folder, metrics
+        self._folder, self._metrics, self._default = folder, metrics, default
         self._files: tuple[_File, ...] = ()
         self._seen: tuple[tuple[Path, bytes], ...] | str | None = None
         """The files of the last read, or why they could not be read."""
@@ -46,8 +48,25 @@ class ProfileFolder:
         """The profiles for a bundle. Raises SteeringError when one of them does not fit it."""
         return _for(bundle, self._files)
 
+    def check_default(self, bundle: Bundle) -> None:
+        """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here."""
+        try:
+            self._check_default(bundle, self.of(bundle))
+        except SteeringError as error:
+            raise BundleError(str(error)) from error
+
+    def _check_default(self, bundle: Bundle, profiles: Profiles) -> None:
+        try:
+            if self._default:
+                named(replace(bundle, profiles={**bundle.profiles, **profiles}), self._default, "default_profile")
+        except NotFound as error:
+            raise SteeringError(f"model {bundle.manifest.name} version {bundle.manifest.version}: {error}") from error
+
     def refresh(self, bundles: Sequence[Bundle]) -> bool:
-        """Read the folder if it has changed. Returns whether there are new profiles. bundles: those being served."""
+        """Read the folder if it has changed. Returns whether there are new profiles.
+
+        bundles: those being served, as they were loaded.
+        """
         with self._reading:
             return self._folder is not None and self._refresh(self._folder, bundles)
 
@@ -61,7 +80,7 @@ class ProfileFolder:
                 raise SteeringError(contents)
             files = tuple(_read(path, content) for path, content in contents)
             for bundle in bundles:
-                _for(bundle, files)
+                self._check_default(bundle, _for(bundle, files))
         except SteeringError as error:
             log.error("profiles are unchanged: %s", error)
             self._metrics.profiles_read(False)

@@ -316,6 +316,8 @@ class Repository:
                 f"{folder}: the manifest says {manifest.name!r} version {manifest.version}; "
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
+        if self._surroundings.serving:  # at the start the profile folder has not been read yet
+            self._profiles.check_default(bundle)
         return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings)
 
     def _give_profiles(self, model: Model) -> None:

@@ -90,9 +90,11 @@ class Server:
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, settings.max_profile_series)
         self.ready = False
-        self._profiles = ProfileFolder(settings.profiles_dir, self._metrics)
+        self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
         self._read_profiles()
+        for bundle in self._bundles():
+            self._profiles.check_default(bundle)
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._guard = Guard(self._metrics)
@@ -141,7 +143,7 @@ class Server:
         return self._repository.alive and (not self.ready or time.monotonic() - self._beat < HANGS_AFTER)
 
     def _bundles(self) -> list[Bundle]:
-        return [model.bundle for model in self._repository.models]
+        return [model.own for model in self._repository.models]
 
     def _read_profiles(self) -> None:
         if self._profiles.refresh(self._bundles()):

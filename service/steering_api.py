@@ -331,6 +331,7 @@ def profile_message(profile: SteeringProfile) -> pb.Profile:
         terms=sum(map(len, profile.terms.values())),
         steering_digest=digest(profile.terms, profile.gate_bias),
         images=profile.evaluation.get("images", 0),
+        kind=profile.kind or "",
     )
     for name, field in (("before", message.before), ("after", message.after)):
         if name in profile.evaluation:

@@ -27,6 +27,7 @@ from training.evaluation.baselines import (
     matched,
     prior_bias,
     random_units,
+    static_units,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio
 from training.evaluation.criteria import MARGINS, criteria
@@ -236,6 +237,10 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     drawn = model(images, None, random_units(count(model), 3, 0.5, seed=[1]).decide)[1]["head_gate"]
     assert drawn[0].sum() == 3
     assert (drawn == drawn[0]).all()
+    for gate, used in zip(model.gates, ([0, 1, 1], [1, 0, 0]), strict=True):
+        gate.linear.bias.data = 4 * torch.tensor(used) - 2.0
+    static = static_units(count(model), model, Split(images, torch.zeros(5, dtype=torch.long)), 0.5)
+    assert model(images, None, static.decide)[1]["head_gate"][0].tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
 @settings(max_examples=50)

@@ -4,6 +4,7 @@ import json
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, 
 from export.bundle import Bundle
 from service.client import Client
 from service.client.__main__ import main
+from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from tests.faults.protocols import OIP
@@ -74,6 +76,49 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
         bundle.profiles["Shirt"].terms
     )
     assert server.count("steervit_profile_reads_total", result="failed") == 0
+
+
+@fault("process: file change", "the default profile is gone: the profiles as they were before")
+def test_the_default_profile_steers_requests_that_ask_for_nothing(
+    bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+) -> None:
+    always = replace(profile("always"), kind="selective")
+    file, files = tmp_path / "a.json", samples["Bag"]
+    file.write_text(content(bundle, always))
+    flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile")
+    running = start_server(MODELS, *flags, "always")
+    try:
+        with Client(running.address) as client:
+            kinds = {p.name: p.kind for p in client.profiles()}
+            assert (kinds["Bag"], kinds["footwear"], kinds["always"]) == ("class", "context", "selective")
+            named, nothing = client.predict(files, profile="always"), client.predict(files)
+            assert nothing.predictions == named.predictions
+            assert nothing.receipt.profile == "always"
+            compared = client.compare(files)
+            assert [c.steered for c in compared.comparisons] == list(nothing.predictions)
+            plain = client.predict(files, strength=0.0)
+            assert (plain.receipt.profile, plain.receipt.steering_digest) == ("", digest({}))
+            assert list(plain.predictions) == [c.unsteered for c in compared.comparisons] != list(named.predictions)
+            assert client.predict(files, strength=0.5).receipt.profile == "always"
+            assert client.predict(files, profile="Bag").receipt.profile == "Bag"
+            assert client.predict(files, terms=DARK).receipt.profile == ""
+            with grpc.insecure_channel(running.address) as channel:
+                stub = GRPCInferenceServiceStub(channel)
+                request = pb.ModelInferRequest(model_name="fashion_mnist")
+                request.inputs.add(name="encoded_image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
+                    files[0]
+                )
+                assert stub.ModelInfer(request).parameters["profile"].string_param == "always"
+                request.parameters["strength"].int64_param = 0
+                assert "profile" not in stub.ModelInfer(request).parameters
+            file.write_text(content(bundle, profile("dusk")))
+            until(lambda: running.count("steervit_profile_reads_total", result="failed") >= 1)
+            assert client.predict(files).receipt.profile == "always"
+    finally:
+        assert stop_server(running) == 0
+    done = run_module("service", "--repository", str(MODELS), *flags, "nobody", "--port", "0", "--metrics-port", "0")
+    assert done.returncode == 1
+    assert "model fashion_mnist version 3: default_profile is 'nobody'; allowed: " in done.stderr
 
 
 ODD = (

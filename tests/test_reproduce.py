@@ -111,7 +111,7 @@ def run_here(out: Path, *names: str) -> None:
     async def run(job: Job) -> int:
         return main(processes.arguments(job))
 
-    chosen = {job: before for job, before in jobs_of(1).items() if job.name in (names or ORDER)}
+    chosen = {job: before for job, before in jobs_of(1).items() if job.name in (names or order_of(False))}
     asyncio.run(run_jobs(chosen, run, 1))
 
 
@@ -182,7 +182,7 @@ def test_what_is_finished_is_not_made_again(reproduced: Path) -> None:
     before = stages()
     assert {path.name for path in before} >= {"vit.safetensors", "sae.json", "profiles.stage.json"}
     assert max(before.values()) < (reproduced / "results.json").stat().st_mtime_ns, "evaluate leaves them alone"
-    run_here(reproduced.parent, *(name for name in ORDER if name not in ("evaluate", "report")))
+    run_here(reproduced.parent, *(name for name in order_of(False) if name not in ("evaluate", "report")))
     assert stages() == before
 
 

@@ -107,6 +107,9 @@ GateBias = Mapping[BlockIndex, tuple[Number, ...]]
 """Gate biases of one image, by gated block: one for each of its units, heads first. Blocks without are left out."""
 UNBIASED: GateBias = {}
 MAX_BIAS = 1e6
+Kind = Literal["class", "context", "selective"]
+"""What a profile is for: images of one label, of several, or all traffic, of which a selective one steers images of its
+classes and leaves the others alone."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ class SteeringProfile:
     """Its measured effect, before and after."""
     gate_bias: GateBias = field(default_factory=dict)
     """Biases of its own, added to the gate logits; not in version 1."""
+    kind: Kind | None = None
+    """Absent in a file: class, or context where there are several classes."""
+
+    def __post_init__(self) -> None:
+        if self.kind is None:
+            object.__setattr__(self, "kind", "class" if len(self.classes) == 1 else "context")
 
 
 @dataclass(frozen=True)

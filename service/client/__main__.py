@@ -54,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in of_images.items():
         command.add_argument("images", nargs="+", type=Path, help="JPEG, PNG, WebP, BMP or GIF files")
         several: dict[str, Any] = {"action": "append"} if name == "load" else {"default": ""}
-        turns = "; given several times, they are taken in turn, '' for no steering" if name == "load" else ""
+        turns = "; given several times, they are taken in turn, '' for the default" if name == "load" else ""
         command.add_argument(
-            "--profile", **several, help=f"steering profile, such as a class name (default: none){turns}"
-        )
+            "--profile", **several,
+            help=f"steering profile, such as a class name (default: that of the server, if it has one){turns}",
+        )  # fmt: skip
         command.add_argument("--budget", type=float, help="compute fraction to spend on average (default: no budget)")
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")

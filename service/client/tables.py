@@ -142,10 +142,12 @@ def profiles_table(profiles: Sequence[pb.Profile]) -> str:
 
     rows = [
         [
-            p.name, p.strategy, str(p.terms), change(p.before.recall, p.after.recall),
+            p.name, p.kind, p.strategy, str(p.terms), change(p.before.recall, p.after.recall),
             change(p.before.precision, p.after.precision), change(p.before.head_usage, p.after.head_usage),
             change(p.before.compute_fraction, p.after.compute_fraction), p.steering_digest,
         ]
         for p in profiles
     ]  # fmt: skip
-    return table(["profile", "strategy", "terms", "recall", "precision", "head usage", "compute", "digest"], rows)
+    return table(
+        ["profile", "kind", "strategy", "terms", "recall", "precision", "head usage", "compute", "digest"], rows
+    )

@@ -431,7 +431,7 @@ class ListProfilesResponse(_message.Message):
     def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("name", "classes", "strategy", "terms", "steering_digest", "before", "after", "images")
+    __slots__ = ("name", "classes", "strategy", "terms", "steering_digest", "before", "after", "images", "kind")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
@@ -440,6 +440,7 @@ class Profile(_message.Message):
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     name: str
     classes: _containers.RepeatedScalarFieldContainer[str]
     strategy: str
@@ -448,7 +449,8 @@ class Profile(_message.Message):
     before: Effect
     after: Effect
     images: int
-    def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ...) -> None: ...
+    kind: str
+    def __init__(self, name: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., strategy: _Optional[str] = ..., terms: _Optional[int] = ..., steering_digest: _Optional[str] = ..., before: _Optional[_Union[Effect, _Mapping]] = ..., after: _Optional[_Union[Effect, _Mapping]] = ..., images: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Effect(_message.Message):
     __slots__ = ("recall", "precision", "false_positive_rate", "overall_accuracy", "head_usage", "compute_fraction", "f1", "auroc", "others_accuracy", "mlp_usage", "unit_usage")

@@ -31,7 +31,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | module | its tests |
 |---|---|
 | training/: what is read | test_data.py, test_folders.py, test_typefaces.py, test_weights.py |
-| training/ | the numbers above, test_training.py, test_steering.py, test_report.py |
+| training/ | the numbers above, test_training.py, test_steering.py, test_selective.py, test_report.py |
 | export/ | test_export.py, test_graphs.py, test_fused.py, test_mlp_groups.py, test_bundle.py |
 | service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
 | service/: that it answers alike | test_determinism.py, test_batcher.py |

@@ -10,7 +10,7 @@ Letters: B images, C classes, G gated blocks, U units (heads, then MLP groups).
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -40,8 +40,6 @@ NO_STEERING, PROFILE = "no steering", "class profile"
 SHIFT, SCALE = "shift alone", "scale alone"
 CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
 PREDICTED = "profile of predicted class"
-BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
-"""A bias has further to go than terms: with their learning rate and no damping usage swings between 0 and 0.47."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,10 @@ def learn(
     sample = pool.take(torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:10_000])
     macs = count(model)
     stats = measure(model, sae, macs, residuals(model, sample, "ablation: residuals"), sample)
-    wide = {"rows": settings.rows * classes}
-    faster = {"learning_rate": BIAS_RATE * settings.learning_rate}
-
-    def search(changed: Mapping[str, float], damping: float = 0.0) -> Search:
-        return Search(model, macs, pool, unsteered, settings.model_copy(update=changed), seed, bf16, damping)
-
-    terms = learned(search(wide), sae, stats, everything)[0]
-    class_bias = torch.stack(gate_bias(search(faster, BIAS_DAMPING), each))
-    return Learned(class_bias, gate_bias(search({**wide, **faster}, BIAS_DAMPING), everything)[0], terms)
+    search = Search(model, macs, pool, unsteered, settings, seed, bf16)
+    wide = replace(search, settings=settings.model_copy(update={"rows": settings.rows * classes}))
+    terms = learned(wide, sae, stats, everything)[0]
+    return Learned(torch.stack(gate_bias(search, each)), gate_bias(wide, everything)[0], terms)
 
 
 def variants(

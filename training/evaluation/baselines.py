@@ -90,6 +90,12 @@ def random_units(macs: Macs, heads: int, usage: float, seed: Sequence[int]) -> R
     return first_units(macs, heads, order, usage)
 
 
+def static_units(macs: Macs, model: GatedNetwork, own: Split, usage: float) -> Rival:
+    """Class-aware pruning: as many units as come nearest to the usage, those that `own` uses most without steering."""
+    used = answers(model, own).gate.double().mean(0).flatten()  # (G * U,)
+    return first_units(macs, model.heads, used.argsort(descending=True, stable=True).numpy(), usage)
+
+
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:
     """The highest recall that a constant on the target's class logits reaches at a precision of at least `precision`.
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from training.checkpoint import Run
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.baselines import Rival, logit_bias, matched, random_units, residual_direction, threshold_shift
+from training.evaluation.baselines import (
+    Rival,
+    logit_bias,
+    matched,
+    random_units,
+    residual_direction,
+    static_units,
+    threshold_shift,
+)
 from training.evaluation.significance import Rightness, mean
 from training.model.gated_vit import GatedNetwork
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
@@ -85,6 +93,7 @@ def rivals_of(
         target = targets[index]
         rows = own_and_others(selection, target, MATCHING, 0)
         own = selection.take(rows[: len(rows) // 2])
+        units = "units" if macs.mlp_groups else "heads"
         usage = answers(model, own, steered_by(sae, profiles[index].terms)).usage(macs)
         wanted = torch.tensor(target)
         rivals = {
@@ -93,9 +102,7 @@ def rivals_of(
             "residual direction": [
                 residual_direction(model, macs, own, usage, means[:, wanted].mean(1) - means.mean(1))
             ],
-            "random units" if macs.mlp_groups else "random heads": [
-                random_units(macs, model.heads, usage, (seed, draw, *target)) for draw in range(DRAWS)
-            ],
+            f"random {units}": [random_units(macs, model.heads, usage, (seed, draw, *target)) for draw in range(DRAWS)],
         }
         for strategy, value in choices[profiles[index].name].items():
             terms = terms_from_json(value)
@@ -108,6 +115,8 @@ def rivals_of(
             else:
                 rival = Rival(steered_by(sae, terms))
             rivals[strategy] = [rival]
+
+        rivals[f"static {units} of the class"] = [static_units(macs, model, own, usage)]
 
         def found(outcomes: Sequence[Outcome]) -> Measured:
             return _mean([_measured(outcome, images, macs) for outcome in outcomes])
