@@ -232,7 +232,7 @@ def _write_profiles(
         terms = search.terms((context, SERVED, LATENTS))
         profiles.append(
             SteeringProfile(f"selective: {context}", classes, "selective", terms, {"split": split, "selective": record},
-                            "selective")
+                            kind="selective")
         )  # fmt: skip
     digest = {"gates_sae_digest": search.bundle.manifest.gates_sae_digest}
     run.write_json("selective.profiles.json", {**digest, **profiles_to_json(profiles)})

@@ -8,7 +8,7 @@ Letters: B images, S sites, D width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,10 +89,9 @@ def under(network: GatedNetwork, images: Examples, method: Method, strength: flo
         return before
     rival = method.at(strength)
     after = answers(network, images.split.take(rows), rival.steer, rival.decide)
-    changed = {name: value.clone() for name, value in vars(before).items() if isinstance(value, Tensor)}
-    for name, value in changed.items():
-        value[rows] = getattr(after, name)
-    return replace(before, **changed)
+    logits, gate, gate_logit = before.logits.clone(), before.gate.clone(), before.gate_logit.clone()
+    logits[rows], gate[rows], gate_logit[rows] = after.logits, after.gate, after.gate_logit
+    return Outcome(logits, gate, gate_logit, before.heads)
 
 
 def chosen(
@@ -158,7 +157,7 @@ def judged(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict
 
 def _compute(macs: Macs, outcome: Outcome) -> Tensor:
     """(B,)"""
-    return macs.fraction(outcome.head_gate, getattr(outcome, "mlp_gate", None))
+    return outcome.compute_fraction(macs)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
