@@ -40,7 +40,7 @@ def rebuild(folder: Path, settings: VitSettings) -> tuple[Bundle, SteeredVit]:
     weights = {w.name: torch.from_numpy(numpy_helper.to_array(w).copy()) for w in onnx.load(path).graph.initializer}
     manifest = bundle.manifest
     vit = create_vit(settings, manifest.image, len(manifest.labels))
-    model = GatedVit(vit, manifest.gated_blocks, manifest.image, settings.mlp_groups)
+    model = GatedVit(vit, manifest.gated_blocks, manifest.image, manifest.mlp_groups)
     stored = load_file(folder / "sae.safetensors")
     gates = {name: value for name, value in stored.items() if name.startswith("gates.")}
     sae = Sae(*stored["encoder"].shape)
