@@ -1,7 +1,8 @@
-"""python tests/crash_writers.py {state|stage|bundle} <folder>: writers for tests/test_crash_safety.py to kill.
+"""python tests/crash_writers.py: writers for tests/test_crash_safety.py to kill.
 
-For each line on its input it forks, prints the child's process id, and the child writes one thing after the other, the
-n-th filled with n, until it is killed. (Forked, as importing torch anew would take seconds each time.)
+For each line on its input, {state|stage|bundle} <folder>, it forks, prints the child's process id, and the child writes
+one thing after the other, the n-th filled with n, until it is killed. (Forked, as importing torch anew would take
+seconds each time.)
 """
 
 import itertools
@@ -54,12 +55,12 @@ def bundle(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    writer = {"state": state, "stage": stage, "bundle": bundle}[sys.argv[1]]
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        name, _, folder = line.strip().partition(" ")
         child = os.fork()
         if not child:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            writer(Path(sys.argv[2]))
+            {"state": state, "stage": stage, "bundle": bundle}[name](Path(folder))
         print(child, flush=True)
         os.waitpid(child, 0)
         print("ended", flush=True)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,26 +30,33 @@ LONGEST = {"state": 0.2, "stage": 0.3, "bundle": 0.5}
 """Seconds that a writer lives at most: several times what it needs."""
 
 
-@contextmanager
-def killer(writer: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """A call of it lets the writer write for a random while and kills it."""
-    draw = random.Random(SEEDS[writer])
+Killer = Callable[[str, Path], Callable[[], None]]
+
+
+@pytest.fixture(scope="module")
+def killer() -> Iterator[Killer]:
+    """(writer, folder) -> a function that lets the writer write for a random while and kills it."""
     process = subprocess.Popen(
-        [sys.executable, "tests/crash_writers.py", writer, str(folder)],
+        [sys.executable, "tests/crash_writers.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     with process:
         assert process.stdin
         assert process.stdout
 
-        def kill() -> None:
-            print("write", file=process.stdin, flush=True)
-            child = int(process.stdout.readline())  # type: ignore[union-attr]
-            time.sleep(draw.uniform(0.01, LONGEST[writer]))
-            os.kill(child, signal.SIGKILL)
-            assert process.stdout.readline() == "ended\n"  # type: ignore[union-attr]
+        def of(writer: str, folder: Path) -> Callable[[], None]:
+            draw = random.Random(SEEDS[writer])
 
-        yield kill
+            def kill() -> None:
+                print(writer, folder, file=process.stdin, flush=True)
+                child = int(process.stdout.readline())  # type: ignore[union-attr]
+                time.sleep(draw.uniform(0.01, LONGEST[writer]))
+                os.kill(child, signal.SIGKILL)
+                assert process.stdout.readline() == "ended\n"  # type: ignore[union-attr]
+
+            return kill
+
+        yield of
         process.stdin.close()
 
 
@@ -63,57 +69,57 @@ def left_by_the_killed(folder: Path) -> list[Path]:
     return list(folder.rglob(".*"))
 
 
-def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_old_or_the_new_one(killer: Killer, tmp_path: Path) -> None:
     run, numbers = Run(tmp_path), [-1]
-    with killer("state", tmp_path) as kill:
-        for _ in range(ROUNDS):
-            kill()
-            found = run.read_state("vit", SETTINGS)
-            if found:
-                assert whole(found[0], found[1]["number"])
-                numbers.append(found[1]["number"])
-                assert numbers[-1] >= numbers[-2], "it never goes back"
-            assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
+    kill = killer("state", tmp_path)
+    for _ in range(ROUNDS):
+        kill()
+        found = run.read_state("vit", SETTINGS)
+        if found:
+            assert whole(found[0], found[1]["number"])
+            numbers.append(found[1]["number"])
+            assert numbers[-1] >= numbers[-2], "it never goes back"
+        assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
     assert numbers[-1] > 0
     run.write_state("vit", SETTINGS, {}, {"number": 0})
     assert left_by_the_killed(tmp_path) == []
 
 
-def test_a_stage_that_is_finished_is_whole(tmp_path: Path) -> None:
+def test_a_stage_that_is_finished_is_whole(killer: Killer, tmp_path: Path) -> None:
     finished = 0
-    with killer("stage", tmp_path) as kill:
-        for _ in range(ROUNDS):
-            kill()
-            for folder in tmp_path.iterdir():
-                run, number = Run(folder), int(folder.name)
-                if run.finished("vit", SETTINGS):
-                    result = run.read_tensors("vit")
-                    assert result
-                    assert whole(result[0], number)
-                    assert run.info("vit")["result"] == {"number": number}
-                elif state := run.read_state("vit", SETTINGS):
-                    assert whole(state[0], number)
-            done = [folder for folder in tmp_path.iterdir() if Run(folder).has("vit")]
-            assert len(done) >= max(finished, len(list(tmp_path.iterdir())) - 1), "one at most is not finished"
-            finished = len(done)
+    kill = killer("stage", tmp_path)
+    for _ in range(ROUNDS):
+        kill()
+        for folder in tmp_path.iterdir():
+            run, number = Run(folder), int(folder.name)
+            if run.finished("vit", SETTINGS):
+                result = run.read_tensors("vit")
+                assert result
+                assert whole(result[0], number)
+                assert run.info("vit")["result"] == {"number": number}
+            elif state := run.read_state("vit", SETTINGS):
+                assert whole(state[0], number)
+        done = [folder for folder in tmp_path.iterdir() if Run(folder).has("vit")]
+        assert len(done) >= max(finished, len(list(tmp_path.iterdir())) - 1), "one at most is not finished"
+        finished = len(done)
     assert finished > 0
 
 
-def test_a_version_that_is_there_is_a_whole_bundle(tmp_path: Path) -> None:
+def test_a_version_that_is_there_is_a_whole_bundle(killer: Killer, tmp_path: Path) -> None:
     model, seen = tmp_path / "fashion_mnist", 0
-    with killer("bundle", tmp_path) as kill:
-        for _ in range(ROUNDS):
-            kill()
-            there = versions(model)
-            assert max(there, default=0) >= seen
-            seen = max(there, default=0)
-            for number in there:
-                assert load_bundle(model / str(number)).manifest.version == number
-            if there:
-                assert set(scan(tmp_path)["fashion_mnist"].versions) == set(there), "a part is not served"
-            assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
-            for number in there[:-1]:
-                shutil.rmtree(model / str(number))
+    kill = killer("bundle", tmp_path)
+    for _ in range(ROUNDS):
+        kill()
+        there = versions(model)
+        assert max(there, default=0) >= seen
+        seen = max(there, default=0)
+        for number in there:
+            assert load_bundle(model / str(number)).manifest.version == number
+        if there:
+            assert set(scan(tmp_path)["fashion_mnist"].versions) == set(there), "a part is not served"
+        assert len(left_by_the_killed(tmp_path)) <= 1, "what the last one left is removed by the next"
+        for number in there[:-1]:
+            shutil.rmtree(model / str(number))
     assert seen > 1
 
 

@@ -113,7 +113,7 @@ def coloured_shapes(root: Path, count: int = 80) -> None:
 def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: Path) -> None:
     coloured_shapes(tmp_path / "shapes")
     data = ["--data.dataset", "folder", "--data.root", str(tmp_path / "shapes"), "--data.image-size", "32"]
-    shape = ["--vit.unpadded", "0", "--vit.mlp-ratio", "4"]
+    shape = ["--vit.unpadded", "0", "--vit.mlp-ratio", "4", "--profiles.steps", "10"]
     longer = ["--vit.batch-size", "16", "--vit.backbone-epochs", "12", "--vit.joint-epochs", "6"]
     done = run_main(
         training_main, "all", "--preset", "smoke", "--out", str(tmp_path / "run"),

@@ -332,7 +332,7 @@ def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
     try:
         with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
             stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            images = [image for of_label in samples.values() for image in of_label] * 20  # a second and more
+            images = [image for of_label in samples.values() for image in of_label] * 8  # most of a second
             for call, change, after in (
                 (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="fashion_mnist"), False),
                 (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fashion_mnist"), True),

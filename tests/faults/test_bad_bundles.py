@@ -147,14 +147,14 @@ def test_a_model_that_is_unloaded_answers_what_it_accepted(
 ) -> None:
     put(bundle, repository, 1, "other")
     control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="other"), timeout=30)
-    request = V1.request(np.repeat(sample_pixels, 10, 0))
+    request = V1.request(np.repeat(sample_pixels, 5, 0))
     request.model = "other"
     with undisturbed(controlled), grpc.insecure_channel(controlled.address, UNLIMITED) as channel:
         call = V1.call(channel)
         calls = [call.future(request, timeout=60) for _ in range(4)]
-        until(lambda: controlled.count("steervit_queue_images", model="other") > 1000)
+        until(lambda: controlled.count("steervit_queue_images", model="other") > 500)
         control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="other"), timeout=60)
-        assert [len(each.result().predictions) for each in calls] == [1000] * 4
+        assert [len(each.result().predictions) for each in calls] == [500] * 4
         with pytest.raises(grpc.RpcError) as caught:
             call(request, timeout=10)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
