@@ -72,11 +72,15 @@ def with_biases(bundle: Bundle, steering: Steering, gate_bias: NDArray[np.float3
     Raises Lacking when the model takes none, and InvalidRequest for a value that is not allowed.
     """
     require_biases(bundle, "input 'gate_bias' is given")
-    if (invalid := ~(np.abs(gate_bias) <= MAX_BIAS)).any():  # NaN too
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = gate_bias.astype(np.float64) * strength
+    if (invalid := ~((np.abs(gate_bias) <= MAX_BIAS) & (np.abs(scaled) <= MAX_BIAS))).any():  # NaN too
         image, *_ = np.argwhere(invalid)[0].tolist()
-        value = gate_bias[invalid][0]
-        raise InvalidRequest(f"input 'gate_bias' of image {image} has the value {value}; allowed: -1e6 to 1e6")
-    own = gate_bias * np.float32(strength)
+        raise InvalidRequest(
+            f"input 'gate_bias' of image {image} has the value {gate_bias[invalid][0]:g} at strength {strength:g}; "
+            "allowed: -1e6 to 1e6"
+        )
+    own = scaled.astype(np.float32)
     if not own.any():
         return steering
     rows = own[:1] if (own == own[:1]).all() else own

@@ -480,7 +480,7 @@ REFUSED_TENSORS: tuple[tuple[str, dict[str, Any], dict[str, NDArray[np.float32]]
     ("dial", {}, {"gate_bias": ZEROS[:, 0]}, "INVALID_ARGUMENT",
      "input 'gate_bias' has the shape [4, 7]; allowed: [4, 2, 7]"),
     ("dial", {}, {"gate_bias": ZEROS + np.float32(np.nan)}, "INVALID_ARGUMENT",
-     "input 'gate_bias' of image 0 has the value nan; allowed: -1e6 to 1e6"),
+     "input 'gate_bias' of image 0 has the value nan at strength 1; allowed: -1e6 to 1e6"),
 )  # fmt: skip
 
 
