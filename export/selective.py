@@ -60,6 +60,8 @@ CHOOSING = 3000
 """Selection images that strengths are chosen on."""
 FROZEN_EPOCHS = 30
 """Of the frozen decoder's encoder, over the pool's residuals."""
+MEASURED = ("compute_before", "saved", "moved", "accuracy_change", "verdict")
+"""What a profile's evaluation keeps of its record."""
 Key = tuple[str, int, str]
 """(context, examples, method)"""
 
@@ -187,7 +189,8 @@ def main(arguments: Sequence[str]) -> int:
         "settings": vars(search.settings),
     }
     for key in tqdm(keys, desc="selective", unit="search", dynamic_ncols=True):
-        records.append(_record(key, search.entry(key)["strength"], search.measure(key, options.split, images)))
+        entry, values = search.entry(key), search.measure(key, options.split, images)
+        records.append({**_record(key, entry["strength"], values), "selection": entry["tried"]})
         run.write_json(f"selective.{options.split}.json", {**result, "records": records, "composed": merged})
     _write_profiles(search, contexts, run, records, options.split)
     print(table([*records, *merged]))
@@ -231,8 +234,10 @@ def _write_profiles(
         classes = tuple(search.bundle.manifest.labels[c] for c in search.targets[context])
         terms = search.terms((context, SERVED, LATENTS))
         profiles.append(
-            SteeringProfile(f"selective: {context}", classes, "selective", terms, {"split": split, "selective": record},
-                            kind="selective")
+            SteeringProfile(
+                f"selective: {context}", classes, "selective", terms,
+                {"split": split, **{name: record[name] for name in MEASURED}}, kind="selective",
+            )
         )  # fmt: skip
     digest = {"gates_sae_digest": search.bundle.manifest.gates_sae_digest}
     run.write_json("selective.profiles.json", {**digest, **profiles_to_json(profiles)})

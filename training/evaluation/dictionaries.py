@@ -22,7 +22,7 @@ from training.sae.fit import Fitting
 
 KS = (2, 3, 4, 6, 8, 12, 16)
 """Active latents, and principal components, an image."""
-SWEEP = SaeSettings(kind="topk", latents=256, epochs=5, batch_size=256, learning_rate=3e-3)
+SWEEP = SaeSettings(kind="topk", latents=256, epochs=12, batch_size=256, learning_rate=2e-3)
 """Of every fit, but for k. TopK, so that an image has exactly k."""
 STABLE_AT = 8
 """The k of the fits whose stability is measured."""
