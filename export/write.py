@@ -199,12 +199,14 @@ def _graphs(
     """Write every graph into the folder and compare it with PyTorch; golden rows by precision."""
     selection, sae = source.selection, source.steered.sae
     real, labelled = (_spread(len(selection), count) for count in (settings.verify_images, settings.accuracy_images))
+    dial = read_dial(source.dial)
     reference = Reference(
         source.steered,
         selection.images[real].numpy(),
         steerings(source.terms, [sae.latents] * sae.sites),
         selection.images[labelled].numpy(),
         selection.classes[labelled].numpy(),
+        biases=() if dial is None else list(dial.gate_bias),
     )
     graphs: list[Graph] = []
     first: dict[str, Path] = {}

@@ -23,7 +23,8 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 - **Journeys**, images to answers: test_journeys.py, test_reproduce.py, test_rolling_restart.py, deploy/test_image.py
 - **Properties**, whatever comes: test_property_requests.py, test_property_images.py, test_property_files.py,
   test_steering_tensors.py
-- **Hand-worked numbers**: test_gated_vit.py, test_sae.py, test_strategies.py, test_evaluation.py, test_last_block.py
+- **Hand-worked numbers**: test_gated_vit.py, test_sae.py, test_strategies.py, test_evaluation.py, test_last_block.py,
+  test_dial.py
 - **Faults**, what a client sees of each: faults/, listed below. **Kills and soaks**: test_crash_safety.py,
   faults/sigterm.py, perf/soak.py. **Benches**: perf/; what they rest on: test_perf.py
 - **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py
