@@ -293,6 +293,7 @@ def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
     expected = sum(abs(total) >= 1.8 - 1e-9 for total in sums) / len(sums)
     assert significance.paired(profile, rival) == pytest.approx(expected)
     assert significance.paired(profile, profile) == 1.0
+    assert significance.paired(np.array([1.0, 0.0]), np.array([0.5, 0.0])) == 1.0, "one image, and either sign"
     assert significance.paired(profile, 1 - profile) == significance.mcnemar(profile > 0, profile == 0)
 
 

@@ -235,7 +235,8 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = {
         "data.root": tmp_path / "images", "data.image-size": 16, "data.channels": 1, "vit.mlp-groups": 4,
-        "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 1, "sae.epochs": 2,
+        "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 4,
+        "vit.gate-learning-rate": 0.2, "sae.epochs": 2,
         "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1,
     }  # fmt: skip
     given = ["--preset=smoke", "--data.dataset=folder", "--vit.dial", *(f"--{k}={v}" for k, v in flags.items())]

@@ -26,7 +26,7 @@ TINY = VitSettings(
 )
 
 
-WITH_DIAL = TINY.model_copy(update={"dial": True, "mlp_groups": 2, "usage_weight": 20.0})
+WITH_DIAL = TINY.model_copy(update={"dial": True, "mlp_groups": 2, "gate_learning_rate": 0.1})
 
 
 def tiny(out: Path, vit: VitSettings = TINY) -> Settings:

@@ -90,6 +90,8 @@ def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
     change = after - before
     if not (change % 1).any():
         return mcnemar(change < 0, change > 0)  # only images whose answer changed count
+    if np.count_nonzero(change) == 1:
+        return 1.0  # either sign is as large
     return float(
         permutation_test(
             (change[change != 0],), np.mean, permutation_type="samples", n_resamples=9999, batch=1000,

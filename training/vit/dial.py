@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import processes
+from training.checkpoint import RunError
 from training.config import Settings
 from training.data.splits import Split
 from training.data.streams import Batch
@@ -37,6 +38,8 @@ PARTS = 2
 """Places between two learned knots at which compute is measured."""
 KNOTS = 17
 """Of the finished dial."""
+MOST = 0.98
+"""Compute at the lowest usage that a dial may spend."""
 
 
 def dial_step(
@@ -104,13 +107,19 @@ def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
     """The knots of the dial, evenly spread over the budgets that the model can spend, and the biases that spend them.
 
     The mean compute of the images of `split` is measured along the learned knots, and once more where the knots of the
-    dial would come to lie by that; between these places it is interpolated.
+    dial would come to lie by that; between these places it is interpolated. Raises RunError when the model has hardly
+    learned to spend less.
     """
     assert model.dial is not None
     learned = model.dial.usage.double().cpu().numpy()
     places = np.interp(np.arange((len(learned) - 1) * PARTS + 1) / PARTS, np.arange(len(learned)), learned)
     spent = _spent(model, split, macs, places)
     assert spent[-1] == 1, "every unit is open at the last knot"
+    if spent[0] > MOST:
+        raise RunError(
+            f"at its lowest usage the dial spends {spent[0]:.4f} of the compute; allowed: {MOST} or less. "
+            "Train longer (--vit.joint-epochs), or weigh the usage more (--vit.usage-weight)"
+        )
     budgets = np.unique(np.linspace(math.ceil(spent[0] * 1000) / 1000, 1, KNOTS).round(4))
     first = _place_of(budgets, places, spent)
     places, order = np.unique(np.concatenate([places, first]), return_index=True)
