@@ -15,7 +15,7 @@ from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
 from training.config import DataSettings, Settings, VitSettings
 from training.data.splits import load
-from training.evaluation.controls import narrower
+from training.evaluation.controls import narrower, width_of
 from training.model.gated_vit import GatedVit
 from training.model.inference import Outcome, effect
 from training.model.macs import Macs, count
@@ -176,11 +176,10 @@ def test_the_smaller_control_computes_as_much_as_the_gated_model() -> None:
     assert dim % 12 == 0
     assert small / macs.dense == pytest.approx(wanted, abs=0.06)
     assert narrower(VitSettings(), data, usage=1.0) == 192
-    both = VitSettings(depth=3, mlp_groups=4)
-    macs = count(fit.build(both, data.spec, 10).eval())
-    small = count(fit.build(VitSettings(dim=narrower(both, data, 0.25), depth=3), data.spec, 10).eval()).dense
-    wanted = 1 - 0.75 * macs.costs(6).sum().item() / macs.dense  # a quarter of the MACs of heads and groups
-    assert small / macs.dense == pytest.approx(wanted, abs=0.06)
+    shape = VitSettings(depth=3, dial=True, mlp_groups=4)
+    plain = VitSettings(depth=3, dim=width_of(shape, data, 0.55))
+    whole, part = (count(fit.build(settings, data.spec, 10).eval()).dense for settings in (shape, plain))
+    assert part / whole == pytest.approx(0.55, abs=0.06)
 
 
 def test_effect_by_hand() -> None:
