@@ -47,7 +47,7 @@ def compact(
     own = torch.isin(selection.classes, torch.tensor(target))
     usage = before.gate[own].double().mean(0)  # (G, U)
     kept = tuple(tuple(torch.nonzero(row >= threshold).flatten().tolist()) for row in usage)
-    closed = copy.deepcopy(model)
+    closed = copy.deepcopy(model, {id(model.vit): model.vit})  # only the gates differ
     for gate, units in zip(closed.gates, kept, strict=True):
         _close(gate, units)
     after = answers(closed, selection, steer)
