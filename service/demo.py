@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,15 +50,20 @@ def main() -> int:
     start = time.monotonic()
     with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:
         print(f"A server is up on {address} after {time.monotonic() - start:.1f} s, with the bundle of {MODELS}.\n")
+        samples = {
+            folder.name: [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+            for folder in sorted(path for path in SAMPLES.iterdir() if path.is_dir())
+        }
+        if client.model().dial:
+            print(dialled(client, samples) + "\n")
         effects = {profile.name: profile for profile in client.profiles()}
         rows, shown, counts = [], None, set()
-        for folder in sorted(path for path in SAMPLES.iterdir() if path.is_dir()):
-            images = [path.read_bytes() for path in sorted(folder.glob("*.png"))]
-            plain, steered = client.predict(images), client.predict(images, profile=folder.name)
-            if folder.name == "Shirt":
+        for name, images in samples.items():
+            plain, steered = client.predict(images), client.predict(images, profile=name)
+            if name == "Shirt":
                 shown = plain, steered
-            rows.append(_row(folder.name, plain, steered, effects[folder.name]))
-            counts.add(effects[folder.name].images)
+            rows.append(_row(name, plain, steered, effects[name]))
+            counts.add(effects[name].images)
         columns = ["class", "right", "head usage", "compute", "recall", "precision", "head usage", "compute"]
         print("No steering -> the profile of the image's class")
         measured = " to ".join(f"{n:,}" for n in sorted(counts))
@@ -84,6 +89,26 @@ def main() -> int:
         )
     print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")
     return 0
+
+
+def dialled(client: Client, samples: Mapping[str, Sequence[bytes]]) -> str:
+    """What budgets do to the samples, by label, of a model with a dial: compute, right answers, time."""
+    labels = [label for label, images in samples.items() for _ in images]
+    pixels = [image for images in samples.values() for image in images]
+    lowest, rows = client.model().lowest_budget, []
+    for budget in (*(budget for budget in (1.0, 0.7, 0.5) if budget > lowest), lowest):
+        seconds = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            answer = client.predict(pixels, budget=budget)
+            seconds.append(time.perf_counter() - begun)
+        found = answer.predictions
+        right = sum(p.classes[0].label == label for p, label in zip(found, labels, strict=True))
+        spent = float(np.mean([p.compute_fraction for p in found]))
+        cells = [f"{budget:.2f}", f"{spent:.2f}", f"{right} of {len(found)}", f"{1000 * min(seconds):.0f} ms"]
+        rows.append(cells)
+    header = ["budget", "compute spent", "right", "time of the call"]
+    return f"The dial: all {len(pixels)} samples in one call, at several budgets\n\n{table(header, rows)}"
 
 
 def _row(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse, profile: pb.Profile) -> list[str]:

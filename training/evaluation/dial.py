@@ -20,13 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.data.pixels import Split
+from training.data.splits import Data
 from training.dial import Dial, Point, position
+from training.evaluation.baselines import random_units
 from training.model.gated_vit import GatedNetwork, Steer
 from training.model.inference import Outcome, answers, rounded, steered_by
 from training.model.macs import Macs
 from training.model.sae import Sae
 from training.steering import SteeringProfile
 
+DRAWS = 3
+"""Of random units."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
@@ -65,45 +69,45 @@ def measure_dial(
     model: GatedNetwork,
     sae: Sae,
     profiles: Sequence[SteeringProfile],
-    labels: Sequence[str],
-    selection: Split,
-    test: Split,
+    data: Data,
     macs: Macs,
+    seed: int,
 ) -> dict[str, Any]:
     """`dials`: the curves of the selection slice, by profile. `dial`: what the test split spends and gets at the same
-    budgets, and the largest distance between asked and spent compute."""
+    budgets, the same with random units, and the largest distance between asked and spent compute."""
     steered = [
-        Steered(UNSTEERED, None, tuple(range(len(labels)))),
-        *(Steered(p.name, steered_by(sae, p.terms), tuple(map(labels.index, p.classes))) for p in profiles),
+        Steered(UNSTEERED, None, tuple(range(len(data.labels)))),
+        *(Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles),
     ]
     at = partial(at_positions, dial, model)
     budgets = dial.budget[::2]
     curves: dict[str, list[Point]] = {}
     tested: dict[str, list[dict[str, Any]]] = {}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
-        own = of_classes(selection, of.classes)
+        own = of_classes(data.selection, of.classes)
         curves[of.name] = curve(budgets, at(own, of.steer, budgets), own.classes, macs)
-        own, points = of_classes(test, of.classes), curves[of.name]
+        own, points = of_classes(data.test, of.classes), curves[of.name]
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
         outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
         tested[of.name] = [asked(b, o, own.classes, macs) for b, o in zip(reached, outcomes, strict=True)]
+    chosen = budgets[:-1:2]
+    by_chance = [random_order(float(b), model, data.test, macs, seed) for b in chosen]
     error = {n: max(abs(p["compute_fraction"] - p["budget"]) for p in points) for n, points in tested.items()}
+    largest = {name: round(value, 5) for name, value in error.items()}
     return {
         "dials": {name: [asdict(point) for point in points] for name, points in curves.items()},
-        "dial": {"test": tested, "largest_error": {name: round(value, 5) for name, value in error.items()}},
+        "dial": {"test": tested, "random": by_chance, "largest_error": largest},
     }
 
 
-def measure_unsteered(
-    knots: Dial, model: GatedNetwork, selection: Split, test: Split, macs: Macs
-) -> tuple[list[dict[str, Any]], Along]:
+def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> tuple[list[dict[str, Any]], Along]:
     """What the test split spends and gets at the budgets of the dial without steering, and what was right there."""
     budgets = knots.budget[::2]
-    points = curve(budgets, at_positions(knots, model, selection, None, budgets), selection.classes, macs)
-    outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
+    points = curve(budgets, at_positions(knots, model, data.selection, None, budgets), data.selection.classes, macs)
+    outcomes = at_positions(knots, model, data.test, None, [position(budget, points) for budget in budgets])
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
-    right = np.array([(outcome.predicted == test.classes).numpy() for outcome in outcomes], float)
-    return [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)], Along(spent, right)
+    right = np.array([(outcome.predicted == data.test.classes).numpy() for outcome in outcomes], float)
+    return [asked(b, o, data.test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)], Along(spent, right)
 
 
 def compare_areas(one: Along, other: Along) -> dict[str, float]:
@@ -116,6 +120,19 @@ def compare_areas(one: Along, other: Along) -> dict[str, float]:
     p = float(norm.sf(mean / error)) if error else float(mean <= 0)
     numbers = {"from": low, "to": high, "difference": mean, "standard_error": error, "p": p}
     return {name: round(float(value), 6) for name, value in numbers.items()}
+
+
+def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, seed: int) -> dict[str, Any]:
+    """Random units, the same for all images, that spend the budget: mean of DRAWS."""
+    units = model.heads * sum(macs.per_head) + macs.mlp_groups * sum(macs.per_mlp_group)
+    usage = max(0.0, 1 - (1 - budget) * macs.dense / units)
+    draws = [
+        answers(model, split, decide=random_units(macs, model.heads, usage, (seed, draw)).decide)
+        for draw in range(DRAWS)
+    ]
+    measured = [asked(budget, outcome, split.classes, macs) for outcome in draws]
+    means = {key: round(float(np.mean([m[key] for m in measured])), 5) for key in ("compute_fraction", "accuracy")}
+    return {"budget": measured[0]["budget"], "images": len(split), **means}
 
 
 def of_classes(split: Split, classes: tuple[int, ...]) -> Split:

@@ -48,7 +48,7 @@ def evaluate(
     """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
     results = _protocol(settings, data, run, model, sae, profiles)
     if settings.vit.dial:
-        results |= measure_dial(_knots(run), model, sae, profiles, data.labels, data.selection, data.test, count(model))
+        results |= measure_dial(_knots(run), model, sae, profiles, data, count(model), settings.seed)
     results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
     present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
     if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):
@@ -160,9 +160,23 @@ def _profile_entry(
         "non_inferiority": p_values,
         "power": _power(before, after),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
+        **_label_masking(neutral.take(own), under.take(own), classes[own], target),
         **_per_unit(neutral.take(own), "before"),
         **_per_unit(under.take(own), "after"),
     }
+
+
+def _label_masking(neutral: Outcome, under: Outcome, classes: Tensor, target: Target) -> dict[str, Any]:
+    """Of a context: the accuracy of its images where its labels alone can be answered, which needs no steering."""
+    if len(target) == 1:
+        return {}
+    members = torch.tensor(target)
+
+    def accuracy(outcome: Outcome) -> float:
+        predicted = members[outcome.logits[:, members].argmax(1)]
+        return round((predicted == classes).double().mean().item(), 5)
+
+    return {"label_masking": {"before": accuracy(neutral), "after": accuracy(under)}}
 
 
 def _per_unit(outcome: Outcome, when: str) -> dict[str, Any]:
@@ -231,7 +245,7 @@ def _knots(run: Run) -> Dial:
 
 def _along(run: Run, data: Data) -> tuple[list[dict[str, Any]], Along]:
     model = load_vit(run)
-    return measure_unsteered(_knots(run), model, data.selection, data.test, count(model))
+    return measure_unsteered(_knots(run), model, data, count(model))
 
 
 def _last_block(control: Control, data: Data) -> dict[str, Any]:

@@ -25,6 +25,9 @@ def frontier(results: Mapping[str, Any]) -> Figure:
     for name, (colour, dashes, marker, meaning) in LINES.items():
         if points := controls.get(name, {}).get("dial"):
             axis.plot(*_line(points), color=colour, ls=dashes, marker=marker, ms=5, lw=1.6, label=meaning)
+    axis.plot(
+        *_line(results["dial"]["random"]), color=GREY, ls="", marker="x", ms=6, label="the same network, random units"
+    )
     points = results["dial"]["test"][""]
     spent, accuracy = _line(points)
     low, high = np.array([_interval(p["accuracy"], p["images"]) for p in points]).T
