@@ -204,8 +204,8 @@ BUDGETS = [
     ).max(1)),
     (8, limits(lines(
         "Brownout",
-        "How far budgets are lowered under load (--target-latency-ms): 100% is to the floors that calls allow. Line: the "
-        "alert's threshold, if it lasts.", "percentunit",
+        "How far budgets are lowered under load (--target-latency-ms): 100% is to the floors that calls allow. Line: "
+        "the alert's threshold, if it lasts.", "percentunit",
         (f"steervit_brownout_level{{{MODEL}}}", "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.1, "red")).max(1)),
     (8, lines(
