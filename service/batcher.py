@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from service.calls import Answer, Call, CallQueue, Piece, Result, Specialists, settle
 from service.engine import Outputs
 from service.errors import InvalidRequest, Overloaded, Stopping
+from service.lowering import Brownout
 from service.patience import PATIENCE, Patience
 from service.steering import Steering, stack
 from training.steering import SteeringArrays
@@ -72,15 +73,17 @@ class Batcher:
         name: str,
         lone: Runs | None = None,
         specialists: Specialists | None = None,
+        brownout: Brownout | None = None,
     ):
         """engines: one for each concurrent batch; the same one several times if its `run` is thread-safe. lone: runs
         single images that meet no others, after LONE_AFTER such in a row. specialists: graphs for one steering alone;
-        batches are of one steering when that is faster. max_batch, max_queue: images; max_delay: seconds that a batch
-        waits to fill up.
+        batches are of one steering when that is faster. brownout: None: budgets are never lowered. max_batch,
+        max_queue: images; max_delay: seconds that a batch waits to fill up.
         """
         self._lone = lone
-        self._max_batch, self._max_delay, self._max_queue = max_batch, max_delay, max_queue
-        self._on_batch = on_batch
+        self._max_batch = brownout.max_batch if brownout else max_batch
+        self._max_delay, self._max_queue = max_delay, max_queue
+        self._on_batch, self._brownout = on_batch, brownout
         self._queue = CallQueue(specialists if specialists and specialists.specialised else None, on_drop)
         self._seconds_per_image = 0.0
         """Recent mean over all engines: predicts how long the queue takes."""
@@ -114,6 +117,11 @@ class Batcher:
         return self._queue.images
 
     @property
+    def level(self) -> float:
+        """Of brownout: 0 to 1."""
+        return self._brownout.level(time.monotonic()) if self._brownout else 0.0
+
+    @property
     def alive(self) -> bool:
         """Whether every thread runs and makes progress."""
         return (
@@ -143,8 +151,16 @@ class Batcher:
             if (queued := self._queue.images) + count > self._max_queue:
                 raise Overloaded(
                     f"queue full: {queued} queued + {count} new > limit {self._max_queue}. Try again later",
-                    retry_after_seconds=min(5.0, 0.05 + 1.5 * queued * self._seconds_per_image),
+                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
                 )
+            if self._brownout:
+                self._brownout.enter(call)
+                if queued and self._brownout.full(self._queue, call, call.arrived):
+                    raise Overloaded(
+                        f"queue full: {queued} queued + {count} new images would be late at their lowest budgets. "
+                        "Try again later",
+                        retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
+                    )
             if queued or any(self._running):
                 self._lone_in_a_row = 0
             self._queue.append(call)
@@ -165,6 +181,12 @@ class Batcher:
             self._notify(len(self._free))
         for thread in self._threads:
             thread.join()
+
+    def _queue_seconds(self, now: float) -> float:
+        """How long the queue is expected to take."""
+        if self._brownout:
+            return self._brownout.seconds(self._queue, now)
+        return self._queue.images * self._seconds_per_image
 
     def _wake(self) -> None:
         self._wake_scheduled = False
@@ -208,6 +230,9 @@ class Batcher:
             seconds, cpu_seconds = time.monotonic() - start, time.thread_time() - cpu
             weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
             self._seconds_per_image += weight * (seconds / (count * len(self._threads)) - self._seconds_per_image)
+            if self._brownout and engine is not self._lone:
+                self._brownout.ran(batch, outputs, seconds)
+                self._max_batch = self._brownout.max_batch
             first = 0
             for piece in batch:
                 part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
@@ -224,6 +249,8 @@ class Batcher:
         """Settle complete calls. took: duration and CPU time of the engine's batch, unless it failed."""
         with self._lock:
             self._running[index] = 0
+            if self._brownout:
+                self._brownout.ended(index)
             if took:
                 self._patience.batch(*took)
             self._patience.answered((len(call.images) for call, _ in results), time.monotonic())
@@ -258,7 +285,11 @@ class Batcher:
                 self._timed -= wait is not None
             alone = queued == 1 and not any(self._running)
             self._lone_in_a_row += alone
+            if self._brownout:
+                self._brownout.raise_level(self._queue, now)
             batch = self._queue.take(share)
+            if self._brownout:
+                self._brownout.lower(batch, index, now)
             self._running[index] = sum(piece.size for piece in batch)
             self._started[index] = now
             if self._queue.images:

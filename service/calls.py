@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -33,6 +33,15 @@ class Specialists(Protocol):
         ...
 
 
+class Lowered(NamedTuple):
+    """What brownout did to a call."""
+
+    budget: float
+    """Applied to its images."""
+    own: float
+    """The compute fraction that each would have been expected to spend."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The outputs of one call, and how long it waited."""
@@ -41,6 +50,8 @@ class Answer:
     """Of the images of one call; seconds: during which its batches ran, concurrent ones counted once."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
+    lowered: Lowered | None = None
+    """None: the images have run at their own budget."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +71,11 @@ class Call:
     """The answers so far: the position of the first image, when its batch started, and the outputs."""
     answered: int = 0
     """Images of the parts."""
+    own: float = 1.0
+    """The compute fraction that an image is expected to spend (estimated for brownout alone)."""
+    floor: float = 1.0
+    """The least that brownout may make of that."""
+    lowered: Lowered | None = None
 
     @property
     def waiting(self) -> int:
@@ -70,7 +86,7 @@ class Call:
         """Add a part. Returns the answer to the whole call once this was its last part."""
         waited = started - self.arrived
         if len(outputs.logits) == len(self.images):
-            return Answer(outputs, waited)
+            return Answer(outputs, waited, self.lowered)
         self.parts.append((first, started, outputs))
         self.answered += len(outputs.logits)
         if self.answered < len(self.images):
@@ -80,7 +96,7 @@ class Call:
         for _, begun, part in sorted(self.parts, key=lambda part: part[1]):
             seconds += max(0.0, begun + part.seconds - max(begun, until))
             until = max(until, begun + part.seconds)
-        return Answer(replace(whole, seconds=seconds), waited)
+        return Answer(replace(whole, seconds=seconds), waited, self.lowered)
 
 
 class Piece(NamedTuple):
@@ -127,6 +143,8 @@ class CallQueue:
         self._calls: deque[Call] = deque()
         self.images = 0
         """Images that wait."""
+        self.least = 0.0
+        """The compute fractions that they spend at their floors, added up."""
         self.has_cancelled = False
         """Whether a call was cancelled since the last drop_finished."""
 
@@ -138,7 +156,11 @@ class CallQueue:
     def append(self, call: Call) -> None:
         """Add a new call."""
         self._calls.append(call)
-        self.images += call.waiting
+        self._count(call, call.waiting)
+
+    def __iter__(self) -> Iterator[Call]:
+        """In the order of their turns."""
+        return iter(self._calls)
 
     def take(self, most: int) -> list[Piece]:
         """Remove at most so many images, those of the next call among them. A call is split only if it is larger."""
@@ -169,7 +191,7 @@ class CallQueue:
             if not expired and not call.future.done():
                 kept.append(call)
                 continue
-            self.images -= call.waiting
+            self._count(call, -call.waiting)
             self._on_drop("deadline" if expired else "cancelled", call.waiting)
             if expired:
                 late = Expired("the deadline passed while the images waited; allow more time or send fewer")
@@ -185,10 +207,14 @@ class CallQueue:
             batch.append(Piece(call, call.taken, size))
             call.taken += size
             count += size
+            self._count(call, -size)
             if call.waiting:
                 calls.append(call)
-        self.images -= count
         return batch
+
+    def _count(self, call: Call, images: int) -> None:
+        self.images += images
+        self.least = self.least + images * call.floor if self.images else 0.0
 
     def _by_steering(self, most: int) -> bool:
         """Whether the calls with the next one's steering, in the graph for it, take less time an image than the next

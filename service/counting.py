@@ -103,6 +103,8 @@ class ProfileTotals:
     """By gated block and MLP group."""
     macs_spent: int
     macs_dense: int
+    lowered_images: int
+    macs_saved: int
     near_threshold: int
     shadow_images: int
     shadow_agreed: int
@@ -120,6 +122,7 @@ class ProfileCounts:
         self._mlp_groups: NDArray[np.int64] = np.zeros((len(blocks), mlp_groups), np.int64)
         self._heads: NDArray[np.int64] = np.zeros((len(blocks), heads), np.int64)
         self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
+        self._lowered_images = self._macs_saved = 0
         self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
 
     def answered(self, outputs: Outputs, dense: int) -> None:
@@ -137,6 +140,14 @@ class ProfileCounts:
             self._macs_dense += dense * count
             self._near_threshold += near
 
+    def lowered(self, outputs: Outputs, own: float) -> None:
+        """own: multiply-accumulates that each image would have spent at its own budget."""
+        count = len(outputs.macs)
+        saved = max(0, round(own * count) - sum(outputs.macs.tolist()))
+        with self._lock:
+            self._lowered_images += count
+            self._macs_saved += saved
+
     def shadowed(self, steered: Outputs, unsteered: Outputs) -> None:
         """The same images with and without steering."""
         agreed = int((steered.logits.argmax(1) == unsteered.logits.argmax(1)).sum())
@@ -152,7 +163,7 @@ class ProfileCounts:
         with self._lock:
             return ProfileTotals(
                 self._images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
-                self._near_threshold, self._shadow_images, self._shadow_agreed,
+                self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images, self._shadow_agreed,
                 (self._shadow_steered, self._shadow_unsteered),
             )  # fmt: skip
 

@@ -69,6 +69,24 @@ def budget_bias(bundle: Bundle, budget: float | None, profile: str) -> Bias | No
     return bias
 
 
+def floor_of(bundle: Bundle, budget: float | None, asked: float | None, default: float) -> float | None:
+    """The budget that brownout may lower a request's budget to; None: it may not. asked: the request's min_budget, or
+    None for the default.
+
+    Raises Lacking when the model has no dial, and InvalidRequest when min_budget is not between it and the budget.
+    """
+    most = 1.0 if budget is None else budget
+    if asked is None:
+        floor = None if bundle.dial is None else max(default, bundle.dial.lowest)
+        return floor if floor is not None and floor < most else None
+    if bundle.dial is None:
+        raise Lacking(f"min_budget is {asked:g}, but {_name(bundle)} has no dial; allowed: no min_budget")
+    lowest = bundle.dial.lowest
+    if not lowest - ROUNDING <= asked <= most + ROUNDING:  # NaN too
+        raise InvalidRequest(f"min_budget is {asked:g}; allowed: {lowest:g} to {most:g}, the budget")
+    return max(asked, lowest) if asked < most else None
+
+
 def steering_bias(bundle: Bundle, gate_bias: GateBias, strength: float, forced: Forced) -> Bias | None:
     """The gate biases (G, U) of a steering itself: those of its profile at the strength, then forced units. None
     without any.

@@ -70,6 +70,9 @@ FAMILIES = (
     ),
     Family("counter", "steervit_macs_spent", "Multiply-accumulates of the units that ran and of all else.", PROFILE),
     Family("counter", "steervit_macs_dense", "Multiply-accumulates with every unit open.", PROFILE),
+    Family("counter", "steervit_brownout_images", "Images answered at a lowered budget.", PROFILE),
+    Family("counter", "steervit_brownout_macs_saved", "Multiply-accumulates saved by that, estimated.", PROFILE),
+    Family("gauge", "steervit_brownout_level", "How far budgets are lowered: 0 not, 1 to their floors.", MODEL),
     Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
     Family(
         "gauge", "steervit_profile_expected_head_usage",
@@ -145,6 +148,8 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
     rows["steervit_images"].append((labels, totals.images))
     rows["steervit_macs_spent"].append((labels, totals.macs_spent))
     rows["steervit_macs_dense"].append((labels, totals.macs_dense))
+    rows["steervit_brownout_images"].append((labels, totals.lowered_images))
+    rows["steervit_brownout_macs_saved"].append((labels, totals.macs_saved))
     rows["steervit_gates_near_threshold"].append((labels, totals.near_threshold))
     rows["steervit_shadow_images"].append((labels, totals.shadow_images))
     rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))

@@ -32,6 +32,7 @@ class Asked(NamedTuple):
     profile: str
     strength: float
     budget: float | None
+    min_budget: float | None
 
 
 def read_request(request: pb.ModelInferRequest, raw: bool) -> tuple[Asked, Sequence[Any]]:
@@ -57,9 +58,12 @@ def _cached(request: bytes) -> Asked:
     return _asked(pb.ModelInferRequest.FromString(request))
 
 
-def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str, float, float | None]:
-    """Profile, strength and budget."""
-    profile, strength, budget = "", 1.0, None
+def _parameters(
+    parameters: Mapping[str, pb.InferParameter],
+) -> tuple[str, float, float | None, float | None]:
+    """Profile, strength, budget and min_budget."""
+    profile, strength = "", 1.0
+    budget = min_budget = None
     for name, parameter in parameters.items():
         value = _value(parameter)
         if name == "profile":
@@ -70,9 +74,11 @@ def _parameters(parameters: Mapping[str, pb.InferParameter]) -> tuple[str, float
             strength = _number(name, value)
         elif name == "budget":
             budget = _number(name, value)
+        elif name == "min_budget":
+            min_budget = _number(name, value)
         elif not RESERVED.fullmatch(name):
-            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength, budget")
-    return profile, strength, budget
+            raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength, budget, min_budget")
+    return profile, strength, budget, min_budget
 
 
 def _number(name: str, value: bool | int | float | str | None) -> float:
@@ -142,7 +148,9 @@ def response(request_id: str, model: Model, steering: Steering, answer: Answer, 
             contents.append(value.tobytes())
     message = pb.ModelInferResponse(id=request_id, raw_output_contents=contents)
     for name, number in measures(model, steering, answer)._asdict().items():
-        if isinstance(number, float):
+        if number is True:
+            message.parameters[name].bool_param = True
+        elif isinstance(number, float):
             message.parameters[name].double_param = number
         elif number:  # 0 is left out, as in Receipt
             message.parameters[name].int64_param = number

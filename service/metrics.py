@@ -182,13 +182,14 @@ class ModelMetrics:
         """Head usage by profile."""
         self._served = 0
         """The number of profiles."""
-        self._queue: tuple[Callable[[], int], int] | None = None
+        self._queue: tuple[Callable[[], tuple[int, float]], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
 
-    def follow_queue(self, queued: Callable[[], int], limit: int) -> None:
-        """queued: returns the queued images; called at every scrape until the model retires."""
-        self._queue = queued, limit
+    def follow_queue(self, queue: Callable[[], tuple[int, float]], limit: int) -> None:
+        """queue: returns the queued images and the level of brownout; called at every scrape until the model
+        retires."""
+        self._queue = queue, limit
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
         """Set the model's profiles. The series of new ones start at 0."""
@@ -228,6 +229,10 @@ class ModelMetrics:
         if budget is not None:
             self._counts.budget.observe(*[budget] * len(outputs.logits))
 
+    def lowered(self, profile: Key, outputs: Outputs, own: float) -> None:
+        """Count images at a lowered budget. own: the compute fraction that each would have spent at its own."""
+        self._counts_of(profile).lowered(outputs, own * self._dense)
+
     def shadowed(self, profile: Key, steered: Outputs, unsteered: Outputs) -> None:
         """Count the same images with and without steering."""
         self._counts_of(profile).shadowed(steered, unsteered)
@@ -250,8 +255,10 @@ class ModelMetrics:
         for profile, usage in self._expected.items():
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
-            queued, limit = queue
-            rows["steervit_queue_images"].append((self.names, queued()))
+            follow, limit = queue
+            queued, level = follow()
+            rows["steervit_brownout_level"].append((self.names, level))
+            rows["steervit_queue_images"].append((self.names, queued))
             rows["steervit_queue_limit_images"].append((self.names, limit))
 
     def _counts_of(self, profile: Key) -> ProfileCounts:

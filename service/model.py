@@ -19,13 +19,14 @@ from service.batcher import Batcher, BatchStats
 from service.calls import Answer
 from service.config import Settings
 from service.counting import CUSTOM, NONE, Key
-from service.dial import FREE, Forced
+from service.dial import FREE, Forced, budget_bias, floor_of
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
+from service.lowering import Brownout
 from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
 from service.statistics import Statistics
-from service.steering import Steering, joined, resolve
+from service.steering import Permission, Steering, joined, resolve, stack
 from service.steering_tensors import from_tensors, with_biases
 from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
@@ -65,6 +66,7 @@ class Model:
         self._gates = [bundle.manifest.gated_blocks.index(site.block) for site in bundle.manifest.sites]
         """Of each site, the place of its gate among the gated blocks."""
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
+        self._target, self._min_budget = settings.target_latency_ms / 1000, settings.min_budget
         self._pool = pool
         self._metrics: ModelMetrics = metrics.for_model(
             bundle, self.engine.graph_name, self.engine.provider, self.plan, self.engine.on_gpu
@@ -85,14 +87,15 @@ class Model:
             bundle.manifest.name,
             instances.lone,
             self.engine,
+            self._brownout(len(instances.engines)) if self._target else None,
         )
-        batcher = weakref.ref(self.batcher)  # the gauge's cycle must not hold the session
+        batcher = weakref.ref(self.batcher)  # the gauges' cycle must not hold the session
 
-        def queued() -> int:
+        def queue() -> tuple[int, float]:
             alive = batcher()
-            return alive.queued if alive else 0
+            return (alive.queued, alive.level) if alive else (0, 0.0)
 
-        self._metrics.follow_queue(queued, settings.max_queue)
+        self._metrics.follow_queue(queue, settings.max_queue)
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
@@ -109,6 +112,8 @@ class Model:
             unsteered = answer.outputs.rows(slice(count, len(order)))
             self._metrics.shadowed(_label(steering), outputs.rows(np.array(shadowed)), unsteered)
         self._metrics.answered(_label(steering), outputs, steering.budget)
+        if answer.lowered:
+            self._metrics.lowered(_label(steering), outputs, answer.lowered.own)
         return replace(answer, outputs=outputs)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
@@ -126,7 +131,9 @@ class Model:
     async def explain(
         self, images: Images, steering: Steering, seconds_left: float | None, latents: int
     ) -> tuple[Answer, list[list[Explanation]]]:
-        """The answers, and by image and site the latents with the largest values, at most `latents` unsteered ones."""
+        """The answers, and by image and site the latents with the largest values, at most `latents` unsteered ones.
+        Never lowered by brownout."""
+        steering = replace(steering, permission=None)
         answer = await self.predict(images, steering, seconds_left, residual=True)
         residual = answer.outputs.residual
         assert residual is not None
@@ -157,6 +164,7 @@ class Model:
         made_for: str = "",
         budget: float | None = None,
         forced: Forced = FREE,
+        min_budget: float | None = None,
     ) -> Steering:
         """The steering of a request, checked (service/steering.py). Profiles at a strength and a budget are cached.
 
@@ -164,9 +172,12 @@ class Model:
         """
         if not profile and not terms and strength:
             profile = self._default
-        if terms or made_for or forced:
-            return resolve(self.bundle, profile, terms, strength, made_for, budget, forced)
-        return self._resolved(profile, strength, budget)
+        resolved: Callable[[float | None], Steering] = (
+            (lambda at: resolve(self.bundle, profile, terms, strength, made_for, at, forced))
+            if terms or made_for or forced
+            else (lambda at: self._resolved(profile, strength, at))
+        )
+        return self._permitted(resolved, strength, budget, min_budget)
 
     async def steering_of(
         self,
@@ -175,24 +186,54 @@ class Model:
         profile: str,
         strength: float,
         budget: float | None,
+        min_budget: float | None = None,
     ) -> Steering:
         """The steering of tensors, checked; in the pool, as they may be large. terms: or None, then of the profile;
         gate_bias: (B, G, U), added, or None."""
         bundle, loop = self.bundle, asyncio.get_running_loop()
 
-        def read() -> Steering:
+        def read(at: float | None) -> Steering:
             steering = (
-                self.steering(profile, NEUTRAL, strength, budget=budget)
+                self.steering(profile, NEUTRAL, strength, budget=at)
                 if terms is None
-                else from_tensors(bundle, terms, strength, budget)
+                else from_tensors(bundle, terms, strength, at)
             )
+            steering = replace(steering, permission=None)
             return steering if gate_bias is None else with_biases(bundle, steering, gate_bias, strength)
 
         self._in_flight += 1
         try:
-            return await loop.run_in_executor(self._pool, read)
+            return await loop.run_in_executor(self._pool, self._permitted, read, strength, budget, min_budget)
         finally:
             self._in_flight -= 1
+
+    def _permitted(
+        self,
+        resolved: Callable[[float | None], Steering],
+        strength: float,
+        budget: float | None,
+        min_budget: float | None,
+    ) -> Steering:
+        """The steering at a budget, with the permission to lower it. resolved: the steering at any budget."""
+        steering = resolved(budget)
+        if min_budget is None and (not self._target or self._min_budget == 1):
+            return steering
+        floor = floor_of(self.bundle, budget, min_budget, self._min_budget)
+        if floor is None or not self._target:
+            return steering
+        without = steering if budget is None else resolved(None)
+        bias = partial(budget_bias, self.bundle, profile=steering.profile if strength else "")
+        return replace(steering, permission=Permission(floor, without.arrays, bias))
+
+    def _brownout(self, engines: int) -> Brownout:
+        """With the cost of a small and of a larger batch, measured now."""
+        dense, shape = self.bundle.manifest.macs.dense, self.bundle.manifest.image.shape
+        runs = []
+        for images in sorted({1, min(8, self.plan.max_batch)}):
+            arrays = stack([self._resolved("", 1.0, None)], [images])
+            outputs = self.engine.run(np.zeros((images, *shape), np.uint8), arrays)
+            runs.append((outputs.macs.sum() / dense, outputs.seconds))
+        return Brownout(self._target, dense, engines, self.plan.max_batch, runs)
 
     def use(self, profiles: Profiles) -> None:
         """Serve these profiles beside the bundle's own. Calls in progress are not affected."""
@@ -245,10 +286,11 @@ class Model:
         return self._resolved("", 1.0, steering.budget)
 
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
-        """The steered images of a call to run unsteered as well; none while the queue is more than half full."""
+        """The steered images of a call to run unsteered as well; none while the queue is more than half full, or
+        budgets are lowered."""
         if not self._shadow_fraction or _label(steering) is NONE:
             return []
-        if 2 * (self.batcher.queued + 2 * count) > self._max_queue:
+        if 2 * (self.batcher.queued + 2 * count) > self._max_queue or self.batcher.level:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 

@@ -6,7 +6,7 @@
   the gate logits at the strength. The metadata does not list the tensors that steer: clients that make up data for
   every listed input would steer at random. Raw or typed contents, not both; typed ones of at most 2^18 elements a
   tensor.
-- Parameters: `profile` (string), `strength` and `budget` (double, int, or a string with a number).
+- Parameters: `profile` (string), `strength`, `budget` and `min_budget` (double, int, or a string with a number).
 - Outputs: `logits` FP32, `head_gate` BOOL, `gate_logit` FP32, of a model with MLP groups `mlp_gate` BOOL and, if
   requested, `residual` FP32; raw contents. With the parameter `classification` N, `logits` are BYTES [images, N]
   `logit:index:label`, the largest first.
@@ -183,16 +183,16 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         ]
 
     async def _steering(self, model: Model, asked: Asked, inputs: Mapping[str, Tensor], images: int) -> Steering:
-        profile, strength, budget = asked.profile, asked.strength, asked.budget
+        profile, strength, budget, min_budget = asked.profile, asked.strength, asked.budget, asked.min_budget
         tensors = [inputs[name] for name in STEERING if name in inputs]
         manifest, bias = model.bundle.manifest, inputs.get(GATE_BIAS)
         units = images, len(manifest.gated_blocks), manifest.units
         if bias is not None and bias.shape != units:
             raise InvalidRequest(f"input 'gate_bias' has the shape {list(bias.shape)}; allowed: {list(units)}")
         if not tensors and bias is None:
-            return model.steering(profile, NEUTRAL, strength, budget=budget)
+            return model.steering(profile, NEUTRAL, strength, budget=budget, min_budget=min_budget)
         if not tensors:
-            return await model.steering_of(None, bias, profile, strength, budget)
+            return await model.steering_of(None, bias, profile, strength, budget, min_budget)
         if profile:
             raise InvalidRequest(
                 f"parameter profile is {profile!r} and steering tensors are given too; allowed: one of them"
@@ -208,7 +208,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             raise InvalidRequest(
                 f"steering tensors have {tensors[0][0].size} terms an image; allowed: {self._settings.max_terms}"
             )
-        return await model.steering_of(SteeringArrays(*tensors), bias, profile, strength, budget)
+        return await model.steering_of(SteeringArrays(*tensors), bias, profile, strength, budget, min_budget)
 
 
 def _output_shapes(manifest: Manifest) -> dict[str, list[int]]:

@@ -31,6 +31,9 @@ class Measures(NamedTuple):
     """None in a model without MLP groups."""
     budget: float | None
     """As asked for."""
+    budget_applied: float | None
+    brownout: bool
+    """Whether the server lowered the budget under load."""
 
 
 def origin(model: Model, steering: Steering) -> Origin:
@@ -59,4 +62,6 @@ def measures(model: Model, steering: Steering, answer: Answer) -> Measures:
         sum(outputs.near_threshold.tolist()),
         sum(outputs.mlp_usage.tolist()) / count if manifest.mlp_groups else None,
         steering.budget,
+        answer.lowered.budget if answer.lowered else steering.budget,
+        answer.lowered is not None,
     )

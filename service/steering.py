@@ -1,6 +1,6 @@
 """From the steering of a request to padded arrays: one `Steering` a request, one `SteeringArrays` a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,26 @@ MAX_STRENGTH = 100.0
 
 
 @dataclass(frozen=True)
+class Permission:
+    """To lower the budget of a call's images under load."""
+
+    floor: float
+    """The lowest budget."""
+    without: SteeringArrays
+    """The call's arrays without a budget."""
+    bias: Callable[[float], Bias | None]
+    """The dial's gate biases (G, U) for a budget."""
+
+    def at(self, budget: float) -> SteeringArrays:
+        """The call's arrays at a budget."""
+        own, bias = self.without.gate_bias, self.bias(budget)
+        assert bias is not None
+        if own is None:
+            return with_bias(self.without, bias)
+        return replace(self.without, gate_bias=own + bias)
+
+
+@dataclass(frozen=True)
 class Steering:
     """The steering of a call, checked against the bundle that serves it."""
 
@@ -41,6 +61,12 @@ class Steering:
     """Whether the strength is 0: nothing is steered."""
     budget: float | None = None
     """The compute fraction that each image may cost on average; None: what the gates want."""
+    permission: Permission | None = None
+    """None: brownout never lowers the budget."""
+
+    def at(self, budget: float, arrays: SteeringArrays) -> "Steering":
+        """The steering at another budget, with the arrays for it."""
+        return replace(self, budget=budget, arrays=arrays)
 
     def rows(self, part: slice) -> "Steering":
         """The steering of some images of the call."""

@@ -154,7 +154,10 @@ class SteeringService(SteeringServiceServicer):
             if not 0 <= request.top_k <= len(labels):
                 raise InvalidRequest(f"top_k is {request.top_k}; allowed: 0 to {len(labels)}")
             budget = round(request.budget, 6) if request.HasField("budget") else None  # 0.7, not 0.699999988079071
-            steering = self._steering(model, request.steering, budget)
+            min_budget = None
+            if isinstance(request, pb.PredictRequest) and request.HasField("min_budget"):
+                min_budget = round(request.min_budget, 6)
+            steering = self._steering(model, request.steering, budget, min_budget)
             return model, self._images(model, request), steering, request.top_k or min(5, len(labels))
 
     def _images(self, model: Model, request: Request) -> Images:
@@ -175,7 +178,9 @@ class SteeringService(SteeringServiceServicer):
                     raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")
         return decoders if encoded else np.stack([decode_() for decode_ in decoders])
 
-    def _steering(self, model: Model, steering: pb.Steering, budget: float | None) -> Steering:
+    def _steering(
+        self, model: Model, steering: pb.Steering, budget: float | None, min_budget: float | None
+    ) -> Steering:
         for name in ("terms", "open", "closed"):
             if (count := len(getattr(steering, name))) > self._settings.max_terms:
                 raise InvalidRequest(f"steering.{name} has {count} entries; allowed: {self._settings.max_terms}")
@@ -188,7 +193,7 @@ class SteeringService(SteeringServiceServicer):
                 raise InvalidRequest(f"steering.terms[{index}]: {error}") from error
         strength = steering.strength if steering.HasField("strength") else 1.0
         forced = Forced(_units(steering.open, "open"), _units(steering.closed, "closed"))
-        return model.steering(steering.profile, terms, strength, steering.gates_sae_digest, budget, forced)
+        return model.steering(steering.profile, terms, strength, steering.gates_sae_digest, budget, forced, min_budget)
 
 
 def _units(units: Sequence[pb.Unit], field: str) -> list[Unit]:

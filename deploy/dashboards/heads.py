@@ -203,6 +203,20 @@ BUDGETS = [
         "Compute spent", "Share of the whole model's multiply-accumulates, over all images, with or without a budget.",
         "percentunit", (ratio("macs_spent", "macs_dense", MODEL, STEP), "spent"),
     ).max(1)),
+    (8, limits(lines(
+        "Brownout",
+        "How far budgets are lowered under load (--target-latency-ms): 100% is to the floors that calls allow. Line: "
+        "the alert's threshold, if it lasts.", "percentunit",
+        (f"steervit_brownout_level{{{MODEL}}}", "{{instance}} {{model}} {{version}}"),
+    ), (None, "transparent"), (0.1, "red")).max(1)),
+    (8, lines(
+        "Images at a lowered budget", "Share of the images of each profile that were answered at a lowered budget.",
+        "percentunit", (ratio("brownout_images", "images", MODEL, STEP, BY), "{{profile}}"),
+    ).max(1)),
+    (8, lines(
+        "Compute saved by brownout", "Of the whole model's multiply-accumulates, over all images: estimated.",
+        "percentunit", (ratio("brownout_macs_saved", "macs_dense", MODEL, STEP), "saved"),
+    ).max(1)),
 ]  # fmt: skip
 
 BOARD = dashboard(

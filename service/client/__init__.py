@@ -43,6 +43,8 @@ class Asked(TypedDict, total=False):
     """Units that do not."""
     budget: float
     """The compute fraction that an image may cost on average; by default what the gates want."""
+    min_budget: float
+    """What a busy server may lower that to, for predict alone; by default the server's own setting."""
     model: str
     """Needed when several are served."""
     version: str
@@ -250,6 +252,10 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
     request.steering.closed.extend(map(unit, asked.get("closed", ())))
     if "budget" in asked:
         request.budget = asked["budget"]
+    if "min_budget" in asked:
+        if not isinstance(request, pb.PredictRequest):
+            raise ValueError(f"min_budget is {asked['min_budget']}; allowed: none but for predict")
+        request.min_budget = asked["min_budget"]
     return request
 
 

@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
             help=f"steering profile, such as a class name (default: that of the server, if it has one){turns}",
         )  # fmt: skip
         command.add_argument("--budget", type=float, help="compute fraction to spend on average (default: no budget)")
+        if name in ("predict", "load"):
+            command.add_argument(
+                "--min-budget", type=float, help="what a busy server may lower it to (default: the server's setting)"
+            )
     for name in ("predict", "compare", "explain"):
         of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
         for flag, what in (("--open", "run"), ("--closed", "do not run")):
@@ -130,6 +134,7 @@ def _load(options: argparse.Namespace) -> int:
     load = Load(
         options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
         options.model, options.version, options.rate, options.timeout, options.budget,
+        options.min_budget,
     )  # fmt: skip
     report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
     print(report.to_json() if options.json else f"{report}")
@@ -151,6 +156,8 @@ def _ask(options: argparse.Namespace) -> int:
             asked["strength"] = options.strength
         if options.budget is not None:
             asked["budget"] = options.budget
+        if options.command == "predict" and options.min_budget is not None:
+            asked["min_budget"] = options.min_budget
         if options.command == "compare":
             print(compare_table(names, in_calls(client.compare, options.images, asked)))
         elif options.command == "explain":

@@ -36,6 +36,8 @@ class Load:
     """Seconds a call."""
     budget: float | None = None
     """Of every call; None: what the gates want."""
+    min_budget: float | None = None
+    """That a busy server may lower it to; None: the server's setting."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ async def run(
         request.steering.profile = profile
         if load.budget is not None:
             request.budget = load.budget
+        if load.min_budget is not None:
+            request.min_budget = load.min_budget
         requests.append(request)
     following = itertools.cycle(requests)
     latencies: list[float] = []

@@ -45,6 +45,8 @@ def _served_by(receipt: pb.Receipt) -> str:
     steering = f"profile {receipt.profile}" if receipt.profile else "inline terms or none"
     if receipt.HasField("budget"):
         steering += f", budget {receipt.budget:g} (spent {receipt.compute_fraction:.3f})"
+    if receipt.brownout:
+        steering += f", lowered to budget {receipt.budget_applied:g}"
     return (
         f"model {receipt.model} version {receipt.version} "
         f"({receipt.graph}, bundle {receipt.bundle_digest}), {steering}, steering {receipt.steering_digest}\n"

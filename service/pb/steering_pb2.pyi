@@ -7,20 +7,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "version", "images", "steering", "top_k", "budget")
+    __slots__ = ("model", "version", "images", "steering", "top_k", "budget", "min_budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STEERING_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
+    MIN_BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     steering: Steering
     top_k: int
     budget: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., budget: _Optional[float] = ...) -> None: ...
+    min_budget: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., budget: _Optional[float] = ..., min_budget: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("encoded", "pixels")
@@ -121,7 +123,7 @@ class BlockMlpGroups(_message.Message):
     def __init__(self, block: _Optional[int] = ..., kept: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds", "head_usage", "compute_fraction", "gates_near_threshold", "mlp_usage", "budget")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "profile", "steering_digest", "queue_seconds", "inference_seconds", "head_usage", "compute_fraction", "gates_near_threshold", "mlp_usage", "budget", "budget_applied", "brownout")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,8 @@ class Receipt(_message.Message):
     GATES_NEAR_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     MLP_USAGE_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_APPLIED_FIELD_NUMBER: _ClassVar[int]
+    BROWNOUT_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -150,7 +154,9 @@ class Receipt(_message.Message):
     gates_near_threshold: int
     mlp_usage: float
     budget: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ..., mlp_usage: _Optional[float] = ..., budget: _Optional[float] = ...) -> None: ...
+    budget_applied: float
+    brownout: bool
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., profile: _Optional[str] = ..., steering_digest: _Optional[str] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., head_usage: _Optional[float] = ..., compute_fraction: _Optional[float] = ..., gates_near_threshold: _Optional[int] = ..., mlp_usage: _Optional[float] = ..., budget: _Optional[float] = ..., budget_applied: _Optional[float] = ..., brownout: _Optional[bool] = ...) -> None: ...
 
 class CompareRequest(_message.Message):
     __slots__ = ("model", "version", "images", "steering", "top_k", "budget")

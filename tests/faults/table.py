@@ -37,6 +37,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | service/: what it answers | test_service.py, test_open_inference.py, test_images.py, test_compare_explain.py |
 | service/: that it answers alike | test_determinism.py, test_batcher.py |
 | budgets, from bundle to client | test_budgets.py |
+| brownout: the policy alone and simulated; served | test_brownout.py, test_brownout_server.py |
 | service/: how it uses the CPUs, and a GPU | test_tuning.py, test_patience.py, test_transport.py, test_buckets.py |
 | service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |

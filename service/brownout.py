@@ -1,0 +1,212 @@
+"""Brownout: how far to lower the budgets of requests that allow it, so that those that wait finish within a target.
+
+Pure functions and small values: no server and no clock, so that tests/perf/brownout_sim.py simulates what is served.
+
+Work is measured in full images, the compute fractions of a batch's images added up: 1 for an image with every unit
+open. Times are in seconds on any one clock. A level of 0 leaves every budget as it is, 1 lowers it to its floor.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MEMORY = 32.0
+"""Batches after which the cost model has forgotten most of what it measured."""
+SURPRISE = 2.0
+"""A batch counts as at most so many times as long as expected, or as short."""
+TRUST = 0.05
+"""Variance of work, as a share of its mean squared, at which the slope measured counts as much as the one before."""
+HEADROOM = 0.75
+"""The share of the target that is planned with. The rest is for what is not known: later calls, slower batches."""
+FULL = 0.85
+"""The share of the target that the queue may take at the floors of all budgets. Past it calls are refused."""
+LONGEST = 0.2
+"""The longest batch, as a share of the target: a new call waits for those that run."""
+RECOVERY = 2.0
+"""How long the level takes to fall from 1 to 0, as a multiple of the target."""
+MAX_RECOVERY = 4.0
+"""Seconds; the longest recovery, however large the target."""
+STEPS = 100
+"""Budgets are lowered to multiples of 1 / STEPS, or to their floor."""
+
+
+class Cost(NamedTuple):
+    """The duration of a batch: seconds = overhead + per_image * work."""
+
+    overhead: float
+    per_image: float
+
+    def seconds(self, work: float) -> float:
+        """The duration of a batch of so much work."""
+        return self.overhead + self.per_image * work
+
+
+class CostModel:
+    """Learns the cost of a batch from the batches that run. Not thread-safe.
+
+    A line through the mean of recent batches, by least squares with exponential forgetting. Batches of the same work do
+    not tell its slope: as far as their work does not vary, overhead and slope keep their proportion. An outlier counts
+    as at most SURPRISE times the expected duration, so one batch moves an estimate by a few percent.
+    """
+
+    def __init__(self, runs: Iterable[tuple[float, float]] = ()):
+        """runs: work and seconds of batches that ran already, such as those of the start."""
+        self._batches = 0.0
+        """So many that the model remembers."""
+        self._work = self._seconds = 0.0
+        """Means."""
+        self._variance = self._covariance = 0.0
+        """Of work; of work and seconds."""
+        self._cost = Cost(0.0, 0.0)
+        for work, seconds in runs:
+            self.ran(work, seconds)
+
+    @property
+    def cost(self) -> Cost:
+        """The present estimate; 0 before the first batch."""
+        return self._cost
+
+    def ran(self, work: float, seconds: float) -> None:
+        """Record a batch: its work, above 0, and its duration."""
+        if self._batches:
+            expected = self._cost.seconds(work)
+            seconds = min(max(seconds, expected / SURPRISE), expected * SURPRISE)
+        self._batches = min(self._batches + 1, MEMORY)
+        weight = 1 / self._batches
+        from_mean = work - self._work, seconds - self._seconds
+        self._work += weight * from_mean[0]
+        self._seconds += weight * from_mean[1]
+        kept = weight * (1 - weight)
+        self._variance += kept * from_mean[0] ** 2 - weight * self._variance
+        self._covariance += kept * from_mean[0] * from_mean[1] - weight * self._covariance
+        self._cost = self._line()
+
+    def _line(self) -> Cost:
+        overhead, slope = self._cost if self._cost.per_image else (0.0, 1.0)
+        in_proportion = self._seconds / (overhead / slope + self._work)
+        trust = TRUST * self._work**2
+        slope = (self._covariance + trust * in_proportion) / (self._variance + trust)
+        slope = min(max(slope, 0.01 * in_proportion), self._seconds / self._work)  # so that no overhead is negative
+        return Cost(self._seconds - slope * self._work, slope)
+
+
+class Waiting(NamedTuple):
+    """The images of a call that wait."""
+
+    images: int
+    arrived: float
+    own: float
+    """The compute fraction that each would spend at its own budget."""
+    floor: float
+    """The compute fraction that it may be lowered to; `own`: it may not."""
+    deadline: float = math.inf
+    turns: int = 0
+    """Batches that images of the call were in."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What runs the batches."""
+
+    count: int
+    max_batch: int
+    busy: float = 0.0
+    """Engine seconds until the batches that run now end, of all engines together."""
+
+    def seconds(self, images: int, work: float, cost: Cost) -> float:
+        """How long until so many images, so much work together, have run after what runs now."""
+        rounds = math.ceil(images / (self.count * self.max_batch))
+        return (self.busy + cost.per_image * work) / self.count + rounds * cost.overhead
+
+
+def needed(waiting: Sequence[Waiting], cost: Cost, engines: Engines, now: float, target: float) -> float:
+    """The lowest level, 0 to 1, at which the waiting images finish within the target; 1 if none is enough.
+
+    waiting: in the order of their turns. A call that is larger than a batch takes several turns, and has the target
+    for each of them, so a large call alone lowers nobody. A deadline nearer than the target takes its place, unless it
+    cannot be met at any level.
+    """
+    # Images of a round run at the same time on all engines, and finish together. At a level l that is at
+    # now + busy + rounds * overhead + each * (own - l * saving), with own and saving up to and with the round.
+    level = own = saving = 0.0
+    each = cost.per_image / engines.count
+    images = 0
+    for of_round in _rounds(waiting, engines, target):
+        images += sum(turn.images for turn in of_round)
+        own += sum(turn.images * turn.own for turn in of_round)
+        saving += sum(turn.images * (turn.own - turn.floor) for turn in of_round)
+        finish = now + engines.seconds(images, own, cost)
+        soonest = finish - each * saving
+        due = min(turn.deadline if soonest <= turn.deadline < turn.due else turn.due for turn in of_round)
+        if finish > due and saving > 0:
+            level = max(level, (finish - due) / (each * saving))
+    return min(level, 1.0)
+
+
+class _Turn(NamedTuple):
+    """Images of a call that run in one batch. due: by the target; deadline: of the call; both with headroom."""
+
+    images: int
+    own: float
+    floor: float
+    due: float
+    deadline: float
+
+
+def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iterable[list[_Turn]]:
+    """What runs at the same time, a batch on each engine."""
+    turns = deque((call, call.images, HEADROOM * target * (call.turns + 1)) for call in waiting)
+    room, of_round = engines.count * engines.max_batch, list[_Turn]()
+    while turns:
+        call, left, within = turns.popleft()
+        images = min(left, engines.max_batch, room)
+        deadline = call.arrived + HEADROOM * (call.deadline - call.arrived)
+        of_round.append(_Turn(images, call.own, call.floor, call.arrived + within, deadline))
+        room -= images
+        if images < min(left, engines.max_batch):
+            turns.appendleft((call, left - images, within))
+        elif left > images:
+            turns.append((call, left - images, within + HEADROOM * target))
+        if not room or not turns:
+            yield of_round
+            room, of_round = engines.count * engines.max_batch, []
+
+
+def full(images: int, least: float, cost: Cost, engines: Engines, target: float) -> bool:
+    """Whether so many images would run too late even with all budgets at their floors. least: their work then."""
+    return engines.seconds(images, least, cost) > FULL * target
+
+
+def largest_batch(cost: Cost, target: float, max_batch: int) -> int:
+    """The images of a batch that takes LONGEST of the target at budget 1: at least 1, at most max_batch."""
+    if not cost.per_image:
+        return max_batch
+    return max(1, min(max_batch, int((LONGEST * target - cost.overhead) / cost.per_image)))
+
+
+class Level:
+    """The level over time: it rises at once and falls slowly, so that a short lull does not make it swing."""
+
+    def __init__(self, target: float):
+        """target: seconds."""
+        self._recovery = min(RECOVERY * target, MAX_RECOVERY)
+        self._level, self._since = 0.0, -math.inf
+
+    def at(self, now: float) -> float:
+        """The level, if nothing is needed since it was last raised."""
+        return max(0.0, self._level - (now - self._since) / self._recovery)
+
+    def raised(self, needed: float, now: float) -> float:
+        """The level from now on: as needed, or more while it falls."""
+        self._level, self._since = max(needed, self.at(now)), now
+        return self._level
+
+
+def lowered(own: float, floor: float, level: float) -> float:
+    """The budget at a level, between floor and own."""
+    if not level or floor >= own:
+        return own
+    budget = own - level * (own - floor)
+    return max(floor, math.floor(budget * STEPS + 1e-9) / STEPS)

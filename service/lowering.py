@@ -1,0 +1,94 @@
+"""Brownout in a server: the policy of brownout.py over the calls of a batcher.
+
+The batcher holds its lock around every method but `ran`, which it calls from one thread at a time.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from service.brownout import CostModel, Engines, Level, Waiting, full, largest_batch, lowered, needed
+from service.calls import Call, CallQueue, Lowered, Piece
+from service.engine import Outputs
+from training.steering import SteeringArrays
+
+
+class Brownout:
+    """What one batcher knows of the cost of its batches, and how far it lowers budgets now."""
+
+    def __init__(self, target: float, dense: int, engines: int, max_batch: int, runs: Iterable[tuple[float, float]]):
+        """target: seconds; dense: multiply-accumulates of an image with every unit open; runs: work and seconds of
+        batches that ran at the start."""
+        self._target, self._dense, self._max_batch = target, dense, max_batch
+        self._model, self._level = CostModel(runs), Level(target)
+        self._spend: dict[str, float] = {}
+        """By profile: the recent mean compute fraction of images without a budget."""
+        self._ends = [0.0] * engines
+        """When each engine's batch is expected to end."""
+
+    def level(self, now: float) -> float:
+        """From 0 to 1: how far budgets are lowered to their floors."""
+        return self._level.at(now)
+
+    @property
+    def max_batch(self) -> int:
+        """The images of the largest batch that leaves enough of the target to those that wait meanwhile."""
+        return largest_batch(self._model.cost, self._target, self._max_batch)
+
+    def enter(self, call: Call) -> None:
+        """Set what a new call is expected to spend, and the least that it may."""
+        steering = call.steering
+        call.own = self._spend.get(steering.profile, 1.0) if steering.budget is None else steering.budget
+        call.floor = min(call.own, steering.permission.floor) if steering.permission else call.own
+
+    def full(self, queue: CallQueue, call: Call, now: float) -> bool:
+        """Whether the queue with the call would be late even with every budget at its floor."""
+        least = queue.least + call.waiting * call.floor
+        return full(queue.images + call.waiting, least, self._model.cost, self._engines(now), self._target)
+
+    def seconds(self, queue: CallQueue, now: float) -> float:
+        """How long the queue takes at least."""
+        return self._engines(now).seconds(queue.images, queue.least, self._model.cost)
+
+    def raise_level(self, queue: CallQueue, now: float) -> None:
+        """Before a batch is taken from the queue."""
+        waiting = [
+            Waiting(
+                call.waiting, call.arrived, call.own, call.own if call.taken else call.floor, call.deadline,
+                call.taken // self._max_batch,
+            )
+            for call in queue
+        ]  # fmt: skip
+        self._level.raised(needed(waiting, self._model.cost, self._engines(now), now, self._target), now)
+
+    def lower(self, batch: Sequence[Piece], engine: int, now: float) -> None:
+        """Lower the budgets of the calls that this batch begins. A call keeps the budget of its first batch."""
+        level, arrays = self._level.at(now), dict[tuple[int, float], SteeringArrays]()
+        for call, first, _ in batch:
+            permission = call.steering.permission
+            if first or permission is None or (budget := lowered(call.own, permission.floor, level)) >= call.own:
+                continue
+            key = id(permission.without), budget
+            if key not in arrays:
+                arrays[key] = permission.at(budget)
+            call.lowered = Lowered(budget, call.own)
+            call.steering, call.own = call.steering.at(budget, arrays[key]), budget
+        work = sum(call.own * size for call, _, size in batch)
+        self._ends[engine] = now + self._model.cost.seconds(work)
+
+    def ended(self, engine: int) -> None:
+        """The batch of an engine has ended."""
+        self._ends[engine] = 0.0
+
+    def ran(self, batch: Sequence[Piece], outputs: Outputs, seconds: float) -> None:
+        """Learn from a batch."""
+        spent = outputs.macs / self._dense  # (B,)
+        self._model.ran(float(spent.sum()), seconds)
+        row = 0
+        for call, _, size in batch:
+            if call.steering.budget is None:
+                profile, mean = call.steering.profile, float(spent[row : row + size].mean())
+                before = self._spend.get(profile, mean)
+                self._spend[profile] = before + 0.1 * (mean - before)
+            row += size
+
+    def _engines(self, now: float) -> Engines:
+        return Engines(len(self._ends), self.max_batch, sum(max(0.0, end - now) for end in self._ends))

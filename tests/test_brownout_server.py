@@ -1,0 +1,205 @@
+"""Brownout in the batcher and the server: who is lowered, by how much, what they are told, and that it ends."""
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from processes import ServerProcess, start_server, stop_server
+from small_models import STEERED, dial_of, images, model_of, small, source_of
+
+from export.bundle import Bundle
+from export.graph import SteeredVit
+from export.write import ExportSettings, write_source
+from service.batcher import Batcher
+from service.calls import Answer
+from service.client import Asked, AsyncClient, Client
+from service.dial import budget_bias
+from service.engine import Engine, Outputs
+from service.errors import Overloaded
+from service.lowering import Brownout
+from service.pb import open_inference_pb2 as oi
+from service.pb import steering_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.steering import Permission, Steering, resolve
+from training.steering import NEUTRAL, SteeringArrays, SteeringProfile
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ExportSettings("dial", attentions=("masked",), verify_images=8, accuracy_images=8)
+PIXELS = images(16, 5)
+SECONDS = 0.02
+"""Of an image at budget 1, where engines are slow."""
+TARGET = 1.0
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    steered: SteeredVit = model_of(small(), mlp_groups=4)
+    profile = SteeringProfile("b", ("b",), "by hand", STEERED, {"after": {"head_usage": 0.5}})
+    source = source_of(steered, (profile,), dial_of(steered))
+    return write_source(source, tmp_path_factory.mktemp("models"), SETTINGS)
+
+
+class SlowEngine:
+    """The real engine, as slow as the compute that it spends."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.dense = engine, engine.bundle.manifest.macs.dense
+
+    def run(
+        self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
+    ) -> Outputs:
+        outputs = self.engine.run(images, steering, residual)
+        time.sleep(SECONDS * float(outputs.macs.sum()) / self.dense)
+        return outputs
+
+
+def steering_of(bundle: Bundle, budget: float | None, floor: float | None) -> Steering:
+    steering = resolve(bundle, "", NEUTRAL, 1.0, budget=budget)
+    if floor is None:
+        return steering
+    without = resolve(bundle, "", NEUTRAL, 1.0).arrays
+    permission = Permission(floor, without, lambda at: budget_bias(bundle, at, ""))
+    return Steering(steering.arrays, "", False, steering.digest, budget=budget, permission=permission)
+
+
+def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
+    """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target."""
+    engine = SlowEngine(Engine(bundle, "cpu", 1))
+    runs = [(work, SECONDS * work) for work in (1.0, 8.0)]
+    brownout = Brownout(TARGET, engine.dense, 1, 8, runs)
+    batcher = Batcher([engine], 8, 0.0, 1000, lambda _: None, lambda *_: None, "t", brownout=brownout)
+    may, kept = steering_of(bundle, 1.0, 0.4), steering_of(bundle, 1.0, None)
+
+    async def flood() -> list[tuple[float, Answer]]:
+        start = time.monotonic()
+
+        async def call(index: int) -> tuple[float, Answer]:
+            answer = await batcher.submit(PIXELS[index % 16][None], kept if index % 5 == 0 else may, math.inf)
+            return time.monotonic() - start, answer
+
+        answers = await asyncio.gather(*map(call, range(60)))
+        assert batcher.level > 0
+        await asyncio.sleep(2 * TARGET)
+        assert batcher.level == 0
+        refused = await asyncio.gather(
+            *(batcher.submit(PIXELS[:1], kept, math.inf) for _ in range(80)), return_exceptions=True
+        )
+        assert 20 < sum(isinstance(error, Overloaded) for error in refused) < 60
+        late = next(error for error in refused if isinstance(error, Overloaded))
+        assert "new images would be late at their lowest budgets" in str(late)
+        assert 0.5 < late.retry_after_seconds < 2
+        assert not any(answer.lowered for answer in refused if isinstance(answer, Answer))
+        return answers
+
+    try:
+        answers = asyncio.run(flood())
+    finally:
+        batcher.close()
+    assert max(seconds for seconds, _ in answers) < TARGET
+    lowered = [answer.lowered for _, answer in answers if answer.lowered]
+    assert len(lowered) > 30
+    assert all(0.4 <= of.budget < of.own == 1 for of in lowered)
+    assert not any(answer.lowered for _, answer in answers[::5])
+    for index, (_, answer) in enumerate(answers):
+        budget = answer.lowered.budget if answer.lowered else 1.0
+        single = engine.engine.run(PIXELS[index % 16][None], resolve(bundle, "", NEUTRAL, 1.0, budget=budget).arrays)
+        near = np.abs(single.gate_logit) < 1e-3
+        assert ((answer.outputs.gate_logit > 0) == (single.gate_logit > 0))[~near].all()
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Bundle) -> Iterator[ServerProcess]:
+    flags = ("--instances", "1", "--threads", "1", "--max-batch", "8", "--target-latency-ms", "15")
+    running = start_server(bundle.folder.parents[1], *flags)
+    yield running
+    assert stop_server(running) == 0
+
+
+ASKED: tuple[Asked, ...] = (
+    {"min_budget": 0.3},
+    {"budget": 0.9, "min_budget": 0.5, "profile": "b"},
+    {"budget": 0.8},
+    {"terms": STEERED, "min_budget": 0.4},
+)
+
+
+def masks(predictions: Any) -> list[list[list[bool]]]:
+    return [[[*h.kept, *m.kept] for h, m in zip(p.head_mask, p.mlp_mask, strict=True)] for p in predictions]
+
+
+def test_answers_are_those_of_the_budget_in_the_receipt(server: ServerProcess) -> None:
+    async def flood() -> list[tuple[Asked, pb.PredictResponse]]:
+        async with AsyncClient(server.address, attempts=1) as client:
+
+            async def call(index: int) -> tuple[Asked, pb.PredictResponse] | None:
+                asked = ASKED[index % len(ASKED)]
+                try:
+                    return asked, await client.predict(list(PIXELS[:4]), **asked)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        raise
+                    return None
+
+            return [answer for answer in await asyncio.gather(*map(call, range(400))) if answer]
+
+    answers = asyncio.run(flood())
+    lowered = [(asked, answer) for asked, answer in answers if answer.receipt.brownout]
+    assert {tuple(asked) for asked, _ in lowered} == {tuple(asked) for asked in ASKED if "min_budget" in asked}
+    saved = sum(server.count("steervit_brownout_images_total", profile=profile) for profile in ("none", "b", "custom"))
+    assert saved == 4 * len(lowered)
+    assert server.count("steervit_brownout_macs_saved_total") > 0
+    with Client(server.address) as client:
+        seen = set()
+        for asked, answer in answers:
+            applied = round(answer.receipt.budget_applied, 6) if answer.receipt.HasField("budget_applied") else None
+            if not answer.receipt.brownout:
+                assert applied == asked.get("budget")
+                continue
+            assert applied is not None
+            assert asked["min_budget"] <= applied < asked.get("budget", 1)
+            if (asked.get("profile"), applied) in seen:
+                continue
+            seen.add((asked.get("profile"), applied))
+            plain: Asked = {key: value for key, value in asked.items() if key != "min_budget"}  # type: ignore[assignment]
+            plain["budget"] = applied
+            single = client.predict(list(PIXELS[:4]), **plain)
+            assert not single.receipt.brownout
+            assert masks(single.predictions) == masks(answer.predictions)
+    time.sleep(0.1)
+    assert server.count("steervit_brownout_level", model="dial") == 0
+
+
+def test_what_is_told_and_what_is_refused(server: ServerProcess) -> None:
+    with Client(server.address) as client:
+        for asked, sentence in (
+            ({"min_budget": 0.2}, "min_budget is 0.2; allowed: 0.3 to 1, the budget"),
+            ({"budget": 0.6, "min_budget": 0.7}, "min_budget is 0.7; allowed: 0.3 to 0.6, the budget"),
+            ({"min_budget": math.nan}, "min_budget is nan; allowed: 0.3 to 1, the budget"),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                client.predict([PIXELS[0]], **asked)  # type: ignore[arg-type]
+            assert (caught.value.code().name, caught.value.details()) == ("INVALID_ARGUMENT", sentence)
+        receipt = client.predict([PIXELS[0]], budget=0.6, min_budget=0.6).receipt
+        assert (round(receipt.budget_applied, 6), receipt.brownout) == (0.6, False)
+        with pytest.raises(ValueError, match=r"min_budget is 0\.5; allowed: none but for predict"):
+            client.compare([PIXELS[0]], min_budget=0.5)
+    request = oi.ModelInferRequest(model_name="dial")
+    request.inputs.add(name="image", datatype="UINT8", shape=PIXELS[:2].shape)
+    request.raw_input_contents.append(PIXELS[:2].tobytes())
+    stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
+    request.parameters["budget"].double_param = 0.7
+    request.parameters["min_budget"].string_param = "0.5"
+    answer = stub.ModelInfer(request, timeout=20)
+    assert answer.parameters["budget_applied"].double_param == 0.7
+    assert "brownout" not in answer.parameters
+    request.parameters["min_budget"].double_param = 0.8
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request, timeout=20)
+    assert caught.value.details() == "min_budget is 0.8; allowed: 0.3 to 0.7, the budget"
