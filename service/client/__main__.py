@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     load_options("--rate", type=float, default=0.0, help="calls a second, instead of --concurrency")
     load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
     load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
+    load_options("--within-ms", type=float, default=0.0, help="also show the share of all calls answered in that time")
     load_options("--json", action="store_true", help="the report as JSON")
     listed = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
     dial = commands.add_parser("dial", help="show what budgets do: compute and accuracy, as they were measured")
@@ -134,7 +135,7 @@ def _load(options: argparse.Namespace) -> int:
     load = Load(
         options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
         options.model, options.version, options.rate, options.timeout, options.budget,
-        options.min_budget,
+        options.min_budget, options.within_ms / 1000,
     )  # fmt: skip
     report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
     print(report.to_json() if options.json else f"{report}")

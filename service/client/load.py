@@ -38,6 +38,8 @@ class Load:
     """Of every call; None: what the gates want."""
     min_budget: float | None = None
     """That a busy server may lower it to; None: the server's setting."""
+    within: float = 0.0
+    """Seconds that an answer may take to count as in time; 0: nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,17 @@ class Report:
     """Calls that were not, by status."""
     error_p99_ms: float
     """Of those."""
+    in_time: float | None
+    """The share of all calls, answered or not, that were answered within the time asked for; None: none was."""
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count} {code}" for code, count in sorted(self.errors.items())) or "none"
+        in_time = "" if self.in_time is None else f"; in time: {100 * self.in_time:.1f}% of all calls"
         return (
             f"{self.calls} calls with {self.images} images in {self.seconds:.1f} s: "
             f"{self.images_per_second:.1f} images/s\n"
-            f"latency p50 {self.p50_ms:.1f} ms, p90 {self.p90_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; errors: {failed}"
+            f"latency p50 {self.p50_ms:.1f} ms, p90 {self.p90_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; "
+            f"errors: {failed}{in_time}"
         )
 
     def to_json(self) -> str:
@@ -133,7 +139,9 @@ async def run(
     p50, p90, p99 = (1000 * float(np.percentile(latencies or [0.0], p)) for p in (50, 90, 99))
     count = len(latencies) * load.images_per_call
     error_p99 = 1000 * float(np.percentile(failed or [0.0], 99))
-    return Report(len(latencies), count, taken, count / taken, p50, p90, p99, dict(errors), error_p99)
+    quick = sum(latency <= load.within for latency in latencies)
+    in_time = quick / max(1, len(latencies) + len(failed)) if load.within else None
+    return Report(len(latencies), count, taken, count / taken, p50, p90, p99, dict(errors), error_p99, in_time)
 
 
 async def _progress(begun: float, seconds: float, latencies: list[float]) -> None:

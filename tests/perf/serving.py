@@ -105,6 +105,8 @@ class Running(NamedTuple):
     pid: int
     start_seconds: float
     """Until it was ready."""
+    metrics: str
+    """URL of the page."""
 
 
 @contextlib.contextmanager
@@ -117,7 +119,8 @@ def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(READY), line
-        yield Running(line.removeprefix(READY).split(",")[0], process.pid, time.perf_counter() - begun)
+        address, metrics = line.strip().removeprefix(READY).split(", metrics ")
+        yield Running(address, process.pid, time.perf_counter() - begun, metrics)
     finally:
         process.terminate()
         process.wait()
