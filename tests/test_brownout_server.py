@@ -70,7 +70,8 @@ def steering_of(bundle: Bundle, budget: float | None, floor: float | None) -> St
 
 
 def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
-    """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target."""
+    """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target.
+    Of calls without it some are refused. A call of 64 images lowers nobody, and others wait for a batch of it."""
     engine = SlowEngine(Engine(bundle, "cpu", 1))
     runs = [(work, SECONDS * work) for work in (1.0, 8.0)]
     brownout = Brownout(TARGET, engine.dense, 1, 8, runs)
@@ -96,6 +97,12 @@ def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
         assert "new images would be late at their lowest budgets" in str(late)
         assert 0.5 < late.retry_after_seconds < 2
         assert not any(answer.lowered for answer in refused if isinstance(answer, Answer))
+        large = asyncio.create_task(batcher.submit(np.repeat(PIXELS, 4, 0), may, math.inf))
+        await asyncio.sleep(SECONDS)
+        begun = time.monotonic()
+        await batcher.submit(PIXELS[:1], kept, math.inf)
+        assert time.monotonic() - begun < 0.6 * TARGET
+        assert (await large).lowered is None
         return answers
 
     try:
