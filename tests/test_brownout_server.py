@@ -4,12 +4,14 @@ import asyncio
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from processes import ServerProcess, start_server, stop_server
 from small_models import STEERED, dial_of, images, model_of, small, source_of
 
@@ -19,6 +21,7 @@ from export.write import ExportSettings, write_source
 from service.batcher import Batcher
 from service.calls import Answer
 from service.client import Asked, AsyncClient, Client
+from service.client.__main__ import main
 from service.dial import budget_bias
 from service.engine import Engine, Outputs
 from service.errors import Overloaded
@@ -183,7 +186,11 @@ def test_answers_are_those_of_the_budget_in_the_receipt(server: ServerProcess) -
     assert server.count("steervit_brownout_level", model="dial") == 0
 
 
-def test_what_is_told_and_what_is_refused(server: ServerProcess) -> None:
+def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(picture := tmp_path / "picture.png")
+    flags = ("--address", server.address, "--budget", "0.9", "--min-budget", "0.5", str(picture))
+    assert main(["predict", *flags]) == 0
+    assert main(["load", "--seconds", "0.2", *flags]) == 0
     with Client(server.address) as client:
         for asked, sentence in (
             ({"min_budget": 0.2}, "min_budget is 0.2; allowed: 0.3 to 1, the budget"),
