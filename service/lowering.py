@@ -40,9 +40,17 @@ class Brownout:
         call.floor = min(call.own, steering.permission.floor) if steering.permission else call.own
 
     def full(self, queue: CallQueue, call: Call, now: float) -> bool:
-        """Whether the queue with the call would be late even with every budget at its floor."""
-        least = queue.least + call.waiting * call.floor
-        return full(queue.images + call.waiting, least, self._model.cost, self._engines(now), self._target)
+        """Whether the queue with the call would be late even with every budget at its floor. Of calls that are larger
+        than a batch, the next turn counts: others do not wait for more."""
+        engines = self._engines(now)
+
+        def late(images: int, least: float) -> bool:
+            return full(images, least, self._model.cost, engines, self._target)
+
+        if not late(queue.images + call.waiting, queue.least + call.waiting * call.floor):
+            return False
+        turns = [(min(of.waiting, engines.max_batch), of.floor) for of in (*queue, call)]
+        return late(sum(images for images, _ in turns), sum(images * floor for images, floor in turns))
 
     def seconds(self, queue: CallQueue, now: float) -> float:
         """How long the queue takes at least."""
@@ -50,14 +58,15 @@ class Brownout:
 
     def raise_level(self, queue: CallQueue, now: float) -> None:
         """Before a batch is taken from the queue."""
+        engines = self._engines(now)
         waiting = [
             Waiting(
                 call.waiting, call.arrived, call.own, call.own if call.taken else call.floor, call.deadline,
-                call.taken // self._max_batch,
+                call.taken // engines.max_batch,
             )
             for call in queue
         ]  # fmt: skip
-        self._level.raised(needed(waiting, self._model.cost, self._engines(now), now, self._target), now)
+        self._level.raised(needed(waiting, self._model.cost, engines, now, self._target), now)
 
     def lower(self, batch: Sequence[Piece], engine: int, now: float) -> None:
         """Lower the budgets of the calls that this batch begins. A call keeps the budget of its first batch."""

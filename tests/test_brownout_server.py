@@ -4,12 +4,14 @@ import asyncio
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from processes import ServerProcess, start_server, stop_server
 from small_models import STEERED, dial_of, images, model_of, small, source_of
 
@@ -19,6 +21,7 @@ from export.write import ExportSettings, write_source
 from service.batcher import Batcher
 from service.calls import Answer
 from service.client import Asked, AsyncClient, Client
+from service.client.__main__ import main
 from service.dial import budget_bias
 from service.engine import Engine, Outputs
 from service.errors import Overloaded
@@ -70,7 +73,8 @@ def steering_of(bundle: Bundle, budget: float | None, floor: float | None) -> St
 
 
 def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
-    """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target."""
+    """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target.
+    Of calls without it some are refused. A call of 64 images lowers nobody, and others wait for a batch of it."""
     engine = SlowEngine(Engine(bundle, "cpu", 1))
     runs = [(work, SECONDS * work) for work in (1.0, 8.0)]
     brownout = Brownout(TARGET, engine.dense, 1, 8, runs)
@@ -96,6 +100,12 @@ def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
         assert "new images would be late at their lowest budgets" in str(late)
         assert 0.5 < late.retry_after_seconds < 2
         assert not any(answer.lowered for answer in refused if isinstance(answer, Answer))
+        large = asyncio.create_task(batcher.submit(np.repeat(PIXELS, 4, 0), may, math.inf))
+        await asyncio.sleep(SECONDS)
+        begun = time.monotonic()
+        await batcher.submit(PIXELS[:1], kept, math.inf)
+        assert time.monotonic() - begun < 0.6 * TARGET
+        assert (await large).lowered is None
         return answers
 
     try:
@@ -176,7 +186,11 @@ def test_answers_are_those_of_the_budget_in_the_receipt(server: ServerProcess) -
     assert server.count("steervit_brownout_level", model="dial") == 0
 
 
-def test_what_is_told_and_what_is_refused(server: ServerProcess) -> None:
+def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(picture := tmp_path / "picture.png")
+    flags = ("--address", server.address, "--budget", "0.9", "--min-budget", "0.5", str(picture))
+    assert main(["predict", *flags]) == 0
+    assert main(["load", "--seconds", "0.2", *flags]) == 0
     with Client(server.address) as client:
         for asked, sentence in (
             ({"min_budget": 0.2}, "min_budget is 0.2; allowed: 0.3 to 1, the budget"),
