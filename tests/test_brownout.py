@@ -34,9 +34,10 @@ fractions = st.floats(0.05, 1.0)
 def calls(draw: st.DrawFn, near: bool = False) -> Waiting:
     """near: some with a deadline."""
     own = draw(fractions)
-    floor = draw(st.one_of(st.just(own), st.floats(0.05, own)))
+    floor = own * draw(st.one_of(st.just(1.0), st.floats(0.1, 0.9)))
     arrived = draw(st.floats(-2, 0))
-    deadline = draw(st.floats(0.01, 3)) if near and draw(st.booleans()) else math.inf
+    # not a round number, so that rounding does not decide whether a deadline can be met
+    deadline = draw(st.floats(0.01, 3)) + 1e-3 * math.pi if near and draw(st.booleans()) else math.inf
     return Waiting(draw(st.integers(1, 40)), arrived, own, floor, arrived + deadline)
 
 
