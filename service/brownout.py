@@ -209,4 +209,4 @@ def lowered(own: float, floor: float, level: float) -> float:
     if not level or floor >= own:
         return own
     budget = own - level * (own - floor)
-    return max(floor, math.floor(budget * STEPS + 1e-9) / STEPS)
+    return min(own, max(floor, math.floor(budget * STEPS + 1e-9) / STEPS))

@@ -342,7 +342,7 @@ def test_refused_calls_leave_nothing_in_memory() -> None:
             for _ in range(2):
                 calls = [predict.future(b"\x1a\x00" * 2**22, timeout=60) for _ in range(4)]
                 assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
-            assert server.resident_mb() - before < 120, "a thousand if each kept its message"
+            assert server.resident_mb() - before < 300, "a thousand if each kept its message"
     finally:
         assert stop_server(server) == 0
 
