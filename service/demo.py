@@ -84,7 +84,7 @@ def main() -> int:
             "\n".join(
                 lines[:1]
                 + [line for line in lines if line.startswith("steervit_heads_kept")][-2:]
-                + [x for x in lines if "macs" in x]
+                + [line for line in lines if line.startswith("steervit_macs")]
             )
         )
     print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")

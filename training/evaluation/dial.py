@@ -72,17 +72,17 @@ def measure_dial(
     data: Data,
     macs: Macs,
     seed: int,
-) -> dict[str, Any]:
-    """`dials`: the curves of the selection slice, by profile. `dial`: what the test split spends and gets at the same
-    budgets, the same with random units, and the largest distance between asked and spent compute."""
-    steered = [
-        Steered(UNSTEERED, None, tuple(range(len(data.labels)))),
-        *(Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles),
-    ]
+) -> tuple[dict[str, Any], Along]:
+    """For results.json, and what was right along the dial without steering.
+
+    `dials`: the curves of the selection slice, by profile. `dial`: what the test split spends and gets at the same
+    budgets, the same with random units, and the largest distance between asked and spent compute.
+    """
+    steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
     at = partial(at_positions, dial, model)
     budgets = dial.budget[::2]
-    curves: dict[str, list[Point]] = {}
-    tested: dict[str, list[dict[str, Any]]] = {}
+    unsteered = measure_unsteered(dial, model, data, macs)
+    curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
         own = of_classes(data.selection, of.classes)
         curves[of.name] = curve(budgets, at(own, of.steer, budgets), own.classes, macs)
@@ -97,17 +97,29 @@ def measure_dial(
     return {
         "dials": {name: [asdict(point) for point in points] for name, points in curves.items()},
         "dial": {"test": tested, "random": by_chance, "largest_error": largest},
-    }
+    }, unsteered.along
 
 
-def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> tuple[list[dict[str, Any]], Along]:
-    """What the test split spends and gets at the budgets of the dial without steering, and what was right there."""
-    budgets = knots.budget[::2]
+@dataclass(frozen=True)
+class Unsteered:
+    """What a dial does without steering."""
+
+    curve: list[Point]
+    """Of the selection slice."""
+    tested: list[dict[str, Any]]
+    """What the test split spends and gets at the budgets of the curve."""
+    along: Along
+
+
+def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> Unsteered:
+    """Measure the dial of a model without steering."""
+    budgets, test = knots.budget[::2], data.test
     points = curve(budgets, at_positions(knots, model, data.selection, None, budgets), data.selection.classes, macs)
-    outcomes = at_positions(knots, model, data.test, None, [position(budget, points) for budget in budgets])
+    outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
+    tested = [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
-    right = np.array([(outcome.predicted == data.test.classes).numpy() for outcome in outcomes], float)
-    return [asked(b, o, data.test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)], Along(spent, right)
+    right = np.array([(outcome.predicted == test.classes).numpy() for outcome in outcomes], float)
+    return Unsteered(points, tested, Along(spent, right))
 
 
 def compare_areas(one: Along, other: Along) -> dict[str, float]:

@@ -47,8 +47,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
     results = _protocol(settings, data, run, model, sae, profiles)
+    along: Along | None = None
     if settings.vit.dial:
-        results |= measure_dial(_knots(run), model, sae, profiles, data, count(model), settings.seed)
+        of_dial, along = measure_dial(_knots(run), model, sae, profiles, data, count(model), settings.seed)
+        results |= of_dial
     results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
     present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
     if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):
@@ -57,12 +59,12 @@ def evaluate(
     if plain:
         dense = count(model).dense
         results["controls"] = {name: _control(control, data, dense) for name, control in plain.items()}
-    if dials := {name: control for name, control in plain.items() if control.settings.vit.dial}:
-        own = _along(run, data)[1]
-        for name, control in dials.items():
-            points, along = _along(control.run, data)
-            results["controls"][name]["dial"] = points
-            results["controls"][name]["area"] = compare_areas(own, along)
+    for name, control in plain.items():
+        if along and control.settings.vit.dial:
+            other = load_vit(control.run)
+            unsteered = measure_unsteered(_knots(control.run), other, data, count(other))
+            results["controls"][name]["dial"] = unsteered.tested
+            results["controls"][name]["area"] = compare_areas(along, unsteered.along)
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
@@ -241,11 +243,6 @@ def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
 
 def _knots(run: Run) -> Dial:
     return Dial.from_json(run.info("vit")["result"]["dial"])
-
-
-def _along(run: Run, data: Data) -> tuple[list[dict[str, Any]], Along]:
-    model = load_vit(run)
-    return measure_unsteered(_knots(run), model, data, count(model))
 
 
 def _last_block(control: Control, data: Data) -> dict[str, Any]:
