@@ -262,6 +262,7 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     assert fidelity["recovered"].keys() > {f"{k}_usage{r}" for k in ("head", "mlp") for r in ("", "_reconstructed")}
     page = (run / "report.html").read_text()
     assert "MLP usage" in page
+    assert '<h2 id="dial">Accuracy along the compute dial</h2>' in page
 
     made = json.loads((run / "vit.json").read_text())["result"]
     dial = Dial.from_json(made["dial"])

@@ -52,7 +52,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
     axis.set_xlabel("Compute of an image, as a share of the whole network's (mean)")
     axis.set_ylabel("Accuracy on the test split, %")
     axis.set_xlim(max(0.0, min(spent.min(), *[x for x, _ in plain], 1.0) - 0.04), 1.02)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
