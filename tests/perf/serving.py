@@ -35,11 +35,13 @@ from export.bundle import (
     write_bundle,
 )
 from export.certify import Reference, steerings
+from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report, run
 from service.config import Settings
 from service.engine import Engine
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, FORCE, OUT, ROOT, SAMPLES, Model, deit_s
+from tests.perf.heads import BUNDLE, FORCE, OUT, PLAIN, ROOT, SAMPLES, Cell, Model, Runner, deit_s, patterns
+from training.data.pixels import Split
 from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 
 READY = "ready: grpc "
@@ -48,6 +50,43 @@ READY = "ready: grpc "
 def deit_bundle() -> Path:
     """DeiT-S with random weights as a repository: profiles `third0` ... open two heads of six in every block."""
     return bundle_of(deit_s(), OUT / "models", (("dispatch", "fp32"), ("masked", "fp32")))
+
+
+def units_bundle() -> Path:
+    """As deit_bundle, with 4 MLP groups a block, in fp32 and int8: profiles `open0` ... open two heads of six and one
+    group of four in every block."""
+    repository, model = OUT / "units", deit_s(mlp_groups=4)
+    if (repository / model.name / "1").is_dir():
+        return repository
+
+    def forced(offset: int) -> dict[int, tuple[SteeringTerm, ...]]:
+        """Other units in every block."""
+        return {
+            site: tuple(
+                SteeringTerm(unit, 1.0, FORCE if (unit + site + offset) % of < kept else -FORCE)
+                for unit, of, kept in [
+                    *((head, model.heads, 2) for head in range(model.heads)),
+                    *((group, model.groups, 1) for group in range(model.heads, model.units)),
+                ]
+            )
+            for site in range(model.sites)
+        }
+
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
+    write_source(
+        Source(
+            model.spec,
+            tuple(f"c{index}" for index in range(1000)),
+            Macs(model.macs.dense, tuple(model.macs.per_head), tuple(model.macs.per_mlp_group)),
+            model.steered,
+            [SteeringProfile(f"open{o}", ("c0",), "forced", forced(o)) for o in range(6)],
+            {},
+            Split(pixels, torch.arange(8)),
+        ),
+        repository,
+        ExportSettings(model.name, None, ("dispatch",), ("fp32", "int8"), verify_images=4, accuracy_images=4),
+    )
+    return repository
 
 
 def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) -> Path:
@@ -205,6 +244,39 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
     return {**found, "third_over_dense": float(np.median(gains)), "gains": gains}
 
 
+def units(rounds: int, seconds: float) -> dict[str, object]:
+    """Images a second through gRPC with two heads of six and one MLP group of four open in every block, others in each
+    image: one image a call, 16 calls at a time, over the plain fp32 graph in one session of two threads, batch 8, in
+    turn."""
+    repository, model = units_bundle(), deit_s(mlp_groups=4)
+    images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(32)]
+    profiles = tuple(f"open{offset}" for offset in range(6))
+    seen: dict[str, list[float]] = {"plain": [], "fp32": [], "int8": []}
+    for _ in range(rounds):
+        seen["plain"].append(_plain(model, seconds))
+        for precision in ("fp32", "int8"):
+            with server(repository, "--graph", f"dispatch.{precision}") as (address, *_):
+                report = load(address, images, Load(16, seconds, 1, profiles))
+            seen[precision].append(report.images_per_second)
+    gains = {p: list(np.divide(seen[p], seen["plain"])) for p in ("fp32", "int8")}
+    return {
+        "images_per_second": {kind: float(np.median(rates)) for kind, rates in seen.items()},
+        "over_plain": {precision: float(np.median(of)) for precision, of in gains.items()},
+        "gains": gains,
+    }
+
+
+def _plain(model: Model, seconds: float) -> float:
+    """Images a second of the fastest plain fp32 graph, batch 8, one session of two threads that spin."""
+    rates = []
+    for variant in PLAIN:
+        cell = Cell(model.name, variant, "fp32", 8, 2, 1.0, "random")
+        runner = Runner(model, cell)
+        rates.append(8000 / runner.time(cell, patterns(model, 8, 1.0, "random"), seconds / len(PLAIN)))
+        del runner
+    return max(rates)
+
+
 def committed(rounds: int, seconds: float) -> dict[str, object]:
     """The committed bundle: CPU of a one-image call, 16 images a call, 10,000 profiles, start to ready."""
     bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
@@ -245,10 +317,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.perf.serving", description=__doc__.split("\n\n")[1])
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: %(default)s)")
-    parser.add_argument("--only", choices=("deit", "committed"), help="default: both")
+    parser.add_argument("--only", choices=("deit", "units", "committed"), help="default: all")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    parts = {"deit": deit, "committed": committed}
+    parts = {"deit": deit, "units": units, "committed": committed}
     found = {
         name: part(options.rounds, options.seconds) for name, part in parts.items() if options.only in (None, name)
     }
