@@ -18,8 +18,8 @@ from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import DataError, balanced, load
-from training.evaluation.ablation import from_first_gate
 from training.evaluation.dictionaries import KS, STABLE_AT, SWEEP, compared, effects, fitted, stabilities
+from training.model.first_gate import from_first_gate
 from training.sae.activations import residuals
 from training.sae.fidelity import fidelity, reconstruction
 from training.sae.fit import Fitting
