@@ -6,6 +6,9 @@ RUN := .venv/bin/python
 PORT ?= 8001
 METRICS_PORT ?= 8002
 SEEDS ?= 1
+DATA ?= fashion-mnist
+RUNS := runs/$(if $(filter fashion-mnist,$(DATA)),fm,$(DATA))
+NAME := $(subst -,_,$(DATA))
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation
@@ -53,9 +56,9 @@ schemas: .venv/.dev  ## Write docs/schemas/*.json, the JSON Schemas of a bundle'
 train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0
 
-reproduce: .venv/.dev system-test  ## Data to report and bundle, with all controls, for SEEDS (1) seeds, into runs/fm; resumable
-	$(RUN) -m training.reproduce --preset fashion-mnist --out runs/fm --seeds $(SEEDS)
-	test -d runs/fm/models/fashion_mnist/1 || $(RUN) -m export runs/fm/seed-0 runs/fm/models --name fashion_mnist
+reproduce: .venv/.dev system-test $(filter typefaces,$(DATA))  ## Data to report and bundle, with all controls, of DATA (fashion-mnist; typefaces) for SEEDS (1) seeds; resumable
+	$(RUN) -m training.reproduce --preset $(DATA) --out $(RUNS) --seeds $(SEEDS)
+	test -d $(RUNS)/models/$(NAME)/1 || $(RUN) -m export $(RUNS)/seed-0 $(RUNS)/models --name $(NAME)
 
 typefaces:  ## Install the Debian packages of the data set `typefaces` (140 MB)
 	@$(call install_missing,$(TYPEFACES))

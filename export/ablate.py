@@ -15,7 +15,8 @@ from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import Data, DataError, balanced, load
-from training.evaluation.ablation import Learned, compare_variants, from_first_gate, learn, table, variants
+from training.evaluation.ablation import Learned, compare_variants, learn, table, variants
+from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.model.sae import Sae

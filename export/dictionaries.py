@@ -1,13 +1,14 @@
 """python -m export.dictionaries deploy/models/fashion_mnist/3 --out runs/dictionaries
 
 The autoencoders of a bundle's residuals beside principal components: FVU and gate agreement over k, stability over
-seeds, and how well each latent's effect on each gate is predicted (training/evaluation/dictionaries.py). Reads training
-and selection images; writes <out>/dictionaries.json. Some three minutes of one core of an AMD EPYC.
+seeds, and how well each latent's effect on each gate is predicted (training/evaluation/dictionaries.py); of typefaces,
+how well a few latents tell what an image was made from (training/evaluation/probing.py). Reads training and selection
+images; writes <out>/dictionaries.json. Some three minutes of one core of an AMD EPYC.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import DataError, balanced, load
-from training.evaluation.ablation import from_first_gate
 from training.evaluation.dictionaries import KS, STABLE_AT, SWEEP, compared, effects, fitted, stabilities
+from training.evaluation.probing import dictionaries, probed
+from training.model.first_gate import from_first_gate
 from training.sae.activations import residuals
 from training.sae.fidelity import fidelity, reconstruction
 from training.sae.fit import Fitting
@@ -68,6 +70,9 @@ def main(arguments: Sequence[str]) -> int:
             result["effects"][f"k {k}"] = effects(model, fit.folded(held_out[:, ::2]), train[:, ::4], held_out)
         run.write_json("dictionaries.json", result)
     result["stability"] = {"k": STABLE_AT, **stabilities(train, held_out[:, ::2], seed, bf16)}
+    if splits[1].factors is not None:
+        encodings = dictionaries(train, held_out[:, ::2], sae, seed, bf16)
+        result["probing"] = probed(encodings, held_out, splits[1])
     run.write_json("dictionaries.json", result)
     print(f"{'k':>4}{'SAE FVU':>10}{'agree':>9}{'PCA FVU':>10}{'agree':>9}")
     for record in result["over_k"]:
@@ -76,7 +81,21 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{record['k']:4}{fvu:10.5f}{agreement:9.4f}{pca_fvu:10.5f}{pca_agreement:9.4f}")
     for name, values in {**result["stability"], **result["effects"]}.items():
         print(f"{name}: {values}")
+    if "probing" in result:
+        _print_probing(result["probing"])
     return 0
+
+
+def _print_probing(probing: Mapping[str, Any]) -> None:
+    """R2, mean over the factors, of each number of latents; then of each factor, with one latent."""
+    of_kinds = probing["r2"]
+    print(f"{'R2 of factors':>20}" + "".join(f"{name:>16}" for name in of_kinds) + f"{'whole residual':>16}")
+    for row, k in enumerate(probing["k"]):
+        means = (sum(of[row]) / len(of[row]) for of in of_kinds.values())
+        print(f"{f'mean, k {k}':>20}" + "".join(f"{mean:16.3f}" for mean in means))
+    for column, factor in enumerate(probing["factors"]):
+        values = [of[0][column] for of in of_kinds.values()] + [probing["residual"][column]]
+        print(f"{f'{factor}, k 1':>20}" + "".join(f"{value:16.3f}" for value in values))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
 from training.data.splits import DataError, balanced, load
-from training.evaluation.ablation import from_first_gate
 from training.evaluation.selective import (
     Method,
     chosen,
@@ -42,6 +41,7 @@ from training.evaluation.selective import (
 )
 from training.evaluation.selective_criteria import EXAMPLES, STRENGTHS
 from training.evaluation.selective_rivals import Probe, frozen, principal, probe
+from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
 from training.model.macs import Macs, count
 from training.model.sae import Sae, from_tensors

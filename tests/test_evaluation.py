@@ -17,12 +17,14 @@ from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.ablation import compare_variants, from_first_gate, scale_alone, shift_alone, table
+from training.evaluation.ablation import compare_variants, scale_alone, shift_alone, table
 from training.evaluation.baselines import (
     Rival,
     bisect,
     each_under,
     fixed_units,
+    greedy_order,
+    greedy_units,
     logit_bias,
     matched,
     prior_bias,
@@ -30,11 +32,13 @@ from training.evaluation.baselines import (
     static_units,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio
+from training.evaluation.class_agnostic import class_knowledge
 from training.evaluation.criteria import MARGINS, criteria
 from training.evaluation.rivals import Measured, compare
 from training.evaluation.seeds import _intervals
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
+from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
 from training.model.inference import Effect, Outcome, answers, auroc, effect, gate_diagnostics, steered_by
 from training.model.macs import Macs, count
@@ -241,6 +245,62 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
         gate.linear.bias.data = 4 * torch.tensor(used) - 2.0
     static = static_units(count(model), model, Split(images, torch.zeros(5, dtype=torch.long)), 0.5)
     assert model(images, None, static.decide)[1]["head_gate"][0].tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+@settings(max_examples=50)
+@given(
+    units=st.lists(st.tuples(st.integers(1, 50), st.integers(-20, 20)), min_size=1, max_size=12), usage=st.floats(0, 1)
+)
+def test_units_close_in_the_order_of_loss_for_cost_where_losses_add_up(
+    units: list[tuple[int, int]], usage: float
+) -> None:
+    costs, added = np.array(units, float).T
+    order = greedy_order(costs, lambda kept: float(added[~kept].sum()), usage)
+    assert sorted(order.tolist()) == list(range(len(units)))
+    kept = next(n for n in range(len(units), -1, -1) if costs[order[:n]].sum() <= usage * costs.sum())
+    gone = (added / costs)[order[kept:]]
+    assert (np.diff(gone) <= 1e-12).all()  # the cheapest went first, so stands last
+    assert not len(gone) or gone.max() <= (added / costs)[order[:kept]].min(initial=np.inf) + 1e-12
+
+
+def test_a_unit_is_measured_again_once_others_have_gone() -> None:
+    """Two do the same: without one of them nothing is lost, without both everything. The third adds 1, the fourth 2."""
+    asked = []
+
+    def loss(kept: NDArray[np.bool_]) -> float:
+        asked.append(kept.tolist())
+        return 9.0 * (not kept[:2].any()) + 1.0 * (not kept[2]) + 2.0 * (not kept[3])
+
+    assert greedy_order(np.ones(4), loss, 0.25).tolist() == [1, 3, 2, 0]
+    assert len(asked) == 1 + 4 + 2 + 1  # of the three left only the twin and the third, then the fourth
+    torch.manual_seed(0)
+    spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=2, heads=3), spec, 3), (1,), spec).eval()
+    split = Split(torch.randint(256, (6, 16, 16, 1), dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
+    change = [answers(model, split, decide=fixed_units(1 - torch.eye(3)[i : i + 1]).decide).logits for i in range(3)]
+    least = min(range(3), key=lambda i: change[i].sum().item())
+    rival = greedy_units(count(model), model, split, 2 / 3, lambda logits: logits.sum().item())
+    assert rival.decide(0, torch.zeros(1, 3)).tolist() == (1 - torch.eye(3)[least : least + 1]).tolist()
+
+
+def test_what_the_class_adds_is_the_profiles_mean_beyond_one_steering_for_all() -> None:
+    torch.manual_seed(0)
+    classes = torch.arange(90) % 3
+    one, *under = (Outcome(torch.randn(90, 3), torch.rand(90, 1, 2) > 0.5, torch.ones(90, 1, 2), 2) for _ in range(4))
+    macs, profiles = Macs(10, (1,)), {(c,): outcome for c, outcome in enumerate(under)}
+    found = class_knowledge(Split(torch.zeros(90), classes), profiles, {"one": one}, macs)["one"]
+    for metric in MARGINS:
+        pairs = [
+            [getattr(effect(o, classes, target, macs), metric) for o in (profiles[target], one)] for target in profiles
+        ]
+        mean_profile, mean_one = np.mean(pairs, 0)
+        assert found[metric] == pytest.approx(mean_one, abs=1e-5)
+        adds = found["adds"][metric]
+        assert adds["change"] == pytest.approx(mean_profile - mean_one, abs=1e-5)
+        assert adds["interval"][0] < adds["change"] < adds["interval"][1]
+    assert found["head_usage"] == pytest.approx(one.head_gate.double().mean().item(), abs=1e-5)
+    same = class_knowledge(Split(torch.zeros(90), classes), dict.fromkeys(profiles, one), {"one": one}, macs)["one"]
+    assert all(value == {"change": 0.0, "interval": [0.0, 0.0]} for value in same["adds"].values())
 
 
 @settings(max_examples=50)

@@ -255,6 +255,9 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
         assert np.mean(profile["mlp_usage_after"]) == pytest.approx(profile["after"]["mlp_usage"], abs=1e-3)
     assert "random units" in results["rivals"]
     assert "random heads" not in results["rivals"]
+    alike = results["class_agnostic"]
+    assert alike.keys() == {"one bias for all", "one set of terms for all", "the dial alone"}
+    assert alike.keys() | {"greedy static units of the class"} < results["rivals"].keys()
     assert results["success"][0]["criterion"].startswith("unit usage")
     assert load_file(run / "gate_bias.safetensors")["bias"].shape == (3, 2, 7)
     fidelity = json.loads((run / "sae.json").read_text())["result"]

@@ -122,6 +122,16 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
         assert f"\n{target}:" in makefile, target
 
 
+@pytest.mark.parametrize(("data", "out"), [("fashion-mnist", "fm"), ("typefaces", "typefaces")])
+def test_both_data_sets_are_reproduced_into_a_folder_of_their_own(data: str, out: str) -> None:
+    plan = subprocess.run(
+        ["make", "-n", "reproduce", f"DATA={data}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"-m training.reproduce --preset {data} --out runs/{out} --seeds 1" in plan.stdout
+    assert f"-m export runs/{out}/seed-0 runs/{out}/models --name {data.replace('-', '_')}" in plan.stdout
+    assert ("fonts-aenigma" in plan.stdout) == (data == "typefaces")
+
+
 def test_the_architecture_page_names_only_files_that_exist() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"`((?:training|export|service|tests|deploy|docs|proto)/[\w./-]*)", page))

@@ -20,6 +20,7 @@ from PIL import Image
 from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
+from training.evaluation.criteria import MARGINS
 from training.evaluation.latent_images import describe_latents
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -70,6 +71,15 @@ def rival(draw: random.Random) -> dict[str, Any]:
     return {"head_usage": round(draw.random(), 5), **changes, "against_profile": against}
 
 
+def told_no_class(draw: random.Random, **intervals: tuple[float, float]) -> dict[str, Any]:
+    """A steering that is the same for all images; what the class adds to it, by metric, has these intervals."""
+    adds = {metric: intervals.get(metric, (-0.01, 0.03)) for metric in MARGINS}
+    return {
+        **effect(draw),
+        "adds": {m: {"change": (low + high) / 2, "interval": [low, high]} for m, (low, high) in adds.items()},
+    }
+
+
 def results_of(seed: int) -> dict[str, Any]:
     """A whole results.json with numbers drawn at random, all optional parts there."""
     draw = random.Random(seed)
@@ -91,6 +101,11 @@ def results_of(seed: int) -> dict[str, Any]:
         "ungated": whole, "neutral": whole, "by_predicted_class": whole,
         "profiles": [*profiles, profile(draw, "mammals", ["cat", "dog"])],
         "mean_change": {key: round(draw.uniform(-0.1, 0.1), 5) for key in effect(draw)},
+        "mean_after": effect(draw),
+        "class_agnostic": {
+            "one bias for all": told_no_class(draw, recall=(0.002, 0.01), precision=(-0.02, -0.005)),
+            "the dial alone": told_no_class(draw, recall=(0.001, 0.004), auroc=(0.0005, 0.0015)),
+        },
         "rivals": {name: rival(draw) for name in names}, "success": criteria,
         "diagnostics": {"usage": [p["head_usage_before"] for p in profiles], "near_threshold": [[0.1, 0.2, 0.0]] * 2},
         "controls": {
@@ -270,6 +285,13 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
     ]
     assert [[name, *numbers] for name, _, *numbers in tables["rivals"][0][1:]] == rival_cells(r["rivals"])
 
+    *_, (_, after, *alike) = tables["rivals"]
+    metrics = ("recall", "precision", "auroc", "overall_accuracy")
+    for cells, v in zip((after, *alike), (r["mean_after"], *r["class_agnostic"].values()), strict=True):
+        usage = f"{v['head_usage']:.3f}", f"{v['compute_fraction']:.3f}"
+        assert cells[1:7] == [*usage, *(f"{v[metric]:.4f}" for metric in metrics)]
+    assert alike[0][7:] == ["+0.60 [+0.20, +1.00]", "-1.25 [-2.00, -0.50]", *["+1.00 [-1.00, +3.00]"] * 2]
+
     def mean_of(values: list[float]) -> str:
         return f"{sum(values) / len(values):.3f}"
 
@@ -322,6 +344,21 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
     assert over[4] == f"{usage.mean():.3f} ± {usage.std(ddof=1):.3f}"
     of_random = [s["rivals"]["random"] for s in r["seeds"]]
     assert tables["seeds"][1][1] == ["random", *(f"{point(v['recall'])} ({v['head_usage']:.2f})" for v in of_random)]
+
+
+def test_what_the_class_adds_is_said_whichever_way_it_falls() -> None:
+    results = results_of(4)
+    said = " ".join(read(results)[0].split()).replace("\N{MINUS SIGN}", "-")
+    assert (
+        "higher recall (+0.60 [+0.20, +1.00]); lower precision (-1.25 [-2.00, -0.50]); no shown difference in AUROC "
+        "(+1.00 [-1.00, +3.00]), accuracy of all images (+1.00 [-1.00, +3.00])."
+    ) in said
+    assert "So knowing the class adds to recall beyond every one of them." in said
+    results["class_agnostic"]["the dial alone"] = told_no_class(random.Random(0), recall=(-0.01, -0.002))
+    said = " ".join(read(results)[0].split())
+    assert "So knowing the class is not shown to add to any of these metrics beyond every one of them." in said
+    del results["class_agnostic"]
+    assert "nowing the class" not in read(results)[0]
 
 
 def test_the_page_holds_all_it_needs_and_says_what_each_table_and_picture_is() -> None:

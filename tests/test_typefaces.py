@@ -9,11 +9,17 @@ import torch
 from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTFont
 
-from training.config import DataSettings
+from training.config import DataSettings, Settings
 from training.data import typefaces
 from training.data.degradation import DEGRADATIONS, NO_NEIGHBOUR, DegradedPixels, degraded
 from training.data.splits import Data, DataError, load
 from training.data.streams import training_batches
+from training.evaluation import probing
+from training.evaluation.dictionaries import SWEEP
+from training.model.backbone import create_vit
+from training.model.gated_vit import GatedVit
+from training.sae.activations import residuals
+from training.sae.fit import Fitting
 
 SERIF = Path("/usr/share/fonts/truetype/liberation/LiberationSerif-Regular.ttf")
 
@@ -192,6 +198,40 @@ def test_the_factors_are_those_of_the_images(name: str, data: Data) -> None:
     alone = (of["left gap"] == NO_NEIGHBOUR) & (of["noise"] > 0.1)
     assert rough[alone].mean() > 0.08
     assert torch.corrcoef(torch.stack([rough[alone], of["noise"][alone]]))[0, 1] > 0.2
+
+
+def test_a_few_features_explain_what_they_hold_on_images_that_they_were_not_chosen_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 30, generator=generator).double()
+    held, noise = 3 * features[:, 3] + 5, torch.randn(400, generator=generator).double()
+    values = torch.stack([held, features[:, 7] - features[:, 9], noise, torch.ones(400).double()], 1)
+    r2 = probing.sparse_r2(features, values, torch.arange(400) % 2 == 0)
+    assert r2.shape == (len(probing.KS), 4)
+    assert r2[0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.15)
+    assert r2[1, :2].tolist() == pytest.approx([1, 1])
+    assert (r2[:, 2] < 0.1).all(), "what is chosen by chance does not hold"
+    assert probing.ridge_r2(features, values, torch.arange(400) % 2 == 0)[:2].tolist() == pytest.approx(
+        [1, 1], abs=1e-3
+    )
+
+
+def test_dictionaries_are_probed_for_the_known_factors_across_designs(data: Data) -> None:
+    """Of a network with random weights, on the images of the small preset: polarity is plain to see, and few look."""
+    torch.manual_seed(0)
+    settings = Settings(step="evaluate", out=Path("unused"), preset="typefaces-small")
+    model = GatedVit(create_vit(settings.vit, data.spec, 62), (1, 2), data.spec).eval()
+    train, held_out = (residuals(model, split, "") for split in (data.train.take(torch.arange(0, 620, 2)), data.test))
+    sae = Fitting(train, SWEEP).folded(held_out)
+    found = probing.probed(probing.dictionaries(train, held_out, sae, 0, False), held_out, data.test)
+    assert found["r2"].keys() == {"bundle", "sae", "frozen decoder", "random", "pca"}
+    assert sum(found["images"]) == len(data.test)
+    assert min(found["designs"]) >= 1
+    assert found["factors"][-2:] == ["left neighbour", "right neighbour"]
+    for of_dictionary in found["r2"].values():
+        assert np.shape(of_dictionary) == (len(probing.KS), len(found["factors"]))
+    polarity = found["factors"].index("dark on light")
+    assert found["residual"][polarity] > 0.5
+    assert found["r2"]["pca"][0][polarity] > 0.1
 
 
 def test_outlines_are_rendered_once(data: Data, settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:

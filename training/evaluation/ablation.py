@@ -8,15 +8,12 @@ matches a usage, comes from training and selection images.
 Letters: B images, C classes, G gated blocks, U units (heads, then MLP groups).
 """
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,9 +21,10 @@ from training.config import ProfileSettings
 from training.data.splits import Split
 from training.evaluation import significance
 from training.evaluation.baselines import Rival, each_under, logit_bias, matched
+from training.evaluation.class_agnostic import BIAS, TERMS
 from training.evaluation.rivals import MATCHING, SLICE
 from training.evaluation.significance import mean
-from training.model.gated_vit import GatedVit, attention
+from training.model.gated_vit import GatedVit
 from training.model.inference import Effect, Outcome, answers, effect, steered_by, usages
 from training.model.macs import Macs, count
 from training.model.sae import Sae
@@ -38,7 +36,7 @@ from training.steering import SteeringTerm, Terms, at_strength
 
 NO_STEERING, PROFILE = "no steering", "class profile"
 SHIFT, SCALE = "shift alone", "scale alone"
-CLASS_BIAS, BIAS, TERMS = "class bias", "one bias for all", "one set of terms for all"
+CLASS_BIAS = "class bias"
 PREDICTED = "profile of predicted class"
 
 
@@ -101,33 +99,6 @@ def variants(
         BIAS: for_all(lambda f: logit_bias(f * learnt.bias)),
         TERMS: for_all(lambda f: steered(at_strength(learnt.terms, f))),
     }
-
-
-@torch.no_grad()
-def from_first_gate(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedVit, list[Split]]:
-    """The model from its first gated block on, and splits of the tokens that enter it, in place of images.
-
-    What comes before is the same under every steering: a third of the work of a pass.
-    """
-    first = model.gated_blocks[0]
-    before = cast(Iterable[Block], model.vit.blocks[:first])
-
-    def tokens(images: Tensor) -> Tensor:
-        x = model.embed(images)
-        for block in before:
-            x = x + block.ls1(attention(cast(Attention, block.attn), block.norm1(x), None, x.shape[1]))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        return x
-
-    later = copy.deepcopy(model)
-    later.vit.blocks = later.vit.blocks[first:]
-    later.gated_blocks = tuple(block - first for block in model.gated_blocks)
-    later.embed = lambda image: image  # type: ignore[method-assign]
-    entered = [
-        torch.cat([tokens(split.images[start : start + 500]) for start in range(0, len(split), 500)])
-        for split in splits
-    ]
-    return later, [Split(x, split.classes) for x, split in zip(entered, splits, strict=True)]
 
 
 def shift_alone(terms: Terms) -> Terms:

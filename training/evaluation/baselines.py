@@ -6,6 +6,7 @@ answers that are there already.
 Letters: B images, G gated blocks, U units (heads, then MLP groups), S sites, D width.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,14 +55,16 @@ def residual_direction(model: GatedNetwork, macs: Macs, own: Split, usage: float
     return Rival(steer=added(min(factors, key=lambda factor: abs(used(factor) - usage))))
 
 
-def matched(model: GatedNetwork, macs: Macs, own: Split, usage: float, at: Callable[[float], Rival]) -> Rival:
+def matched(
+    model: GatedNetwork, macs: Macs, own: Split, usage: float, at: Callable[[float], Rival], rounds: int = 8
+) -> Rival:
     """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
 
     def used(factor: float) -> float:
         rival = at(factor)
         return answers(model, own, rival.steer, rival.decide).usage(macs)
 
-    return at(bisect(used, usage, 0.0, 2.0, rounds=8))
+    return at(bisect(used, usage, 0.0, 2.0, rounds))
 
 
 def logit_bias(bias: Tensor) -> Rival:
@@ -94,6 +97,46 @@ def static_units(macs: Macs, model: GatedNetwork, own: Split, usage: float) -> R
     """Class-aware pruning: as many units as come nearest to the usage, those that `own` uses most without steering."""
     used = answers(model, own).gate.double().mean(0).flatten()  # (G * U,)
     return first_units(macs, model.heads, used.argsort(descending=True, stable=True).numpy(), usage)
+
+
+def greedy_units(macs: Macs, model: GatedNetwork, split: Split, usage: float, loss: Callable[[Tensor], float]) -> Rival:
+    """Class-aware pruning by effect: from all units on, one after the other is closed for every image of the split, as
+    many as come nearest to the usage. loss: of the logits (B, C)."""
+    costs = macs.costs(model.heads)
+
+    def without(kept: NDArray[np.bool_]) -> float:
+        rival = fixed_units(torch.from_numpy(kept).view(costs.shape).float())
+        return loss(answers(model, split, decide=rival.decide).logits)
+
+    order = greedy_order(costs.flatten().numpy(), without, usage)
+    return first_units(macs, model.heads, order, usage)
+
+
+def greedy_order(
+    costs: NDArray[np.float64], loss: Callable[[NDArray[np.bool_]], float], usage: float
+) -> NDArray[np.int64]:
+    """Backward elimination: next goes the unit whose absence adds the least loss for what it costs, until the others
+    cost the share `usage` at most. Returns the units, those that are kept first, the one that went first last.
+
+    costs (units,) above 0; loss: of the mask of those that are kept. A unit is measured again only when it seemed the
+    best by its last measurement (lazy greedy, Minoux 1978, https://doi.org/10.1007/BFb0006528): exact where what a unit
+    adds does not fall as others go.
+    """
+    kept = np.ones(len(costs), bool)
+    now = loss(kept)
+    gone: list[int] = []
+    queue = [(-np.inf, unit, -1, now) for unit in range(len(costs))]  # (loss added / cost, unit, when, loss)
+    while queue and costs[kept].sum() > usage * costs.sum():
+        _, unit, when, lost = heapq.heappop(queue)
+        kept[unit] = False
+        if when == len(gone):
+            now = lost
+            gone.append(unit)
+            continue
+        lost = loss(kept)
+        kept[unit] = True
+        heapq.heappush(queue, ((lost - now) / costs[unit], unit, len(gone), lost))
+    return np.array([*np.flatnonzero(kept), *reversed(gone)])
 
 
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:

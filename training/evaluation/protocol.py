@@ -4,6 +4,7 @@ The criteria (criteria.py) were set before a test image was read, and count over
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,20 @@ from tqdm import tqdm
 from training import soundness
 from training.checkpoint import Run
 from training.config import Settings
-from training.data.splits import Data
+from training.data.splits import Data, balanced
 from training.dial import Dial
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
 from training.evaluation.changes import CHANGES, Values, changes
+from training.evaluation.class_agnostic import class_agnostic, class_knowledge
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, criteria
 from training.evaluation.dial import Along, compare_areas, measure_dial, measure_unsteered
 from training.evaluation.latent_images import describe_latents
-from training.evaluation.rivals import Slice, compare, rivals_of
+from training.evaluation.rivals import Slice, compare, rivals_of, usage_to_match
 from training.evaluation.significance import mean
-from training.model.gated_vit import GatedVit, keep_all
+from training.model.first_gate import from_first_gate, tokens_size
+from training.model.gated_vit import GatedNetwork, GatedVit, keep_all
 from training.model.inference import Outcome, answers, effect, gate_diagnostics, rounded, steered_by, usage_of, usages
 from training.model.macs import Macs, count
 from training.model.sae import Sae
@@ -40,16 +43,20 @@ PATTERN = (
     "under its own profile at most 0.36 of the {units} run, and recall is at least 2 points higher than without "
     "steering, significantly so (McNemar, Benjamini-Hochberg over the classes, 5%)"
 )
+TOKENS = 2 * 2**30
+"""Bytes of what enters the first gate, of all images, up to which it is held in place of them."""
 
 
 def evaluate(
     settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
 ) -> dict[str, Any]:
     """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
-    results = _protocol(settings, data, run, model, sae, profiles)
+    network, entered = _from_the_gates(settings, model, data)
+    dial = _knots(run) if settings.vit.dial else None
+    results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
     along: Along | None = None
-    if settings.vit.dial:
-        of_dial, along = measure_dial(_knots(run), model, sae, profiles, data, count(model), settings.seed)
+    if dial is not None:
+        of_dial, along = measure_dial(dial, network, sae, profiles, entered, count(model), settings.seed)
         results |= of_dial
     results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
     present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
@@ -73,13 +80,32 @@ def evaluate(
     return results
 
 
+def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[GatedNetwork, Data]:
+    """What answers as the model does, and faster, and the data as it reads them: what enters the first gate in place of
+    images, if that fits. Of the training images, those that profiles are found on."""
+    train = data.train
+    pool = train.take(balanced(train.classes, min(1.0, settings.profiles.pool / len(train)), settings.seed)[0])
+    splits = [pool, data.selection, data.test]
+    network, entered = shortcut(model, splits)
+    if network is model and tokens_size(model, splits) <= TOKENS:
+        network, entered = from_first_gate(model, splits)
+    return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
+
+
 def _protocol(
-    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
+    settings: Settings,
+    data: Data,
+    run: Run,
+    model: GatedVit,
+    network: GatedNetwork,
+    sae: Sae,
+    profiles: Sequence[SteeringProfile],
+    dial: Dial | None,
 ) -> dict[str, Any]:
-    macs = count(model)
+    """network, data: _from_the_gates."""
+    macs, selection, test = count(model), data.selection, data.test
     targets = [tuple(data.labels.index(label) for label in profile.classes) for profile in profiles]
-    ungated = answers(model, data.test, decide=keep_all)
-    network, (test, selection) = shortcut(model, [data.test, data.selection])
+    ungated = answers(network, test, decide=keep_all)
     neutral = answers(network, test)
     under = [
         answers(network, test, steered_by(sae, profile.terms))
@@ -94,11 +120,18 @@ def _protocol(
     means = {metric: torch.from_numpy(np.mean([values[i][metric] for i in singles], 0)) for metric in MARGINS}
     common = None if settings.data.max_test else data.digests.get("test images")  # else every seed has its own images
     run.write_tensors(CHANGES, means, {"images": common})
+    matched = [
+        usage_to_match(network, macs, sae, selection, profile, target)
+        for profile, target in zip(profiles, targets, strict=True)
+    ]
+    usage = mean(matched[i] for i in singles)
+    for_all = class_agnostic(settings, network, sae, macs, data.train, selection, usage, dial)
+    alike = {name: answers(network, test, rival.steer, rival.decide) for name, rival in for_all.items()}
     slices = []
-    rivals = rivals_of(run, network, sae, selection, profiles, targets, settings.seed)
+    rivals = rivals_of(run, settings.profiles, network, macs, sae, selection, profiles, targets, matched, settings.seed)
     for index in tqdm(range(len(profiles)), desc="evaluate: rivals", unit="profile", dynamic_ncols=True):
         others = [under[other] for other in singles if other != index]
-        measured = rivals(index, Slice.of(test, targets[index], neutral, under[index], others), macs)
+        measured = rivals(index, Slice.of(test, targets[index], neutral, under[index], others, alike))
         entries[index]["rivals"] = {name: rival.effect.to_json() for name, rival in measured.items()}
         slices.append(measured)
     of_classes = [entries[index] for index in singles]
@@ -123,6 +156,7 @@ def _protocol(
         },
         "mean_after": {key: round(mean(e["after"][key] for e in of_classes), 5) for key in of_classes[0]["after"]},
         "rivals": compare([slices[index] for index in singles]),
+        "class_agnostic": class_knowledge(test, {targets[i]: under[i] for i in singles}, alike, macs),
         "success": criteria(of_classes),
         "pattern": [_pattern(entry) for entry in of_classes if _shows_pattern(entry)],
         "pattern_definition": PATTERN.format(units="units (by their MACs)" if macs.mlp_groups else "heads"),
@@ -248,7 +282,9 @@ def _knots(run: Run) -> Dial:
 def _last_block(control: Control, data: Data) -> dict[str, Any]:
     """The same protocol for the model of which only the last block is gated, and the oracle of all its heads' sets."""
     model = load_vit(control.run)
-    results = _protocol(control.settings, data, control.run, model, load_sae(control.run), load_profiles(control.run))
+    network, entered = _from_the_gates(control.settings, model, data)
+    sae, profiles = load_sae(control.run), load_profiles(control.run)
+    results = _protocol(control.settings, entered, control.run, model, network, sae, profiles, None)
     if model.leaving == 1:
         cache = store(model, data.test)
         results["oracle"] = {

@@ -1,11 +1,13 @@
 """What else could be done at a profile's unit usage (of heads alone: head usage): every strategy and baseline on one
 slice of images per target.
 
-Whatever has a strength is set to the usage of the profile by bisection on selection images of the target.
+Whatever has a strength is set to the usage of the profile by bisection on selection images of the target; what is the
+same for all images (class_agnostic.py), to the profiles' mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import Run
+from training.config import ProfileSettings
 from training.data.splits import Split
 from training.evaluation import significance
 from training.evaluation.baselines import (
     Rival,
+    greedy_units,
     logit_bias,
     matched,
     random_units,
@@ -30,6 +34,7 @@ from training.model.inference import Effect, Outcome, answers, effect, steered_b
 from training.model.macs import Macs
 from training.model.sae import Sae
 from training.profiles.fit import own_and_others
+from training.profiles.learned import answer_loss
 from training.profiles.strategies import Target
 from training.sae.activations import residuals
 from training.steering import SteeringProfile, Terms, at_strength, terms_from_json
@@ -38,6 +43,8 @@ SLICE = 250
 """Images of the target at most, and as many others."""
 MATCHING = 200
 """Selection images of the target on which a rival's usage is matched to the profile's."""
+GREEDY = 40
+"""Of these, with as many others, on which units are closed greedily."""
 DRAWS = 5
 """Of what is random."""
 NO_STEERING, PROFILE, SHAM = "no steering", "profile", "another class's profile"
@@ -56,12 +63,25 @@ class Slice:
     """Under the profile."""
     others: list[Outcome]
     """Under the profiles of the other classes."""
+    alike: dict[str, Outcome]
+    """Under rivals that are the same for all images, by name."""
 
     @classmethod
-    def of(cls, split: Split, target: Target, neutral: Outcome, under: Outcome, others: list[Outcome]) -> "Slice":
+    def of(
+        cls,
+        split: Split,
+        target: Target,
+        neutral: Outcome,
+        under: Outcome,
+        others: list[Outcome],
+        alike: Mapping[str, Outcome],
+    ) -> "Slice":
         """At most SLICE images of the target and as many others; the outcomes are of the whole split."""
         rows = own_and_others(split, target, SLICE, 0)
-        return cls(split.take(rows), target, neutral.take(rows), under.take(rows), [o.take(rows) for o in others])
+        taken = {name: outcome.take(rows) for name, outcome in alike.items()}
+        return cls(
+            split.take(rows), target, neutral.take(rows), under.take(rows), [o.take(rows) for o in others], taken
+        )
 
 
 @dataclass(frozen=True)
@@ -73,28 +93,36 @@ class Measured:
     """Per image of the target: whether it got its label, or in which share of the draws."""
 
 
+def usage_to_match(
+    model: GatedNetwork, macs: Macs, sae: Sae, selection: Split, profile: SteeringProfile, target: Target
+) -> float:
+    """The profile's unit usage on the images that its rivals are matched on."""
+    return answers(model, _own(selection, target), steered_by(sae, profile.terms)).usage(macs)
+
+
 def rivals_of(
     run: Run,
+    settings: ProfileSettings,
     model: GatedNetwork,
+    macs: Macs,
     sae: Sae,
     selection: Split,
     profiles: Sequence[SteeringProfile],
     targets: Sequence[Target],
+    usages: Sequence[float],
     seed: int,
-) -> Callable[[int, Slice, Macs], dict[str, Measured]]:
-    """(index of the profile, its slice, MACs) -> what every rival does there, by name."""
+) -> Callable[[int, Slice], dict[str, Measured]]:
+    """(index of the profile, its slice) -> what every rival does there, by name. usages: those to match."""
     choices = {choice["name"]: choice["best"] for choice in run.info("profiles")["result"]["choices"]}
     stored = run.read_tensors("gate_bias")
     assert stored is not None
     biases = stored[0]["bias"]
     means = _class_means(model, selection)
 
-    def measure(index: int, images: Slice, macs: Macs) -> dict[str, Measured]:
-        target = targets[index]
-        rows = own_and_others(selection, target, MATCHING, 0)
-        own = selection.take(rows[: len(rows) // 2])
+    def measure(index: int, images: Slice) -> dict[str, Measured]:
+        target, usage = targets[index], usages[index]
+        own = _own(selection, target)
         units = "units" if macs.mlp_groups else "heads"
-        usage = answers(model, own, steered_by(sae, profiles[index].terms)).usage(macs)
         wanted = torch.tensor(target)
         rivals = {
             "gate threshold shift": [threshold_shift(model, macs, own, usage)],
@@ -117,6 +145,9 @@ def rivals_of(
             rivals[strategy] = [rival]
 
         rivals[f"static {units} of the class"] = [static_units(macs, model, own, usage)]
+        few = selection.take(own_and_others(selection, target, GREEDY, 0))
+        loss = partial(_loss, settings, few, target, answers(model, few).logits)
+        rivals[f"greedy static {units} of the class"] = [greedy_units(macs, model, few, usage, loss)]
 
         def found(outcomes: Sequence[Outcome]) -> Measured:
             return _mean([_measured(outcome, images, macs) for outcome in outcomes])
@@ -124,6 +155,7 @@ def rivals_of(
         results = {NO_STEERING: found([images.neutral]), PROFILE: found([images.under])}
         if images.others:
             results[SHAM] = found(images.others)
+        results |= {name: found([outcome]) for name, outcome in images.alike.items()}
         for name, draws in rivals.items():
             results[name] = found([answers(model, images.split, draw.steer, draw.decide) for draw in draws])
         return results
@@ -159,6 +191,17 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
             },
         }
     return found
+
+
+def _own(selection: Split, target: Target) -> Split:
+    rows = own_and_others(selection, target, MATCHING, 0)
+    return selection.take(rows[: len(rows) // 2])
+
+
+def _loss(settings: ProfileSettings, split: Split, target: Target, neutral: Tensor, logits: Tensor) -> float:
+    """As the search of a profile sees it. neutral (B, C): the logits without steering."""
+    own = torch.isin(split.classes, torch.tensor(target))
+    return answer_loss(settings, logits.log_softmax(-1), neutral.log_softmax(-1), split.classes, own).item()
 
 
 def _measured(outcome: Outcome, images: Slice, macs: Macs) -> Measured:

@@ -133,7 +133,6 @@ def optimise(
     own = settings.rows // 2
     profile = torch.arange(len(targets), device=device).repeat_interleave(settings.rows)  # (P*R,)
     is_own = (torch.arange(settings.rows) < own).repeat(len(targets)).to(device)
-    weight = torch.where(is_own, settings.own_weight, 1.0)
     usage_weight = torch.full((len(targets),), 2.0, device=device)
     soft = straight_through(2.0)
     progress = tqdm(
@@ -149,11 +148,8 @@ def optimise(
                 soft if shift_logit is None else lambda site, logit: soft(site, shift_logit(site, logit, profile)),
             )
         answer = logits.float().log_softmax(-1)
-        lost = F.nll_loss(answer, train.classes[index].to(device), reduction="none")
-        if settings.keep_weight:
-            moved = F.kl_div(answer, search.unsteered[index].to(device), reduction="none", log_target=True).sum(-1)
-            lost = lost + settings.keep_weight * moved * ~is_own
-        loss = (weight * lost).sum() / weight.sum()
+        unsteered, classes = (of_images[index].to(device) for of_images in (search.unsteered, train.classes))
+        loss = answer_loss(settings, answer, unsteered, classes, is_own)
         gate = torch.cat([out["head_gate"], out["mlp_gate"]], 2)  # (P*R, G, U)
         usage = search.macs.usage(gate)[is_own].view(len(targets), own).mean(1)  # (P,)
         damped = usage_weight + damping * (usage.detach() - settings.usage_target)
@@ -164,6 +160,18 @@ def optimise(
         usage_weight = (usage_weight + 0.2 * (usage.detach() - settings.usage_target)).clamp(-2, 20)
         if step % 10 == 0:
             progress.set_postfix({"loss": f"{loss.item():.3f}", "usage": f"{usage.mean().item():.3f}"}, refresh=False)
+
+
+def answer_loss(settings: ProfileSettings, answer: Tensor, unsteered: Tensor, classes: Tensor, own: Tensor) -> Tensor:
+    """What a search lowers beside usage: the cross-entropy on true labels, in which own images have a weight of their
+    own, and of the others the KL divergence to the unsteered answers. answer, unsteered (B, C): log-probabilities;
+    classes, own (B,)."""
+    lost = F.nll_loss(answer, classes, reduction="none")
+    if settings.keep_weight:
+        moved = F.kl_div(answer, unsteered, reduction="none", log_target=True).sum(-1)
+        lost = lost + settings.keep_weight * moved * ~own
+    weight = torch.where(own, settings.own_weight, 1.0)
+    return (weight * lost).sum() / weight.sum()
 
 
 def rows(search: Search, targets: Sequence[Target]) -> Iterator[Tensor]:

@@ -11,14 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.optimize import isotonic_regression
 
+from training.evaluation.class_agnostic import CLASS_AGNOSTIC
 from training.model.inference import usage_of
 from training.profiles.strategies import STRATEGIES
 
-BLUE, VERMILION, ORANGE, GREY, INK = "#0072b2", "#d55e00", "#e69f00", "#7d838c", "#222222"
+BLUE, VERMILION, ORANGE, GREEN, GREY, INK = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#7d838c", "#222222"
 KINDS: dict[str, tuple[str, str, str]] = {
     "profile": ("*", VERMILION, "the chosen profiles"),
     "strategy": ("o", BLUE, "steering strategy"),
     "control": ("D", ORANGE, "control: random latents, another's profile"),
+    "alike": ("P", GREEN, "one steering for all images, not told the class"),
     "baseline": ("s", GREY, "baseline without latents"),
     "model": ("^", INK, "separately trained model, not told the class"),
 }
@@ -33,6 +35,8 @@ def kind_of(name: str) -> str:
         return "profile"
     if name in ("random", "another class's profile") or "random latents" in name:
         return "control"
+    if name in CLASS_AGNOSTIC:
+        return "alike"
     return "strategy" if name in STRATEGIES or name.startswith("learned") else "baseline"
 
 
@@ -183,7 +187,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
         if any(point["kind"] == kind for point in points)
     ]
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.05, 1), ncols=len(handles), frameon=False, fontsize=8.5,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.05, 1), ncols=3, frameon=False, fontsize=8.5,
         handletextpad=0.2, columnspacing=1.2,
     )  # fmt: skip
     return figure

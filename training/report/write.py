@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from training.checkpoint import Run, RunError
+from training.evaluation.criteria import MARGINS, TITLES
 from training.evaluation.rivals import SLICE
 from training.evaluation.seeds import table
 from training.model.inference import usage_of
@@ -102,8 +103,32 @@ def page(
         slice=SLICE,
         shade=lambda value: shade(value, top),
         usage_name=figures.usage_name(results),
+        class_adds=class_adds,
+        always_higher=always_higher(results.get("class_agnostic", {})),
         units=gate_figures.unit_names(results),
     )
+
+
+def class_adds(adds: Mapping[str, Any]) -> str:
+    """What class profiles add to a rival that is told no class, in words, by the 95% intervals of the differences."""
+    found: dict[str, list[str]] = {"higher": [], "lower": [], "no shown difference in": []}
+    for metric in MARGINS:
+        low, high = adds[metric]["interval"]
+        kind = "higher" if low > 0 else "lower" if high < 0 else "no shown difference in"
+        change, *ends = (f"{100 * value:+.2f}" for value in (adds[metric]["change"], low, high))
+        found[kind].append(
+            f"{TITLES.get(metric, metric)} ({change} [{', '.join(ends)}])".replace("-", "\N{MINUS SIGN}")
+        )
+    return "; ".join(f"{kind} {', '.join(metrics)}" for kind, metrics in found.items() if metrics)
+
+
+def always_higher(rivals: Mapping[str, Any]) -> list[str]:
+    """The metrics in which class profiles are shown to be above every one of these rivals."""
+    return [
+        TITLES.get(metric, metric)
+        for metric in MARGINS
+        if rivals and all(rival["adds"][metric]["interval"][0] > 0 for rival in rivals.values())
+    ]
 
 
 def with_targets(points: Sequence[dict[str, Any]], usage_target: float) -> list[dict[str, Any]]:
