@@ -11,7 +11,7 @@ import pytest
 import strace
 from numpy.typing import NDArray
 from PIL import Image
-from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server
+from processes import MODELS, SAMPLES, ServerProcess, run_module, serving
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two t
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""
-SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py")
+SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py", "tests/test_mlp_groups.py")
 """Those that write graphs of the same small models."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
@@ -46,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServe
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what starts processes, which `make test-fast` leaves out."""
     module = vars(getattr(item, "module", item))
-    starts = {"start_server", "run_module", "Live"} & module.keys()
+    starts = {"start_server", "serving", "run_module", "Live"} & module.keys()
     if starts or {"server", "smoke_run", "smoke_models", "expected"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.processes)
 
@@ -60,9 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A server process with the committed bundle, shared by the tests that leave it as it was."""
-    running = start_server(MODELS)
-    yield running
-    assert stop_server(running) == 0
+    with serving(MODELS) as running:
+        yield running
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from processes import MODELS, run_main, start_server, stop_server
+from processes import MODELS, run_main, serving
 from torch import nn
 
 from export.__main__ import main as export_main
@@ -121,18 +121,16 @@ def test_a_server_runs_a_profiles_own_graph_and_counts_its_images(
     smoke_models: Path, sample_pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     shutil.copytree(smoke_models / "smoke", tmp_path / "smoke")
-    running = start_server(tmp_path, "--specialised", "on", "--graph", "fused.fp32", "--tune", "off")
-    images = list(sample_pixels[:8])
-    with Client(running.address) as client:
+    images, flags = list(sample_pixels[:8]), ("--specialised", "on", "--graph", "fused.fp32")
+    with serving(tmp_path, *flags) as running, Client(running.address) as client:
         own, twice = client.predict(images, profile="Shirt"), client.predict(images, profile="Shirt", strength=2.0)
         client.predict(images)
         described = client._stub.GetModel(pb.GetModelRequest())
         assert client.explain(images[:1], profile="Shirt").receipt.profile == "Shirt"
+        assert running.count("steervit_specialised_images_total") == 8
     assert list(described.specialised_profiles) == ["Shirt", "Bag"]
     assert not described.cuda_graph_batches
     assert own.receipt.steering_digest != twice.receipt.steering_digest
-    assert running.count("steervit_specialised_images_total") == 8
-    assert stop_server(running) == 0
 
 
 def test_specialised_graphs_are_for_the_terms_that_they_were_made_with(bundle: Bundle) -> None:
@@ -216,8 +214,8 @@ def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(
         "accuracy is 0.1100 on the test images",
     ]
     assert all(f"export: warning: {warning}\n" in done.stderr for warning in warnings)
-    with (tmp_path / "log").open("w") as log:
-        assert stop_server(start_server(models, stderr=log)) == 0
+    with (tmp_path / "log").open("w") as log, serving(models, stderr=log):
+        pass
     logged = (tmp_path / "log").read_text()
     assert all(f"model untrained version 1: {warning}\n" in logged for warning in warnings)
     assert logged.count("WARNING") == len(warnings)
