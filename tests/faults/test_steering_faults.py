@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -17,7 +16,7 @@ from service.client import Client
 from service.engine import Engine
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
-from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone
+from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone, both
 from tests.faults.traffic import Traffic
 from tests.processes import MODELS, serving, start_server, stop_server, until
 from training.steering import (
@@ -28,11 +27,6 @@ from training.steering import (
     digest,
     profiles_to_json,
 )
-
-
-def both(name: str, sees: str) -> Any:
-    marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-    return pytest.mark.parametrize("protocol", marked)
 
 
 @pytest.fixture(scope="module")

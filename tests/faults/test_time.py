@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -20,17 +19,12 @@ from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import STEERING, fault
-from tests.faults.protocols import PROTOCOLS, UNLIMITED, V1, Protocol
+from tests.faults.protocols import UNLIMITED, V1, Protocol, both
 from tests.processes import MODELS, ROOT, ServerProcess, serving, until
 from training.steering import SteeringTerm
 
 BATCH = 32
 FLAGS = ("--max-batch", str(BATCH), "--threads=1", "--max-images=300", "--max-queue=4096", "--max-message-mb=4")
-
-
-def both(name: str, sees: str) -> Any:
-    marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-    return pytest.mark.parametrize("protocol", marked)
 
 
 @pytest.fixture(scope="module")
