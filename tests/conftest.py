@@ -1,5 +1,7 @@
 """Real parts for the tests: the committed bundle, a run trained here, a server process."""
 
+import asyncio
+import inspect
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -41,6 +43,16 @@ class ByServers(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServers:
     return ByServers(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine, on an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(pyfuncitem.obj(**arguments))
+    return True
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -198,23 +198,19 @@ def masks(predictions: Sequence[pb.Prediction]) -> NDArray[np.bool_]:
     )
 
 
-def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
+async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
     """And both are what PyTorch gives."""
     before = server.count("steervit_batch_size_images_count", model="dial")
     macs = count(steered.model)
-
-    async def together() -> list[pb.PredictResponse]:
-        async with AsyncClient(server.address) as other:
-            calls = (
-                other.predict([PIXELS[3 * i + j]], model="dial", top_k=5, **asked)
-                for i, asked in enumerate(ASKED)
-                for j in range(3)
-            )
-            return await asyncio.gather(*calls)
-
-    answers = asyncio.run(together())
+    async with AsyncClient(server.address) as other:
+        calls = (
+            other.predict([PIXELS[3 * i + j]], model="dial", top_k=5, **asked)
+            for i, asked in enumerate(ASKED)
+            for j in range(3)
+        )
+        answers = await asyncio.gather(*calls)
     batches = server.count("steervit_batch_size_images_count", model="dial") - before
     assert batches <= len(answers) / 3, "they shared batches"
     for index, answer in enumerate(answers):

@@ -24,7 +24,6 @@ from export.rebuild import rebuild
 from export.session import inputs_of, open_session, run_onnx
 from export.write import _named
 from service.batcher import Batcher, BatchStats
-from service.calls import Answer
 from service.client import Client
 from service.engine import Engine, choose_graph
 from service.loaded import EngineError
@@ -66,7 +65,9 @@ def test_every_graph_of_a_bundle_serves_the_same_answers(smoke_models: Path, sam
 
 
 @pytest.mark.slow
-def test_a_graph_for_one_profile_answers_for_its_batches(smoke_models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+async def test_a_graph_for_one_profile_answers_for_its_batches(
+    smoke_models: Path, sample_pixels: NDArray[np.uint8]
+) -> None:
     """As on a GPU: heads that the profile does not use are not in the graph, and the others answer as in the general
     one; whatever is asked for together, each call has the answer that it has alone."""
     bundle = load_bundle(smoke_models / "smoke" / "1")
@@ -94,15 +95,11 @@ def test_a_graph_for_one_profile_answers_for_its_batches(smoke_models: Path, sam
     asked = [resolve(bundle, names[index % 4], NEUTRAL, 1.0) for index in range(40)]
     batches: list[BatchStats] = []
     batcher = Batcher([engine], 16, 0.01, 100, batches.append, lambda *_: None, "t", specialists=engine)
-
-    async def together() -> list[Answer]:
-        calls = [
-            batcher.submit(sample_pixels[i : i + 1], steering, math.inf, residual=i % 8 == 1)
-            for i, steering in enumerate(asked)
-        ]
-        return await asyncio.gather(*calls)
-
-    answers = asyncio.run(together())
+    calls = [
+        batcher.submit(sample_pixels[i : i + 1], steering, math.inf, residual=i % 8 == 1)
+        for i, steering in enumerate(asked)
+    ]
+    answers = await asyncio.gather(*calls)
     batcher.close()
     assert len(batches) < len(asked)
     for index, (steering, answer) in enumerate(zip(asked, answers, strict=True)):

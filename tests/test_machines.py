@@ -38,18 +38,14 @@ def client(server: ServerProcess, *arguments: str, **options: Any) -> "subproces
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_clients_of_this_machine_use_no_proxy(
+async def test_clients_of_this_machine_use_no_proxy(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "http://127.0.0.1:9")
     with Client(server.address, timeout=5, attempts=1) as blocking:
         assert blocking.predict([SHIRT.read_bytes()]).receipt.model == "fashion_mnist"
-
-    async def ask() -> str:
-        async with AsyncClient(server.address, timeout=5, attempts=1) as other:
-            return (await other.predict([SHIRT.read_bytes()])).receipt.model
-
-    assert asyncio.run(ask()) == "fashion_mnist"
+    async with AsyncClient(server.address, timeout=5, attempts=1) as other:
+        assert (await other.predict([SHIRT.read_bytes()])).receipt.model == "fashion_mnist"
 
 
 @pytest.mark.parametrize(

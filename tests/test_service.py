@@ -220,30 +220,26 @@ def test_a_server_that_cannot_start_says_why(flags: list[str], message: str) -> 
     assert message in done.stderr
 
 
-def test_livez_sees_an_event_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_livez_sees_an_event_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HANGS_AFTER", 2.0)
+    server = module.Server(Settings(repository=SMALL, port=0, metrics_port=0, drain_delay_seconds=0))
+    await server.start()
+    url = f"http://127.0.0.1:{server.metrics_port}/livez"
 
-    async def scenario() -> tuple[int, int, int]:
-        server = module.Server(Settings(repository=MODELS, port=0, metrics_port=0, drain_delay_seconds=0))
-        await server.start()
-        try:
-            url = f"http://127.0.0.1:{server.metrics_port}/livez"
+    def later() -> int:
+        time.sleep(2.5)
+        return status(url)
 
-            def later() -> int:
-                time.sleep(2.5)
-                return status(url)
-
-            before = await asyncio.to_thread(status, url)
-            with ThreadPoolExecutor(1) as pool:
-                meanwhile = pool.submit(later)
-                time.sleep(3.5)  # nothing else comes round
-                hung = meanwhile.result()
-            await asyncio.sleep(1.5)
-            return before, hung, await asyncio.to_thread(status, url)
-        finally:
-            await server.stop()
-
-    assert asyncio.run(scenario()) == (200, 503, 200)
+    try:
+        before = await asyncio.to_thread(status, url)
+        with ThreadPoolExecutor(1) as pool:
+            meanwhile = pool.submit(later)
+            time.sleep(3.5)  # nothing else comes round
+            hung = meanwhile.result()
+        await asyncio.sleep(1.5)
+        assert (before, hung, await asyncio.to_thread(status, url)) == (200, 503, 200)
+    finally:
+        await server.stop()
 
 
 def status(url: str) -> int:
