@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ import pytest
 import trustme
 from live import PREDICT, Live
 from onnx import TensorProto, helper
+from photos import encoded
 from PIL import Image
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, serving, start_server
 from prometheus_client import CollectorRegistry
@@ -270,9 +270,7 @@ def limited() -> Iterator[tuple[ServerProcess, Live]]:
 
 
 def picture(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (width, height)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("L", (width, height)), "PNG")
 
 
 PIXELS = pb.Image(pixels=bytes(784))

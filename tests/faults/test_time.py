@@ -1,6 +1,5 @@
 """Queues, deadlines, clients that go, and clients that do not read: nobody else waits for them."""
 
-import io
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import STEERING, fault
 from tests.faults.protocols import UNLIMITED, V1, Protocol, both
+from tests.photos import encoded
 from tests.processes import MODELS, ROOT, ServerProcess, serving, until
 from training.steering import SteeringTerm
 
@@ -200,11 +200,11 @@ def test_large_calls_do_not_hold_up_small_ones(
 def test_large_photographs_do_not_hold_up_small_files(
     slow: ServerProcess, channel: grpc.Channel, undisturbed: Undisturbed, samples: dict[str, list[bytes]]
 ) -> None:
-    buffer, call, large, photographs = io.BytesIO(), V1.call(channel), 4, 10
-    Image.new("RGB", (4000, 3000)).save(buffer, "JPEG")
+    photograph = encoded(Image.new("RGB", (4000, 3000)), "JPEG")
+    call, large, photographs = V1.call(channel), 4, 10
     with undisturbed(slow):
         start = time.monotonic()
-        calls = [call.future(V1.request([buffer.getvalue()] * photographs), timeout=60) for _ in range(large)]
+        calls = [call.future(V1.request([photograph] * photographs), timeout=60) for _ in range(large)]
         waits = []
         while not any(each.done() for each in calls):
             asked = time.monotonic()
