@@ -22,6 +22,7 @@ from service.client import Client
 
 urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # pages of this machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two tests run side by side
+os.environ.setdefault("STEERVIT_DRAIN_DELAY_SECONDS", "0")  # nobody watches the health of most of these servers
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""

@@ -40,7 +40,7 @@ class Live:
         self._good = pb.PredictRequest(
             images=[pb.Image(encoded=good.read_bytes())],
             steering=pb.Steering(profile=profile or good.parent.name),
-            top_k=10,
+            top_k=5,
         ).SerializeToString()
         self._expected = self._predictions()
 

@@ -282,7 +282,7 @@ async def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_o
     done: list[int] = []
 
     async def call(count: int) -> None:
-        answer = await parts.submit(count)
+        answer = await parts.batcher.submit(parts.pixels[:count], parts.steerings[0], math.inf)
         assert len(answer.outputs.logits) == count
         done.append(count)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, until
+from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, until
 
 from export.bundle import Bundle, load_bundle
 from service.__main__ import main
@@ -85,14 +85,14 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     polling: ServerProcess, repository: Path, small: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
     with Client(polling.address) as client:
-        expected = client.predict(samples["Shirt"], profile="b", top_k=10).predictions
+        expected = client.predict(samples["Shirt"], profile="b", top_k=5).predictions
     done, seen, problems = threading.Event(), set(), []
 
     def ask() -> None:
         with Client(polling.address) as client:
             while not done.is_set():
                 try:
-                    answer = client.predict(samples["Shirt"], profile="b", top_k=10)
+                    answer = client.predict(samples["Shirt"], profile="b", top_k=5)
                 except grpc.RpcError as error:
                     problems.append(str(error))
                     continue
@@ -274,7 +274,7 @@ def test_an_older_version_is_served_rather_than_none(repository: Path, small: Bu
 def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, small: Bundle) -> None:
     sentence = "version 7 does not exist; allowed: 1"
     for flags in (("--versions", "1,7"), ("--versions", "7", *POLL)):
-        done = run_module("service", "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
+        done = run_main(main, "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
         assert done.returncode == 1
         assert sentence in done.stderr
     with serving(repository, "--versions", "1,7", *POLL) as running:

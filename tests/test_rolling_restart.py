@@ -17,7 +17,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 SERVICE_CONFIG = (ROOT / "service" / "client" / "service_config.json").read_text()
 CALLERS = 64
 """Enough for calls to be on their way at any moment. Without the client's health check 13 of 24 stops failed some."""
-FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1")
+FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1", "--drain-delay-seconds", "0.5")
 """Connections are ended by age too, far more often than one would have it."""
 
 

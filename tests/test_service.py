@@ -15,7 +15,19 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from numpy.typing import NDArray
-from processes import MODELS, ROOT, SAMPLES, SMALL, ServerProcess, run_main, serving, start_server, stop_server, until
+from processes import (
+    MODELS,
+    ROOT,
+    SAMPLES,
+    SMALL,
+    ServerProcess,
+    run_main,
+    run_module,
+    serving,
+    start_server,
+    stop_server,
+    until,
+)
 
 from export.bundle import Bundle
 from service import server as module
@@ -157,7 +169,7 @@ def test_health_reflection_and_pages(server: ServerProcess) -> None:
 
 
 def test_a_probe_of_another_make_sees_the_server_come_and_go() -> None:
-    server = start_server(SMALL)
+    server = start_server(SMALL, "--drain-delay-seconds", "0.5")
     command = [sys.executable, str(ROOT / "tests/clients/health.py"), server.address, "inference.GRPCInferenceService"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as probe:
         assert probe.stdout is not None
@@ -270,5 +282,5 @@ def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bu
     done = run_main(client_main, "predict", "--address", server.address, "--profile", "Shoe", *files)
     assert done.returncode == 1
     assert done.stderr.startswith("NOT_FOUND: steering.profile is 'Shoe'; allowed: 'Ankle boot'")
-    done = run_main(client_main, "predict", "--address", server.address, "no-such-file.png")
+    done = run_module("service.client", "predict", "--address", server.address, "no-such-file.png")
     assert done.stderr == "no-such-file.png: No such file or directory\n"
