@@ -93,7 +93,7 @@ def build_fused(
         if index == last:
             tokens = tokens[:, : model.leaving]
         y, x = _norm(g, block.norm2, _Stream(x, *mixed), tokens, f"{name}/norm2")
-        stream = _Stream(x, *_mlp(g, block, y, tokens, groups, model.mlp_groups, f"{name}/mlp"))
+        stream = _Stream(x, *_mlp(g, block, y, tokens, groups, model, f"{name}/mlp"))
     x = _sum(g, stream, "tokens")
     logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
@@ -132,7 +132,7 @@ def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
         x = g.op("Pad", x, g.integers(0, prefix, 0, 0, 0, 0), name="stem/prefixed")
     x = g.op("Add", x, g.weight("stem/positions", added), name="stem/tokens")
     if not isinstance(vit.norm_pre, nn.Identity):
-        x = g.call(vit.norm_pre, x, tokens, "stem/norm_pre")
+        x = g.call(vit.norm_pre, x, tokens, "stem/norm_pre", vit)
     return x, tokens
 
 
@@ -237,17 +237,17 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
 
 
 def _mlp(
-    g: Builder, block: Block, y: str, tokens: Tensor, groups: Gated | None, of: int, name: str
+    g: Builder, block: Block, y: str, tokens: Tensor, groups: Gated | None, model: GatedVit, name: str
 ) -> tuple[str | None, Tensor | None]:
     """The output without its bias, and the bias. Two linear layers with a GELU between; timm's other kinds through the
     exporter, in float32."""
     w = mlp_weights(block)
     if w is None:
-        return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name), None
+        return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name, model.vit), None
     if groups and not groups.units:
         return None, w.second_bias
     if groups:
-        w = w.groups(of, groups.units)
+        w = w.groups(model.mlp_groups, groups.units)
     hidden = g.op("MatMul", y, g.weight(f"{name}/fc1.weight", w.first), name=f"{name}/fc1")
     if w.first_bias is None:
         hidden = g.op("Gelu", hidden, name=f"{name}/gelu", approximate=w.approximate)

@@ -120,7 +120,7 @@ def build(
             closing = groups if model.mlp_groups else None
             x = MLP[attention](g, arithmetic, weights, x, y, closing, model.mlp_groups, name)
         else:  # timm's other kinds through the exporter, in float32
-            x = g.op("Add", x, g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, f"{name}/mlp"), name=name)
+            x = g.op("Add", x, g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, f"{name}/mlp", vit), name=name)
     logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
     if steering:

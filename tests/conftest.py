@@ -1,5 +1,7 @@
 """Real parts for the tests: the committed bundle, a run trained here, a server process."""
 
+import asyncio
+import inspect
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 import strace
 from numpy.typing import NDArray
 from PIL import Image
-from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server
+from processes import MODELS, SAMPLES, ServerProcess, run_module, serving
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,10 +22,11 @@ from service.client import Client
 
 urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # pages of this machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two tests run side by side
+os.environ.setdefault("STEERVIT_DRAIN_DELAY_SECONDS", "0")  # nobody watches the health of most of these servers
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""
-SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py")
+SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py", "tests/test_mlp_groups.py")
 """Those that write graphs of the same small models."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
@@ -43,10 +46,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByServe
     return ByServers(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine, on an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(pyfuncitem.obj(**arguments))
+    return True
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what starts processes, which `make test-fast` leaves out."""
     module = vars(getattr(item, "module", item))
-    starts = {"start_server", "run_module", "Live"} & module.keys()
+    starts = {"start_server", "serving", "run_module", "Live"} & module.keys()
     if starts or {"server", "smoke_run", "smoke_models", "expected"} & set(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.processes)
 
@@ -60,9 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """A server process with the committed bundle, shared by the tests that leave it as it was."""
-    running = start_server(MODELS)
-    yield running
-    assert stop_server(running) == 0
+    with serving(MODELS) as running:
+        yield running
 
 
 @pytest.fixture

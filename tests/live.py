@@ -34,15 +34,15 @@ class Said:
 
 
 class Live:
-    def __init__(self, address: str, good: Path):
-        """good: an image whose answer, under the profile of its class, must stay what it is now."""
+    def __init__(self, address: str, good: Path, profile: str = ""):
+        """good: an image whose answer, under this profile or that of its class, must stay what it is now."""
         self.channel = grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)])
-        profile = good.parent.name
         self._good = pb.PredictRequest(
-            images=[pb.Image(encoded=good.read_bytes())], steering=pb.Steering(profile=profile), top_k=10
+            images=[pb.Image(encoded=good.read_bytes())],
+            steering=pb.Steering(profile=profile or good.parent.name),
+            top_k=5,
         ).SerializeToString()
         self._expected = self._predictions()
-        assert self._expected[0].classes[0].label == profile
 
     def send(self, call: str, message: Message | bytes, timeout: float = 20.0) -> Said:
         """An undocumented status, or one without a sentence, fails here; so does what harms the next request."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "deploy" / "models"
 SAMPLES = ROOT / "deploy" / "samples"
+SMALL = ROOT / "tests" / "bundles"
+"""A repository of a small model, as the exporter wrote it in version 2 of the schema. It is loaded at once."""
 # Clients that are not ours reach the servers here without the proxy that a machine may have.
 os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost,::1")))
 
@@ -73,6 +75,16 @@ def stop_server(server: ServerProcess) -> int:
     finally:
         server.process.kill()
     return server.process.returncode
+
+
+@contextlib.contextmanager
+def serving(repository: Path, *flags: str, **options: Any) -> Iterator[ServerProcess]:
+    """A server that must end with 0. options: of start_server."""
+    server = start_server(repository, *flags, **options)
+    try:
+        yield server
+    finally:
+        assert stop_server(server) == 0
 
 
 def run_module(

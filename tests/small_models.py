@@ -114,9 +114,14 @@ def source_of(steered: SteeredVit, profiles: Sequence[SteeringProfile], dial: Di
 
 
 @cache
-def of_kind(kind: str) -> SteeredVit:
-    """One model a kind, whose parts go through PyTorch's exporter once for all tests. Not to be changed."""
-    return model_of(KINDS[kind]())
+def _vit(kind: str) -> VisionTransformer:
+    return KINDS[kind]()
+
+
+@cache
+def of_kind(kind: str, mlp_groups: int = 0) -> SteeredVit:
+    """Models of a kind share its ViT: its parts go through PyTorch's exporter once for all tests. Not to be changed."""
+    return model_of(_vit(kind), mlp_groups=mlp_groups)
 
 
 def with_other_gates(model: GatedVit) -> GatedVit:

@@ -47,20 +47,27 @@ class HeldEngine:
 
 
 class Parts:
-    def __init__(self, engine: Engine, engines: int = 1, max_delay: float = 0.01):
+    def __init__(
+        self, engine: Engine, steerings: list[Steering], pixels: NDArray[np.uint8], engines: int = 1, delay: float = 0.0
+    ):
+        self.steerings, self.pixels = steerings, pixels
         self.engines = [HeldEngine(engine) for _ in range(engines)]
         self.engine, self.lone = self.engines[0], HeldEngine(engine)
         self.batches: list[BatchStats] = []
         self.drops: list[tuple[str, int]] = []
         self.batcher = Batcher(
-            self.engines, 8, max_delay, 20, self.batches.append,
+            self.engines, 8, delay, 20, self.batches.append,
             lambda reason, count: self.drops.append((reason, count)), "t", self.lone if engines > 1 else None,
         )  # fmt: skip
 
-    async def held(self, images: NDArray[np.uint8], steering: Steering) -> "asyncio.Task[Answer]":
+    def submit(self, images: int, steering: int = 0, deadline: float = math.inf) -> "asyncio.Task[Answer]":
+        """A call with so many of the images."""
+        return asyncio.create_task(self.batcher.submit(self.pixels[:images], self.steerings[steering], deadline))
+
+    async def held(self, images: int) -> "asyncio.Task[Answer]":
         """A call that the engine runs until it is opened."""
         self.engine.open.clear()
-        call = asyncio.create_task(self.batcher.submit(images, steering, math.inf))
+        call = self.submit(images)
         await asyncio.to_thread(self.engine.entered.wait, 30)
         return call
 
@@ -71,17 +78,17 @@ def engine(bundle: Bundle) -> Engine:
 
 
 @pytest.fixture
-def parts(engine: Engine) -> Iterator[Parts]:
-    parts = Parts(engine)
+def parts(engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]) -> Iterator[Parts]:
+    parts = Parts(engine, steerings, sample_pixels, delay=0.01)
     yield parts
     parts.engine.open.set()
     parts.batcher.close()
 
 
 @pytest.fixture
-def pair(engine: Engine) -> Iterator[Parts]:
+def pair(engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]) -> Iterator[Parts]:
     """Two engines, and a lone one."""
-    pair = Parts(engine, engines=2, max_delay=0.0)
+    pair = Parts(engine, steerings, sample_pixels, engines=2)
     yield pair
     for each in pair.engines:
         each.open.set()
@@ -104,37 +111,26 @@ def same(found: Answer, expected: Outputs, row: int = 0) -> None:
         np.testing.assert_allclose(found.outputs.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
 
 
-def test_a_batch_of_mixed_profiles_equals_the_single_requests(
-    parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    chosen = [(sample_pixels[i : i + 1], steerings[i % len(steerings)]) for i in range(20)]
-
-    async def together() -> list[Answer]:
-        return await asyncio.gather(*(parts.batcher.submit(image, s, math.inf) for image, s in chosen))
-
-    answers = asyncio.run(together())
+async def test_a_batch_of_mixed_profiles_equals_the_single_requests(parts: Parts, engine: Engine) -> None:
+    chosen = [(parts.pixels[i : i + 1], parts.steerings[i % len(parts.steerings)]) for i in range(20)]
+    answers = await asyncio.gather(*(parts.batcher.submit(image, s, math.inf) for image, s in chosen))
     assert max(stats.images for stats in parts.batches) > 1, "nothing was batched"
     for (image, steering), answer in zip(chosen, answers, strict=True):
         same(answer, engine.run(image, steering.arrays))
 
 
-def test_a_batch_that_does_not_end_is_told_of(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario() -> None:
-        parts.engine.open.clear()
-        call = asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf))
-        await asyncio.to_thread(parts.engine.entered.wait)
-        assert parts.batcher.alive
-        monkeypatch.setattr(batcher, "HANGS_AFTER", 0.0)
-        assert not parts.batcher.alive
-        parts.engine.open.set()
-        await call
-        while min(parts.batcher._started) < math.inf:
-            await asyncio.sleep(0.01)
-        assert parts.batcher.alive
-
-    asyncio.run(scenario())
+async def test_a_batch_that_does_not_end_is_told_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.engine.open.clear()
+    call = parts.submit(1)
+    await asyncio.to_thread(parts.engine.entered.wait)
+    assert parts.batcher.alive
+    monkeypatch.setattr(batcher, "HANGS_AFTER", 0.0)
+    assert not parts.batcher.alive
+    parts.engine.open.set()
+    await call
+    while min(parts.batcher._started) < math.inf:
+        await asyncio.sleep(0.01)
+    assert parts.batcher.alive
 
 
 def test_neutral_terms_equal_no_steering_exactly(
@@ -154,13 +150,11 @@ def test_neutral_terms_equal_no_steering_exactly(
         assert np.array_equal(result.gate_logit, results[0].gate_logit)
 
 
-def test_a_call_larger_than_a_batch_is_split_and_put_together(
-    parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    answer = asyncio.run(parts.batcher.submit(sample_pixels[:19], steerings[3], math.inf))
+async def test_a_call_larger_than_a_batch_is_split_and_put_together(parts: Parts, engine: Engine) -> None:
+    answer = await parts.submit(19, 3)
     assert sorted(stats.images for stats in parts.batches) == [3, 8, 8]
     for row in range(19):
-        same(answer, engine.run(sample_pixels[row : row + 1], steerings[3].arrays), row)
+        same(answer, engine.run(parts.pixels[row : row + 1], parts.steerings[3].arrays), row)
 
 
 def test_residuals_of_some_batches_are_no_residuals_of_a_call(
@@ -175,116 +169,86 @@ def test_residuals_of_some_batches_are_no_residuals_of_a_call(
     assert len(residual) == 4
 
 
-def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> None:
-        first = await parts.held(sample_pixels[:8], steerings[0])
-        waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
-        await asyncio.sleep(0)
-        with pytest.raises(Overloaded, match="queue full: 20 queued \\+ 1 new > limit 20"):
-            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
-        with pytest.raises(InvalidRequest, match=r"21 images .* exceed the queue limit of 20"):
-            await parts.batcher.submit(sample_pixels[:21], steerings[0], math.inf)
-        parts.engine.open.set()
-        assert len((await first).outputs.logits) == 8
-        assert len((await waiting).outputs.logits) == 20
-
-    asyncio.run(scenario())
+async def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(parts: Parts) -> None:
+    first = await parts.held(8)
+    waiting = parts.submit(20)
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="queue full: 20 queued \\+ 1 new > limit 20"):
+        await parts.submit(1)
+    with pytest.raises(InvalidRequest, match=r"21 images .* exceed the queue limit of 20"):
+        await parts.submit(21)
+    parts.engine.open.set()
+    assert len((await first).outputs.logits) == 8
+    assert len((await waiting).outputs.logits) == 20
     assert parts.batcher.queued == 0
 
 
-def test_the_first_batch_tells_how_long_a_full_queue_will_take(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> float:
-        await parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf)
-        parts.engine.open.clear()
-        parts.engine.entered.clear()
-        calls = [asyncio.create_task(parts.batcher.submit(sample_pixels[:8], steerings[0], math.inf))]
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
-        calls.append(asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf)))
-        await asyncio.sleep(0)
-        with pytest.raises(Overloaded) as caught:
-            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
-        parts.engine.open.set()
-        await asyncio.gather(*calls)
-        return caught.value.retry_after_seconds
-
-    advised = asyncio.run(scenario())
-    assert advised >= 0.05 + 1.5 * 20 * parts.batches[0].seconds / 8
+async def test_the_first_batch_tells_how_long_a_full_queue_will_take(parts: Parts) -> None:
+    await parts.submit(8)
+    parts.engine.entered.clear()
+    calls = [await parts.held(8), parts.submit(20)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as caught:
+        await parts.submit(1)
+    parts.engine.open.set()
+    await asyncio.gather(*calls)
+    assert caught.value.retry_after_seconds >= 0.05 + 1.5 * 20 * parts.batches[0].seconds / 8
 
 
-def test_cancelled_and_expired_calls_are_dropped_before_inference(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> None:
-        first = await parts.held(sample_pixels[:8], steerings[0])
-        gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:3], steerings[1], math.inf))
-        late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
-        kept = asyncio.create_task(parts.batcher.submit(sample_pixels[:1], steerings[1], math.inf))
-        await asyncio.sleep(0.05)
-        gone.cancel()
-        await asyncio.sleep(0)
-        parts.engine.open.set()
-        with pytest.raises(Expired, match="deadline passed"):
-            await late
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        assert len((await kept).outputs.logits) == 1
-        assert len((await first).outputs.logits) == 8
-
-    asyncio.run(scenario())
+async def test_cancelled_and_expired_calls_are_dropped_before_inference(parts: Parts) -> None:
+    first = await parts.held(8)
+    gone = parts.submit(3, 1)
+    late = parts.submit(2, 1, time.monotonic() + 0.01)
+    kept = parts.submit(1, 1)
+    await asyncio.sleep(0.05)
+    gone.cancel()
+    await asyncio.sleep(0)
+    parts.engine.open.set()
+    with pytest.raises(Expired, match="deadline passed"):
+        await late
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert len((await kept).outputs.logits) == 1
+    assert len((await first).outputs.logits) == 8
     assert sorted(parts.drops) == [("cancelled", 3), ("deadline", 2)]
     assert [stats.images for stats in parts.batches] == [8, 1]
 
 
-def test_an_expired_call_is_dropped_though_no_other_ends(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> None:
-        first = await parts.held(sample_pixels[:8], steerings[0])
-        late = asyncio.create_task(parts.batcher.submit(sample_pixels[:2], steerings[1], time.monotonic() + 0.01))
-        await asyncio.sleep(0.05)
-        parts.engine.open.set()
-        with pytest.raises(Expired, match="deadline passed"):
-            await late
-        await first
-
-    asyncio.run(scenario())
+async def test_an_expired_call_is_dropped_though_no_other_ends(parts: Parts) -> None:
+    first = await parts.held(8)
+    late = parts.submit(2, 1, time.monotonic() + 0.01)
+    await asyncio.sleep(0.05)
+    parts.engine.open.set()
+    with pytest.raises(Expired, match="deadline passed"):
+        await late
+    await first
     assert parts.drops == [("deadline", 2)]
 
 
-def test_the_images_of_a_call_that_have_run_are_not_dropped(
+async def test_the_images_of_a_call_that_have_run_are_not_dropped(
     steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
-    async def scenario() -> None:
-        drops: list[tuple[str, int]] = []
-        queue = CallQueue(None, lambda reason, images: drops.append((reason, images)))
-        future = asyncio.get_running_loop().create_future()
-        queue.append(Call(sample_pixels[:19], steerings[0], False, time.monotonic(), time.monotonic(), future))
-        queue.take(8)
-        queue.drop_finished()
-        assert (drops, queue.images, queue.oldest) == ([("deadline", 11)], 0, None)
-        with pytest.raises(Expired):
-            await future
-
-    asyncio.run(scenario())
+    drops: list[tuple[str, int]] = []
+    queue = CallQueue(None, lambda reason, images: drops.append((reason, images)))
+    future = asyncio.get_running_loop().create_future()
+    queue.append(Call(sample_pixels[:19], steerings[0], False, time.monotonic(), time.monotonic(), future))
+    queue.take(8)
+    queue.drop_finished()
+    assert (drops, queue.images, queue.oldest) == ([("deadline", 11)], 0, None)
+    with pytest.raises(Expired):
+        await future
 
 
-def test_a_call_waits_until_its_last_batch_starts(
+async def test_a_call_waits_until_its_last_batch_starts(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
-    async def scenario() -> None:
-        call = Call(sample_pixels[:3], steerings[0], False, math.inf, 10.0, asyncio.get_running_loop().create_future())
-        parts = [engine.run(sample_pixels[rows], steerings[0].arrays) for rows in (slice(2), slice(2, 3))]
-        assert call.add(0, 11.0, parts[0]) is None
-        answer = call.add(2, 15.0, parts[1])
-        assert answer is not None
-        assert answer.queue_seconds == 5.0
-        assert answer.outputs.seconds == pytest.approx(parts[0].seconds + parts[1].seconds)
-
-    asyncio.run(scenario())
+    call = Call(sample_pixels[:3], steerings[0], False, math.inf, 10.0, asyncio.get_running_loop().create_future())
+    parts = [engine.run(sample_pixels[rows], steerings[0].arrays) for rows in (slice(2), slice(2, 3))]
+    assert call.add(0, 11.0, parts[0]) is None
+    answer = call.add(2, 15.0, parts[1])
+    assert answer is not None
+    assert answer.queue_seconds == 5.0
+    assert answer.outputs.seconds == pytest.approx(parts[0].seconds + parts[1].seconds)
 
 
 def test_gates_near_their_threshold_are_counted_on_both_sides(
@@ -298,67 +262,53 @@ def test_gates_near_their_threshold_are_counted_on_both_sides(
     np.testing.assert_array_equal(outputs.near_threshold, near.sum((1, 2)))
 
 
-def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> None:
-        first = await parts.held(sample_pixels[:8], steerings[0])
-        gone = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
-        await asyncio.sleep(0)
-        gone.cancel()
-        await asyncio.sleep(0)
-        kept = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
-        await asyncio.sleep(0)
-        assert not kept.done(), "the batch before is under way still"
-        parts.engine.open.set()
-        assert len((await kept).outputs.logits) == 20
-        assert len((await first).outputs.logits) == 8
-
-    asyncio.run(scenario())
+async def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(parts: Parts) -> None:
+    first = await parts.held(8)
+    gone = parts.submit(20)
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.sleep(0)
+    kept = parts.submit(20)
+    await asyncio.sleep(0)
+    assert not kept.done(), "the batch before is under way still"
+    parts.engine.open.set()
+    assert len((await kept).outputs.logits) == 20
+    assert len((await first).outputs.logits) == 8
     assert parts.drops == [("cancelled", 20)]
 
 
-def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_one(
-    parts: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
+async def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_one(parts: Parts) -> None:
     """Batches of 8: one is in flight, and calls of 17 images and of 1 come. In the order of arrival 1 would be last."""
     done: list[int] = []
 
     async def call(count: int) -> None:
-        answer = await parts.batcher.submit(sample_pixels[:count], steerings[0], math.inf)
+        answer = await parts.batcher.submit(parts.pixels[:count], parts.steerings[0], math.inf)
         assert len(answer.outputs.logits) == count
         done.append(count)
 
-    async def scenario() -> None:
-        parts.engine.open.clear()
-        calls = [asyncio.create_task(call(8))]
-        await asyncio.to_thread(parts.engine.entered.wait, 30)
-        for count in (17, 1):
-            calls.append(asyncio.create_task(call(count)))
-            await asyncio.sleep(0)
-        assert parts.batcher.queued == 18
-        parts.engine.open.set()
-        await asyncio.gather(*calls)
-
-    asyncio.run(scenario())
+    parts.engine.open.clear()
+    calls = [asyncio.create_task(call(8))]
+    await asyncio.to_thread(parts.engine.entered.wait, 30)
+    for count in (17, 1):
+        calls.append(asyncio.create_task(call(count)))
+        await asyncio.sleep(0)
+    assert parts.batcher.queued == 18
+    parts.engine.open.set()
+    await asyncio.gather(*calls)
     assert [stats.images for stats in parts.batches] == [8, 8, 1, 8, 1]
     assert done == [8, 1, 17]
     assert parts.batcher.queued == 0
 
 
-def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
+async def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
     parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     parts.engine.fails_from = 4
-
-    async def scenario() -> list[Answer | BaseException]:
-        calls = [
-            parts.batcher.submit(sample_pixels[first : first + count], steerings[0], math.inf)
-            for first, count in ((0, 1), (10, 4), (20, 2))
-        ]
-        return await asyncio.gather(*calls, return_exceptions=True)
-
-    first, too_much, last = asyncio.run(scenario())
+    calls = [
+        parts.batcher.submit(sample_pixels[first : first + count], steerings[0], math.inf)
+        for first, count in ((0, 1), (10, 4), (20, 2))
+    ]
+    first, too_much, last = await asyncio.gather(*calls, return_exceptions=True)
     assert str(too_much) == "out of memory"
     assert isinstance(first, Answer)
     assert isinstance(last, Answer)
@@ -366,100 +316,76 @@ def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
     same(last, engine.run(sample_pixels[20:21], steerings[0].arrays))
     assert [stats.images for stats in parts.batches] == [1, 2]
     parts.engine.fails_from = math.inf
-    assert len(asyncio.run(parts.batcher.submit(sample_pixels[:4], steerings[0], math.inf)).outputs.logits) == 4
+    assert len((await parts.submit(4)).outputs.logits) == 4
     assert parts.batcher.alive
 
 
-def test_close_answers_what_waits_and_refuses_what_comes(
+async def test_close_answers_what_waits_and_refuses_what_comes(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
-    parts = Parts(engine)
-
-    async def scenario() -> None:
-        waiting = asyncio.create_task(parts.batcher.submit(sample_pixels[:20], steerings[0], math.inf))
-        await asyncio.sleep(0)
-        await asyncio.to_thread(parts.batcher.close)
-        assert len((await waiting).outputs.logits) == 20
-        with pytest.raises(Stopping):
-            await parts.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
-
-    asyncio.run(scenario())
+    parts = Parts(engine, steerings, sample_pixels, delay=0.01)
+    waiting = parts.submit(20)
+    await asyncio.sleep(0)
+    await asyncio.to_thread(parts.batcher.close)
+    assert len((await waiting).outputs.logits) == 20
+    with pytest.raises(Stopping):
+        await parts.submit(1)
 
 
-def test_free_engines_share_what_waits(
-    pair: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    answer = asyncio.run(pair.batcher.submit(sample_pixels[:7], steerings[2], math.inf))
+async def test_free_engines_share_what_waits(pair: Parts, engine: Engine) -> None:
+    answer = await pair.submit(7, 2)
     assert sorted(stats.images for stats in pair.batches) == [3, 4]
     for row in range(7):
-        same(answer, engine.run(sample_pixels[row : row + 1], steerings[2].arrays), row)
+        same(answer, engine.run(pair.pixels[row : row + 1], pair.steerings[2].arrays), row)
 
 
-def test_one_engine_is_busy_and_another_one_answers(
-    pair: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
-    async def scenario() -> None:
-        for each in pair.engines:
-            each.open.clear()
-        slow = asyncio.create_task(pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf))
-        while not any(each.entered.is_set() for each in pair.engines):
-            await asyncio.sleep(0.001)
-        next(each for each in pair.engines if not each.entered.is_set()).open.set()
-        await pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
-        assert not slow.done()
-        for each in pair.engines:
-            each.open.set()
-        await slow
-
-    asyncio.run(scenario())
+async def test_one_engine_is_busy_and_another_one_answers(pair: Parts) -> None:
+    for each in pair.engines:
+        each.open.clear()
+    slow = pair.submit(1)
+    while not any(each.entered.is_set() for each in pair.engines):
+        await asyncio.sleep(0.001)
+    next(each for each in pair.engines if not each.entered.is_set()).open.set()
+    await pair.submit(1)
+    assert not slow.done()
+    for each in pair.engines:
+        each.open.set()
+    await slow
 
 
 @pytest.mark.parametrize(
     ("patience", "contended", "batches"), [(30.0, 0.0, [4, 4]), (0.01, 0.0, [4, 1, 3]), (30.0, 1e9, [4, 1, 3])]
 )
-def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
+async def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch,
     patience: float, contended: float, batches: list[int],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(batcher, "PATIENCE", patience)
     for name, value in {"PATIENCE": patience, "SHARE": 1e9, "CONTENDED": contended}.items():
         monkeypatch.setattr(module_patience, name, value)
-    parts = Parts(engine, max_delay=0.0)
-
-    def calls(count: int) -> "list[asyncio.Task[Answer]]":
-        submit = parts.batcher.submit
-        return [asyncio.create_task(submit(sample_pixels[:1], steerings[0], math.inf)) for _ in range(count)]
-
-    async def scenario() -> None:
-        await asyncio.gather(*calls(4))
-        parts.engine.entered.clear()
-        early = calls(1)
-        started = await asyncio.to_thread(parts.engine.entered.wait, 0.3)
-        assert started == (len(batches) > 2)
-        await asyncio.gather(*early, *calls(3))
-
-    asyncio.run(scenario())
+    parts = Parts(engine, steerings, sample_pixels)
+    await asyncio.gather(*(parts.submit(1) for _ in range(4)))
+    parts.engine.entered.clear()
+    early = parts.submit(1)
+    started = await asyncio.to_thread(parts.engine.entered.wait, 0.3)
+    assert started == (len(batches) > 2)
+    await asyncio.gather(early, *(parts.submit(1) for _ in range(3)))
     parts.batcher.close()
     assert [stats.images for stats in parts.batches] == batches
 
 
-def test_calls_that_meet_no_others_run_on_the_lone_engine(
-    pair: Parts, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
-) -> None:
+async def test_calls_that_meet_no_others_run_on_the_lone_engine(pair: Parts) -> None:
     async def alone(calls: int) -> bool:
         """Whether the last of so many calls, one after the other, ran on the lone engine."""
         for _ in range(calls):
             pair.lone.entered.clear()
-            await pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf)
+            await pair.submit(1)
         return pair.lone.entered.is_set()
 
-    async def scenario() -> None:
-        assert not await alone(batcher.LONE_AFTER)
-        assert await alone(1)
-        await asyncio.gather(*(pair.batcher.submit(sample_pixels[:1], steerings[0], math.inf) for _ in range(2)))
-        assert not await alone(batcher.LONE_AFTER - 1)
-
-    asyncio.run(scenario())
+    assert not await alone(batcher.LONE_AFTER)
+    assert await alone(1)
+    await asyncio.gather(*(pair.submit(1) for _ in range(2)))
+    assert not await alone(batcher.LONE_AFTER - 1)
 
 
 @dataclass
@@ -485,7 +411,7 @@ class Costs:
         (2.0, 0.0, [["A"], ["A", "B", "A", "B", "A", "A"]]),
     ],
 )
-def test_batches_are_of_one_steering_when_that_is_faster(
+async def test_batches_are_of_one_steering_when_that_is_faster(
     engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], image: float, start: float,
     expected: list[list[str]],
 ) -> None:  # fmt: skip
@@ -501,23 +427,21 @@ def test_batches_are_of_one_steering_when_that_is_faster(
     costs = Costs({steering.digest for steering in names.values()}, image, start)
     batcher_ = Batcher([held], 8, 0.0, 20, lambda _: None, lambda *_: None, "t", specialists=costs)
 
-    async def scenario() -> list[Answer]:
-        held.open.clear()
-        first = asyncio.create_task(batcher_.submit(sample_pixels[:1], names["A"], math.inf))
-        await asyncio.to_thread(held.entered.wait)
-        asked = [
-            asyncio.create_task(batcher_.submit(sample_pixels[i : i + 1], names[name], math.inf))
-            for i, name in enumerate("ABABAA")
-        ]
-        await asyncio.sleep(0.05)
-        held.open.set()
-        return [await first, *[await task for task in asked]]
-
-    answers = asyncio.run(scenario())
+    held.open.clear()
+    first = asyncio.create_task(batcher_.submit(sample_pixels[:1], names["A"], math.inf))
+    await asyncio.to_thread(held.entered.wait)
+    asked = [
+        asyncio.create_task(batcher_.submit(sample_pixels[i : i + 1], names[name], math.inf))
+        for i, name in enumerate("ABABAA")
+    ]
+    await asyncio.sleep(0.05)
+    held.open.set()
+    await first
+    answers = await asyncio.gather(*asked)
     batcher_.close()
     assert [count for _, count in seen] == [len(batch) for batch in expected]
     assert [digest for digest, _ in seen] == [
         names[batch[0]].digest if len(set(batch)) == 1 else "" for batch in expected
     ]
     for index, name in enumerate("ABABAA"):
-        same(answers[1 + index], engine.run(sample_pixels[index : index + 1], names[name].arrays))
+        same(answers[index], engine.run(sample_pixels[index : index + 1], names[name].arrays))

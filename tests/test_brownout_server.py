@@ -13,10 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from processes import ServerProcess, start_server, stop_server
-from small_models import STEERED, dial_of, images, model_of, small, source_of
+from small_models import STEERED, dial_of, images, of_kind, source_of
 
 from export.bundle import Bundle
-from export.graph import SteeredVit
 from export.write import ExportSettings, write_source
 from service.batcher import Batcher
 from service.calls import Answer
@@ -43,7 +42,7 @@ TARGET = 1.0
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    steered: SteeredVit = model_of(small(), mlp_groups=4)
+    steered = of_kind("plain", 4)
     profile = SteeringProfile("b", ("b",), "by hand", STEERED, {"after": {"head_usage": 0.5}})
     source = source_of(steered, (profile,), dial_of(steered))
     return write_source(source, tmp_path_factory.mktemp("models"), SETTINGS)

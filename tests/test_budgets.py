@@ -17,8 +17,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from processes import ROOT, ServerProcess, start_server, stop_server
-from small_models import SPEC, STEERED, dial_of, images, model_of, small, source_of
+from processes import SMALL, ServerProcess, serving
+from small_models import SPEC, STEERED, dial_of, images, of_kind, source_of
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, Bundle, BundleError, load_bundle, load_golden
 from export.certify import run_torch
@@ -53,8 +53,6 @@ from training.steering import (
 
 pytestmark = pytest.mark.slow
 
-OLD = ROOT / "tests" / "bundles"
-"""A repository with a bundle as the exporter wrote them in version 2, of a small model without MLP groups."""
 SETTINGS = ExportSettings("dial", attentions=("dispatch", "masked", "fused"), verify_images=8, accuracy_images=8)
 BIAS = {2: (0.0, 1.5, 0.0, -20.0, 0.0, 20.0, 0.0)}
 PROFILES = (
@@ -71,7 +69,7 @@ FROM_FOLDER = (
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredVit:
-    return model_of(small(), mlp_groups=4)
+    return of_kind("plain", 4)
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +133,12 @@ def test_a_wrong_dial_is_refused(name: str, bundle: Bundle, tmp_path: Path) -> N
 def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With the bundle and, beside it, the one of version 2."""
     repository = bundle.folder.parents[1]
-    shutil.copytree(OLD / "small", repository / "small")
+    shutil.copytree(SMALL / "small", repository / "small")
     content = {**profiles_to_json(FROM_FOLDER), "gates_sae_digest": bundle.manifest.gates_sae_digest}
     (folder := tmp_path_factory.mktemp("profiles")).joinpath("night.json").write_text(json.dumps(content))
     flags = ("--max-delay-ms", "20", "--max-batch", "16", "--instances", "1", "--profiles-dir", str(folder))
-    running = start_server(repository, *flags)
-    yield running
-    assert stop_server(running) == 0
+    with serving(repository, *flags) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -201,23 +198,19 @@ def masks(predictions: Sequence[pb.Prediction]) -> NDArray[np.bool_]:
     )
 
 
-def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
+async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
     """And both are what PyTorch gives."""
     before = server.count("steervit_batch_size_images_count", model="dial")
     macs = count(steered.model)
-
-    async def together() -> list[pb.PredictResponse]:
-        async with AsyncClient(server.address) as other:
-            calls = (
-                other.predict([PIXELS[3 * i + j]], model="dial", top_k=5, **asked)
-                for i, asked in enumerate(ASKED)
-                for j in range(3)
-            )
-            return await asyncio.gather(*calls)
-
-    answers = asyncio.run(together())
+    async with AsyncClient(server.address) as other:
+        calls = (
+            other.predict([PIXELS[3 * i + j]], model="dial", top_k=5, **asked)
+            for i, asked in enumerate(ASKED)
+            for j in range(3)
+        )
+        answers = await asyncio.gather(*calls)
     batches = server.count("steervit_batch_size_images_count", model="dial") - before
     assert batches <= len(answers) / 3, "they shared batches"
     for index, answer in enumerate(answers):
@@ -331,9 +324,9 @@ def test_a_unit_that_names_nothing_is_refused(server: ServerProcess) -> None:
 
 @fault("bundle: older schema", "the answers as ever; FAILED_PRECONDITION to a budget, which needs a dial")
 def test_a_bundle_of_version_2_is_served_as_before(client: Client, server: ServerProcess) -> None:
-    manifest = load_bundle(OLD / "small" / "1").manifest
+    manifest = load_bundle(SMALL / "small" / "1").manifest
     assert (manifest.schema_version, manifest.mlp_groups, manifest.takes_biases) == (2, 0, False)
-    steered, pixels = model_of(small()), images(4, 9)
+    steered, pixels = of_kind("plain"), images(4, 9)
     terms: Terms
     for asked, terms in (({}, {}), ({"profile": "b"}, STEERED)):
         answer = client.predict(list(pixels), model="small", **asked)

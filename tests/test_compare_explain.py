@@ -6,10 +6,11 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from processes import MODELS, ServerProcess, run_module, start_server, stop_server
+from processes import MODELS, ServerProcess, run_main, serving
 
 from export.bundle import Bundle
 from service.client import Client
+from service.client.__main__ import main
 from service.engine import Engine, usable_cpus
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
@@ -136,12 +137,11 @@ def test_a_profile_is_given_with_its_terms(server: ServerProcess, bundle: Bundle
 def test_shadowed_images_are_counted_and_do_not_change_the_answers(
     client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
-    running = start_server(MODELS, "--shadow-fraction", "1", "--max-profile-series", "3")
-    try:
-        with Client(running.address) as shadowed:
-            answers = {label: shadowed.predict(files, profile=label) for label, files in samples.items()}
-            shadowed.predict(samples["Bag"])
-            pairs = {label: client.compare(files, profile=label) for label, files in samples.items()}
+    flags = ("--shadow-fraction", "1", "--max-profile-series", "3")
+    with serving(MODELS, *flags) as running, Client(running.address) as shadowed:
+        answers = {label: shadowed.predict(files, profile=label) for label, files in samples.items()}
+        shadowed.predict(samples["Bag"])
+        pairs = {label: client.compare(files, profile=label) for label, files in samples.items()}
         for label, answer in answers.items():
             assert [p.head_mask for p in answer.predictions] == [c.steered.head_mask for c in pairs[label].comparisons]
         own = sorted(bundle.profiles)[:3]
@@ -159,18 +159,16 @@ def test_shadowed_images_are_counted_and_do_not_change_the_answers(
         stated = bundle.profiles[own[0]].evaluation["after"]["head_usage"]
         assert running.count("steervit_profile_expected_head_usage", profile=own[0]) == pytest.approx(stated)
         assert 'profile="Trouser"' not in running.page()
-    finally:
-        assert stop_server(running) == 0
 
 
 def test_the_command_line_shows_them(server: ServerProcess, samples: dict[str, list[bytes]], tmp_path: Path) -> None:
     (tmp_path / "bag.png").write_bytes(samples["Bag"][0])
     ask = ("--profile", "Bag", "--address", server.address, str(tmp_path / "bag.png"))
-    done = run_module("service.client", "compare", *ask)
+    done = run_main(main, "compare", *ask)
     assert done.returncode == 0, done.stderr
     assert "unsteered  " in done.stdout
     assert " -> " in done.stdout
-    done = run_module("service.client", "explain", "--latents", "2", *ask)
+    done = run_main(main, "explain", "--latents", "2", *ask)
     assert done.returncode == 0, done.stderr
     assert "block 5" in done.stdout
     assert "unsteered gate" in done.stdout

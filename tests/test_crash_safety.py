@@ -120,22 +120,3 @@ def test_a_version_that_is_there_is_a_whole_bundle(killer: Killer, tmp_path: Pat
         for number in there[:-1]:
             shutil.rmtree(model / str(number))
     assert seen > 1
-
-
-def test_a_writer_that_lives_is_not_disturbed_by_another_one(tmp_path: Path) -> None:
-    """Two exports of the same version at once: one of them writes it, the other one is told."""
-    committed = load_bundle(ROOT / "deploy/models/fashion_mnist/3")
-    code = (
-        "import sys; from pathlib import Path; from export.bundle import *\n"
-        "made = load_bundle(Path('deploy/models/fashion_mnist/3'))\n"
-        "files = {name: (made.folder / name).read_bytes() for name in made.manifest.files}\n"
-        "try: write_bundle(Path(sys.argv[1]), made.manifest, files)\n"
-        "except BundleError as error: sys.exit(f'told: {error}')\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1]
-    assert any(line.endswith("3 already exists; allowed: another version\n") for line in said)
-    assert load_bundle(tmp_path / "fashion_mnist" / "3").digest == committed.digest
-    assert left_by_the_killed(tmp_path) == []

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from photos import IN_PNG, OTHERS, TURNED, with_exif
+from photos import IN_PNG, OTHERS, TURNED, encoded, with_exif
 from PIL import Image
 from small_models import KINDS, model_of
 from torchvision.datasets import CIFAR100
@@ -41,12 +41,6 @@ Settings = Callable[..., DataSettings]
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (23, 17)) -> Image.Image:
     shape = (size[1], size[0], 3)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from live import INFER
 from numpy.typing import NDArray
-from processes import MODELS, ServerProcess, start_server, stop_server
+from processes import MODELS, ServerProcess, serving
 
 from export.bundle import Bundle
 from service.client import Client
@@ -41,15 +41,12 @@ def raw(address: str, requests: list[oi.ModelInferRequest]) -> list[list[bytes]]
         return [list(call(request, timeout=30).raw_output_contents) for request in requests]
 
 
-def test_the_same_request_has_the_same_answer_again_and_after_a_restart(sample_pixels: NDArray[np.uint8]) -> None:
+def test_the_same_request_has_the_same_answer_again_and_of_another_process(
+    server: ServerProcess, sample_pixels: NDArray[np.uint8]
+) -> None:
     requests = [infer(sample_pixels[:count], profile) for count in (1, 5, 64) for profile in ("", "Shirt")]
-    answers = []
-    for _ in range(2):
-        running = start_server(MODELS)
-        try:
-            answers += [raw(running.address, requests) for _ in range(4)]
-        finally:
-            assert stop_server(running) == 0
+    with serving(MODELS) as other:
+        answers = [raw(address, requests) for address in (server.address, other.address) for _ in range(4)]
     assert all(answer == answers[0] for answer in answers)
 
 

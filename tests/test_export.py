@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from processes import MODELS, run_main, start_server, stop_server
+from processes import MODELS, run_main, serving
 from torch import nn
 
 from export.__main__ import main as export_main
@@ -24,7 +24,6 @@ from export.rebuild import rebuild
 from export.session import inputs_of, open_session, run_onnx
 from export.write import _named
 from service.batcher import Batcher, BatchStats
-from service.calls import Answer
 from service.client import Client
 from service.engine import Engine, choose_graph
 from service.loaded import EngineError
@@ -66,7 +65,9 @@ def test_every_graph_of_a_bundle_serves_the_same_answers(smoke_models: Path, sam
 
 
 @pytest.mark.slow
-def test_a_graph_for_one_profile_answers_for_its_batches(smoke_models: Path, sample_pixels: NDArray[np.uint8]) -> None:
+async def test_a_graph_for_one_profile_answers_for_its_batches(
+    smoke_models: Path, sample_pixels: NDArray[np.uint8]
+) -> None:
     """As on a GPU: heads that the profile does not use are not in the graph, and the others answer as in the general
     one; whatever is asked for together, each call has the answer that it has alone."""
     bundle = load_bundle(smoke_models / "smoke" / "1")
@@ -94,15 +95,11 @@ def test_a_graph_for_one_profile_answers_for_its_batches(smoke_models: Path, sam
     asked = [resolve(bundle, names[index % 4], NEUTRAL, 1.0) for index in range(40)]
     batches: list[BatchStats] = []
     batcher = Batcher([engine], 16, 0.01, 100, batches.append, lambda *_: None, "t", specialists=engine)
-
-    async def together() -> list[Answer]:
-        calls = [
-            batcher.submit(sample_pixels[i : i + 1], steering, math.inf, residual=i % 8 == 1)
-            for i, steering in enumerate(asked)
-        ]
-        return await asyncio.gather(*calls)
-
-    answers = asyncio.run(together())
+    calls = [
+        batcher.submit(sample_pixels[i : i + 1], steering, math.inf, residual=i % 8 == 1)
+        for i, steering in enumerate(asked)
+    ]
+    answers = await asyncio.gather(*calls)
     batcher.close()
     assert len(batches) < len(asked)
     for index, (steering, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -121,18 +118,16 @@ def test_a_server_runs_a_profiles_own_graph_and_counts_its_images(
     smoke_models: Path, sample_pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     shutil.copytree(smoke_models / "smoke", tmp_path / "smoke")
-    running = start_server(tmp_path, "--specialised", "on", "--graph", "fused.fp32", "--tune", "off")
-    images = list(sample_pixels[:8])
-    with Client(running.address) as client:
+    images, flags = list(sample_pixels[:8]), ("--specialised", "on", "--graph", "fused.fp32")
+    with serving(tmp_path, *flags) as running, Client(running.address) as client:
         own, twice = client.predict(images, profile="Shirt"), client.predict(images, profile="Shirt", strength=2.0)
         client.predict(images)
         described = client._stub.GetModel(pb.GetModelRequest())
         assert client.explain(images[:1], profile="Shirt").receipt.profile == "Shirt"
+        assert running.count("steervit_specialised_images_total") == 8
     assert list(described.specialised_profiles) == ["Shirt", "Bag"]
     assert not described.cuda_graph_batches
     assert own.receipt.steering_digest != twice.receipt.steering_digest
-    assert running.count("steervit_specialised_images_total") == 8
-    assert stop_server(running) == 0
 
 
 def test_specialised_graphs_are_for_the_terms_that_they_were_made_with(bundle: Bundle) -> None:
@@ -216,8 +211,8 @@ def test_warnings_of_a_run_are_shown_at_export_and_by_the_server(
         "accuracy is 0.1100 on the test images",
     ]
     assert all(f"export: warning: {warning}\n" in done.stderr for warning in warnings)
-    with (tmp_path / "log").open("w") as log:
-        assert stop_server(start_server(models, stderr=log)) == 0
+    with (tmp_path / "log").open("w") as log, serving(models, stderr=log):
+        pass
     logged = (tmp_path / "log").read_text()
     assert all(f"model untrained version 1: {warning}\n" in logged for warning in warnings)
     assert logged.count("WARNING") == len(warnings)

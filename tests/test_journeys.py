@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from processes import ServerProcess, run_main, start_server, stop_server
+from processes import ServerProcess, run_main, serving
 
 from export.__main__ import main as export_main
 from export.bundle import Bundle, load_bundle
@@ -35,8 +35,7 @@ def test_smoke_run_is_trained_exported_served_and_counted(
     bundle = load_bundle(tmp_path / "smoke" / "1")
     assert sorted(bundle.profiles) == sorted(samples)
 
-    server = start_server(tmp_path)
-    try:
+    with serving(tmp_path) as server:
         sent = ask_everything(server, bundle, samples)
         for label, (images, kept) in sent.items():
             assert server.count("steervit_images_total", model="smoke", version="1", profile=label) == images
@@ -44,8 +43,6 @@ def test_smoke_run_is_trained_exported_served_and_counted(
                 for head in range(bundle.manifest.heads):
                     labels = {"profile": label, "block": str(block), "head": str(head)}
                     assert server.count("steervit_heads_kept_total", **labels) == kept[index, head]
-    finally:
-        assert stop_server(server) == 0
 
     done = run_main(export_main, str(smoke_run), str(tmp_path), "--name", "smoke", "--version", "1")
     assert done.returncode == 1
@@ -130,13 +127,10 @@ def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: P
         label: [path.read_bytes() for path in sorted((tmp_path / "shapes" / label).glob("*.jpg"))]
         for label in ("box", "cross", "disc")
     }
-    server = start_server(tmp_path / "models")
-    try:
+    with serving(tmp_path / "models") as server:
         for label, (images, kept) in ask_everything(server, bundle, files).items():
             assert server.count("steervit_images_total", profile=label) == images == (80 if label in files else 30)
             assert server.count("steervit_heads_kept_total", profile=label) == kept.sum()
-    finally:
-        assert stop_server(server) == 0
 
 
 def test_the_committed_bundle_has_the_accuracy_that_its_manifest_states(bundle: Bundle) -> None:

@@ -20,15 +20,15 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import MODELS, ROOT, SAMPLES, ServerProcess, start_server, stop_server
+from processes import MODELS, ROOT, SAMPLES, SMALL, ServerProcess, run_main, serving, start_server
 
 from export.bundle import Bundle
 from service.client import AsyncClient, Client, is_loopback
+from service.client.__main__ import main
 from training.steering import NEUTRAL, profiles_to_json
 
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 SHIRT = SAMPLES / "Shirt" / "00562.png"
-SERVE = [sys.executable, "-m", "service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0"]
 
 
 def client(server: ServerProcess, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -38,18 +38,14 @@ def client(server: ServerProcess, *arguments: str, **options: Any) -> "subproces
 
 
 @pytest.mark.parametrize("name", PROXIES)
-def test_clients_of_this_machine_use_no_proxy(
+async def test_clients_of_this_machine_use_no_proxy(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "http://127.0.0.1:9")
     with Client(server.address, timeout=5, attempts=1) as blocking:
         assert blocking.predict([SHIRT.read_bytes()]).receipt.model == "fashion_mnist"
-
-    async def ask() -> str:
-        async with AsyncClient(server.address, timeout=5, attempts=1) as other:
-            return (await other.predict([SHIRT.read_bytes()])).receipt.model
-
-    assert asyncio.run(ask()) == "fashion_mnist"
+    async with AsyncClient(server.address, timeout=5, attempts=1) as other:
+        assert (await other.predict([SHIRT.read_bytes()])).receipt.model == "fashion_mnist"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +111,12 @@ def test_head_has_the_headers_of_get_and_no_body(server: ServerProcess, path: st
 def test_more_files_than_a_call_takes_are_sent_in_several(server: ServerProcess, tmp_path: Path) -> None:
     files = [str(path) for path in sorted(SAMPLES.glob("*/*.png"))] * 3
     for command in ("predict", "compare"):
-        done = client(server, command, *files)
+        done = run_main(main, command, "--address", server.address, *files)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(".png") == 300
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nothing")
-    done = client(server, "predict", *files[:70], str(broken))
+    done = run_main(main, "predict", "--address", server.address, *files[:70], str(broken))
     assert done.returncode == 1
     assert done.stderr.startswith("INVALID_ARGUMENT: images[6].encoded")
     assert done.stderr.endswith(f"({broken})\n")
@@ -133,9 +129,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle) -> Iterat
     profiles = profiles_to_json([replace(bundle.profiles["Shirt"], name="café")])
     content = {**profiles, "gates_sae_digest": bundle.manifest.gates_sae_digest}
     (folder / "extra.json").write_text(json.dumps(content))
-    running = start_server(MODELS, "--profiles-dir", str(folder))
-    yield running
-    assert stop_server(running) == 0
+    with serving(MODELS, "--profiles-dir", str(folder)) as running:
+        yield running
 
 
 def test_terminals_without_unicode_get_escapes(labelled: ServerProcess) -> None:
@@ -163,13 +158,14 @@ def served(*, shell: str, **options: Any) -> None:
     """A server started by a shell becomes ready on a port of its own, answers, and stops with 0."""
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as also_free:
         port, metrics = free.getsockname()[1], also_free.getsockname()[1]
-    command = [*SERVE[:5], "--port", str(port), "--metrics-port", str(metrics)]
+    command = [sys.executable, "-m", "service", "--repository", str(SMALL)]
+    command += ["--port", str(port), "--metrics-port", str(metrics)]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {shell}', "sh", *command], cwd=ROOT, **options)
     try:
         channel = grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)])
         grpc.channel_ready_future(channel).result(timeout=30)
         with Client(f"127.0.0.1:{port}") as asking:
-            assert asking.predict([SHIRT.read_bytes()]).receipt.model == "fashion_mnist"
+            assert asking.predict([SHIRT.read_bytes()]).receipt.model == "small"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
@@ -198,26 +194,25 @@ AS_NOBODY = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
 
 def test_a_user_without_a_home_and_a_name_can_serve() -> None:
     bare = {"PATH": os.environ["PATH"], "STEERVIT_TUNE": "off", "PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
-    running = start_server(MODELS, prefix=AS_NOBODY, env=bare)
-    done = client(running, "predict", str(SHIRT), env=bare)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "steervit_images_total" in running.page()
-    assert stop_server(running) == 0
+    with serving(SMALL, prefix=AS_NOBODY, env=bare) as running:
+        done = client(running, "predict", str(SHIRT), env=bare)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "steervit_images_total" in running.page()
 
 
-def test_folders_that_are_no_models_are_passed_over(tmp_path: Path, bundle: Bundle) -> None:
-    shutil.copytree(bundle.folder, tmp_path / "fashion_mnist" / "3")
+def test_folders_that_are_no_models_are_passed_over(tmp_path: Path) -> None:
+    shutil.copytree(SMALL / "small", tmp_path / "small")
     (tmp_path / "lost+found").mkdir(mode=0)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "README").write_text("models")
     running = start_server(tmp_path, "--model-control", "poll", "--poll-seconds", "0.1", prefix=AS_NOBODY)
     with Client(running.address) as asking:
-        assert asking.predict([SHIRT.read_bytes()]).receipt.model == "fashion_mnist"
-        (tmp_path / "fashion_mnist").chmod(0)
+        assert asking.predict([SHIRT.read_bytes()]).receipt.model == "small"
+        (tmp_path / "small").chmod(0)
         time.sleep(0.5)
-        assert asking.predict([SHIRT.read_bytes()]).receipt.model == "fashion_mnist", "rather retained than lost"
-        (tmp_path / "fashion_mnist").chmod(0o755)
+        assert asking.predict([SHIRT.read_bytes()]).receipt.model == "small", "rather retained than lost"
+        (tmp_path / "small").chmod(0o755)
     running.process.send_signal(signal.SIGTERM)
     _, errors = running.process.communicate(timeout=30)
     assert 1 <= len(re.findall(r"lost\+found.* Permission denied", errors)) < 9, (

@@ -1,7 +1,6 @@
 """MLP groups and gate biases in every kind of graph, against PyTorch, and against MLPs without the closed groups."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from small_models import SPEC, STEERED, assert_same, images, model_of, rows, small
-from timm.models.deit import VisionTransformerDistilled
+from small_models import SPEC, STEERED, assert_same, images, of_kind, rows
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
 from export.calibration import calibrate
@@ -49,7 +47,7 @@ def biased(count: int, seed: int = 0, spread: float = 3.0) -> Arrays:
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredVit:
-    return model_of(small(), mlp_groups=4)
+    return of_kind("plain", 4)
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +135,11 @@ def test_int8_stays_close_with_groups_and_biases(kind: str, steered: SteeredVit)
     assert np.abs(outputs["logits"] - expected["logits"])[alike].max() < 0.25 * expected["logits"].std()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["distilled", "registers and layer scale", "no biases"])
 def test_a_distilled_model_and_layer_scale_have_groups_too(kind: str) -> None:
-    distilled = VisionTransformerDistilled(
-        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5, init_values=0.3
-    )
-    for vit in (distilled, partial(small, init_values=0.3, qkv_bias=False)()):
-        steered = model_of(vit, mlp_groups=4)
-        session = open_session(build(steered, SPEC, kind, {}, gate_bias=True).SerializeToString(), kind, 1)
+    steered = of_kind(kind, 4)
+    for attention in KINDS:
+        session = open_session(build(steered, SPEC, attention, {}, gate_bias=True).SerializeToString(), attention, 1)
         assert_same(run_onnx(session, biased(5)), run_torch(steered, biased(5)))
 
 

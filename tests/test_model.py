@@ -1,6 +1,5 @@
 """A model in process: what it counts under which name."""
 
-import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,14 +34,11 @@ def model(bundle: Bundle, registry: CollectorRegistry) -> Iterator[Model]:
         model.batcher.close()
 
 
-def test_a_profile_called_none_is_shadowed_and_counted_as_a_profile(
+async def test_a_profile_called_none_is_shadowed_and_counted_as_a_profile(
     model: Model, registry: CollectorRegistry, sample_pixels: NDArray[np.uint8]
 ) -> None:
-    async def both() -> None:
-        await model.predict(sample_pixels[:4], model.steering("none", NEUTRAL, 1.0), None)
-        await model.predict(sample_pixels[:2], model.steering("", NEUTRAL, 1.0), None)
-
-    asyncio.run(both())
+    await model.predict(sample_pixels[:4], model.steering("none", NEUTRAL, 1.0), None)
+    await model.predict(sample_pixels[:2], model.steering("", NEUTRAL, 1.0), None)
     of_model = {"model": "fashion_mnist", "version": "3"}
     for name, profile, images in (
         ("steervit_shadow_images_total", "profile:none", 4), ("steervit_images_total", "profile:none", 4),

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from processes import MODELS, ROOT, SAMPLES, ServerProcess, start_server, stop_server
+from processes import MODELS, ROOT, SAMPLES, ServerProcess, serving
 
 from export.bundle import Bundle
 from service.client import Client
@@ -114,19 +114,16 @@ def test_statistics_are_true(triton: dict[str, Any]) -> None:
 
 
 def test_statistics_count_calls_and_batches_as_triton_does() -> None:
-    server = start_server(MODELS, "--instances", "1", "--max-batch", "8", "--max-delay-ms", "1000")
-    try:
-        with grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            calls = [stub.ModelInfer.future(raw(request(), bytes(784)), timeout=30) for _ in range(8)]
-            assert [len(call.result().outputs) for call in calls] == [3] * 8
-            no_image = typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[b"x"])
-            for wrong in (raw(request(), bytes(783)), no_image):
-                with pytest.raises(grpc.RpcError):
-                    stub.ModelInfer(wrong, timeout=30)
-            (model,) = stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=30).model_stats
-    finally:
-        assert stop_server(server) == 0
+    flags = ("--instances", "1", "--max-batch", "8", "--max-delay-ms", "1000")
+    with serving(MODELS, *flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        calls = [stub.ModelInfer.future(raw(request(), bytes(784)), timeout=30) for _ in range(8)]
+        assert [len(call.result().outputs) for call in calls] == [3] * 8
+        no_image = typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[b"x"])
+        for wrong in (raw(request(), bytes(783)), no_image):
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(wrong, timeout=30)
+        (model,) = stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=30).model_stats
     stats, (batch,) = model.inference_stats, model.batch_stats
     assert (model.inference_count, model.execution_count, batch.batch_size, batch.compute_infer.count) == (8, 1, 8, 1)
     assert counts(stats) == {8}
@@ -262,19 +259,15 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
 
 def test_what_is_large_comes_as_raw_contents() -> None:
     """Typed contents would keep the event loop."""
-    server, shape = start_server(MODELS, "--max-images", "400"), (400, 28, 28, 1)
-    try:
-        with grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.ModelInfer(typed(request(shape), uint_contents=bytes(400 * 784)), timeout=30)
-            sentence = "has 313600 elements in uint_contents; allowed: 262144, or raw_input_contents"
-            assert (caught.value.code(), caught.value.details()) == (
-                grpc.StatusCode.INVALID_ARGUMENT, f"inputs[0] 'image' {sentence}",
-            )  # fmt: skip
-            assert stub.ModelInfer(raw(request(shape), bytes(400 * 784)), timeout=60).outputs[0].shape[0] == 400
-    finally:
-        assert stop_server(server) == 0
+    shape = (400, 28, 28, 1)
+    with serving(MODELS, "--max-images", "400") as server, grpc.insecure_channel(server.address) as channel:
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(typed(request(shape), uint_contents=bytes(400 * 784)), timeout=30)
+        sentence = "has 313600 elements in uint_contents; allowed: 262144, or raw_input_contents"
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == f"inputs[0] 'image' {sentence}"
+        assert stub.ModelInfer(raw(request(shape), bytes(400 * 784)), timeout=60).outputs[0].shape[0] == 400
 
 
 def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> None:

@@ -1,6 +1,7 @@
 """Profiles from a folder that changes while the server runs, as a ConfigMap or a checkout does."""
 
 import json
+import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -10,9 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, until
 
 from export.bundle import Bundle
+from service.__main__ import main as service_main
 from service.client import Client
 from service.client.__main__ import main
 from service.pb import open_inference_pb2 as pb
@@ -34,30 +36,42 @@ def profile(name: str, terms: Any = DARK, head_usage: float | None = None) -> St
     return SteeringProfile(name, ("Bag",), "by hand", terms, evaluation)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.1")
-    yield running
-    assert stop_server(running) == 0
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profiles") / "followed"
+
+
+@pytest.fixture(scope="module")
+def server(followed: Path) -> Iterator[ServerProcess]:
+    followed.mkdir()
+    with serving(MODELS, "--profiles-dir", str(followed), "--poll-seconds", "0.1") as running:
+        yield running
 
 
 @pytest.fixture
-def client(server: ServerProcess) -> Iterator[Client]:
-    with Client(server.address) as client:
-        yield client
+def folder(followed: Path, client: Client, bundle: Bundle) -> Iterator[Path]:
+    """The one that the server follows, empty again after the test."""
+    yield followed
+    for path in followed.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    until(lambda: names(client) == set(bundle.profiles))
 
 
 def names(client: Client) -> set[str]:
     return {p.name for p in client.profiles()}
 
 
+def failed_reads(server: ServerProcess) -> float:
+    return server.count("steervit_profile_reads_total", result="failed")
+
+
 @fault("process: file change", "what the profile folder holds now")
 def test_profiles_come_change_and_go_beside_the_bundles_own(
-    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path, samples: dict[str, list[bytes]]
 ) -> None:
-    own = set(bundle.profiles)
+    own, failed = set(bundle.profiles), failed_reads(server)
     assert names(client) == own
-    (tmp_path / "night.json").write_text(content(bundle, profile("night", head_usage=0.3)))
+    (folder / "night.json").write_text(content(bundle, profile("night", head_usage=0.3)))
     until(lambda: names(client) == own | {"night"})
     steered, inline = client.predict(samples["Bag"], profile="night"), client.predict(samples["Bag"], terms=DARK)
     assert steered.predictions == inline.predictions
@@ -65,17 +79,17 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
     assert server.count("steervit_images_total", profile="night") == 10
     assert server.count("steervit_profile_expected_head_usage", profile="night") == 0.3
     assert server.count("steervit_profiles") == len(own) + 1
-    (tmp_path / "night.json").write_text(content(bundle, profile("Shirt"), profile("dusk")))
+    (folder / "night.json").write_text(content(bundle, profile("Shirt"), profile("dusk")))
     until(lambda: names(client) == own | {"dusk"})
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(DARK)
     for gone in ("night", "Shirt"):  # no profile any more; one without an evaluation
         assert f'steervit_profile_expected_head_usage{{model="fashion_mnist",profile="{gone}"' not in server.page()
-    (tmp_path / "night.json").unlink()
+    (folder / "night.json").unlink()
     until(lambda: names(client) == own)
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(
         bundle.profiles["Shirt"].terms
     )
-    assert server.count("steervit_profile_reads_total", result="failed") == 0
+    assert failed_reads(server) == failed
 
 
 @fault("process: file change", "the default profile is gone: the profiles as they were before")
@@ -86,39 +100,34 @@ def test_the_default_profile_steers_requests_that_ask_for_nothing(
     file, files = tmp_path / "a.json", samples["Bag"]
     file.write_text(content(bundle, always))
     flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile")
-    running = start_server(MODELS, *flags, "always")
-    try:
-        with Client(running.address) as client:
-            kinds = {p.name: p.kind for p in client.profiles()}
-            assert (kinds["Bag"], kinds["footwear"], kinds["always"]) == ("class", "context", "selective")
-            named, nothing = client.predict(files, profile="always"), client.predict(files)
-            assert nothing.predictions == named.predictions
-            assert nothing.receipt.profile == "always"
-            compared = client.compare(files)
-            assert [c.steered for c in compared.comparisons] == list(nothing.predictions)
-            plain = client.predict(files, strength=0.0)
-            assert (plain.receipt.profile, plain.receipt.steering_digest) == ("", digest({}))
-            assert list(plain.predictions) == [c.unsteered for c in compared.comparisons] != list(named.predictions)
-            assert client.predict(files, strength=0.5).receipt.profile == "always"
-            assert client.predict(files, profile="Bag").receipt.profile == "Bag"
-            assert client.predict(files, terms=DARK).receipt.profile == ""
-            with grpc.insecure_channel(running.address) as channel:
-                stub = GRPCInferenceServiceStub(channel)
-                request = pb.ModelInferRequest(model_name="fashion_mnist")
-                request.inputs.add(name="encoded_image", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
-                    files[0]
-                )
-                assert stub.ModelInfer(request).parameters["profile"].string_param == "always"
-                request.parameters["strength"].int64_param = 0
-                assert "profile" not in stub.ModelInfer(request).parameters
-            file.write_text(content(bundle, profile("dusk")))
-            until(lambda: running.count("steervit_profile_reads_total", result="failed") >= 1)
-            assert client.predict(files).receipt.profile == "always"
-    finally:
-        assert stop_server(running) == 0
-    done = run_module("service", "--repository", str(MODELS), *flags, "nobody", "--port", "0", "--metrics-port", "0")
+    with serving(MODELS, *flags, "always") as running, Client(running.address) as client:
+        kinds = {p.name: p.kind for p in client.profiles()}
+        assert (kinds["Bag"], kinds["footwear"], kinds["always"]) == ("class", "context", "selective")
+        named, nothing = client.predict(files, profile="always"), client.predict(files)
+        assert nothing.predictions == named.predictions
+        assert nothing.receipt.profile == "always"
+        compared = client.compare(files)
+        assert [c.steered for c in compared.comparisons] == list(nothing.predictions)
+        plain = client.predict(files, strength=0.0)
+        assert (plain.receipt.profile, plain.receipt.steering_digest) == ("", digest({}))
+        assert list(plain.predictions) == [c.unsteered for c in compared.comparisons] != list(named.predictions)
+        assert client.predict(files, strength=0.5).receipt.profile == "always"
+        assert client.predict(files, profile="Bag").receipt.profile == "Bag"
+        assert client.predict(files, terms=DARK).receipt.profile == ""
+        with grpc.insecure_channel(running.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            request = pb.ModelInferRequest(model_name="fashion_mnist")
+            image = request.inputs.add(name="encoded_image", datatype="BYTES", shape=[1])
+            image.contents.bytes_contents.append(files[0])
+            assert stub.ModelInfer(request).parameters["profile"].string_param == "always"
+            request.parameters["strength"].int64_param = 0
+            assert "profile" not in stub.ModelInfer(request).parameters
+        file.write_text(content(bundle, profile("dusk")))
+        until(lambda: failed_reads(running) >= 1)
+        assert client.predict(files).receipt.profile == "always"
+    done = run_module("service", "--repository", str(SMALL), *flags, "nobody", "--port", "0", "--metrics-port", "0")
     assert done.returncode == 1
-    assert "model fashion_mnist version 3: default_profile is 'nobody'; allowed: " in done.stderr
+    assert "model small version 1: default_profile is 'nobody'; allowed: " in done.stderr
 
 
 ODD = (
@@ -138,12 +147,12 @@ ODD = (
 @fault("request: profile name in another Unicode form", "the answer, which names the composed form", STEERING)
 @fault("request: profile name in another Unicode form", "the answer, which names the composed form", OPEN_INFERENCE)
 def test_a_profile_is_found_by_its_name_in_either_form(
-    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of profiles that are written in decomposed form (NFD), as a file system may have it."""
     decomposed = [unicodedata.normalize("NFD", name) for name in ODD]
     assert sum(map(str.__ne__, ODD, decomposed)) == 3
-    (tmp_path / "odd.json").write_text(content(bundle, *map(profile, decomposed)))
+    (folder / "odd.json").write_text(content(bundle, *map(profile, decomposed)))
     until(lambda: names(client) == {*bundle.profiles, *ODD})
     image = SAMPLES / "Bag" / "00134.png"
     stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
@@ -183,55 +192,50 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
 
 @fault("process: file change", "one wrong file: the profiles as they were before")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_one_wrong_file_keeps_the_whole_old_set(wrong: str, bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(content(bundle, profile("night")))
-    running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.1")
-    try:
-        with Client(running.address) as client:
-            before = names(client)
-            assert "night" in before
-            (tmp_path / "b.json").write_text(WRONG[wrong](bundle))
-            (tmp_path / "c.json").write_text(content(bundle, profile("dusk")))
-            until(lambda: running.count("steervit_profile_reads_total", result="failed") >= 1)
-            time.sleep(0.3)
-            assert names(client) == before
-            assert running.count("steervit_profiles_last_read_successful") == 0
-            (tmp_path / "b.json").unlink()
-            until(lambda: names(client) == before | {"dusk"})
-            assert running.count("steervit_profiles_last_read_successful") == 1
-    finally:
-        assert stop_server(running) == 0
+def test_one_wrong_file_keeps_the_whole_old_set(
+    wrong: str, server: ServerProcess, client: Client, bundle: Bundle, folder: Path
+) -> None:
+    before, failed = names(client) | {"night"}, failed_reads(server)
+    (folder / "a.json").write_text(content(bundle, profile("night")))
+    until(lambda: names(client) == before)
+    (folder / "b.json").write_text(WRONG[wrong](bundle))
+    (folder / "c.json").write_text(content(bundle, profile("dusk")))
+    until(lambda: failed_reads(server) > failed)
+    time.sleep(0.3)
+    assert names(client) == before
+    assert server.count("steervit_profiles_last_read_successful") == 0
+    (folder / "b.json").unlink()
+    until(lambda: names(client) == before | {"dusk"})
+    assert server.count("steervit_profiles_last_read_successful") == 1
 
 
 @fault("process: file change", "a profile folder that is gone: the profiles as they were before")
-def test_a_folder_that_is_gone_keeps_the_old_set(bundle: Bundle, tmp_path: Path) -> None:
-    folder = tmp_path / "profiles"
-    done = run_module("service", "--repository", str(MODELS), "--profiles-dir", str(folder))
+def test_a_folder_that_is_gone_keeps_the_old_set(
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path
+) -> None:
+    elsewhere = folder.with_name("elsewhere")
+    done = run_main(service_main, "--repository", str(MODELS), "--profiles-dir", str(elsewhere))
     assert done.returncode == 1
-    assert f"profiles_dir is {folder}; allowed: a folder" in done.stderr
-    folder.mkdir()
+    assert f"profiles_dir is {elsewhere}; allowed: a folder" in done.stderr
     (folder / "a.json").write_text(content(bundle, profile("night")))
-    running = start_server(MODELS, "--profiles-dir", str(folder), "--poll-seconds", "0.1")
-    try:
-        with Client(running.address) as client:
-            folder.rename(tmp_path / "elsewhere")
-            until(lambda: running.count("steervit_profiles_last_read_successful") == 0)
-            time.sleep(0.3)
-            assert "night" in names(client)
-            assert running.count("steervit_profile_reads_total", result="failed") == 1, "told of once"
-            (tmp_path / "elsewhere").rename(folder)
-            until(lambda: running.count("steervit_profiles_last_read_successful") == 1)
-            assert "night" in names(client)
-    finally:
-        assert stop_server(running) == 0
+    until(lambda: "night" in names(client))
+    failed = failed_reads(server)
+    folder.rename(elsewhere)
+    until(lambda: server.count("steervit_profiles_last_read_successful") == 0)
+    time.sleep(0.3)
+    assert "night" in names(client)
+    assert failed_reads(server) == failed + 1, "told of once"
+    elsewhere.rename(folder)
+    until(lambda: server.count("steervit_profiles_last_read_successful") == 1)
+    assert "night" in names(client)
 
 
 def test_profiles_of_another_model_are_left_alone(
-    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path
 ) -> None:
     """As in a rollout, when the next version's profiles are there before it."""
-    (tmp_path / "next.json").write_text(content(bundle, profile("next"), gates_sae_digest="0123456789abcdef"))
-    (tmp_path / "now.json").write_text(content(bundle, profile("now")))
+    (folder / "next.json").write_text(content(bundle, profile("next"), gates_sae_digest="0123456789abcdef"))
+    (folder / "now.json").write_text(content(bundle, profile("now")))
     until(lambda: "now" in names(client))
     assert "next" not in names(client)
     with pytest.raises(grpc.RpcError) as caught:
@@ -240,56 +244,27 @@ def test_profiles_of_another_model_are_left_alone(
 
 
 def test_a_mounted_config_map_is_followed_through_its_links(
-    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path
 ) -> None:
     """Kubernetes writes a new folder and turns the link `..data` to it; the files are links through that."""
     for number, name in enumerate(("one", "two")):
-        (tmp_path / f"..{number}").mkdir()
-        (tmp_path / f"..{number}" / "profiles.json").write_text(content(bundle, profile(name)))
-    (tmp_path / "..data").symlink_to("..0")
-    (tmp_path / "profiles.json").symlink_to("..data/profiles.json")
+        (folder / f"..{number}").mkdir()
+        (folder / f"..{number}" / "profiles.json").write_text(content(bundle, profile(name)))
+    (folder / "..data").symlink_to("..0")
+    (folder / "profiles.json").symlink_to("..data/profiles.json")
     until(lambda: "one" in names(client))
-    (tmp_path / "..data_tmp").symlink_to("..1")
-    (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+    (folder / "..data_tmp").symlink_to("..1")
+    (folder / "..data_tmp").rename(folder / "..data")
     until(lambda: "two" in names(client))
     assert "one" not in names(client)
 
 
-def test_profiles_named_like_the_values_of_the_label_are_told_apart_from_them(
-    bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
-) -> None:
-    usages = {"none": 0.11, "custom": 0.22, "other": 0.33}
-    named = [profile(name, head_usage=usage) for name, usage in usages.items()]
-    (tmp_path / "a.json").write_text(content(bundle, *named))
-    flags = ("--shadow-fraction", "1", "--max-profile-series", str(len(bundle.profiles) + 3))
-    running = start_server(MODELS, "--profiles-dir", str(tmp_path), *flags)
-    try:
-        with Client(running.address) as client:
-            for count, name in enumerate(usages, 1):
-                answer = client.predict(samples["Bag"][:count], profile=name)
-                assert answer.receipt.steering_digest == digest(DARK)
-            client.predict(samples["Bag"][:7])
-            client.predict(samples["Bag"][:6], terms=DARK)
-            client.predict(samples["Bag"][:5], profile="none", strength=0.0)
-        images = {"none": 12, "custom": 6, "other": 0, "profile:none": 1, "profile:custom": 2, "profile:other": 3}
-        for label, count in images.items():
-            assert running.count("steervit_images_total", profile=label) == count
-            shadowed = 0 if label == "none" else count
-            assert running.count("steervit_shadow_images_total", profile=label) == shadowed
-        for name, usage in usages.items():
-            assert running.count("steervit_profile_expected_head_usage", profile=f"profile:{name}") == usage
-        stated = bundle.manifest.evaluation["head_usage"]
-        assert running.count("steervit_profile_expected_head_usage", profile="none") == stated
-    finally:
-        assert stop_server(running) == 0
-
-
 def test_thousands_of_profiles_do_not_make_thousands_of_series(
-    server: ServerProcess, client: Client, bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
+    server: ServerProcess, client: Client, bundle: Bundle, folder: Path, samples: dict[str, list[bytes]]
 ) -> None:
     before = len(server.page().splitlines())
     many = [profile(f"p{number:05d}") for number in range(5000)]
-    (tmp_path / "many.json").write_text(content(bundle, *many))
+    (folder / "many.json").write_text(content(bundle, *many))
     until(lambda: server.count("steervit_profiles") == len(bundle.profiles) + 5000)
     for name in ("p00000", "p04999"):
         client.predict(samples["Bag"], profile=name)

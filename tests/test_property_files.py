@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import PREDICT, Live
-from processes import SAMPLES, ServerProcess, start_server, stop_server, until
+from processes import SAMPLES, SMALL, ServerProcess, serving, until
 
 from export.bundle import Bundle, BundleError, load_bundle
 from service.client import Client
@@ -56,12 +57,9 @@ def changed(draw: st.DrawFn, valid: Any) -> Any:
     return value
 
 
-def short(bundle: Bundle) -> Any:
-    """The bundle's first profiles as a file of the profile folder, with few terms."""
-    value = profiles_to_json(list(bundle.profiles.values())[:3])
-    for profile in value["profiles"]:
-        profile["name"] = f"my {profile['name']}"
-        profile["terms"] = {site: terms[:2] for site, terms in profile["terms"].items()}
+def three(bundle: Bundle) -> Any:
+    """The bundle's profile as three of a file in the profile folder."""
+    value = profiles_to_json([replace(bundle.profiles["b"], name=f"my {number}") for number in range(3)])
     return {**value, "gates_sae_digest": bundle.manifest.gates_sae_digest}
 
 
@@ -81,22 +79,17 @@ def put(bundle: Bundle, folder: Path, manifest: Any, **files: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def mine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The committed bundle as version 1, in a place of which links can be made."""
-    folder = tmp_path_factory.mktemp("bundles") / "fashion_mnist" / "1"
-    shutil.copytree(bundle.folder, folder)
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"version": 1}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return load_bundle(folder)
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A small one, in a place of which links can be made."""
+    return load_bundle(Path(shutil.copytree(SMALL / "small", tmp_path_factory.mktemp("bundles") / "small")) / "1")
 
 
 @pytest.fixture(scope="module")
 def loading(mine: Bundle) -> Iterator[Live]:
     """A server whose clients may load models."""
-    running = start_server(mine.folder.parent.parent, "--model-control", "explicit", "--versions", "all")
-    yield Live(running.address, BAG)
-    assert running.count("steervit_requests_total", code="INTERNAL") == 0
-    assert stop_server(running) == 0
+    with serving(mine.folder.parent.parent, "--model-control", "explicit", "--versions", "all") as running:
+        yield Live(running.address, BAG, "b")
+        assert running.count("steervit_requests_total", code="INTERNAL") == 0
 
 
 def manifest_of(bundle: Bundle) -> Any:
@@ -107,9 +100,9 @@ def tried(loading: Live, mine: Bundle, manifest: Any, **files: bytes) -> None:
     """Version 2 is this; version 1 goes on, and stays the default of the good request."""
     put(mine, mine.folder.parent / "2", manifest, **files)
     (mine.folder.parent / "labels.json").write_text('{"stable": 1}')
-    said = loading.send(LOAD, oi.RepositoryModelLoadRequest(model_name="fashion_mnist"))
+    said = loading.send(LOAD, oi.RepositoryModelLoadRequest(model_name="small"))
     if said.status == "OK":
-        steering = pb.Steering(profile="Bag")
+        steering = pb.Steering(profile="b")
         image = pb.Image(encoded=BAG.read_bytes())
         for call in ("Predict", "Explain"):
             request = pb.PredictRequest(version="2", images=[image], steering=steering)
@@ -174,7 +167,7 @@ def test_any_manifest_is_a_bundle_or_a_bundle_error(mine: Bundle, data: st.DataO
 @given(data=st.data())
 def test_any_profiles_are_profiles_or_a_steering_error(mine: Bundle, data: st.DataObject) -> None:
     try:
-        profiles = profiles_from_json(json.loads(json.dumps(data.draw(changed(short(mine))))))
+        profiles = profiles_from_json(json.loads(json.dumps(data.draw(changed(three(mine))))))
     except SteeringError:
         return
     assert profiles_from_json(json.loads(json.dumps(profiles_to_json(profiles)))) == profiles
@@ -188,9 +181,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def following(mine: Bundle, folder: Path) -> Iterator[tuple[ServerProcess, Live]]:
     """A server that follows the folder of profiles."""
-    running = start_server(mine.folder, "--profiles-dir", str(folder), "--poll-seconds", "0.05")
-    yield running, Live(running.address, BAG)
-    assert stop_server(running) == 0
+    with serving(mine.folder, "--profiles-dir", str(folder), "--poll-seconds", "0.05") as running:
+        yield running, Live(running.address, BAG, "b")
 
 
 @settings(max_examples=20, deadline=None)
@@ -200,7 +192,7 @@ def test_any_profile_file_is_followed_or_refused_and_all_can_be_listed_and_used(
 ) -> None:
     server, live = following
     before = server.count("steervit_profile_reads_total")
-    text = json.dumps(data.draw(changed(short(mine)))) + " " * int(before)  # always another content
+    text = json.dumps(data.draw(changed(three(mine)))) + " " * int(before)  # always another content
     (folder / "part").write_text(text)
     (folder / "part").rename(folder / "profiles.json")
     until(lambda: server.count("steervit_profile_reads_total") > before)
@@ -217,9 +209,9 @@ def test_any_profile_file_is_followed_or_refused_and_all_can_be_listed_and_used(
 def test_a_profile_in_use_may_be_taken_away(following: tuple[ServerProcess, Live], folder: Path, mine: Bundle) -> None:
     """Calls that were accepted under it are answered, whatever the folder says by then."""
     server, live = following
-    given_, none = json.dumps(short(mine)), json.dumps({**short(mine), "profiles": []})
+    given_, none = json.dumps(three(mine)), json.dumps({**three(mine), "profiles": []})
     image = pb.Image(encoded=BAG.read_bytes())
-    asked = pb.PredictRequest(images=[image] * 100, steering=pb.Steering(profile=short(mine)["profiles"][0]["name"]))
+    asked = pb.PredictRequest(images=[image] * 100, steering=pb.Steering(profile="my 0"))
 
     def write(text: str) -> None:
         before = server.count("steervit_profile_reads_total")

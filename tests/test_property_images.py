@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import PREDICT, Live
-from processes import MODELS, ROOT, SAMPLES, start_server, stop_server
+from processes import MODELS, ROOT, SAMPLES, serving
 
 from service.pb import steering_pb2 as pb
 
@@ -22,10 +22,9 @@ MEMORY = 400 * 2**10
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    running = start_server(MODELS)  # of its own, for its memory
-    yield Live(running.address, REAL)
-    status = Path(f"/proc/{running.process.pid}/status").read_text()
-    assert stop_server(running) == 0
+    with serving(MODELS) as running:  # of its own, for its memory
+        yield Live(running.address, REAL)
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0])
     assert peak < MEMORY, f"the server has taken {peak} kB"
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, until
 
-from export.bundle import Bundle
+from export.bundle import Bundle, load_bundle
+from service.__main__ import main
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -24,7 +25,7 @@ POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
 
 
 def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """The committed bundle under another name and version; it appears as a whole."""
+    """A bundle under another name and version; it appears as a whole."""
     folder, part = repository / name / str(version), repository / f".{name}.{version}"
     shutil.copytree(bundle.folder, part)
     manifest = json.loads((part / "manifest.json").read_text()) | {"name": name, "version": version}
@@ -39,17 +40,21 @@ def breaks(folder: Path) -> None:
     graph.write_bytes(graph.read_bytes()[:1000])
 
 
+@pytest.fixture(scope="module")
+def small() -> Bundle:
+    return load_bundle(SMALL / "small" / "1")
+
+
 @pytest.fixture
-def repository(bundle: Bundle, tmp_path: Path) -> Path:
-    put(bundle, tmp_path, 1)
+def repository(small: Bundle, tmp_path: Path) -> Path:
+    put(small, tmp_path, 1)
     return tmp_path
 
 
 @pytest.fixture
 def polling(repository: Path) -> Iterator[ServerProcess]:
-    running = start_server(repository, *POLL)
-    yield running
-    assert stop_server(running) == 0
+    with serving(repository, *POLL) as running:
+        yield running
 
 
 def version_of(client: Client, version: str = "", model: str = "") -> str:
@@ -77,17 +82,17 @@ def statistics_of(server: ServerProcess, version: str) -> list[str]:
 
 @fault("bundle: swap under load", "the answer of the old or of the new version, as the receipt says; no call is lost")
 def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
-    polling: ServerProcess, repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
+    polling: ServerProcess, repository: Path, small: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
     with Client(polling.address) as client:
-        expected = client.predict(samples["Shirt"], profile="Shirt", top_k=10).predictions
+        expected = client.predict(samples["Shirt"], profile="b", top_k=5).predictions
     done, seen, problems = threading.Event(), set(), []
 
     def ask() -> None:
         with Client(polling.address) as client:
             while not done.is_set():
                 try:
-                    answer = client.predict(samples["Shirt"], profile="Shirt", top_k=10)
+                    answer = client.predict(samples["Shirt"], profile="b", top_k=5)
                 except grpc.RpcError as error:
                     problems.append(str(error))
                     continue
@@ -101,7 +106,7 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
         thread.start()
     try:
         for version in (2, 3):
-            put(bundle, repository, version)
+            put(small, repository, version)
             until(lambda version=version: str(version) in seen)  # type: ignore[misc]
             time.sleep(0.3)
     finally:
@@ -133,9 +138,9 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     "`version of model 'fashion_mnist' is '2'; allowed: '1', or none`",
 )
 def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
-    polling: ServerProcess, repository: Path, bundle: Bundle
+    polling: ServerProcess, repository: Path, small: Bundle
 ) -> None:
-    part = put(bundle, repository, 7, "elsewhere")
+    part = put(small, repository, 7, "elsewhere")
     breaks(part)
     shutil.move(part, repository / "fashion_mnist" / "2")
     shutil.rmtree(repository / "elsewhere")
@@ -154,16 +159,16 @@ def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
         assert polling.count("steervit_model_load_failures_total", version="2") == 1, "the same files are tried once"
         assert polling.count("steervit_model_load_failed", version="2") == 1
         shutil.rmtree(repository / "fashion_mnist" / "2")
-        put(bundle, repository, 2)
+        put(small, repository, 2)
         until(lambda: version_of(client) == "2")
         until(lambda: ready(polling) == {key})
         assert "steervit_model_load_failed{" not in polling.page()
 
 
 def test_a_model_without_any_version_that_works_is_told_of_while_it_is_there(
-    polling: ServerProcess, repository: Path, bundle: Bundle
+    polling: ServerProcess, repository: Path, small: Bundle
 ) -> None:
-    part = put(bundle, repository / "elsewhere", 4, "other").parent
+    part = put(small, repository / "elsewhere", 4, "other").parent
     breaks(part / "4")
     part.rename(repository / "other")
     until(lambda: polling.count("steervit_model_load_failed", model="other", version="4") == 1)
@@ -180,8 +185,8 @@ def test_a_model_without_any_version_that_works_is_told_of_while_it_is_there(
     assert ("other", "4") not in index(polling)
 
 
-def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
-    put(bundle, repository, 2)
+def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, small: Bundle) -> None:
+    put(small, repository, 2)
     labels = repository / "fashion_mnist" / "labels.json"
 
     def label(text: str) -> None:
@@ -206,8 +211,8 @@ def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repo
         until(lambda: version_of(client) == "2")
 
 
-def test_models_come_and_go(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
-    put(bundle, repository, 4, "other")
+def test_models_come_and_go(polling: ServerProcess, repository: Path, small: Bundle) -> None:
+    put(small, repository, 4, "other")
     with Client(polling.address) as client:
         until(lambda: ("other", "4") in ready(polling))
         assert version_of(client, model="other") == "4"
@@ -219,7 +224,7 @@ def test_models_come_and_go(polling: ServerProcess, repository: Path, bundle: Bu
         assert version_of(client) == "1"
 
 
-def test_clients_load_and_unload_only_where_they_may(repository: Path, bundle: Bundle) -> None:
+def test_clients_load_and_unload_only_where_they_may(polling: ServerProcess, repository: Path, small: Bundle) -> None:
     load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
 
     def calls(server: ServerProcess, name: str, **more: Any) -> list[tuple[str, str]]:
@@ -237,75 +242,60 @@ def test_clients_load_and_unload_only_where_they_may(repository: Path, bundle: B
                     found.append((error.code().name, error.details()))
         return found
 
-    closed = start_server(repository)
-    try:
-        sentence = "models cannot be loaded or unloaded by clients: --model-control is 'none'; allowed: 'explicit'"
-        assert calls(closed, "fashion_mnist") == [("PERMISSION_DENIED", sentence)] * 2
-    finally:
-        assert stop_server(closed) == 0
-    server = start_server(repository, "--model-control", "explicit")
-    try:
-        with Client(server.address) as client:
-            put(bundle, repository, 2)
-            assert version_of(client) == "1"
-            assert calls(server, "fashion_mnist") == [("OK", "")] * 2
-            assert version_of(client) == "2"
-            assert [code for code, _ in calls(server, "resnet")] == ["NOT_FOUND", "NOT_FOUND"]
-            breaks(put(bundle, repository, 3))
-            code, reason = calls(server, "fashion_mnist")[1]
-            assert code == "UNAVAILABLE"
-            assert "dispatch.fp32.onnx has 1000 bytes" in reason
-            config = {"config": pb.ModelRepositoryParameter(string_param="{}")}
-            refused = "parameter 'config' is not served; allowed: "
-            assert calls(server, "fashion_mnist", parameters=config) == [
-                ("INVALID_ARGUMENT", f"{refused}unload_dependents"),
-                ("INVALID_ARGUMENT", f"{refused}none"),
-            ]
-    finally:
-        assert stop_server(server) == 0
+    sentence = "models cannot be loaded or unloaded by clients: --model-control is 'poll'; allowed: 'explicit'"
+    assert calls(polling, "fashion_mnist") == [("PERMISSION_DENIED", sentence)] * 2
+    with serving(repository, "--model-control", "explicit") as server, Client(server.address) as client:
+        put(small, repository, 2)
+        assert version_of(client) == "1"
+        assert calls(server, "fashion_mnist") == [("OK", "")] * 2
+        assert version_of(client) == "2"
+        assert [code for code, _ in calls(server, "resnet")] == ["NOT_FOUND", "NOT_FOUND"]
+        breaks(put(small, repository, 3))
+        code, reason = calls(server, "fashion_mnist")[1]
+        assert code == "UNAVAILABLE"
+        assert "dispatch.fp32.onnx has 1000 bytes" in reason
+        config = {"config": pb.ModelRepositoryParameter(string_param="{}")}
+        refused = "parameter 'config' is not served; allowed: "
+        assert calls(server, "fashion_mnist", parameters=config) == [
+            ("INVALID_ARGUMENT", f"{refused}unload_dependents"),
+            ("INVALID_ARGUMENT", f"{refused}none"),
+        ]
 
 
-def test_an_older_version_is_served_rather_than_none(repository: Path, bundle: Bundle) -> None:
-    breaks(put(bundle, repository, 2))
-    done = run_module("service", "--repository", str(repository), "--port", "0", "--metrics-port", "0")
+def test_an_older_version_is_served_rather_than_none(repository: Path, small: Bundle) -> None:
+    breaks(put(small, repository, 2))
+    done = run_main(main, "--repository", str(repository), "--port", "0", "--metrics-port", "0")
     assert done.returncode == 1, "started once and for all, everything must work"
     assert "dispatch.fp32.onnx has 1000 bytes" in done.stderr
-    running = start_server(repository, *POLL)
-    try:
-        with Client(running.address) as client:
-            assert version_of(client) == "1"
-    finally:
-        assert stop_server(running) == 0
+    with serving(repository, *POLL) as running, Client(running.address) as client:
+        assert version_of(client) == "1"
 
 
-def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, bundle: Bundle) -> None:
+def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, small: Bundle) -> None:
     sentence = "version 7 does not exist; allowed: 1"
     for flags in (("--versions", "1,7"), ("--versions", "7", *POLL)):
-        done = run_module("service", "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
+        done = run_main(main, "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
         assert done.returncode == 1
         assert sentence in done.stderr
-    running = start_server(repository, "--versions", "1,7", *POLL)
-    try:
+    with serving(repository, "--versions", "1,7", *POLL) as running:
         assert index(running)["fashion_mnist", "7"] == ("UNAVAILABLE", sentence)
         assert running.count("steervit_model_load_failed", version="7") == 1
         assert ready(running) == {("fashion_mnist", "1")}
-        put(bundle, repository, 7)
+        put(small, repository, 7)
         until(lambda: ready(running) == {("fashion_mnist", "1"), ("fashion_mnist", "7")})
-    finally:
-        assert stop_server(running) == 0
 
 
-def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, repository: Path, bundle: Bundle) -> None:
+def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, repository: Path, small: Bundle) -> None:
     labels = repository / "fashion_mnist" / "labels.json"
 
     def label(**versions: int) -> None:
         labels.with_suffix(".part").write_text(json.dumps(versions))
         labels.with_suffix(".part").rename(labels)
 
-    put(bundle, repository, 2)
+    put(small, repository, 2)
     label(stable=1, canary=2)
     until(lambda: ready(polling) == {("fashion_mnist", "1"), ("fashion_mnist", "2")})
-    part = put(bundle, repository, 3, "elsewhere")
+    part = put(small, repository, 3, "elsewhere")
     breaks(part)
     shutil.move(part, repository / "fashion_mnist" / "3")
     label(stable=3, canary=2)
@@ -314,7 +304,7 @@ def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, reposi
         time.sleep(0.5)
         assert [version_of(client, version) for version in ("", "stable", "canary")] == ["1", "1", "2"]
         shutil.rmtree(repository / "fashion_mnist" / "3")
-        put(bundle, repository, 3)
+        put(small, repository, 3)
         until(lambda: version_of(client) == "3")
         until(lambda: ready(polling) == {("fashion_mnist", "2"), ("fashion_mnist", "3")})
 
@@ -325,57 +315,56 @@ def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, reposi
     "or is gone and its memory with it",
 )
 def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
-    repository: Path, bundle: Bundle, samples: dict[str, list[bytes]]
+    bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:
-    running = start_server(repository, "--model-control", "explicit", "--max-images", "2000", "--max-queue", "2000")
+    put(bundle, tmp_path, 1)
     info = "steervit_model_info{digest="
-    try:
-        with grpc.insecure_channel(running.address) as channel, Client(running.address) as client:
-            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            images = [image for of_label in samples.values() for image in of_label] * 8  # most of a second
-            for call, change, after in (
-                (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="fashion_mnist"), False),
-                (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fashion_mnist"), True),
-            ):
-                busy = threading.Thread(target=client.predict, args=(images,)) if not after else None
-                if busy:
-                    busy.start()
-                    until(lambda: running.count("steervit_requests_in_flight") > 0)
-                with pytest.raises(grpc.RpcError) as caught:
-                    call(change, timeout=0.05)
-                assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-                until(lambda after=after: (ready(running) == {("fashion_mnist", "1")}) is after)
-                until(lambda after=after: (info in running.page()) is after)
-                if busy:
-                    busy.join()
-            assert version_of(client) == "1"
-    finally:
-        assert stop_server(running) == 0
+    flags = ("--model-control", "explicit", "--max-images", "2000", "--max-queue", "2000")
+    with (
+        serving(tmp_path, *flags) as running,
+        grpc.insecure_channel(running.address) as channel,
+        Client(running.address) as client,
+    ):
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        images = [image for of_label in samples.values() for image in of_label] * 8  # most of a second
+        for call, change, after in (
+            (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="fashion_mnist"), False),
+            (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="fashion_mnist"), True),
+        ):
+            busy = threading.Thread(target=client.predict, args=(images,)) if not after else None
+            if busy:
+                busy.start()
+                until(lambda: running.count("steervit_requests_in_flight") > 0)
+            with pytest.raises(grpc.RpcError) as caught:
+                call(change, timeout=0.05)
+            assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            until(lambda after=after: (ready(running) == {("fashion_mnist", "1")}) is after)
+            until(lambda after=after: (info in running.page()) is after)
+            if busy:
+                busy.join()
+        assert version_of(client) == "1"
 
 
 def test_a_new_version_has_the_profiles_of_the_folder_and_explains_from_memory(
-    repository: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+    repository: Path, small: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     profiles = tmp_path_factory.mktemp("profiles")
-    made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
+    made_for = {"gates_sae_digest": small.manifest.gates_sae_digest}
     night = SteeringProfile("night", ("Bag",), "by hand", {1: (SteeringTerm(7, 0.0, 40.0),)})
     (profiles / "night.json").write_text(json.dumps({**profiles_to_json([night]), **made_for}))
-    running = start_server(repository, *POLL, "--profiles-dir", str(profiles))
-    try:
-        with Client(running.address) as client:
-            folder = put(bundle, repository, 2)
-            until(lambda: version_of(client) == "2")
-            assert "night" in {profile.name for profile in client.profiles()}
-            before = client.explain([BAG], profile="night")
-            (folder / "sae.safetensors").write_bytes(bytes(1000))
-            until(lambda: index(running)["fashion_mnist", "2"][1] != "")
-            assert client.explain([BAG], profile="night").explanations == before.explanations
-    finally:
-        assert stop_server(running) == 0
+    flags = (*POLL, "--profiles-dir", str(profiles))
+    with serving(repository, *flags) as running, Client(running.address) as client:
+        folder = put(small, repository, 2)
+        until(lambda: version_of(client) == "2")
+        assert "night" in {profile.name for profile in client.profiles()}
+        before = client.explain([BAG], profile="night")
+        (folder / "sae.safetensors").write_bytes(bytes(1000))
+        until(lambda: index(running)["fashion_mnist", "2"][1] != "")
+        assert client.explain([BAG], profile="night").explanations == before.explanations
 
 
 def test_a_folder_that_is_not_what_its_name_says_is_refused(repository: Path) -> None:
     (repository / "fashion_mnist" / "1").rename(repository / "fashion_mnist" / "2")
-    done = run_module("service", "--repository", str(repository), "--port", "0", "--metrics-port", "0")
+    done = run_main(main, "--repository", str(repository), "--port", "0", "--metrics-port", "0")
     assert done.returncode == 1
     assert "the manifest says 'fashion_mnist' version 1; allowed: 'fashion_mnist' version 2" in done.stderr

@@ -8,7 +8,7 @@ from collections import Counter
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
+from processes import ROOT, SMALL, ServerProcess, start_server, stop_server, until
 
 from service.client import Client
 from service.pb import steering_pb2 as pb
@@ -17,7 +17,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 SERVICE_CONFIG = (ROOT / "service" / "client" / "service_config.json").read_text()
 CALLERS = 64
 """Enough for calls to be on their way at any moment. Without the client's health check 13 of 24 stops failed some."""
-FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1")
+FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1", "--drain-delay-seconds", "0.5")
 """Connections are ended by age too, far more often than one would have it."""
 
 
@@ -60,12 +60,12 @@ def answered(server: ServerProcess) -> float:
 def start_again(server: ServerProcess) -> ServerProcess:
     """On the same port."""
     assert stop_server(server) == 0
-    return start_server(MODELS, *FLAGS, "--port", server.address.rpartition(":")[2])
+    return start_server(SMALL, *FLAGS, "--port", server.address.rpartition(":")[2])
 
 
 @pytest.mark.slow
 def test_a_rolling_restart_under_load_fails_no_call(samples: dict[str, list[bytes]]) -> None:
-    servers = [start_server(MODELS, *FLAGS) for _ in range(2)]
+    servers = [start_server(SMALL, *FLAGS) for _ in range(2)]
     try:
         files = [files[0] for files in samples.values()]
         with Client(servers[0].address) as client:
@@ -89,7 +89,7 @@ def test_a_rolling_restart_under_load_fails_no_call(samples: dict[str, list[byte
 def test_a_server_that_stops_says_so_to_those_who_watch_before_it_refuses_calls(
     samples: dict[str, list[bytes]],
 ) -> None:
-    server = start_server(MODELS, "--drain-delay-seconds", "3")
+    server = start_server(SMALL, "--drain-delay-seconds", "3")
     request = pb.PredictRequest(images=[pb.Image(encoded=samples["Bag"][0])])
     with grpc.insecure_channel(server.address) as channel:  # without a service config: it does not heed the health
         watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)

@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -18,14 +17,18 @@ import pytest
 import trustme
 from live import PREDICT, Live
 from onnx import TensorProto, helper
+from photos import encoded
 from PIL import Image
-from processes import MODELS, ROOT, SAMPLES, ServerProcess, start_server, stop_server, until
+from processes import MODELS, ROOT, SAMPLES, ServerProcess, serving, start_server
+from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden
 from export.contained import check_contained
 from service.catalogue import scan
+from service.metrics import Metrics
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
+from service.profiles import ProfileFolder
 
 BAG = next((SAMPLES / "Bag").glob("*.png"))
 INFERENCE = "/inference.GRPCInferenceService/"
@@ -60,9 +63,8 @@ def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
 def loading(repository: Path) -> Iterator[Live]:
     """A server whose clients may load models; version 1 serves."""
     (repository / "fashion_mnist" / "labels.json").write_text('{"stable": 1}')
-    running = start_server(repository, "--model-control", "explicit")
-    yield Live(running.address, BAG)
-    assert stop_server(running) == 0
+    with serving(repository, "--model-control", "explicit") as running:
+        yield Live(running.address, BAG)
 
 
 def load(live: Live, name: str = "fashion_mnist") -> tuple[str, str]:
@@ -145,20 +147,15 @@ def test_a_name_is_looked_up_and_never_a_path(loading: Live, name: str) -> None:
         assert "; allowed: " in said.sentence
 
 
-@pytest.mark.parametrize("control", ["none", "poll"])
-def test_model_control_is_out_of_reach_unless_it_was_turned_on(control: str) -> None:
-    running = start_server(MODELS, "--model-control", control)
-    try:
-        live = Live(running.address, BAG)
-        for call, request in (
-            ("RepositoryModelLoad", oi.RepositoryModelLoadRequest(model_name="fashion_mnist")),
-            ("RepositoryModelUnload", oi.RepositoryModelUnloadRequest(model_name="fashion_mnist")),
-        ):
-            said = live.send(INFERENCE + call, request)
-            assert said.status == "PERMISSION_DENIED"
-            assert f"--model-control is {control!r}; allowed: 'explicit'" in said.sentence
-    finally:
-        assert stop_server(running) == 0
+def test_model_control_is_out_of_reach_unless_it_was_turned_on(server: ServerProcess) -> None:
+    live = Live(server.address, BAG)
+    for call, request in (
+        ("RepositoryModelLoad", oi.RepositoryModelLoadRequest(model_name="fashion_mnist")),
+        ("RepositoryModelUnload", oi.RepositoryModelUnloadRequest(model_name="fashion_mnist")),
+    ):
+        said = live.send(INFERENCE + call, request)
+        assert said.status == "PERMISSION_DENIED"
+        assert "--model-control is 'none'; allowed: 'explicit'" in said.sentence
 
 
 def elsewhere(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
@@ -268,15 +265,12 @@ LIMITED = (
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[tuple[ServerProcess, Live]]:
-    running = start_server(MODELS, *LIMITED)
-    yield running, Live(running.address, BAG)
-    assert stop_server(running) == 0
+    with serving(MODELS, *LIMITED) as running:
+        yield running, Live(running.address, BAG)
 
 
 def picture(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (width, height)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("L", (width, height)), "PNG")
 
 
 PIXELS = pb.Image(pixels=bytes(784))
@@ -334,17 +328,12 @@ def test_steering_tensors_have_the_limit_of_terms_too(limited: tuple[ServerProce
 
 def test_refused_calls_leave_nothing_in_memory() -> None:
     """Each is 8 MiB of empty images: four million messages once they are parsed."""
-    server = start_server(MODELS)
-    try:
-        before = server.resident_mb()
-        with grpc.insecure_channel(server.address) as channel:
-            predict = channel.unary_unary(PREDICT)
-            for _ in range(2):
-                calls = [predict.future(b"\x1a\x00" * 2**22, timeout=60) for _ in range(4)]
-                assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
-            assert server.resident_mb() - before < 300, "a thousand if each kept its message"
-    finally:
-        assert stop_server(server) == 0
+    with serving(MODELS) as server, grpc.insecure_channel(server.address) as channel:
+        before, predict = server.resident_mb(), channel.unary_unary(PREDICT)
+        for _ in range(2):
+            calls = [predict.future(b"\x1a\x00" * 2**22, timeout=60) for _ in range(4)]
+            assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert server.resident_mb() - before < 300, "a thousand if each kept its message"
 
 
 def test_further_calls_of_a_connection_wait_at_the_client(limited: tuple[ServerProcess, Live]) -> None:
@@ -358,6 +347,7 @@ def test_further_calls_of_a_connection_wait_at_the_client(limited: tuple[ServerP
         calls = [channel.unary_unary(PREDICT).future(request, timeout=30) for _ in range(9)]
         while not all(call.done() for call in calls):
             most = max(most, server.count("steervit_queue_images"))
+            time.sleep(0.02)
     assert [call.code() for call in calls] == [grpc.StatusCode.OK] * 9
     assert 1 <= most <= 3
     assert time.monotonic() - start > 2.5 * 0.4
@@ -399,15 +389,12 @@ def test_secrets_are_in_no_log_and_on_no_page(tmp_path: Path) -> None:
     assert not any(line in told for line in lines)
 
 
-def test_a_profile_file_that_lies_outside_its_folder_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_profile_file_that_lies_outside_its_folder_is_refused(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     inside, other = tmp_path / "profiles", tmp_path / "other.json"
     inside.mkdir()
     other.write_text("{}")
     (inside / "x.json").symlink_to(other)
-    running = start_server(MODELS, "--profiles-dir", str(inside), "--poll-seconds", "0.1")
-    try:
-        until(lambda: running.count("steervit_profile_reads_total", result="failed") > 0)
-        assert running.page("readyz") == "OK\n"
-    finally:
-        running.process.terminate()
-        assert "x.json resolves to" in running.process.communicate(timeout=30)[1]
+    assert not ProfileFolder(inside, Metrics(CollectorRegistry(), 1)).refresh([bundle])
+    assert "x.json resolves to" in caplog.text

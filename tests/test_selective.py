@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SPEC, images, model_of, small
+from small_models import SPEC, images, of_kind
 
 from export.certify import run_torch
 from export.graph import SteeredVit, build
@@ -28,7 +28,7 @@ QUICK = SelectiveSettings(terms=4, leak=0.0, closing=8.0, steps=25, rows=16, lea
 
 @pytest.fixture(scope="module")
 def steered() -> SteeredVit:
-    return model_of(small())
+    return of_kind("plain")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,13 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+from processes import SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, until
 
+from service.__main__ import main as service_main
 from service.client import Client
+from service.client.__main__ import main
+from service.config import Settings
+from service.tls import Certificates
 
 BAG = next((SAMPLES / "Bag").glob("*.png"))
 YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
@@ -35,7 +39,7 @@ def asks(server: ServerProcess, ca: trustme.CA, own: trustme.LeafCert | None = N
     credentials = grpc.ssl_channel_credentials(ca.cert_pem.bytes(), *shown)
     try:
         with Client(server.address, 5, credentials) as client:
-            client.predict([BAG.read_bytes()], profile="Bag")
+            client.predict([BAG.read_bytes()])
     except grpc.RpcError as error:
         return str(error.code().name)
     return "OK"
@@ -46,19 +50,31 @@ def ca() -> trustme.CA:
     return trustme.CA()
 
 
-@pytest.fixture
-def folder(tmp_path: Path, ca: trustme.CA) -> Path:
-    write(tmp_path, ca.issue_cert("127.0.0.1"))
-    return tmp_path
+def flags(folder: Path, *names: str) -> list[str]:
+    """names: of server.pem, server.key and clients.pem, the files to use."""
+    of = {"server.pem": "--tls-certificate", "server.key": "--tls-key", "clients.pem": "--tls-client-ca"}
+    return [part for name in names for part in (of[name], str(folder / name))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    write(folder, ca.issue_cert("127.0.0.1"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[ServerProcess]:
+    with serving(SMALL, *flags(folder, "server.pem", "server.key")) as running:
+        yield running
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[ServerProcess]:
-    running = start_server(
-        MODELS, "--tls-certificate", str(folder / "server.pem"), "--tls-key", str(folder / "server.key")
-    )
-    yield running
-    assert stop_server(running) == 0
+def server(running: ServerProcess, folder: Path, ca: trustme.CA) -> ServerProcess:
+    """With a certificate of `ca`, whatever the tests before have put in its place."""
+    write(folder, ca.issue_cert("127.0.0.1"))
+    until(lambda: asks(running, ca) == "OK")
+    return running
 
 
 def test_clients_that_trust_the_authority_get_in_and_others_do_not(server: ServerProcess, ca: trustme.CA) -> None:
@@ -81,36 +97,34 @@ def test_a_replaced_certificate_is_used_and_a_torn_one_is_not(
     assert asks(server, other) == "OK"
 
 
-@pytest.fixture
-def mutual(folder: Path, ca: trustme.CA) -> Iterator[Mutual]:
-    clients = trustme.CA()
+@pytest.fixture(scope="module")
+def mutual(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Iterator[Mutual]:
+    folder, clients = tmp_path_factory.mktemp("mutual"), trustme.CA()
+    write(folder, ca.issue_cert("127.0.0.1"))
     clients.cert_pem.write_to_path(str(folder / "clients.pem"))
-    flags = {"--tls-certificate": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "clients.pem"}
-    running = start_server(MODELS, *(part for flag, name in flags.items() for part in (flag, str(folder / name))))
-    yield running, folder / "clients.pem", clients
-    assert stop_server(running) == 0
+    with serving(SMALL, *flags(folder, "server.pem", "server.key", "clients.pem")) as running:
+        yield running, folder / "clients.pem", clients
 
 
-def test_with_an_authority_of_clients_only_theirs_get_in(mutual: Mutual, folder: Path, ca: trustme.CA) -> None:
+def test_with_an_authority_of_clients_only_theirs_get_in(mutual: Mutual, tmp_path: Path, ca: trustme.CA) -> None:
     running, _, clients = mutual
     mine = clients.issue_cert("client")
     assert asks(running, ca, mine) == "OK"
     assert asks(running, ca) == "UNAVAILABLE", "no certificate"
     assert asks(running, ca, ca.issue_cert("client")) == "UNAVAILABLE", "of another authority"
     assert asks(running, ca, clients.issue_cert("client", not_after=YESTERDAY)) == "UNAVAILABLE", "expired"
-    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
-    mine.private_key_pem.write_to_path(str(folder / "mine.key"))
-    mine.cert_chain_pems[0].write_to_path(str(folder / "mine.pem"))
-    tls = ("--tls-ca", "ca.pem", "--tls-certificate", "mine.pem", "--tls-key", "mine.key")
-    paths = [part if part.startswith("--") else str(folder / part) for part in tls]
-    done = run_module("service.client", "predict", str(BAG), "--address", running.address, *paths)
+    tls = {"--tls-ca": ca.cert_pem, "--tls-certificate": mine.cert_chain_pems[0], "--tls-key": mine.private_key_pem}
+    for flag, blob in tls.items():
+        blob.write_to_path(str(tmp_path / flag))
+    paths = [part for flag in tls for part in (flag, str(tmp_path / flag))]
+    done = run_main(main, "predict", str(BAG), "--address", running.address, *paths)
     assert done.returncode == 0, done.stderr
     assert "Bag" in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--tls-certificate", "--tls-key"])
 def test_a_client_with_half_a_certificate_is_told_so(flag: str) -> None:
-    done = run_module("service.client", "predict", str(BAG), "--tls-ca", str(BAG), flag, str(BAG))
+    done = run_main(main, "predict", str(BAG), "--tls-ca", str(BAG), flag, str(BAG))
     assert done.returncode == 2
     assert done.stderr.endswith("--tls-certificate and --tls-key belong together; allowed: both or none\n")
 
@@ -147,11 +161,14 @@ def test_the_authority_of_clients_can_be_replaced_while_the_server_runs(mutual: 
     new.cert_pem.write_to_path(str(path))
     until(lambda: asks(running, ca, new.issue_cert("client")) == "OK")
     assert asks(running, ca, clients.issue_cert("client")) == "UNAVAILABLE", "of the authority before"
+    clients.cert_pem.write_to_path(str(path))
+    until(lambda: asks(running, ca, clients.issue_cert("client")) == "OK")
 
 
 def test_a_client_without_a_certificate_reaches_no_service_at_all(mutual: Mutual, ca: trustme.CA) -> None:
     """Neither inference, nor model control, nor health, nor reflection."""
     running, _, _ = mutual
+    before = running.count("steervit_requests_total")
     with grpc.secure_channel(running.address, grpc.ssl_channel_credentials(ca.cert_pem.bytes())) as channel:
         for call in (
             "/steering.v1.SteeringService/Predict",
@@ -160,7 +177,7 @@ def test_a_client_without_a_certificate_reaches_no_service_at_all(mutual: Mutual
             "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         ):
             assert channel.unary_unary(call).future(b"", timeout=5).code() is grpc.StatusCode.UNAVAILABLE
-    assert running.count("steervit_requests_total") == 0
+    assert running.count("steervit_requests_total") == before
 
 
 def test_old_versions_of_tls_are_not_spoken(server: ServerProcess, ca: trustme.CA) -> None:
@@ -183,24 +200,29 @@ def test_old_versions_of_tls_are_not_spoken(server: ServerProcess, ca: trustme.C
     [
         (("--tls-key", "x.key"), "--tls-certificate and --tls-key belong together; allowed: both or none"),
         (("--tls-client-ca", "x.pem"), "--tls-client-ca is given without --tls-certificate and --tls-key"),
-        (("--tls-certificate", "none.pem", "--tls-key", "none.key"), "none.pem"),
     ],
 )
-def test_half_a_setting_or_a_missing_file_is_refused(flags: tuple[str, ...], message: str) -> None:
-    done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0", *flags)
-    assert done.returncode != 0
+def test_half_a_setting_is_refused(flags: tuple[str, ...], message: str) -> None:
+    done = run_main(service_main, "--repository", str(SMALL), *flags)
+    assert done.returncode == 2
     assert message in done.stderr
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    settings = Settings(repository=SMALL, tls_certificate=tmp_path / "none.pem", tls_key=tmp_path / "none.key")
+    with pytest.raises(OSError, match=r"none\.pem"):
+        Certificates(settings)
+
+
 @pytest.mark.parametrize("name", ["server.pem", "server.key", "clients.pem"])
-def test_a_file_of_no_use_is_named_and_no_port_is_blamed(name: str, folder: Path, ca: trustme.CA) -> None:
-    ca.cert_pem.write_to_path(str(folder / "clients.pem"))
-    (folder / name).write_text("garbage")
-    flags = {"--tls-certificate": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "clients.pem"}
-    tls = [part for flag, file in flags.items() for part in (flag, str(folder / file))]
-    done = run_module("service", "--repository", str(MODELS), "--port", "0", "--metrics-port", "0", *tls)
+def test_a_file_of_no_use_is_named_and_no_port_is_blamed(name: str, tmp_path: Path, ca: trustme.CA) -> None:
+    write(tmp_path, ca.issue_cert("127.0.0.1"))
+    ca.cert_pem.write_to_path(str(tmp_path / "clients.pem"))
+    (tmp_path / name).write_text("garbage")
+    tls = flags(tmp_path, "server.pem", "server.key", "clients.pem")
+    done = run_module("service", "--repository", str(SMALL), "--port", "0", "--metrics-port", "0", *tls)
     assert done.returncode == 1
-    assert f"{folder / name}" in done.stderr.splitlines()[-1]
+    assert f"{tmp_path / name}" in done.stderr.splitlines()[-1]
     assert "allowed: PEM files that belong together" in done.stderr
     assert "cannot be bound" not in done.stderr
     assert "Traceback" not in done.stderr

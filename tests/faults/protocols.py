@@ -7,13 +7,14 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
 from service.engine import Engine
 from service.pb import open_inference_pb2 as oip
 from service.pb import steering_pb2 as pb
-from tests.faults.listed import OPEN_INFERENCE, STEERING
+from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from training.steering import Terms, to_arrays
 
 TOLERANCE = 1e-4
@@ -142,3 +143,9 @@ OIP = Protocol(
     OPEN_INFERENCE, "/inference.GRPCInferenceService/ModelInfer", _infer, oip.ModelInferResponse, _read_tensors
 )
 PROTOCOLS = (V1, OIP)
+
+
+def both(name: str, sees: str) -> Any:
+    """Marks a test with a `protocol` as one of this fault, and runs it in both."""
+    marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
+    return pytest.mark.parametrize("protocol", marked)

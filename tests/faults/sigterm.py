@@ -65,7 +65,7 @@ class Round:
 def one_round(bundle: Bundle, images: NDArray[np.uint8], expected: Mapping[str, Alone], seed: int) -> Round:
     done = Round()
     with tempfile.TemporaryFile("w+") as log:
-        flags = ("--threads", "1", "--max-queue", "8192", "--drain-seconds", str(DRAIN_SECONDS))
+        flags = ("--threads=1", "--max-queue=8192", "--drain-delay-seconds=0.5", f"--drain-seconds={DRAIN_SECONDS}")
         server = start_server(MODELS, *flags, stderr=log)
         try:
             asyncio.run(_load(server, bundle, images, expected, seed, done))

@@ -17,7 +17,7 @@ from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import UNLIMITED, V1
-from tests.processes import ServerProcess, start_server, stop_server, until
+from tests.processes import ServerProcess, serving, until
 
 GRAPH = "dispatch.fp32.onnx"
 
@@ -88,9 +88,8 @@ def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def controlled(repository: Path) -> Iterator[ServerProcess]:
     """A server whose clients may load and unload."""
-    running = start_server(repository, "--model-control", "explicit", "--max-images", "1024", "--max-queue", "4096")
-    yield running
-    assert stop_server(running) == 0
+    with serving(repository, "--model-control", "explicit", "--max-images", "1024", "--max-queue", "4096") as running:
+        yield running
 
 
 @pytest.fixture
@@ -184,19 +183,16 @@ def test_a_version_that_was_replaced_leaves_no_memory_behind(
 @fault("bundle: unload in use", "with no model left NOT_FOUND: `model is 'fashion_mnist'; allowed: none is loaded`")
 def test_a_server_without_a_model_says_so(tmp_path: Path, bundle: Bundle) -> None:
     repository = put(bundle, tmp_path, 1).parents[1]
-    running = start_server(repository, "--model-control", "explicit")
-    try:
-        with grpc.insecure_channel(running.address) as channel:
-            control = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="fashion_mnist"), timeout=30)
-            request = V1.request(np.zeros((1, 28, 28, 1), np.uint8))
-            for name in ("fashion_mnist", ""):
-                request.model = name
-                with pytest.raises(grpc.RpcError) as caught:
-                    V1.call(channel)(request, timeout=10)
-                assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-                assert caught.value.details() == f"model is {name!r}; allowed: none is loaded"
-            control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
-            assert len(V1.call(channel)(request, timeout=10).predictions) == 1
-    finally:
-        assert stop_server(running) == 0
+    flags = ("--model-control", "explicit")
+    with serving(repository, *flags) as running, grpc.insecure_channel(running.address) as channel:
+        control = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="fashion_mnist"), timeout=30)
+        request = V1.request(np.zeros((1, 28, 28, 1), np.uint8))
+        for name in ("fashion_mnist", ""):
+            request.model = name
+            with pytest.raises(grpc.RpcError) as caught:
+                V1.call(channel)(request, timeout=10)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert caught.value.details() == f"model is {name!r}; allowed: none is loaded"
+        control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
+        assert len(V1.call(channel)(request, timeout=10).predictions) == 1

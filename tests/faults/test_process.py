@@ -10,7 +10,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -24,18 +25,11 @@ from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import V1, Alone
 from tests.faults.sigterm import one_round
-from tests.processes import MODELS, ServerProcess, run_module, start_server, stop_server, until
+from tests.processes import MODELS, SMALL, ServerProcess, run_module, serving, start_server, until
 from training.steering import SteeringTerm, profiles_to_json
 
-
-@contextlib.contextmanager
-def serving(*flags: str, **options: object) -> Iterator[ServerProcess]:
-    """Its log goes to a file, as a full pipe would stop it."""
-    running = start_server(MODELS, *flags, **{"stderr": subprocess.DEVNULL, **options})
-    try:
-        yield running
-    finally:
-        assert stop_server(running) == 0
+quiet = partial(serving, MODELS, stderr=subprocess.DEVNULL)
+"""A full pipe of its log would stop it."""
 
 
 @fault(
@@ -85,25 +79,25 @@ def test_sighup_looks_at_the_folders_at_once(tmp_path: Path, bundle: Bundle, und
     profiles.mkdir()
     shutil.copytree(MODELS, models)
     flags = ("--profiles-dir", str(profiles), "--poll-seconds", "3600", "--model-control", "poll")
-    running = start_server(models, *flags, stderr=subprocess.DEVNULL)
-    try:
-        with undisturbed(running) as other, Client(running.address) as client:
-            own = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
-            content = json.dumps({**profiles_to_json([bundle.profiles["Bag"]]), **own}).replace('"Bag"', '"night"')
-            (profiles / "night.json").write_text(content)
-            shutil.copytree(bundle.folder, models / "fashion_mnist" / "4")
-            manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": 4}
-            (models / "fashion_mnist" / "4" / "manifest.json").write_text(json.dumps(manifest))
-            running.process.send_signal(signal.SIGHUP)
-            until(lambda: running.count("steervit_model_info", version="4") == 1)
-            until(lambda: "night" in {p.name for p in client.profiles()})
-            (profiles / "night.json").write_text("{")
-            running.process.send_signal(signal.SIGHUP)
-            until(lambda: running.count("steervit_profile_reads_total", result="failed") == 1)
-            assert "night" in {p.name for p in client.profiles()}
-            other.check()
-    finally:
-        assert stop_server(running) == 0
+    with (
+        serving(models, *flags, stderr=subprocess.DEVNULL) as running,
+        undisturbed(running) as other,
+        Client(running.address) as client,
+    ):
+        own = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
+        content = json.dumps({**profiles_to_json([bundle.profiles["Bag"]]), **own}).replace('"Bag"', '"night"')
+        (profiles / "night.json").write_text(content)
+        shutil.copytree(bundle.folder, models / "fashion_mnist" / "4")
+        manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": 4}
+        (models / "fashion_mnist" / "4" / "manifest.json").write_text(json.dumps(manifest))
+        running.process.send_signal(signal.SIGHUP)
+        until(lambda: running.count("steervit_model_info", version="4") == 1)
+        until(lambda: "night" in {p.name for p in client.profiles()})
+        (profiles / "night.json").write_text("{")
+        running.process.send_signal(signal.SIGHUP)
+        until(lambda: running.count("steervit_profile_reads_total", result="failed") == 1)
+        assert "night" in {p.name for p in client.profiles()}
+        other.check()
 
 
 @fault(
@@ -117,7 +111,7 @@ def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
     """512 terms on each of 256 images take 100 MB for the autoencoder's rows; the process may have 60 MB more."""
     images = np.resize(sample_pixels, (256, *sample_pixels.shape[1:]))
     greedy = V1.request(images, terms={0: tuple(SteeringTerm(latent) for latent in range(512))})  # neutral ones
-    with serving("--max-batch", "256", "--threads", "1") as server:
+    with quiet("--max-batch", "256", "--threads", "1") as server:
         pid = server.process.pid
         with undisturbed(server) as other, grpc.insecure_channel(server.address) as channel:
             other.check()
@@ -161,7 +155,7 @@ def test_two_thousand_idle_connections_hold_up_nobody(
     if most < 5000:
         pytest.skip(f"the system lets a process have {most} descriptors only")
     with (
-        serving(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))) as server,
+        quiet(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))) as server,
         undisturbed(server),
         flood(server.address, 2000),
         flood(server.metrics_url.split("/")[2], 200),
@@ -178,7 +172,7 @@ def test_two_thousand_idle_connections_hold_up_nobody(
 def test_without_a_descriptor_left_the_connected_are_answered_and_the_others_afterwards(
     undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]
 ) -> None:
-    few = serving(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
+    few = quiet(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
     with few as server, undisturbed(server) as other:
         with flood(server.address, 400):
             time.sleep(1)
@@ -207,7 +201,7 @@ def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
     ]
     flags = {"--port": "0", "--metrics-port": "0", flag: taken}
     with undisturbed(server):
-        done = run_module("service", "--repository", str(MODELS), *(part for pair in flags.items() for part in pair))
+        done = run_module("service", "--repository", str(SMALL), *(part for pair in flags.items() for part in pair))
     assert done.returncode == 1
     assert f"port {taken} of 127.0.0.1 cannot be bound" in done.stderr
     assert "Traceback" not in done.stderr
@@ -232,15 +226,12 @@ def test_the_server_runs_as_nobody_and_writes_nothing(bundle: Bundle, undisturbe
     with tempfile.TemporaryDirectory() as folder:
         models = Path(shutil.copytree(MODELS, Path(folder) / "models"))
         Path(folder).chmod(0o755)
-        running = start_server(models, program=("-c", AS_NOBODY), env=environment, stderr=subprocess.DEVNULL)
-        try:
+        with serving(models, program=("-c", AS_NOBODY), env=environment, stderr=subprocess.DEVNULL) as running:
             status = Path(f"/proc/{running.process.pid}/status").read_text()
             assert status.partition("Uid:")[2].split()[:4] != ["0"] * 4
             with undisturbed(running) as other:
                 other.check()
             assert ready(running)
-        finally:
-            assert stop_server(running) == 0
 
 
 READ_ONLY = ("unshare", "-m", "sh", "-c", 'mount --bind / / && mount -o remount,bind,ro / && exec "$@"', "sh")
@@ -252,6 +243,6 @@ def test_the_server_runs_on_a_read_only_file_system(undisturbed: Undisturbed) ->
     probe = subprocess.run([*READ_ONLY, "touch", "/steervit-probe"], capture_output=True, text=True)
     if "Read-only file system" not in probe.stderr:
         pytest.skip(f"a mount of our own is not allowed here: {probe.stderr.strip()}")
-    with serving(prefix=READ_ONLY) as running, undisturbed(running) as other:
+    with quiet(prefix=READ_ONLY) as running, undisturbed(running) as other:
         other.check()
         assert ready(running)

@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -17,9 +16,9 @@ from service.client import Client
 from service.engine import Engine
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
-from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone
+from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone, both
 from tests.faults.traffic import Traffic
-from tests.processes import MODELS, start_server, stop_server, until
+from tests.processes import MODELS, serving, start_server, stop_server, until
 from training.steering import (
     SteeringProfile,
     SteeringTerm,
@@ -28,11 +27,6 @@ from training.steering import (
     digest,
     profiles_to_json,
 )
-
-
-def both(name: str, sees: str) -> Any:
-    marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-    return pytest.mark.parametrize("protocol", marked)
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +104,23 @@ def test_extreme_strengths_give_finite_answers_or_a_sentence(
 def test_calls_with_every_profile_share_batches_and_get_their_own_answers(
     protocol: Protocol, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], undisturbed: Undisturbed
 ) -> None:
-    running = start_server(MODELS, "--max-delay-ms", "50", "--threads", "1")
-    try:
-        with undisturbed(running), grpc.insecure_channel(running.address, UNLIMITED) as channel:
-            call, images = protocol.call(channel), sample_pixels[::10]
-            calls = [
-                (name, row, call.future(protocol.request(images[row : row + 1], name), timeout=30))
-                for row in range(len(images))
-                for name in ("", *bundle.profiles)
-            ]
-            expected = {
-                name: alone(engine, images, bundle.profiles[name].terms if name else {})
-                for name in ("", *bundle.profiles)
-            }
-            for name, row, answer in calls:
-                assert expected[name].wrong(protocol.read(answer.result(), bundle), [row]) == [], (name, row)
-            batches = running.count("steervit_batch_size_images_count")
-            assert running.count("steervit_batch_size_images_sum") > 3 * batches, "hardly anything was batched"
-    finally:
-        assert stop_server(running) == 0
+    with (
+        serving(MODELS, "--max-delay-ms", "50", "--threads", "1") as running,
+        undisturbed(running),
+        grpc.insecure_channel(running.address, UNLIMITED) as channel,
+    ):
+        call, images = protocol.call(channel), sample_pixels[::10]
+        names = ("", *bundle.profiles)
+        calls = [
+            (name, row, call.future(protocol.request(images[row : row + 1], name), timeout=30))
+            for row in range(len(images))
+            for name in names
+        ]
+        expected = {name: alone(engine, images, bundle.profiles[name].terms if name else {}) for name in names}
+        for name, row, answer in calls:
+            assert expected[name].wrong(protocol.read(answer.result(), bundle), [row]) == [], (name, row)
+        batches = running.count("steervit_batch_size_images_count")
+        assert running.count("steervit_batch_size_images_sum") > 3 * batches, "hardly anything was batched"
 
 
 @fault(

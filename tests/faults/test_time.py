@@ -1,13 +1,11 @@
 """Queues, deadlines, clients that go, and clients that do not read: nobody else waits for them."""
 
-import io
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -20,25 +18,27 @@ from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import STEERING, fault
-from tests.faults.protocols import PROTOCOLS, UNLIMITED, V1, Protocol
-from tests.processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
+from tests.faults.protocols import UNLIMITED, V1, Protocol, both
+from tests.photos import encoded
+from tests.processes import MODELS, ROOT, ServerProcess, serving, until
 from training.steering import SteeringTerm
 
 BATCH = 32
 FLAGS = ("--max-batch", str(BATCH), "--threads=1", "--max-images=300", "--max-queue=4096", "--max-message-mb=4")
 
 
-def both(name: str, sees: str) -> Any:
-    marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-    return pytest.mark.parametrize("protocol", marked)
-
-
 @pytest.fixture(scope="module")
 def slow() -> Iterator[ServerProcess]:
     """On one core a call of 300 images takes it some 0.3 s."""
-    running = start_server(MODELS, *FLAGS)
-    yield running
-    assert stop_server(running) == 0
+    with serving(MODELS, *FLAGS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[ServerProcess]:
+    """Its queue takes 64 images, and it runs one at a time."""
+    with serving(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1") as running:
+        yield running
 
 
 @pytest.fixture
@@ -137,46 +137,42 @@ def test_a_call_that_is_cancelled_in_flight_leaves_its_batch_to_the_others(
     "call that never fits",
 )
 def test_a_full_queue_says_when_to_try_again(
-    protocol: Protocol, many: NDArray[np.uint8], undisturbed: Undisturbed
+    protocol: Protocol, short: ServerProcess, many: NDArray[np.uint8], undisturbed: Undisturbed
 ) -> None:
-    server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
-    try:
-        with undisturbed(server, ("RESOURCE_EXHAUSTED",)), grpc.insecure_channel(server.address) as channel:
-            call = protocol.call(channel)
-            calls = [call.future(protocol.request(many[:60]), timeout=60) for _ in range(5)]
-            codes = [each.code().name for each in calls]
-            assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
-            refused = next(each for each in calls if each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
-            assert refused.details().endswith("queued + 60 new > limit 64. Try again later")
-            trailers = dict(refused.trailing_metadata())
-            assert int(trailers["grpc-retry-pushback-ms"]) > 0
-            assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
-            assert dropped(server, "queue_full") >= 60 * codes.count("RESOURCE_EXHAUSTED")
-            never = call.future(protocol.request(many[:65]), timeout=60)
-            assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert never.details().startswith("65 images (in Compare")
-    finally:
-        assert stop_server(server) == 0
+    before = dropped(short, "queue_full")
+    with undisturbed(short, ("RESOURCE_EXHAUSTED",)), grpc.insecure_channel(short.address) as channel:
+        call = protocol.call(channel)
+        calls = [call.future(protocol.request(many[:60]), timeout=60) for _ in range(5)]
+        codes = [each.code().name for each in calls]
+        assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+        refused = next(each for each in calls if each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert refused.details().endswith("queued + 60 new > limit 64. Try again later")
+        trailers = dict(refused.trailing_metadata())
+        assert int(trailers["grpc-retry-pushback-ms"]) > 0
+        assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
+        assert dropped(short, "queue_full") - before >= 60 * codes.count("RESOURCE_EXHAUSTED")
+        never = call.future(protocol.request(many[:65]), timeout=60)
+        assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert never.details().startswith("65 images (in Compare")
 
 
 @fault("time: queue full", "the same of Compare, which runs each image twice", STEERING)
-def test_images_that_are_run_twice_count_twice(many: NDArray[np.uint8], undisturbed: Undisturbed) -> None:
-    server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
-    try:
-        with grpc.insecure_channel(server.address) as channel:
-            compare = SteeringServiceStub(channel).Compare  # type: ignore[no-untyped-call]
-            request = pb.CompareRequest(images=V1.request(many[:33]).images)
-            with undisturbed(server):
-                never = compare.future(request, timeout=60)
-                assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert never.details().startswith("66 images (in Compare each counts twice) exceed the queue limit")
-            del request.images[32]
-            calls = [compare.future(request, timeout=60) for _ in range(5)]
-            refused = [each.code().name for each in calls].count("RESOURCE_EXHAUSTED")
-            assert refused > 0
-            assert dropped(server, "queue_full") == 64 * refused
-    finally:
-        assert stop_server(server) == 0
+def test_images_that_are_run_twice_count_twice(
+    short: ServerProcess, many: NDArray[np.uint8], undisturbed: Undisturbed
+) -> None:
+    with grpc.insecure_channel(short.address) as channel:
+        compare = SteeringServiceStub(channel).Compare  # type: ignore[no-untyped-call]
+        request = pb.CompareRequest(images=V1.request(many[:33]).images)
+        with undisturbed(short):
+            never = compare.future(request, timeout=60)
+            assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert never.details().startswith("66 images (in Compare each counts twice) exceed the queue limit")
+        del request.images[32]
+        before = dropped(short, "queue_full")
+        calls = [compare.future(request, timeout=60) for _ in range(5)]
+        refused = [each.code().name for each in calls].count("RESOURCE_EXHAUSTED")
+        assert refused > 0
+        assert dropped(short, "queue_full") - before == 64 * refused
 
 
 @fault(
@@ -204,11 +200,11 @@ def test_large_calls_do_not_hold_up_small_ones(
 def test_large_photographs_do_not_hold_up_small_files(
     slow: ServerProcess, channel: grpc.Channel, undisturbed: Undisturbed, samples: dict[str, list[bytes]]
 ) -> None:
-    buffer, call, large, photographs = io.BytesIO(), V1.call(channel), 4, 10
-    Image.new("RGB", (4000, 3000)).save(buffer, "JPEG")
+    photograph = encoded(Image.new("RGB", (4000, 3000)), "JPEG")
+    call, large, photographs = V1.call(channel), 4, 10
     with undisturbed(slow):
         start = time.monotonic()
-        calls = [call.future(V1.request([buffer.getvalue()] * photographs), timeout=60) for _ in range(large)]
+        calls = [call.future(V1.request([photograph] * photographs), timeout=60) for _ in range(large)]
         waits = []
         while not any(each.done() for each in calls):
             asked = time.monotonic()

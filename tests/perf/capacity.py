@@ -18,11 +18,10 @@ from PIL import Image
 from export.bundle import load_bundle, versions
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import BUNDLE, OUT, ROOT, SAMPLES
+from tests.perf.heads import BUNDLE, OUT, SAMPLES
 from tests.perf.serving import deit_bundle, load, server
+from tests.processes import MODELS
 from training.steering import profiles_to_json
-
-MODELS = ROOT / "deploy" / "models"
 
 
 def resident_mb(pid: int) -> float:

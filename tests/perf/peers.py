@@ -36,7 +36,7 @@ from service.client.tables import table
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.perf.peer_tools import Unavailable, perf_analyzer, tritonserver
-from tests.processes import start_server, stop_server, until
+from tests.processes import serving, until
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
@@ -168,12 +168,11 @@ def own_load(address: str, subject: Subject, cell: Cell, seconds: float) -> Resu
 @contextlib.contextmanager
 def steervit(subject: Subject, checkout: Path, flags: Sequence[str], log: Path) -> Iterator[str]:
     """Its address."""
-    with log.open("w") as file:
-        server = start_server(subject.repository, *subject.flags, *flags, cwd=checkout, stderr=file)
-        try:
-            yield server.address
-        finally:
-            stop_server(server)
+    with (
+        log.open("w") as file,
+        serving(subject.repository, *subject.flags, *flags, cwd=checkout, stderr=file) as server,
+    ):
+        yield server.address
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -40,11 +39,10 @@ from service.client.load import Load, Report, run
 from service.config import Settings
 from service.engine import Engine
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, FORCE, OUT, PLAIN, ROOT, SAMPLES, Cell, Model, Runner, deit_s, patterns
+from tests.perf.heads import BUNDLE, FORCE, OUT, PLAIN, SAMPLES, Cell, Model, Runner, deit_s, patterns
+from tests.processes import MODELS, serving, start_server
 from training.data.pixels import Split
 from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
-
-READY = "ready: grpc "
 
 
 def deit_bundle() -> Path:
@@ -151,18 +149,9 @@ class Running(NamedTuple):
 @contextlib.contextmanager
 def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator[Running]:
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
-    command += ["--log-level", "error", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith(READY), line
-        address, metrics = line.strip().removeprefix(READY).split(", metrics ")
-        yield Running(address, process.pid, time.perf_counter() - begun, metrics)
-    finally:
-        process.terminate()
-        process.wait()
+    with serving(repository, "--log-level", "error", *flags, stderr=stderr) as running:
+        seconds = time.perf_counter() - begun
+        yield Running(running.address, running.process.pid, seconds, running.metrics_url)
 
 
 def load(address: str, images: list[bytes], asked: Load) -> Report:
@@ -204,14 +193,11 @@ def own_cpu_ms(images: list[bytes], concurrency: int, seconds: float) -> float:
     of a short one, so that the start does not count."""
     totals = []
     for duration in (0.2, seconds):
-        command = [sys.executable, "-m", "tests.perf.counted_server", "--repository", str(ROOT / "deploy" / "models")]
-        flags = ["--port", "0", "--metrics-port", "0", "--log-level", "error"]
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert process.stdout is not None
-        address = process.stdout.readline().removeprefix(READY).split(",")[0]
-        calls = load(address, images, Load(concurrency, duration, 1, ("Shirt",))).calls
-        process.terminate()
-        counted = json.loads(process.stdout.read())
+        program = ("-m", "tests.perf.counted_server")
+        running = start_server(MODELS, "--log-level", "error", program=program, stderr=None)
+        calls = load(running.address, images, Load(concurrency, duration, 1, ("Shirt",))).calls
+        running.process.terminate()
+        counted = json.loads(running.process.communicate()[0])
         totals.append((calls, 1000 * (counted["cpu_seconds"] - counted["inference_cpu_seconds"])))
     (few, before), (many, after) = totals
     return (after - before) / (many - few)
@@ -289,7 +275,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
     p50: dict[int, list[float]] = {10: [], 10_000: []}
     for _ in range(rounds):
         alone_16 = alone(BUNDLE, "auto", images, 16, ("Shirt",), seconds)
-        with server(ROOT / "deploy" / "models") as (address, _, start):
+        with server(MODELS) as (address, _, start):
             starts.append(start)
             report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
             ratios.append(report.images_per_second / alone_16)
@@ -301,7 +287,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
             made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
             (folder / "many.json").write_text(json.dumps({**profiles_to_json(profiles), **made_for}))
             names = tuple(profile.name for profile in profiles)
-            with server(ROOT / "deploy" / "models", "--profiles-dir", str(folder)) as (address, *_):
+            with server(MODELS, "--profiles-dir", str(folder)) as (address, *_):
                 p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
         "start_to_ready_seconds": float(np.median(starts)),
