@@ -17,7 +17,7 @@ TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo serve test test-fast lint format proto dashboards schemas train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
+.PHONY: help demo docs serve test test-fast lint format proto dashboards schemas train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ typefaces:  ## Install the Debian packages of the data set `typefaces` (140 MB)
 
 export: .venv/.dev  ## Write runs/fm/seed-0 as the next version of deploy/models/fashion_mnist
 	$(RUN) -m export runs/fm/seed-0 deploy/models --name fashion_mnist
+
+docs: .venv/.docs  ## README and docs as a site in build/docs, with every link checked
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 
 bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (QUICK=1: a minute)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.heads $(if $(QUICK),--quick)
@@ -119,6 +122,10 @@ clean:  ## Remove .venv and caches (not runs/)
 	@test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[train,export,dev]'
 	@touch $@ .venv/.base
+
+.venv/.docs: .venv/.dev
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
 
 .venv/.bench: .venv/.dev
 	$(if $(QUICK),,$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[bench]')

@@ -99,7 +99,7 @@ def test_only_metrics_that_the_server_has_are_asked_for() -> None:
 
 
 NOT_WATCHED = {
-    "steervit_tuning_info": "a choice made at the start: README.md",
+    "steervit_tuning_info": "a choice made at the start: docs/serving.md",
     "steervit_specialised_images": "for planning: deploy/CAPACITY.md",
     "steervit_cuda_graphs": "for planning, on a GPU alone: deploy/CAPACITY.md",
     "steervit_gpu_memory_bytes": "for planning, on a GPU alone: deploy/CAPACITY.md",

@@ -122,6 +122,14 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
         assert f"\n{target}:" in makefile, target
 
 
+def test_the_readme_is_short_and_every_page_of_the_docs_is_in_the_sites_navigation() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    navigation = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    assert len(pages) > 5
+    assert [page for page in pages if f": {page}\n" not in navigation] == []
+
+
 @pytest.mark.parametrize(("data", "out"), [("fashion-mnist", "fm"), ("typefaces", "typefaces")])
 def test_both_data_sets_are_reproduced_into_a_folder_of_their_own(data: str, out: str) -> None:
     plan = subprocess.run(
@@ -151,10 +159,10 @@ def test_the_tags_of_images_have_the_projects_version() -> None:
     assert f" -t steervit:{version}-cpu " in built
 
 
-def test_the_readmes_table_is_what_the_committed_bundle_records(bundle: Bundle) -> None:
+def test_the_table_of_results_is_what_the_committed_bundle_records(bundle: Bundle) -> None:
     """Every class and context: recall, precision, accuracy of all images, head usage and compute, as rounded there."""
     rows = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "results.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in bundle.profiles and "→" in line:
             rows[cells[0]] = cells[1:6]

@@ -248,7 +248,8 @@ def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
 
     assert contexts("--profiles.steps", "3") == ["tops", "footwear", "rest"]
     assert contexts("--profiles.contexts", '{"tops": ["Coat"]}') == ["tops"]
-    command = re.search(r"`(--preset fashion-mnist --data.dataset folder [^`]+)`", (ROOT / "README.md").read_text())
+    page = (ROOT / "docs" / "training.md").read_text()
+    command = re.search(r"`(--preset fashion-mnist --data.dataset folder [^`]+)`", page)
     assert command
     assert contexts(*shlex.split(command[1])) == [], "a folder has not the labels of Fashion-MNIST"
 
