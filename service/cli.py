@@ -110,25 +110,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in COMMANDS:
         parser().parse_args(words)  # ends the process: --help, --version, or no such command
-    name, *rest = words
+    try:
+        status = _run(*words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has closed the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(name: str, *rest: str) -> int:
     command = COMMANDS[name]
     help_alone = bool(command.parser) and not {"-h", "--help"}.isdisjoint(rest)
     if not help_alone and (missing := _missing(command.extras)):
         return _refuse(name, missing)
+    given = [*command.arguments, *rest]
     try:
         if help_alone:
             parser_of(name).print_help()
             return 0
         run = _resolve(command.main)
+        status: int = run(given, f"{PROJECT} {name}") if command.parser else run(given)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in OURS and not command.extras:
             raise
         return _refuse(name, [error.name or "a module"])
-    given = [*command.arguments, *rest]
-    try:
-        status: int = run(given, f"{PROJECT} {name}") if command.parser else run(given)
-    except KeyboardInterrupt:
-        return 130
     return status
 
 
@@ -218,12 +226,13 @@ def _missing(extras: Sequence[str]) -> list[str]:
 
 def _refuse(name: str, missing: Sequence[str]) -> int:
     """Say what is not installed and how to install it; returns 1."""
-    extras = ",".join(COMMANDS[name].extras)
+    extras = COMMANDS[name].extras
     root = Path(__file__).parents[1]
     source = str(root) if (root / "pyproject.toml").exists() else PROJECT
-    target = f"{source}[{extras}]" if extras else source
+    target = f"{source}[{','.join(extras)}]" if extras else source
+    needs = f"the extra{'s' * (len(extras) > 1)} {' and '.join(extras)}" if extras else "the base installation"
     few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    print(f"{PROJECT} {name} needs {few}, not installed here. Install: pip install '{target}'", file=sys.stderr)
+    print(f"{PROJECT} {name} needs {needs}; missing: {few}. Install: pip install '{target}'", file=sys.stderr)
     return 1
 
 

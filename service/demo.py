@@ -128,7 +128,7 @@ def _row(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse, prof
 def _units(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse) -> str:
     """Which units ran, without steering and with it."""
     columns = [("no steering", plain.predictions), (f"profile {name}", steered.predictions)]
-    return f"{legend(f'the {len(plain.predictions)} samples of {name}')}\n\n{unit_map(columns, has_colour())}"
+    return f"{legend(len(plain.predictions), f'samples of {name}')}\n\n{unit_map(columns, has_colour())}"
 
 
 if __name__ == "__main__":

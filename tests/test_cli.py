@@ -109,11 +109,15 @@ def test_the_client_needs_grpc_protobuf_and_numpy_alone(server: ServerProcess, t
     assert imported == {"__main__", "service", "grpc", "google", "numpy", "typing_extensions"}
     done = steervit("predict", "--address", server.address, *SHIRTS, python=["-S"], **environment)
     assert done.returncode == 0, done.stderr
-    for command, lacks, extras in (("export", "torch", "[train,export]"), ("serve", "uvloop", "")):
-        done = steervit(command, "run", "models", python=["-S"], **environment)
+    for command, needs, install in (
+        ("train", "the extra train; missing: torch, torchvision, timm and", f"'{ROOT}[train]'"),
+        ("export", "the extras train and export; missing: torch,", f"'{ROOT}[train,export]'"),
+        ("serve", "the base installation; missing: uvloop.", f"'{ROOT}'"),
+    ):
+        done = steervit(command, "--out", "run", python=["-S"], **environment)
         assert done.returncode == 1
-        assert re.match(rf"steervit {command} needs {lacks}.*not installed.*pip install '", done.stderr), done.stderr
-        assert done.stderr.endswith(f"{extras}'\n")
+        assert done.stderr.startswith(f"steervit {command} needs {needs}")
+        assert done.stderr.endswith(f" Install: pip install {install}\n")
 
 
 def test_json_has_what_the_server_answered(server: ServerProcess, client: Client, bundle: Bundle) -> None:

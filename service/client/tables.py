@@ -58,16 +58,12 @@ def predict_table(names: Sequence[str], answer: pb.PredictResponse, colour: bool
     units = ["heads", "usage", *["MLP groups", "usage"] * any(p.mlp_mask for p in answer.predictions)]
     shown = table(["image", "class", "p", "then", *units, "compute"], rows)
     map_ = unit_map([(_steering(answer.receipt), answer.predictions)], colour)
-    return f"{shown}\n\n{legend(_counted(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
+    return f"{shown}\n\n{legend(len(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
 
 
 def _share_of(mask: Sequence[pb.BlockHeads] | Sequence[pb.BlockMlpGroups]) -> str:
     """Units that ran / gated units."""
     return f"{sum(sum(block.kept) for block in mask)}/{sum(len(block.kept) for block in mask)}"
-
-
-def _counted(rows: Sequence[object]) -> str:
-    return "the image" if len(rows) == 1 else f"the {len(rows)} images"
 
 
 def _steering(receipt: pb.Receipt) -> str:
@@ -110,7 +106,7 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse, colour: bool
         (f"steered: {_steering(answer.receipt)}", [comparison.steered for comparison in answer.comparisons]),
     ]
     map_ = unit_map(sides, colour)
-    return f"{shown}\n\n{legend(_counted(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
+    return f"{shown}\n\n{legend(len(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
 
 
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:

@@ -60,9 +60,12 @@ def unit_map(columns: Sequence[tuple[str, Sequence[pb.Prediction]]], colour: boo
     return "\n".join(line.rstrip() for line in lines)
 
 
-def legend(images: str) -> str:
-    """What the shades of a map of these images mean."""
-    return f"Units that ran for {images} (blank: never, {shades()[-1] * 2}: for all of them)"
+def legend(count: int, what: str = "images") -> str:
+    """What the shades of a map of so many images mean. what: the images."""
+    full = shades()[-1] * 2
+    if count == 1:
+        return f"Units that ran ({full})"
+    return f"Units that ran for the {count} {what} (blank: never, {full}: for all of them)"
 
 
 def _shares(predictions: Sequence[pb.Prediction], mask: str) -> NDArray[np.float64]:
