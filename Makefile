@@ -17,7 +17,7 @@ TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo docs serve test test-fast lint format proto dashboards schemas train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
+.PHONY: help demo docs serve test test-fast lint format proto dashboards schemas reference train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ dashboards: .venv/.dev  ## Write deploy/dashboards/*.json from the Python beside
 
 schemas: .venv/.dev  ## Write docs/schemas/*.json, the JSON Schemas of a bundle's manifest.json and profiles.json
 	$(RUN) -m export.schemas
+
+reference: .venv/.dev  ## Write docs/cli.md, the reference of the command line, from the flags in the code
+	$(RUN) -m service.cli_page
 
 train: .venv/.dev system-test  ## Train the Fashion-MNIST model of the demo into runs/fm/seed-0, without its controls
 	$(RUN) -m training all --preset fashion-mnist --out runs/fm/seed-0

@@ -8,19 +8,21 @@ from pathlib import Path
 
 from export.arguments import with_names
 from export.bundle import PRECISIONS, Bundle, BundleError
-from training.terminal import print_anything
+from training.terminal import HelpFormatter, print_anything
 
 COMMANDS = "python -m export"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str = COMMANDS) -> int:
     """Export or verify; returns the exit status: 0, or 1 with the reason on standard error.
 
-    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    arguments: those after the program's name, prog; the first may be `verify`. Exits with 2 on wrong ones, as argparse
+    does.
     """
     print_anything()
     try:
-        bundle = _verify(arguments[1:]) if arguments[:1] == ["verify"] else _export(arguments)
+        verifying = arguments[:1] == ["verify"]
+        bundle = _verify(arguments[1:], prog) if verifying else _export(arguments, prog)
     except BundleError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -31,30 +33,43 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _verify(arguments: Sequence[str]) -> Bundle:
+def verify_parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
+    """Of `verify`. prog: what a user types, with or without that word."""
+    parser = argparse.ArgumentParser(
+        prog=f"{prog.removesuffix(' verify')} verify",
+        usage="%(prog)s BUNDLE",
+        description="Check a bundle's checksums, and its golden rows through every graph. No torch.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder <repository>/<model>/<version>")
+    return parser
+
+
+def _verify(arguments: Sequence[str], prog: str) -> Bundle:
+    options = verify_parser(prog).parse_args(arguments)
     from export.verify import verify
 
-    parser = argparse.ArgumentParser(
-        prog=f"{COMMANDS} verify", description="Check a bundle's checksums, and its golden rows through every graph."
-    )
-    parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
-    return verify(parser.parse_args(arguments).bundle)
+    return verify(options.bundle)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
+    """Of an export. prog: what a user types."""
     parser = argparse.ArgumentParser(
-        prog=COMMANDS,
+        prog=prog,
+        usage="%(prog)s RUN REPOSITORY --name NAME [OPTION ...]",
         description="Write a finished training run as a bundle: graphs that are compared with PyTorch on real images "
         "before they are written, profiles, autoencoders and golden rows.",
-        epilog=f"To check an existing bundle: {COMMANDS} verify <bundle>",
+        epilog="To check an existing bundle: steervit verify BUNDLE",
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, help="a finished run folder of python -m training")
-    add("repository", type=Path, help="the folder of bundles to add to")
-    add("--name", required=True, help="the model's name in the repository")
-    add("--version", type=int, help="a positive integer; default: the next one")
+    add("run", type=Path, metavar="RUN", help="a finished run folder of `steervit train`")
+    add("repository", type=Path, metavar="REPOSITORY", help="the folder of bundles to add to")
+    add("--name", metavar="NAME", required=True, help="the model's name in the repository")
+    add("--version", metavar="N", type=int, help="a positive integer; default: the next one")
     add(
         "--attention",
+        metavar="GRAPHS",
         type=_listed(("dispatch", "masked", "fused")),
         default="dispatch,masked",
         help="graphs to write, the default one first: dispatch computes a head for the images that keep it, masked "
@@ -62,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--precision",
+        metavar="PRECISIONS",
         type=_listed(PRECISIONS),
         default="fp32",
         help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so not of dispatch; "
@@ -70,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compact-for", metavar="PROFILE", help="leave out the heads that this profile's classes never use")
     add(
         "--compact-threshold",
+        metavar="SHARE",
         type=float,
         default=0.01,
         help="share of its images below which a head counts as not used; default: %(default)s",
@@ -85,16 +102,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--specialise-all", action="store_true", help="the same for every profile")
     add(
         "--verify-images",
+        metavar="N",
         type=int,
         default=40,
         help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
-    add("--accuracy-images", type=int, default=2000, help="images to compare accuracy on; default: %(default)s")
+    add(
+        "--accuracy-images",
+        metavar="N",
+        type=int,
+        default=2000,
+        help="images to compare accuracy on; default: %(default)s",
+    )
     return parser
 
 
-def _export(arguments: Sequence[str]) -> Bundle | None:
-    options = _parser().parse_args(with_names(arguments, "--compact-for", "--specialise"))
+def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
+    options = parser(prog).parse_args(with_names(arguments, "--compact-for", "--specialise"))
     from export.certify import ExportError  # torch: not before it is needed
     from export.write import ExportSettings, write
     from training.checkpoint import Run, RunError

@@ -17,7 +17,7 @@ from pydantic_settings import CliApp
 from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
-from service.config import PREFIX, Settings, unknown_in_environment
+from service.config import PREFIX, Settings, source, unknown_in_environment
 from service.loaded import EngineError
 from service.server import Server
 
@@ -25,14 +25,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of mallopt(3)."""
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
     """Serve until stopped; returns the exit status: 0, 1 if the server cannot start, 2 if a setting is wrong.
 
-    arguments: those after the program's name. The reason for a failure goes to standard error.
+    arguments: those after the program's name, prog. The reason for a failure goes to standard error.
     """
     _open_standard_streams()
     try:
-        settings = CliApp.run(Settings, cli_args=list(arguments))
+        settings = CliApp.run(Settings, cli_args=list(arguments), cli_settings_source=source(prog))
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(map(str, problem["loc"])).replace("_", "-")

@@ -1,11 +1,14 @@
 """Settings of the server: flags of `python -m service`, each also as STEERVIT_<NAME> in the environment."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from training.terminal import HelpFormatter, make_readable
 
 PREFIX = "STEERVIT_"
 
@@ -18,7 +21,6 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
-        cli_prog_name="python -m service",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -145,3 +147,21 @@ def unknown_in_environment(names: Iterable[str]) -> list[str]:
     """Names that begin like a setting and are none: a mistyped one would go unnoticed."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)
+
+
+def source(prog: str = "python -m service") -> CliSettingsSource[argparse.ArgumentParser]:
+    """The command line as a source of Settings. prog: what a user types."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s --repository FOLDER [--SETTING VALUE ...]",
+        description=Settings.__doc__,
+        formatter_class=HelpFormatter,
+    )
+    filled: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
+    make_readable(parser)
+    return filled
+
+
+def parser(prog: str = "python -m service") -> argparse.ArgumentParser:
+    """Of the settings, as source."""
+    return source(prog).root_parser

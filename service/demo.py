@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.client import Client
 from service.client.tables import table
+from service.client.unit_map import has_colour, legend, unit_map
 from service.pb import steering_pb2 as pb
 from training.terminal import print_anything
 
 MODELS = Path("deploy/models")
 SAMPLES = Path("deploy/samples")
-SHADES = " ░▒▓█" if (sys.stdout.encoding or "").lower().startswith("utf") else " .:*#"
 READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics (?P<metrics>\S+)")
 
 
@@ -73,7 +72,7 @@ def main() -> int:
         print(table(columns, rows))
         print("\nA class profile presumes that the class is known: precision shows what other images pay for it.\n")
         if shown:
-            print(_heads("Shirt", *shown))
+            print(_units("Shirt", *shown))
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
         with direct.open(metrics, timeout=10) as page:
             lines = [
@@ -126,36 +125,10 @@ def _row(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse, prof
     return [*cells, f"{before.compute_fraction:.2f} -> {after.compute_fraction:.2f}"]
 
 
-def _heads(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse) -> str:
-    """Which heads ran: gated blocks down, heads across, shaded by the share of the images."""
-    blocks = [block.block for block in plain.predictions[0].head_mask]
-    before, after = _share_kept(plain), _share_kept(steered)
-    heads = before.shape[1]
-
-    def cells(row: NDArray[np.float64]) -> str:
-        return " ".join(SHADES[round(float(share) * (len(SHADES) - 1))] * 2 for share in row)
-
-    header = " ".join(f"h{head}" for head in range(heads))
-    lines = [
-        f"Heads that ran for the {len(plain.predictions)} samples of {name} (blank: never, ██: for all of them)",
-        "",
-    ]
-    lines.append(f"           {'no steering':<{3 * heads + 4}}profile {name}")
-    lines.append(f"           {header}     {header}")
-    lines += [
-        f"  block {block:>2} │{cells(left)}│   │{cells(right)}│"
-        for block, left, right in zip(blocks, before, after, strict=True)
-    ]
-    return "\n".join(lines)
-
-
-def _share_kept(answer: pb.PredictResponse) -> NDArray[np.float64]:
-    """(gated blocks, heads): share of the images for which the head ran."""
-    masks: Sequence[Sequence[Sequence[bool]]] = [
-        [list(block.kept) for block in prediction.head_mask] for prediction in answer.predictions
-    ]
-    share: NDArray[np.float64] = np.asarray(masks, np.float64).mean(0)
-    return share
+def _units(name: str, plain: pb.PredictResponse, steered: pb.PredictResponse) -> str:
+    """Which units ran, without steering and with it."""
+    columns = [("no steering", plain.predictions), (f"profile {name}", steered.predictions)]
+    return f"{legend(len(plain.predictions), f'samples of {name}')}\n\n{unit_map(columns, has_colour())}"
 
 
 if __name__ == "__main__":

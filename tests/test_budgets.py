@@ -397,6 +397,9 @@ def test_the_dial_is_told_and_printed(
         assert max(map(len, printed.splitlines())) <= 80
         assert printed.count("\n") > len(described.dial) + 14
         assert "budgets: 0.3 to 1" in printed
+    assert main(["dial", *flags, "--json"], "steervit") == 0
+    printed_dial = json.loads(capsys.readouterr().out)["dial"]
+    assert [p["compute_fraction"] for p in printed_dial] == pytest.approx([p.compute_fraction for p in described.dial])
     assert main(["dial", "--address", server.address, "--model", "small"]) == 1
     assert capsys.readouterr().err == "model 'small' version 1 has no dial: it takes no budgets\n"
     picture = tmp_path / "picture.png"
@@ -404,7 +407,9 @@ def test_the_dial_is_told_and_printed(
     steering = ("--profile", "b", "--budget", "0.5", "--open", "1/h2,2/m0", "--closed", "1/m3")
     for command in ("predict", "compare", "explain"):
         assert main([command, *flags, *steering, str(picture)]) == 0, command
-    assert "profile b, budget 0.5 (spent 0." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "profile b, budget 0.5 (spent 0." in printed
+    assert "            h0 h1 h2 m0 m1 m2 m3\n" in printed
     assert main(["load", *flags, "--budget", "0.5", "--seconds", "0.2", str(picture)]) == 0
 
 

@@ -33,6 +33,7 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
             )
             compared = await other.compare(images, profile="Shirt")
             explained = await other.explain(images, latents=3, profile="Shirt")
+            assert await other.models() == client.models()
             return answers, compared, explained, [profile.name async for profile in other.profiles()]
 
     (half, inline), compared, explained, names = asyncio.run(ask())

@@ -13,13 +13,14 @@ from jsonschema import Draft202012Validator
 from processes import ROOT
 
 from export.bundle import Bundle
+from service.cli_page import page
 
 FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
     "matplotlib", "jinja2", "tqdm",
 }  # fmt: skip
 SCHEMAS = ROOT / "docs" / "schemas"
-SERVING = ["service.__main__", "service.client", "service.demo", "service.server", "export.bundle"]
+SERVING = ["service.__main__", "service.cli", "service.client", "service.demo", "service.server", "export.bundle"]
 
 
 def test_serving_imports_nothing_that_the_base_install_lacks() -> None:
@@ -89,6 +90,10 @@ def test_the_schemas_are_what_the_classes_write(tmp_path: Path) -> None:
     for name in ("manifest", "profiles"):
         fresh, committed = (folder / f"{name}.schema.json" for folder in (tmp_path, SCHEMAS))
         assert fresh.read_text() == committed.read_text(), f"{committed.name} is stale: make schemas"
+
+
+def test_the_page_of_the_command_line_is_what_the_code_has() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == page(), "docs/cli.md is stale: make reference"
 
 
 @pytest.mark.parametrize(

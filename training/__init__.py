@@ -1,7 +1,8 @@
 """Images to a gated ViT, its autoencoders and its profiles.
 
-Every process of the project imports this package first: the other two do so in theirs. So what libraries would send to
-their vendors is turned off here, before any of them is imported. A value in the environment has precedence.
+`export` imports this package first. So what libraries would send to their vendors is turned off here, before any of
+them is imported; `service/__init__.py` does the same for the one that it uses. A value in the environment has
+precedence.
 """
 
 import os

@@ -1,15 +1,14 @@
 """python -m training {vit,sae,profiles,controls,evaluate,report,all} --preset fashion-mnist --out runs/fm"""
 
-import argparse
 import sys
 
 import torch
 from pydantic import ValidationError
-from pydantic_settings import CliApp, CliSettingsSource
+from pydantic_settings import CliApp
 
 from training import processes
 from training.checkpoint import Run, RunError
-from training.config import STEPS, Settings
+from training.config import STEPS, Settings, source
 from training.data import splits
 from training.evaluation.controls import fit_controls
 from training.evaluation.protocol import evaluate
@@ -23,14 +22,14 @@ from training.terminal import print_anything
 from training.vit.fit import check_images, fit_vit, load_vit
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = "python -m training") -> int:
     """Run the step or steps; returns the exit status: 0, 1 if a step cannot run, 2 if a setting is wrong.
 
-    arguments: those after the program's name. The reason for a failure goes to standard error.
+    arguments: those after the program's name, prog. The reason for a failure goes to standard error.
     """
     print_anything()
     try:
-        settings = parse(arguments)
+        settings = parse(arguments, prog)
     except ValidationError as error:
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"])).replace("_", "-")
@@ -51,16 +50,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> Settings:
+def parse(arguments: list[str], prog: str = "python -m training") -> Settings:
     """Raises pydantic's ValidationError; exits on --help and on an unknown flag, as argparse does."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training",
-        usage="python -m training STEP --out FOLDER [--preset NAME] [--GROUP.SETTING VALUE ...]",
-        description=f"{Settings.__doc__} A preset changes the defaults that stand below: see training/presets.py.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
-    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
-    return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source)
+    return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source(prog))
 
 
 def run_step(step: str, settings: Settings, images: splits.Data, run: Run) -> None:

@@ -6,13 +6,21 @@ A preset gives defaults; flags win over it. Each stage (vit, sae, profiles) has 
 finished stage remembers the groups that it depends on: see checkpoint.py.
 """
 
+import argparse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
-from pydantic_settings import BaseSettings, CliPositionalArg, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from training.presets import PRESETS
+from training.terminal import HelpFormatter, make_readable
 
 AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() else value)
 """The command line gives text."""
@@ -20,6 +28,12 @@ Teacher = Annotated[Path | None, PlainSerializer(lambda path: path and path.name
 """A run folder may be moved with what it holds, so its name alone is remembered."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 """Those of `all`."""
+PRESET = "A preset changes the defaults that stand below: see training/presets.py."
+ALONE = {
+    "evaluate": f"Measure a trained run on the test images, with the settings that it was trained with. {PRESET}",
+    "report": f"Write the report of an evaluated run, with the settings that it was trained with. {PRESET}",
+}
+"""Steps that are commands of `steervit`: what they do."""
 
 
 class Group(BaseModel):
@@ -252,7 +266,6 @@ class Settings(BaseSettings):
         frozen=True,
         extra="forbid",
         cli_parse_args=False,
-        cli_prog_name="python -m training",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -260,7 +273,7 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
     )
 
-    step: CliPositionalArg[Literal["vit", "sae", "profiles", "controls", "evaluate", "report", "all"]]
+    step: CliPositionalArg[Literal["vit", "sae", "profiles", "controls", "evaluate", "report", "all"]] = "all"
     """One step of the run, or `all` of them: vit, sae, profiles, evaluate, report. `controls`, which takes longer than
     all others together, is not among them: it trains the models that the report compares with."""
     out: Path
@@ -317,3 +330,25 @@ class PresetSource(PydanticBaseSettingsSource):
         if "contexts" not in self.current_state.get("profiles", {}):
             return preset
         return {**preset, "profiles": {k: v for k, v in preset.get("profiles", {}).items() if k != "contexts"}}
+
+
+def source(prog: str = "python -m training") -> CliSettingsSource[argparse.ArgumentParser]:
+    """The command line as a source of Settings. prog: what a user types; it may end with the step."""
+    *_, step = prog.split()
+    step_given = step in ALONE
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog}{'' if step_given else ' [STEP]'} --out FOLDER [--preset NAME] [--SETTING VALUE ...]",
+        description=ALONE[step] if step_given else f"{Settings.__doc__} {PRESET}",
+        formatter_class=HelpFormatter,
+    )
+    filled: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
+    make_readable(parser)
+    if step_given:
+        next(action for action in parser._actions if action.dest == "step").help = argparse.SUPPRESS
+    return filled
+
+
+def parser(prog: str = "python -m training") -> argparse.ArgumentParser:
+    """Of the settings, as source."""
+    return source(prog).root_parser

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from training.checkpoint import Run
-from training.evaluation.seeds import table
 from training.presets import PRESETS
+from training.terminal import HelpFormatter
 
 CONTROLS: dict[bool, dict[str, tuple[str, ...]]] = {
     False: {"dense": (), "direct": ("vit",), "last-block": ("vit",), "small": ()},
@@ -161,24 +160,38 @@ class Processes:
         return folder / f"seed-{job.seed}-{job.name}.log"
 
 
-def main(arguments: list[str]) -> int:
+def parser(prog: str = "python -m training.reproduce") -> argparse.ArgumentParser:
+    """Of the flags that are not passed on to the jobs. prog: what a user types."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s --out FOLDER [OPTION ...] [--GROUP.SETTING VALUE ...]",
+        description=__doc__.split("\n\n")[1],
+        epilog="Other flags are settings of every job: `steervit train --help` lists them.",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FOLDER", required=True, help="folder of the runs")
+    add("--seeds", type=int, metavar="N", default=1, help="how many, from 0 on (default: %(default)s)")
+    add("--preset", metavar="NAME", default="fashion-mnist", help="as for `steervit train` (default: %(default)s)")
+    add("--jobs", type=int, metavar="N", help="processes at a time (default: one for each core)")
+    return parser
+
+
+def main(arguments: list[str], prog: str = "python -m training.reproduce") -> int:
     """Run all jobs, then write and print the table of the seeds; returns the exit status: 0, or 1 when a job fails.
 
-    arguments: those after the program's name; unknown flags are passed on to the jobs. A failed job ends the others.
+    arguments: those after the program's name, prog; unknown flags are passed on to the jobs. A failed job ends the
+    others.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m training.reproduce", description=__doc__.split("\n\n")[1], allow_abbrev=False
-    )
-    parser.add_argument("--preset", default="fashion-mnist", help="as of python -m training (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on (default: %(default)s)")
+    flags_of_all = parser(prog)
+    options, flags = flags_of_all.parse_known_args(arguments)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help="processes at a time (default: %(default)s, the cores)")
-    options, flags = parser.parse_known_args(arguments)
+    options.jobs = cores if options.jobs is None else options.jobs
     if options.seeds < 1 or options.jobs < 1:
-        parser.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
+        flags_of_all.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
-        parser.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
+        flags_of_all.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
     dial = "--vit.dial" in flags or PRESETS.get(options.preset, {}).get("vit", {}).get("dial", False)
     jobs = jobs_of(options.seeds, dial)
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
@@ -195,6 +208,9 @@ def main(arguments: list[str]) -> int:
 
 def _report(out: Path, seeds: int) -> None:
     """Write the table of the seeds, and print its main columns."""
+    from training.checkpoint import Run  # torch: not before it is needed
+    from training.evaluation.seeds import table
+
     of_seeds = table([Run(out / f"seed-{seed}") for seed in range(seeds)])
     Run(out).write_json("table.json", of_seeds)
     shown = ("usage", "recall_change", "precision_change", "overall_change")

@@ -1,4 +1,7 @@
-"""Clients of steering.v1, blocking and asyncio. On the command line: python -m service.client"""
+"""Clients of steering.v1, blocking and asyncio. On the command line: steervit predict, compare, ...
+
+Needs grpcio, protobuf and numpy, and nothing of the other packages.
+"""
 # mypy: no-warn-return-any
 # (gRPC's stubs have no types)
 
@@ -16,9 +19,13 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from service.client.terms import SteeringTerm, Term, Terms
+from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
+from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.pb.steering_pb2_grpc import SteeringServiceStub
-from training.steering import Terms
+
+__all__ = ["Asked", "AsyncClient", "Client", "Images", "SteeringTerm", "Term", "Terms"]
 
 Images = Sequence[bytes | NDArray[np.uint8]]
 """Encoded files, or uint8 arrays (height, width, channels) of the model's own size."""
@@ -108,6 +115,7 @@ class Client:
         attempts (1 to 5). credentials: grpc.ssl_channel_credentials(...) for a server with TLS."""
         self._channel = opened(grpc, address, credentials, attempts)
         self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._repository = GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout = timeout
 
     def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
@@ -125,6 +133,11 @@ class Client:
     def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
         """Its labels, gated blocks, units and sites, and what its dial does without steering."""
         return self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+
+    def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
+        """Every version in the server's repository; its state is READY, or there is a reason why it is not served."""
+        index: oi.RepositoryIndexResponse = self._ask(self._repository.RepositoryIndex, oi.RepositoryIndexRequest(), {})
+        return index.models
 
     def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """With its terms, and the gates_sae_digest that they were made for."""
@@ -168,15 +181,20 @@ class AsyncClient:
         self._timeout = timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None
-        self._made: Any = None
+        self._stubs: tuple[Any, Any] = (None, None)
 
     @property
     def _stub(self) -> Any:
-        """gRPC binds a channel to the loop that runs: another one, as of a second asyncio.run, gets another channel."""
+        return self._connected()[0]
+
+    def _connected(self) -> tuple[Any, Any]:
+        """Stubs of steering.v1 and of the Open Inference Protocol. gRPC binds a channel to the loop that runs: another
+        one, as of a second asyncio.run, gets another channel."""
         if self._loop is not (loop := asyncio.get_running_loop()):
             self._channel, self._loop = self._open(), loop
-            self._made = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        return self._made
+            steering = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
+            self._stubs = steering, GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        return self._stubs
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """As Client.predict. top_k: classes to return; 0: five."""
@@ -193,6 +211,12 @@ class AsyncClient:
     async def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
         """As Client.model: what it reads and answers, and its dial."""
         return await self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+
+    async def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
+        """As Client.models: every version in the server's repository."""
+        _, repository = self._connected()
+        index: oi.RepositoryIndexResponse = await self._ask(repository.RepositoryIndex, oi.RepositoryIndexRequest(), {})
+        return index.models
 
     async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """As Client.profile: with its terms, and the gates_sae_digest that they were made for."""

@@ -1,15 +1,18 @@
 """python -m service.client predict --profile Shirt deploy/samples/Shirt/*.png      (compare, explain, load: likewise)
 
-python -m service.client profiles
+python -m service.client profiles (models: likewise)
 python -m service.client dial [--profile Shirt]
+
+The same as `steervit predict` and so on.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,16 +23,32 @@ from export.arguments import with_names
 from service.client import Asked, Client, unit
 from service.client.load import Load, run
 from service.client.tables import (
+    answer_json,
+    as_dict,
     compare_table,
     dial_plot,
     dial_table,
     explain_table,
+    models_json,
+    models_table,
     predict_table,
     profiles_table,
 )
+from service.client.unit_map import has_colour
 from service.pb import steering_pb2 as pb
-from training.terminal import print_anything
+from training.terminal import HelpFormatter, print_anything
 
+PROG = "python -m service.client"
+COMMANDS: Mapping[str, str] = {
+    "predict": "Classify image files, and show which units ran.",
+    "compare": "Classify image files without and with steering, side by side.",
+    "explain": "Classify image files, and show the latents that drive the gates.",
+    "load": "Send image files again and again; report rate and latencies.",
+    "profiles": "List the steering profiles and their measured effects.",
+    "models": "List the models and versions in the server's repository.",
+    "dial": "Show what budgets do: compute and accuracy, as measured.",
+}
+OF_IMAGES = ("predict", "compare", "explain", "load")
 IMAGES_PER_CALL, BYTES_PER_CALL = 64, 16 * 2**20
 """More files than this are sent in several calls; a single larger one in a call of its own."""
 Answer = TypeVar("Answer", pb.PredictResponse, pb.CompareResponse, pb.ExplainResponse)
@@ -42,75 +61,91 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials(*(path.read_bytes() if path else None for path in files))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service.client", description="Ask a running server.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_images = {
-        "predict": commands.add_parser("predict", help="classify image files"),
-        "compare": commands.add_parser("compare", help="classify them without and with steering, side by side"),
-        "explain": commands.add_parser("explain", help="classify them, and tell what drives the gates"),
-        "load": commands.add_parser("load", help="send them again and again, and tell rate and latencies"),
-    }
-    for name, command in of_images.items():
-        command.add_argument("images", nargs="+", type=Path, help="JPEG, PNG, WebP, BMP or GIF files")
-        several: dict[str, Any] = {"action": "append"} if name == "load" else {"default": ""}
-        turns = "; given several times, they are taken in turn, '' for the default" if name == "load" else ""
-        command.add_argument(
-            "--profile", **several,
-            help=f"steering profile, such as a class name (default: that of the server, if it has one){turns}",
-        )  # fmt: skip
-        command.add_argument("--budget", type=float, help="compute fraction to spend on average (default: no budget)")
-        if name in ("predict", "load"):
-            command.add_argument(
-                "--min-budget", type=float, help="what a busy server may lower it to (default: the server's setting)"
-            )
-    for name in ("predict", "compare", "explain"):
-        of_images[name].add_argument("--strength", type=float, help="0: no steering, 1: the profile as it is (default)")
-        for flag, what in (("--open", "run"), ("--closed", "do not run")):
-            what = (
-                f"units that {what} whatever their gates read: 2/h5,3/m0 is head 5 of block 2, MLP group 0 of block 3"
-            )
-            of_images[name].add_argument(flag, type=_units, default=[], metavar="UNITS", help=what)
-    of_images["predict"].add_argument("--top-k", type=int, default=2, help="classes to show (default 2)")
-    of_images["explain"].add_argument("--latents", type=int, default=0, help="latents of each site (default 10)")
-    load_options = of_images["load"].add_argument
-    load_options("--concurrency", type=int, default=16, help="calls at a time (default %(default)s)")
-    load_options("--rate", type=float, default=0.0, help="calls a second, instead of --concurrency")
-    load_options("--seconds", type=float, default=10.0, help="for how long (default %(default)s)")
-    load_options("--images-per-call", type=int, default=1, help="(default %(default)s)")
-    load_options("--within-ms", type=float, default=0.0, help="also show the share of all calls answered in that time")
-    load_options("--json", action="store_true", help="the report as JSON")
-    listed = commands.add_parser("profiles", help="list the steering profiles and what they were measured to do")
-    dial = commands.add_parser("dial", help="show what budgets do: compute and accuracy, as they were measured")
-    dial.add_argument("--profile", default="", help="under this profile (default: without steering)")
-    for command in (*of_images.values(), listed, dial):
-        command.add_argument("--address", default="127.0.0.1:8001", help="host:port (default %(default)s)")
-        command.add_argument("--tls-ca", type=Path, help="PEM file with the server's authority: connect with TLS")
-        command.add_argument(
-            "--tls-certificate", type=Path, help="PEM file with a certificate of yours, with --tls-key"
-        )
-        command.add_argument("--tls-key", type=Path, help="PEM file with its key")
-        command.add_argument("--timeout", type=float, default=30.0, help="seconds a call (default %(default)s)")
-        command.add_argument("--model", default="", help="needed when several models are served")
-        command.add_argument("--version", default="", help="default: the version that is served")
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """Of all commands; where prog, what a user types, ends with the name of one, of that one alone."""
+    *_, name = prog.split()
+    if name in COMMANDS:
+        return _of_command(name, argparse.ArgumentParser(prog=prog, **_texts(name)))
+    whole = argparse.ArgumentParser(prog=prog, description="Ask a running server.", formatter_class=HelpFormatter)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        _of_command(name, commands.add_parser(name, help=summary, **_texts(name)))
+    return whole
+
+
+def _texts(name: str) -> dict[str, Any]:
+    images = "IMAGE [IMAGE ...] " if name in OF_IMAGES else ""
+    usage = f"%(prog)s {images}[OPTION ...]"
+    return {"usage": usage, "description": COMMANDS[name], "formatter_class": HelpFormatter}
+
+
+def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with that command's flags."""
+    parser.set_defaults(command=name)
+    add = parser.add_argument
+    if name in OF_IMAGES:
+        add("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, BMP or GIF file")
+        _add_steering(name, parser)
+    if name == "predict":
+        add("--top-k", type=int, default=2, metavar="N", help="classes to show (default: %(default)s)")
+    elif name == "explain":
+        add("--latents", type=int, default=0, metavar="N", help="latents of each site to show (default: 10)")
+    elif name == "dial":
+        add("--profile", default="", metavar="NAME", help="under this profile (default: without steering)")
+    elif name == "load":
+        add("--concurrency", type=int, default=16, metavar="N", help="calls at a time (default: %(default)s)")
+        add("--rate", type=float, default=0.0, metavar="X", help="calls a second, instead of --concurrency")
+        add("--seconds", type=float, default=10.0, metavar="X", help="how long to send (default: %(default)g)")
+        add("--images-per-call", type=int, default=1, metavar="N", help="images in a call (default: %(default)s)")
+        add("--within-ms", type=float, default=0.0, metavar="X", help="also report the share of calls answered in X ms")
+    add("--json", action="store_true", help="print one line of JSON")
+    server = parser.add_argument_group("server").add_argument
+    server("--address", default="127.0.0.1:8001", metavar="HOST:PORT", help="where it is (default: %(default)s)")
+    if name != "models":
+        server("--model", default="", metavar="NAME", help="needed when several models are served")
+        server("--version", default="", metavar="VERSION", help="number or label (default: the one that is served)")
+    server("--timeout", type=float, default=30.0, metavar="X", help="seconds for a call (default: %(default)g)")
+    server("--tls-ca", type=Path, metavar="PATH", help="connect with TLS; PEM file with the server's authority")
+    server("--tls-certificate", type=Path, metavar="PATH", help="PEM file with a certificate of yours")
+    server("--tls-key", type=Path, metavar="PATH", help="PEM file with its key")
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
+def _add_steering(name: str, parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("steering and budget").add_argument
+    if name == "load":
+        several = "steering profile; given several times, calls take them in turn, '' for the server's default"
+        add("--profile", action="append", metavar="NAME", help=several)
+    else:
+        one = "steering profile, such as a class name (default: the server's, if it has one)"
+        add("--profile", default="", metavar="NAME", help=one)
+        add("--strength", type=float, metavar="X", help="0: no steering; 1: the profile as it is (default)")
+    add("--budget", type=float, metavar="X", help="compute fraction to spend on average (default: no budget)")
+    if name in ("predict", "load"):
+        lowest = "what a busy server may lower the budget to (default: the server's setting)"
+        add("--min-budget", type=float, metavar="X", help=lowest)
+    if name != "load":
+        units = "head 5 of block 2 and MLP group 0 of block 3 are 2/h5,3/m0"
+        for flag, what in (("--open", "run"), ("--closed", "do not run")):
+            what = f"units that {what}, whatever their gates decide: {units}"
+            add(flag, type=_units, default=[], metavar="UNITS", help=what)
+
+
+def main(arguments: Sequence[str], prog: str = PROG) -> int:
     """Run a command; returns the exit status: 0, or 1 with the reason on standard error.
 
-    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    arguments: those after prog, which may end with the command. Exits with 2 on wrong ones, as argparse does.
     """
     print_anything()
-    parser = _parser()
-    options = parser.parse_args(with_names(arguments, "--profile"))
+    flags = parser(prog)
+    options = flags.parse_args(with_names(arguments, "--profile"))
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
-        parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
+        flags.error("--tls-certificate and --tls-key belong together; allowed: both or none")
     for name in ("concurrency", "seconds", "images_per_call", "timeout"):
         if getattr(options, name, 1) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: more than 0")
+            flags.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: more than 0")
     if getattr(options, "rate", 0) < 0:
-        parser.error(f"--rate is {options.rate}; allowed: 0 (by --concurrency) or more")
+        flags.error(f"--rate is {options.rate}; allowed: 0 (by --concurrency) or more")
     try:
         status = _load(options) if options.command == "load" else _ask(options)
         sys.stdout.flush()
@@ -143,35 +178,49 @@ def _load(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace) -> int:
+    listed = {"profiles": _profiles, "models": _models, "dial": _dial}
     with Client(options.address, options.timeout, _credentials(options)) as client:
-        if options.command == "profiles":
-            print(profiles_table(list(client.profiles(options.model, options.version))))
-            return 0
-        if options.command == "dial":
-            print(_dial(client, options))
-            return 0
-        names = [str(path) for path in options.images]
-        asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
-        asked |= {"open": options.open, "closed": options.closed}
-        if options.strength is not None:
-            asked["strength"] = options.strength
-        if options.budget is not None:
-            asked["budget"] = options.budget
-        if options.command == "predict" and options.min_budget is not None:
-            asked["min_budget"] = options.min_budget
-        if options.command == "compare":
-            print(compare_table(names, in_calls(client.compare, options.images, asked)))
-        elif options.command == "explain":
-            explain = partial(client.explain, latents=options.latents)
-            print(explain_table(names, in_calls(explain, options.images, asked)))
-        else:
-            predict = partial(client.predict, top_k=options.top_k)
-            print(predict_table(names, in_calls(predict, options.images, asked)))
+        print(listed.get(options.command, _of_images)(client, options))
     return 0
 
 
+def _of_images(client: Client, options: argparse.Namespace) -> str:
+    """Of predict, compare and explain: the answers, as text or JSON."""
+    names, colour = [str(path) for path in options.images], has_colour()
+    asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
+    asked |= {"open": options.open, "closed": options.closed}
+    if options.strength is not None:
+        asked["strength"] = options.strength
+    if options.budget is not None:
+        asked["budget"] = options.budget
+    if options.command == "compare":
+        compared = in_calls(client.compare, options.images, asked)
+        return answer_json(names, compared) if options.json else compare_table(names, compared, colour)
+    if options.command == "explain":
+        explained = in_calls(partial(client.explain, latents=options.latents), options.images, asked)
+        return answer_json(names, explained) if options.json else explain_table(names, explained)
+    if options.min_budget is not None:
+        asked["min_budget"] = options.min_budget
+    predicted = in_calls(partial(client.predict, top_k=options.top_k), options.images, asked)
+    return answer_json(names, predicted) if options.json else predict_table(names, predicted, colour)
+
+
+def _profiles(client: Client, options: argparse.Namespace) -> str:
+    profiles = list(client.profiles(options.model, options.version))
+    as_json = {"profiles": [as_dict(profile) for profile in profiles]}
+    return json.dumps(as_json) if options.json else profiles_table(profiles)
+
+
+def _models(client: Client, options: argparse.Namespace) -> str:
+    models = [
+        (entry, client.model(entry.name, entry.version) if entry.state == "READY" else None)
+        for entry in client.models()
+    ]
+    return models_json(models) if options.json else models_table(models)
+
+
 def _dial(client: Client, options: argparse.Namespace) -> str:
-    """The curve of the dial. Raises Refused when there is none."""
+    """The curve of the dial, as text or JSON. Raises Refused when there is none."""
     model = client.model(options.model, options.version)
     if not model.dial:
         raise Refused(f"model {model.model!r} version {model.version} has no dial: it takes no budgets")
@@ -180,6 +229,10 @@ def _dial(client: Client, options: argparse.Namespace) -> str:
         of, where = client.profile(options.profile, options.model, options.version).dial, f"profile {options.profile}"
         if not of:
             raise Refused(f"{where} has no curve of its own: the one without steering counts")
+    if options.json:
+        names = {"model": model.model, "version": model.version, "profile": options.profile}
+        curve = {"lowest_budget": model.lowest_budget, "dial": [as_dict(point) for point in of]}
+        return json.dumps(names | curve)
     head = f"model {model.model} version {model.version}, {where}; budgets: {model.lowest_budget:g} to 1"
     return f"{head}\n\n{dial_table(of)}\n\n{dial_plot(of)}"
 

@@ -1,9 +1,15 @@
-"""Answers as text, for the command line."""
+"""Answers as text, for the command line: tables, and JSON for programs."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
+from service.client.unit_map import legend, unit_map
+from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
 
 
@@ -20,8 +26,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 
 
-def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
-    """One row an image: its classes, and the units that ran; then the receipt. names: of the images, in order."""
+def as_dict(message: Message) -> dict[str, Any]:
+    """By the names of the proto file, with the fields that are 0 or empty; integers of 64 bits are strings, as
+    everywhere in protobuf's JSON."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def answer_json(names: Sequence[str], answer: Message) -> str:
+    """The answer to a call with images as one line of JSON; each image's part has its file as `image`."""
+    content = as_dict(answer)
+    for entries in content.values():
+        if isinstance(entries, list):
+            entries[:] = [{"image": name, **entry} for name, entry in zip(names, entries, strict=True)]
+    return json.dumps(content)
+
+
+def predict_table(names: Sequence[str], answer: pb.PredictResponse, colour: bool = False) -> str:
+    """One row an image: its classes, and how many units ran; then the map of units, and the receipt.
+
+    names: of the images, in order. colour: of the map.
+    """
     rows = []
     for name, prediction in zip(names, answer.predictions, strict=True):
         best, *others = prediction.classes
@@ -33,7 +57,8 @@ def predict_table(names: Sequence[str], answer: pb.PredictResponse) -> str:
         rows.append([name, best.label, f"{best.probability:.2f}", second, *units, compute])
     units = ["heads", "usage", *["MLP groups", "usage"] * any(p.mlp_mask for p in answer.predictions)]
     shown = table(["image", "class", "p", "then", *units, "compute"], rows)
-    return f"{shown}\n\n{_served_by(answer.receipt)}"
+    map_ = unit_map([(_steering(answer.receipt), answer.predictions)], colour)
+    return f"{shown}\n\n{legend(len(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
 
 
 def _share_of(mask: Sequence[pb.BlockHeads] | Sequence[pb.BlockMlpGroups]) -> str:
@@ -41,8 +66,12 @@ def _share_of(mask: Sequence[pb.BlockHeads] | Sequence[pb.BlockMlpGroups]) -> st
     return f"{sum(sum(block.kept) for block in mask)}/{sum(len(block.kept) for block in mask)}"
 
 
+def _steering(receipt: pb.Receipt) -> str:
+    return f"profile {receipt.profile}" if receipt.profile else "no profile"
+
+
 def _served_by(receipt: pb.Receipt) -> str:
-    steering = f"profile {receipt.profile}" if receipt.profile else "inline terms or none"
+    steering = _steering(receipt)
     if receipt.HasField("budget"):
         steering += f", budget {receipt.budget:g} (spent {receipt.compute_fraction:.3f})"
     if receipt.brownout:
@@ -54,8 +83,9 @@ def _served_by(receipt: pb.Receipt) -> str:
     )
 
 
-def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
-    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed units."""
+def compare_table(names: Sequence[str], answer: pb.CompareResponse, colour: bool = False) -> str:
+    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed units; then
+    both maps of units, and the receipt. colour: of the maps."""
     rows = []
     for name, comparison in zip(names, answer.comparisons, strict=True):
         before, after = comparison.unsteered, comparison.steered
@@ -71,7 +101,12 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse) -> str:
             ]
         )  # fmt: skip
     shown = table(["image", "unsteered", "steered", "label", "head usage", "compute", "units"], rows)
-    return f"{shown}\n\n{_served_by(answer.receipt)}"
+    sides = [
+        ("unsteered", [comparison.unsteered for comparison in answer.comparisons]),
+        (f"steered: {_steering(answer.receipt)}", [comparison.steered for comparison in answer.comparisons]),
+    ]
+    map_ = unit_map(sides, colour)
+    return f"{shown}\n\n{legend(len(rows))}\n\n{map_}\n\n{_served_by(answer.receipt)}"
 
 
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
@@ -152,4 +187,33 @@ def profiles_table(profiles: Sequence[pb.Profile]) -> str:
     ]  # fmt: skip
     return table(
         ["profile", "kind", "strategy", "terms", "recall", "precision", "head usage", "compute", "digest"], rows
+    )
+
+
+Served = tuple[oi.RepositoryIndexResponse.ModelIndex, pb.GetModelResponse | None]
+"""An entry of the repository's index, and what it is if it is served."""
+
+
+def models_table(models: Sequence[Served]) -> str:
+    """One row a version: its state, and of those that are served what they read, answer and run."""
+    rows = []
+    for entry, model in models:
+        row = [entry.name, entry.version, entry.state]
+        if model:
+            row += [
+                f"{model.height}x{model.width}x{model.channels}", str(len(model.labels)), str(len(model.gated_blocks)),
+                str(model.heads), str(model.mlp_groups), str(model.profiles),
+                f"{model.lowest_budget:.2f} to 1" if model.dial else "none", f"{model.graph} {model.provider}",
+            ]  # fmt: skip
+        else:
+            row += ["-"] * 7 + [entry.reason]
+        rows.append(row)
+    columns = ["model", "version", "state", "input", "classes", "gated blocks", "heads", "MLP groups", "profiles"]
+    return table([*columns, "budgets", "runs"], rows)
+
+
+def models_json(models: Sequence[Served]) -> str:
+    """The same as one line of JSON: each entry of the index, with `model` as GetModel answers it, or null."""
+    return json.dumps(
+        {"models": [{**as_dict(entry), "model": as_dict(model) if model else None} for entry, model in models]}
     )
