@@ -154,7 +154,7 @@ def test_a_full_queue_says_when_to_try_again(
             assert dropped(server, "queue_full") >= 60 * codes.count("RESOURCE_EXHAUSTED")
             never = call.future(protocol.request(many[:65]), timeout=60)
             assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert never.details().startswith("65 images (in Compare")
+            assert never.details().startswith("65 images at full budget (in Compare")
     finally:
         assert stop_server(server) == 0
 
@@ -169,7 +169,7 @@ def test_images_that_are_run_twice_count_twice(many: NDArray[np.uint8], undistur
             with undisturbed(server):
                 never = compare.future(request, timeout=60)
                 assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert never.details().startswith("66 images (in Compare each counts twice) exceed the queue limit")
+                assert never.details().startswith("66 images at full budget (in Compare each counts twice) exceed")
             del request.images[32]
             calls = [compare.future(request, timeout=60) for _ in range(5)]
             refused = [each.code().name for each in calls].count("RESOURCE_EXHAUSTED")
