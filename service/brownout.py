@@ -23,12 +23,11 @@ SURPRISE = 2.0
 TRUST = 0.05
 """Variance of work, as a share of its mean squared, at which the slope measured counts as much as the one before."""
 HEADROOM = 0.75
-"""The share of the target that is planned with. The rest is for what is not known: later calls, slower batches."""
-FULL = 0.85
-"""The share of the target that the queue may take at the floors of all budgets. Past it calls are refused."""
-LONGEST = 0.2
+"""The share of the target that is planned with: for levels, and for how much may wait at the floors of all budgets. The
+rest is for what is not known: later calls, slower batches."""
+LONGEST = 0.3
 """The longest batch, as a share of the target: a new call waits for those that run."""
-RECOVERY = 2.0
+RECOVERY = 1.0
 """How long the level takes to fall from 1 to 0, as a multiple of the target."""
 MAX_RECOVERY = 4.0
 """Seconds; the longest recovery, however large the target."""
@@ -214,7 +213,7 @@ def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iter
 
 def full(images: int, least: float, cost: Cost, engines: Engines, target: float) -> bool:
     """Whether so many images would run too late even with all budgets at their floors. least: their work then."""
-    return engines.seconds(images, least, cost) > FULL * target
+    return engines.seconds(images, least, cost) > HEADROOM * target
 
 
 def largest_batch(cost: Cost, target: float, max_batch: int) -> int:

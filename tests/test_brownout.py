@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from service.brownout import (
     HEADROOM,
     MAX_RECOVERY,
+    RECOVERY,
     Cost,
     CostModel,
     Engines,
@@ -161,13 +162,13 @@ def test_a_size_with_no_more_than_its_share_is_not_lowered_and_a_second_look_low
 def test_each_size_has_a_level_of_its_own() -> None:
     levels = Levels(1.0)
     levels.raised({0: 0.6, 3: 0.2}, 0.0)
-    levels.raised({3: 1.0}, 0.6)  # the fall from 1 to 0 takes 2 s
-    assert [levels.at(size, 0.6) for size in (0, 1, 3)] == pytest.approx([0.3, 0.0, 1.0])
-    assert levels.highest(0.6) == 1
+    levels.raised({3: 1.0}, 0.4 * RECOVERY)
+    assert [levels.at(size, 0.4 * RECOVERY) for size in (0, 1, 3)] == pytest.approx([0.2, 0.0, 1.0])
+    assert levels.highest(0.4 * RECOVERY) == 1
 
 
 def test_a_full_queue_worked_out_by_hand() -> None:
-    """0.85 s of the second may be filled."""
+    """0.75 s of the second may be filled."""
     waits = Waits()
 
     def full(call: Waiting, levels: dict[int, float]) -> bool:
@@ -177,17 +178,17 @@ def test_a_full_queue_worked_out_by_hand() -> None:
     for call in [small] * 5:
         waits.count(call.size, 1, call.images, call.own, call.floor)
     assert not full(large, {})  # 0.5 + 0.16 s
-    assert not full(large._replace(floor=1.0), {})  # 0.5 + 0.4 s, but 0.4 is less than half of 0.85
+    assert not full(large._replace(floor=0.9), {})  # 0.5 + 0.36 s, but 0.36 is less than half of 0.75
     waits.count(2, 2, 8, 1.0, 0.4)
-    assert full(large, {})  # 0.5 + 0.48 s, and 0.48 is more than half of 0.85
-    assert not full(large, {0: 0.5})  # 0.35 + 0.48 s
+    assert full(large, {})  # 0.5 + 0.48 s, and 0.48 is more than half of 0.75
+    assert not full(large, {0: 0.8})  # 0.26 + 0.48 s
     assert not full(small, {2: 1.0})  # 0.24 + 0.32 s
     waits.count(2, 10, 40, 1.0, 0.4)
-    assert not full(small, {2: 1.0})  # 0.24 + 1.92 s, but 0.24 is less than half of 0.85
+    assert not full(small, {2: 1.0})  # 0.24 + 1.92 s, but 0.24 is less than half of 0.75
     waits.count(2, -12, -48, 1.0, 0.4)
     waits.count(6, 2, 80, 1.0, 0.4)  # two calls of 40 images: their next turns are 8 images, as above
     assert full(large._replace(size=6), {})
-    assert not full(large._replace(size=6), {0: 0.5})
+    assert not full(large._replace(size=6), {0: 0.8})
 
 
 @given(st.lists(calls(), max_size=20), calls(), costs, engines, st.floats(0.05, 3), st.floats(0, 1))
@@ -217,7 +218,7 @@ def test_budgets_stay_between_floor_and_own(own: float, floor: float, level: flo
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 3)), min_size=1), st.floats(0.01, 10))
 def test_the_level_rises_at_once_and_falls_slowly(steps: list[tuple[float, float]], target: float) -> None:
-    level, now, before, recovery = Level(target), 0.0, 0.0, min(2 * target, MAX_RECOVERY)
+    level, now, before, recovery = Level(target), 0.0, 0.0, min(RECOVERY * target, MAX_RECOVERY)
     for need, after in steps:
         now += after
         assert level.at(now) == pytest.approx(max(0.0, before - after / recovery))
@@ -261,11 +262,11 @@ def test_one_batch_moves_an_estimate_by_little(seconds: float, work: float, seed
 
 
 def test_batches_and_queues_fit_the_target() -> None:
-    assert [largest_batch(Cost(0.01, 0.05), target, 8) for target in (1.0, 0.1, 10.0)] == [3, 1, 8]
+    assert [largest_batch(Cost(0.01, 0.05), target, 8) for target in (1.0, 0.1, 10.0)] == [5, 1, 8]
     assert largest_batch(Cost(0.0, 0.0), 1.0, 8) == 8
-    assert not full(8, 8.0, COST, ONE, 1.0)  # 0.8 s
-    assert full(9, 9.0, COST, ONE, 1.0)
-    assert not full(20, 8.0, COST, ONE, 1.0)  # 20 images at 0.4
+    assert not full(7, 7.0, COST, ONE, 1.0)  # 0.7 s
+    assert full(8, 8.0, COST, ONE, 1.0)
+    assert not full(18, 7.2, COST, ONE, 1.0)  # 18 images at 0.4
 
 
 MACHINE = Machine()
@@ -358,7 +359,7 @@ def test_turns_do_not_depend_on_permissions(asked: list[tuple[int, bool]], most:
 
 def test_the_simulation_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = tmp_path / "plots" / "brownout.png"
-    assert main(["--servers", "2", "--loads", "2", "--seconds", "20", "--plot", str(drawn)]) == 0
+    assert main(["--servers", "2", "--loads", "2", "--seconds", "12", "--plot", str(drawn)]) == 0
     assert drawn.stat().st_size > 10_000
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("poisson 2")]
     in_time = {row[2]: float(row[-4]) for row in rows}

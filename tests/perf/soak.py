@@ -50,7 +50,7 @@ STRENGTHS = (0.5, 1.0)
 BUDGETS = (None, 0.9, 0.7)
 FLOORS = (None, 0.5, 0.35)
 BROWNOUT = ("--target-latency-ms", "60", "--instances", "1", "--threads", "1", "--max-batch", "8")
-"""A server that 32 calls at a time are too much for."""
+"""A server that 64 calls at a time are too much for."""
 
 
 class Kind(NamedTuple):
@@ -251,7 +251,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.perf.soak", description=__doc__.split("\n\n")[1])
     parser.add_argument("--requests", type=int, default=50_000, help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="instead of --requests, with disturbances")
-    parser.add_argument("--concurrency", type=int, default=32, help="calls at a time (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency", type=int, default=32, help="calls at a time; in brownout twice as many (default: %(default)s)"
+    )
     options = parser.parse_args()
     begun = time.perf_counter()
     plain, dialled = (
@@ -269,7 +271,7 @@ def main() -> int:
     found = {}
     for name, (share, alone, kinds, flags) in parts.items():
         minutes, requests = share * (options.minutes or 0), round(share * options.requests)
-        found[name] = soak(alone, kinds, minutes, requests, options.concurrency, *flags)
+        found[name] = soak(alone, kinds, minutes, requests, options.concurrency * (2 if flags else 1), *flags)
     result = {**found, "seconds": round(time.perf_counter() - begun, 1)}
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
