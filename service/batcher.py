@@ -123,7 +123,7 @@ class Batcher:
     @property
     def work(self) -> float:
         """The same in images at full budget: each counts as its budget, or as its floor in brownout."""
-        return self._queue.least
+        return self._queue.work
 
     @property
     def level(self) -> float:
@@ -147,21 +147,24 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         call = Call(images, steering, residual, deadline, time.monotonic(), loop.create_future())
-        call.own = call.floor = 1.0 if steering.budget is None else steering.budget
+        if self._brownout and steering.permission:
+            call.room = steering.permission.floor
+        elif steering.budget is not None:
+            call.room = steering.budget
+        work = len(images) * call.room
+        if work > self._max_queue:
+            raise InvalidRequest(
+                f"{work:g} images at full budget (in Compare each counts twice) exceed the queue limit of "
+                f"{self._max_queue}"
+            )
         with self._lock:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
             if self._brownout:
                 self._brownout.enter(call)
-            work = len(images) * call.floor
-            if work > self._max_queue:
-                raise InvalidRequest(
-                    f"{work:g} images at full budget (in Compare each counts twice) exceed the queue limit of "
-                    f"{self._max_queue}"
-                )
-            if self._queue.least + work > self._max_queue and self._queue.has_cancelled:
+            if self._queue.work + work > self._max_queue and self._queue.has_cancelled:
                 self._queue.drop_finished()
-            if (queued := self._queue.least) + work > self._max_queue:
+            if (queued := self._queue.work) + work > self._max_queue:
                 raise Overloaded(
                     f"queue full: {queued:g} queued + {work:g} new > limit {self._max_queue}. Try again later",
                     retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
@@ -196,8 +199,8 @@ class Batcher:
     def _queue_seconds(self, now: float) -> float:
         """How long the queue is expected to take."""
         if self._brownout:
-            return self._brownout.seconds(self._queue, now)
-        return self._queue.least * self._seconds_per_work
+            return self._brownout.seconds(now)
+        return self._queue.work * self._seconds_per_work
 
     def _wake(self) -> None:
         self._wake_scheduled = False
@@ -239,7 +242,7 @@ class Batcher:
         results: list[tuple[Call, Answer]] = []
         with self._counting:
             seconds, cpu_seconds = time.monotonic() - start, time.thread_time() - cpu
-            work = sum(piece.call.own * piece.size for piece in batch)
+            work = sum(piece.call.room * piece.size for piece in batch)
             weight = 0.1 if self._seconds_per_work else 1.0  # the first one counts fully
             self._seconds_per_work += weight * (seconds / (work * len(self._threads)) - self._seconds_per_work)
             if self._brownout and engine is not self._lone:

@@ -248,6 +248,12 @@ class Waits:
             (total.own + images * own, total.least + images * floor) if total.images else (0.0, 0.0)
         )
 
+    @property
+    def least(self) -> tuple[int, float]:
+        """All images, and their work at their floors."""
+        sums = self._sums.values()
+        return sum(total.images for total in sums), sum(total.least for total in sums)
+
     def full(self, call: Waiting, level: Callable[[int], float], cost: Cost, engines: Engines, target: float) -> bool:
         """Whether a new call would be late even with the budgets of its size at their floors. Not while its size has no
         more than an equal share. level: of the other sizes, which keep it. Of each call the next turn counts: others do

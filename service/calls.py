@@ -72,8 +72,10 @@ class Call:
     """The answers so far: the position of the first image, when its batch started, and the outputs."""
     answered: int = 0
     """Images of the parts."""
+    room: float = 1.0
+    """Of the queue's, for an image: its budget, or the least that brownout may lower it to; without a budget 1."""
     own: float = 1.0
-    """The compute fraction that an image is expected to spend: its budget, or without one 1, or brownout's estimate."""
+    """The compute fraction that an image is expected to spend (estimated for brownout alone)."""
     floor: float = 1.0
     """The least that brownout may make of that."""
     lowered: Lowered | None = None
@@ -146,8 +148,8 @@ class CallQueue:
         self._calls: deque[Call] = deque()
         self.images = 0
         """Images that wait."""
-        self.least = 0.0
-        """Their work: the compute fractions that they are expected to spend at their floors, added up."""
+        self.work = 0.0
+        """In images at full budget: their room, added up."""
         self.has_cancelled = False
         """Whether a call was cancelled since the last drop_finished."""
 
@@ -163,11 +165,12 @@ class CallQueue:
 
     def fix(self, call: Call, budget: float) -> None:
         """Set what each image of a call spends from now on. Some may wait."""
-        if call.waiting:
-            self._count(call, -call.waiting, -1)
+        waits = self._waits if call.waiting else None
+        if waits:
+            waits.count(size_of(len(call.images)), -1, -call.waiting, call.own, call.floor)
         call.own = call.floor = budget
-        if call.waiting:
-            self._count(call, call.waiting, 1)
+        if waits:
+            waits.count(size_of(len(call.images)), 1, call.waiting, call.own, call.floor)
 
     def __iter__(self) -> Iterator[Call]:
         """In the order of their turns."""
@@ -225,7 +228,7 @@ class CallQueue:
 
     def _count(self, call: Call, images: int, calls: int) -> None:
         self.images += images
-        self.least = self.least + images * call.floor if self.images else 0.0
+        self.work = self.work + images * call.room if self.images else 0.0
         if self._waits:
             self._waits.count(size_of(len(call.images)), calls, images, call.own, call.floor)
 

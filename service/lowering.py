@@ -58,9 +58,10 @@ class Brownout:
             new, lambda size: self._levels.at(size, now), self._model.cost, self._engines(now), self._target
         )
 
-    def seconds(self, queue: CallQueue, now: float) -> float:
+    def seconds(self, now: float) -> float:
         """How long the queue takes at least."""
-        return self._engines(now).seconds(queue.images, queue.least, self._model.cost)
+        images, work = self.waits.least
+        return self._engines(now).seconds(images, work, self._model.cost)
 
     def raise_level(self, queue: CallQueue, now: float) -> None:
         """Before a batch is taken from the queue."""

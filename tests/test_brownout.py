@@ -350,7 +350,7 @@ def test_turns_do_not_depend_on_permissions(asked: list[tuple[int, bool]], most:
                 if not first:
                     queue.fix(call, call.floor)
             taken.append([(numbers[id(call)], first, size) for call, first, size in batch])
-        assert queue.least == 0
+        assert queue.work == 0
         return taken
 
     with contextlib.closing(asyncio.new_event_loop()) as loop:
