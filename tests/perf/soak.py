@@ -49,7 +49,7 @@ FLIPS = 0.1
 STRENGTHS = (0.5, 1.0)
 BUDGETS = (None, 0.9, 0.7)
 FLOORS = (None, 0.5, 0.35)
-BROWNOUT = ("--target-latency-ms", "60", "--instances", "1", "--threads", "1", "--max-batch", "8")
+BROWNOUT = ("--target-latency-ms", "80", "--instances", "1", "--threads", "1", "--max-batch", "8")
 """A server that 64 calls at a time are too much for."""
 
 
