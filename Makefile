@@ -82,7 +82,7 @@ bench-peers: .venv/.dev  ## steervit and Triton on the same graphs and cores, un
 gpu-check: .venv/.dev  ## What a GPU gives: right, fast, through gRPC; without one, the part that a CPU can check
 	$(RUN) -m tests.perf.gpu $(if $(QUICK),--quick)
 
-soak: .venv/.dev  ## 50,000 calls and 50 stops, every answer compared with that of a single request; MINUTES=60: with disturbances
+soak: .venv/.dev  ## 50,000 calls, a third in brownout, and 50 stops, every answer compared with that of a single request; MINUTES=60: with disturbances
 	$(RUN) -m tests.perf.soak $(if $(MINUTES),--minutes $(MINUTES))
 	$(if $(MINUTES),,$(RUN) -m tests.faults.sigterm --rounds 50)
 

@@ -77,16 +77,20 @@ class Batcher:
     ):
         """engines: one for each concurrent batch; the same one several times if its `run` is thread-safe. lone: runs
         single images that meet no others, after LONE_AFTER such in a row. specialists: graphs for one steering alone;
-        batches are of one steering when that is faster. brownout: None: budgets are never lowered. max_batch,
-        max_queue: images; max_delay: seconds that a batch waits to fill up.
+        batches are of one steering when that is faster. brownout: None: budgets are never lowered. max_batch: images;
+        max_queue: images at full budget; max_delay: seconds that a batch waits to fill up.
         """
         self._lone = lone
         self._max_batch = brownout.max_batch if brownout else max_batch
         self._max_delay, self._max_queue = max_delay, max_queue
         self._on_batch, self._brownout = on_batch, brownout
-        self._queue = CallQueue(specialists if specialists and specialists.specialised else None, on_drop)
-        self._seconds_per_image = 0.0
-        """Recent mean over all engines: predicts how long the queue takes."""
+        self._queue = CallQueue(
+            specialists if specialists and specialists.specialised else None,
+            on_drop,
+            brownout.waits if brownout else None,
+        )
+        self._seconds_per_work = 0.0
+        """Of an image at budget 1, a recent mean over all engines: predicts how long the queue takes."""
         self._lock = threading.Lock()
         self._free = [threading.Condition(self._lock) for _ in engines]
         """Wakes the thread of each engine."""
@@ -117,6 +121,11 @@ class Batcher:
         return self._queue.images
 
     @property
+    def work(self) -> float:
+        """The same in images at full budget: each counts as its budget, or as its floor in brownout."""
+        return self._queue.work
+
+    @property
     def level(self) -> float:
         """Of brownout: 0 to 1."""
         return self._brownout.level(time.monotonic()) if self._brownout else 0.0
@@ -133,34 +142,39 @@ class Batcher:
     ) -> Answer:
         """images (B, height, width, channels), any B >= 1. Cancelling drops the images that have not run yet.
 
-        Raises InvalidRequest for more images than the queue's limit, Overloaded when the queue is full, Expired when
+        Raises InvalidRequest for more work than the queue's limit, Overloaded when the queue is full, Expired when
         the deadline passes first, and Stopping after close.
         """
-        count = len(images)
-        if count > self._max_queue:
-            raise InvalidRequest(
-                f"{count} images (in Compare each counts twice) exceed the queue limit of {self._max_queue}"
-            )
         loop = asyncio.get_running_loop()
         call = Call(images, steering, residual, deadline, time.monotonic(), loop.create_future())
+        if self._brownout and steering.permission:
+            call.room = steering.permission.floor
+        elif steering.budget is not None:
+            call.room = steering.budget
+        work = len(images) * call.room
+        if work > self._max_queue:
+            raise InvalidRequest(
+                f"{work:g} images at full budget (in Compare each counts twice) exceed the queue limit of "
+                f"{self._max_queue}"
+            )
         with self._lock:
             if self._closed:
                 raise Stopping("the server is shutting down; try another one")
-            if self._queue.images + count > self._max_queue and self._queue.has_cancelled:
-                self._queue.drop_finished()
-            if (queued := self._queue.images) + count > self._max_queue:
-                raise Overloaded(
-                    f"queue full: {queued} queued + {count} new > limit {self._max_queue}. Try again later",
-                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
-                )
             if self._brownout:
                 self._brownout.enter(call)
-                if queued and self._brownout.full(self._queue, call, call.arrived):
-                    raise Overloaded(
-                        f"queue full: {queued} queued + {count} new images would be late at their lowest budgets. "
-                        "Try again later",
-                        retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
-                    )
+            if self._queue.work + work > self._max_queue and self._queue.has_cancelled:
+                self._queue.drop_finished()
+            if (queued := self._queue.work) + work > self._max_queue:
+                raise Overloaded(
+                    f"queue full: {queued:g} queued + {work:g} new > limit {self._max_queue}. Try again later",
+                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
+                )
+            if queued and self._brownout and self._brownout.full(call, call.arrived):
+                raise Overloaded(
+                    f"queue full: {self._queue.images} queued + {len(images)} new images would be late at their lowest "
+                    "budgets. Try again later",
+                    retry_after_seconds=min(5.0, 0.05 + 1.5 * self._queue_seconds(call.arrived)),
+                )
             if queued or any(self._running):
                 self._lone_in_a_row = 0
             self._queue.append(call)
@@ -185,8 +199,8 @@ class Batcher:
     def _queue_seconds(self, now: float) -> float:
         """How long the queue is expected to take."""
         if self._brownout:
-            return self._brownout.seconds(self._queue, now)
-        return self._queue.images * self._seconds_per_image
+            return self._brownout.seconds(now)
+        return self._queue.work * self._seconds_per_work
 
     def _wake(self) -> None:
         self._wake_scheduled = False
@@ -228,8 +242,9 @@ class Batcher:
         results: list[tuple[Call, Answer]] = []
         with self._counting:
             seconds, cpu_seconds = time.monotonic() - start, time.thread_time() - cpu
-            weight = 0.1 if self._seconds_per_image else 1.0  # the first one counts fully
-            self._seconds_per_image += weight * (seconds / (count * len(self._threads)) - self._seconds_per_image)
+            work = sum(piece.call.room * piece.size for piece in batch)
+            weight = 0.1 if self._seconds_per_work else 1.0  # the first one counts fully
+            self._seconds_per_work += weight * (seconds / (work * len(self._threads)) - self._seconds_per_work)
             if self._brownout and engine is not self._lone:
                 self._brownout.ran(batch, outputs, seconds)
                 self._max_batch = self._brownout.max_batch
@@ -289,7 +304,7 @@ class Batcher:
                 self._brownout.raise_level(self._queue, now)
             batch = self._queue.take(share)
             if self._brownout:
-                self._brownout.lower(batch, index, now)
+                self._brownout.lower(self._queue, batch, index, now)
             self._running[index] = sum(piece.size for piece in batch)
             self._started[index] = now
             if self._queue.images:

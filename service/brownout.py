@@ -4,11 +4,15 @@ Pure functions and small values: no server and no clock, so that tests/perf/brow
 
 Work is measured in full images, the compute fractions of a batch's images added up: 1 for an image with every unit
 open. Times are in seconds on any one clock. A level of 0 leaves every budget as it is, 1 lowers it to its floor.
+
+Calls of one size have one level. The sizes share the server by max-min fairness: those with the most work are
+lowered first, and a size that has no more than an equal share of what fits the target is neither lowered nor refused.
+So a flood of large calls is lowered itself, and then refused itself; it does not take the budget of small ones.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,12 +23,11 @@ SURPRISE = 2.0
 TRUST = 0.05
 """Variance of work, as a share of its mean squared, at which the slope measured counts as much as the one before."""
 HEADROOM = 0.75
-"""The share of the target that is planned with. The rest is for what is not known: later calls, slower batches."""
-FULL = 0.85
-"""The share of the target that the queue may take at the floors of all budgets. Past it calls are refused."""
-LONGEST = 0.2
+"""The share of the target that is planned with: for levels, and for how much may wait at the floors of all budgets. The
+rest is for what is not known: later calls, slower batches."""
+LONGEST = 0.3
 """The longest batch, as a share of the target: a new call waits for those that run."""
-RECOVERY = 2.0
+RECOVERY = 1.0
 """How long the level takes to fall from 1 to 0, as a multiple of the target."""
 MAX_RECOVERY = 4.0
 """Seconds; the longest recovery, however large the target."""
@@ -92,6 +95,11 @@ class CostModel:
         return Cost(self._seconds - slope * self._work, slope)
 
 
+def size_of(images: int) -> int:
+    """The size of a call: 0 of one image, 1 of two, 2 of up to four, 3 of up to eight, and so on."""
+    return (images - 1).bit_length()
+
+
 class Waiting(NamedTuple):
     """The images of a call that wait."""
 
@@ -104,6 +112,8 @@ class Waiting(NamedTuple):
     deadline: float = math.inf
     turns: int = 0
     """Batches that images of the call were in."""
+    size: int = 0
+    """Of the call when it came, by `size_of`."""
 
 
 @dataclass(frozen=True)
@@ -121,34 +131,61 @@ class Engines:
         return (self.busy + cost.per_image * work) / self.count + rounds * cost.overhead
 
 
-def needed(waiting: Sequence[Waiting], cost: Cost, engines: Engines, now: float, target: float) -> float:
-    """The lowest level, 0 to 1, at which the waiting images finish within the target; 1 if none is enough.
+def needed(waiting: Sequence[Waiting], cost: Cost, engines: Engines, now: float, target: float) -> dict[int, float]:
+    """By size of the calls that wait, the lowest levels, 0 to 1, at which they finish within the target; 1 if none is
+    enough. Of several sizes none is lowered below an equal share of what fits the target.
 
-    waiting: in the order of their turns. A call that is larger than a batch takes several turns, and has the target
-    for each of them, so a large call alone lowers nobody. A deadline nearer than the target takes its place, unless it
+    waiting: in the order of their turns. A call that is larger than a batch takes several turns, and has the target for
+    each of them, so a large call alone lowers nobody. A deadline nearer than the target takes its place, unless it
     cannot be met at any level.
     """
-    # Images of a round run at the same time on all engines, and finish together. At a level l that is at
-    # now + busy + rounds * overhead + each * (own - l * saving), with own and saving up to and with the round.
-    level = own = saving = 0.0
+    # Images of a round run at the same time on all engines, and finish together. With less work, by x, that is at
+    # now + busy + rounds * overhead + each * (work - x). Work and what may be saved of it: up to and with the round.
+    levels = dict.fromkeys(sorted({call.size for call in waiting}), 0.0)
+    work, saving = levels.copy(), levels.copy()
     each = cost.per_image / engines.count
     images = 0
     for of_round in _rounds(waiting, engines, target):
-        images += sum(turn.images for turn in of_round)
-        own += sum(turn.images * turn.own for turn in of_round)
-        saving += sum(turn.images * (turn.own - turn.floor) for turn in of_round)
-        finish = now + engines.seconds(images, own, cost)
-        soonest = finish - each * saving
+        for turn in of_round:
+            images += turn.images
+            work[turn.size] += turn.images * turn.own
+            saving[turn.size] += turn.images * (turn.own - turn.floor)
+        finish = now + engines.seconds(images, sum(work.values()), cost)
+        soonest = finish - each * sum(saving.values())
         due = min(turn.deadline if soonest <= turn.deadline < turn.due else turn.due for turn in of_round)
-        if finish > due and saving > 0:
-            level = max(level, (finish - due) / (each * saving))
-    return min(level, 1.0)
+        if finish > due and soonest < finish:
+            fits = sum(work.values()) - (finish - due) / each
+            most = fits if len(levels) == 1 else _share(work, saving, fits, HEADROOM * target / each / len(levels))
+            for size in levels:
+                if work[size] > most and saving[size] > 0:
+                    levels[size] = max(levels[size], min(1.0, (work[size] - most) / saving[size]))
+    return levels
+
+
+def _share(work: Mapping[int, float], saving: Mapping[int, float], fits: float, least: float) -> float:
+    """The most work that a size may spend so that all together spend what fits; at least `least`. A size spends no less
+    than it cannot save. fits: less than all work."""
+
+    def spent(most: float) -> float:
+        return sum(max(work[size] - saving[size], min(work[size], most)) for size in work)
+
+    low, spent_low = least, spent(least)
+    for high in sorted([*work.values(), *(work[size] - saving[size] for size in work)]):  # between them it is linear
+        if spent_low >= fits:
+            break
+        if high > low:
+            spent_high = spent(high)
+            if spent_high >= fits:
+                return low + (high - low) * (fits - spent_low) / (spent_high - spent_low)
+            low, spent_low = high, spent_high
+    return low
 
 
 class _Turn(NamedTuple):
     """Images of a call that run in one batch. due: by the target; deadline: of the call; both with headroom."""
 
     images: int
+    size: int
     own: float
     floor: float
     due: float
@@ -163,7 +200,7 @@ def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iter
         call, left, within = turns.popleft()
         images = min(left, engines.max_batch, room)
         deadline = call.arrived + HEADROOM * (call.deadline - call.arrived)
-        of_round.append(_Turn(images, call.own, call.floor, call.arrived + within, deadline))
+        of_round.append(_Turn(images, call.size, call.own, call.floor, call.arrived + within, deadline))
         room -= images
         if images < min(left, engines.max_batch):
             turns.appendleft((call, left - images, within))
@@ -176,7 +213,7 @@ def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iter
 
 def full(images: int, least: float, cost: Cost, engines: Engines, target: float) -> bool:
     """Whether so many images would run too late even with all budgets at their floors. least: their work then."""
-    return engines.seconds(images, least, cost) > FULL * target
+    return engines.seconds(images, least, cost) > HEADROOM * target
 
 
 def largest_batch(cost: Cost, target: float, max_batch: int) -> int:
@@ -184,6 +221,61 @@ def largest_batch(cost: Cost, target: float, max_batch: int) -> int:
     if not cost.per_image:
         return max_batch
     return max(1, min(max_batch, int((LONGEST * target - cost.overhead) / cost.per_image)))
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Of the calls of a size that wait."""
+
+    calls: int = 0
+    images: int = 0
+    own: float = 0.0
+    least: float = 0.0
+
+
+class Waits:
+    """What waits, added up by the size of the calls. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, _Sum] = {}
+
+    def count(self, size: int, calls: int, images: int, own: float, floor: float) -> None:
+        """Add calls of a size and so many of their images, or subtract them; own, floor: as of Waiting."""
+        total = self._sums.setdefault(size, _Sum())
+        total.calls += calls
+        total.images += images
+        total.own, total.least = (
+            (total.own + images * own, total.least + images * floor) if total.images else (0.0, 0.0)
+        )
+
+    @property
+    def least(self) -> tuple[int, float]:
+        """All images, and their work at their floors."""
+        sums = self._sums.values()
+        return sum(total.images for total in sums), sum(total.least for total in sums)
+
+    def full(self, call: Waiting, level: Callable[[int], float], cost: Cost, engines: Engines, target: float) -> bool:
+        """Whether a new call would be late even with the budgets of its size at their floors. Not while its size has no
+        more than an equal share. level: of the other sizes, which keep it. Of each call the next turn counts: others do
+        not wait for more."""
+        images = min(call.images, engines.max_batch)
+        least = images * call.floor
+        all_images, all_work, sizes = 0, 0.0, 1
+        for size, total in self._sums.items():
+            if not total.images:
+                continue
+            turns = min(total.images, total.calls * engines.max_batch)
+            part = turns / total.images
+            if size == call.size:
+                images += turns
+                least += part * total.least
+            else:
+                sizes += 1
+                all_images += turns
+                all_work += part * (total.own - level(size) * (total.own - total.least))
+        return full(images + all_images, least + all_work, cost, engines, target) and full(
+            sizes * images, sizes * least, cost, engines, target
+        )
 
 
 class Level:
@@ -202,6 +294,31 @@ class Level:
         """The level from now on: as needed, or more while it falls."""
         self._level, self._since = max(needed, self.at(now)), now
         return self._level
+
+
+class Levels:
+    """The level of each size of calls over time."""
+
+    def __init__(self, target: float):
+        """target: seconds."""
+        self._target = target
+        self._levels: dict[int, Level] = {}
+        """Replaced as a whole: `highest` may be called from any thread."""
+
+    def at(self, size: int, now: float) -> float:
+        """The level of calls of a size."""
+        return self._levels[size].at(now) if size in self._levels else 0.0
+
+    def highest(self, now: float) -> float:
+        """The level of the calls that are lowered most."""
+        return max((level.at(now) for level in self._levels.values()), default=0.0)
+
+    def raised(self, needed: Mapping[int, float], now: float) -> None:
+        """needed: by size, of the sizes that wait."""
+        if new := needed.keys() - self._levels.keys():
+            self._levels = {**self._levels, **{size: Level(self._target) for size in new}}
+        for size, level in needed.items():
+            self._levels[size].raised(level, now)
 
 
 def lowered(own: float, floor: float, level: float) -> float:

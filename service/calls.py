@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.brownout import Waits, size_of
 from service.engine import Outputs, joined
 from service.errors import Expired
 from service.steering import Steering
@@ -71,6 +72,8 @@ class Call:
     """The answers so far: the position of the first image, when its batch started, and the outputs."""
     answered: int = 0
     """Images of the parts."""
+    room: float = 1.0
+    """Of the queue's, for an image: its budget, or the least that brownout may lower it to; without a budget 1."""
     own: float = 1.0
     """The compute fraction that an image is expected to spend (estimated for brownout alone)."""
     floor: float = 1.0
@@ -136,15 +139,17 @@ def settle(results: Sequence[tuple[Call, Result]]) -> None:
 class CallQueue:
     """Calls in the order of their turns. Not thread-safe."""
 
-    def __init__(self, specialists: Specialists | None, on_drop: Callable[[str, int], None]):
+    def __init__(
+        self, specialists: Specialists | None, on_drop: Callable[[str, int], None], waits: Waits | None = None
+    ):
         """specialists: None without graphs for one steering alone; on_drop(reason, images): called for each dropped
-        call."""
-        self._specialists, self._on_drop = specialists, on_drop
+        call; waits: of brownout, kept up to date."""
+        self._specialists, self._on_drop, self._waits = specialists, on_drop, waits
         self._calls: deque[Call] = deque()
         self.images = 0
         """Images that wait."""
-        self.least = 0.0
-        """The compute fractions that they spend at their floors, added up."""
+        self.work = 0.0
+        """In images at full budget: their room, added up."""
         self.has_cancelled = False
         """Whether a call was cancelled since the last drop_finished."""
 
@@ -156,7 +161,16 @@ class CallQueue:
     def append(self, call: Call) -> None:
         """Add a new call."""
         self._calls.append(call)
-        self._count(call, call.waiting)
+        self._count(call, call.waiting, 1)
+
+    def fix(self, call: Call, budget: float) -> None:
+        """Set what each image of a call spends from now on. Some may wait."""
+        waits = self._waits if call.waiting else None
+        if waits:
+            waits.count(size_of(len(call.images)), -1, -call.waiting, call.own, call.floor)
+        call.own = call.floor = budget
+        if waits:
+            waits.count(size_of(len(call.images)), 1, call.waiting, call.own, call.floor)
 
     def __iter__(self) -> Iterator[Call]:
         """In the order of their turns."""
@@ -191,7 +205,7 @@ class CallQueue:
             if not expired and not call.future.done():
                 kept.append(call)
                 continue
-            self._count(call, -call.waiting)
+            self._count(call, -call.waiting, -1)
             self._on_drop("deadline" if expired else "cancelled", call.waiting)
             if expired:
                 late = Expired("the deadline passed while the images waited; allow more time or send fewer")
@@ -207,14 +221,16 @@ class CallQueue:
             batch.append(Piece(call, call.taken, size))
             call.taken += size
             count += size
-            self._count(call, -size)
+            self._count(call, -size, 0 if call.waiting else -1)
             if call.waiting:
                 calls.append(call)
         return batch
 
-    def _count(self, call: Call, images: int) -> None:
+    def _count(self, call: Call, images: int, calls: int) -> None:
         self.images += images
-        self.least = self.least + images * call.floor if self.images else 0.0
+        self.work = self.work + images * call.room if self.images else 0.0
+        if self._waits:
+            self._waits.count(size_of(len(call.images)), calls, images, call.own, call.floor)
 
     def _by_steering(self, most: int) -> bool:
         """Whether the calls with the next one's steering, in the graph for it, take less time an image than the next

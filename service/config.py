@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     max_delay_ms: float = Field(0.0, ge=0, le=1000)
     """How long a batch that is not full waits for more, milliseconds. 0: it starts as soon as an instance is free."""
     max_queue: int = Field(1024, ge=1)
-    """Limit of images waiting for inference, for each model. More are refused with RESOURCE_EXHAUSTED."""
+    """Limit of images waiting for inference, for each model. One with a budget counts as that fraction of an image;
+    with brownout, as the least that it may be lowered to. More are refused with RESOURCE_EXHAUSTED."""
     target_latency_ms: float = Field(0.0, ge=0, le=3_600_000)
     """Brownout: when calls would take longer than so many milliseconds, lower the budgets of those that allow it, and
     refuse calls that would be late even so. 0: neither."""
@@ -98,7 +99,8 @@ class Settings(BaseSettings):
     max_streams: int = Field(1024, ge=1)
     """Limit of concurrent calls on one connection. More wait at the client."""
     shadow_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the steered images that are also run unsteered, to monitor whether the answers agree."""
+    """Share of the steered images that are also run unsteered, to monitor whether the answers agree; and of the images
+    at a budget lowered by brownout, which are also run at their own once no budgets are lowered."""
     max_profile_series: int = Field(200, ge=0)
     """Limit of the profiles of a model with metrics of their own, in order of names. The others share `other`."""
     decode_threads: int = Field(2, ge=1)

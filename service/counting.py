@@ -110,6 +110,8 @@ class ProfileTotals:
     shadow_agreed: int
     shadow_heads: tuple[int, int]
     """Steered, unsteered."""
+    lowered_shadow_images: int
+    lowered_shadow_agreed: int
 
 
 class ProfileCounts:
@@ -124,6 +126,7 @@ class ProfileCounts:
         self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
         self._lowered_images = self._macs_saved = 0
         self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
+        self._lowered_shadow_images = self._lowered_shadow_agreed = 0
 
     def answered(self, outputs: Outputs, dense: int) -> None:
         """dense: multiply-accumulates of an image with every unit open."""
@@ -158,13 +161,20 @@ class ProfileCounts:
             self._shadow_steered += kept[0]
             self._shadow_unsteered += kept[1]
 
+    def shadowed_lowered(self, agreed: bool) -> None:
+        """An image at a lowered budget and at its own. agreed: with the same label."""
+        with self._lock:
+            self._lowered_shadow_images += 1
+            self._lowered_shadow_agreed += agreed
+
     def read(self) -> ProfileTotals:
         """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
                 self._images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
                 self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images, self._shadow_agreed,
-                (self._shadow_steered, self._shadow_unsteered),
+                (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
+                self._lowered_shadow_agreed,
             )  # fmt: skip
 
 

@@ -72,7 +72,15 @@ FAMILIES = (
     Family("counter", "steervit_macs_dense", "Multiply-accumulates with every unit open.", PROFILE),
     Family("counter", "steervit_brownout_images", "Images answered at a lowered budget.", PROFILE),
     Family("counter", "steervit_brownout_macs_saved", "Multiply-accumulates saved by that, estimated.", PROFILE),
-    Family("gauge", "steervit_brownout_level", "How far budgets are lowered: 0 not, 1 to their floors.", MODEL),
+    Family(
+        "gauge", "steervit_brownout_level",
+        "How far budgets are lowered, those of the calls that are lowered most: 0 not, 1 to their floors.", MODEL,
+    ),
+    Family(
+        "counter", "steervit_brownout_shadow_images",
+        "Images answered at a lowered budget that were also run at their own, later.", PROFILE,
+    ),
+    Family("counter", "steervit_brownout_shadow_agreed", "Those of them that got the same label.", PROFILE),
     Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
     Family(
         "gauge", "steervit_profile_expected_head_usage",
@@ -94,7 +102,11 @@ FAMILIES = (
     Family("histogram", "steervit_queue_duration_seconds", "Wait of a call's images for their batch.", MODEL),
     Family("histogram", "steervit_decode_duration_seconds", "Decoding of a call's images.", MODEL),
     Family("gauge", "steervit_queue_images", "Images that wait.", MODEL),
-    Family("gauge", "steervit_queue_limit_images", "Images that may wait.", MODEL),
+    Family(
+        "gauge", "steervit_queue_work_images",
+        "The same at full budget: each counts as its budget, or as the least that brownout may lower it to.", MODEL,
+    ),
+    Family("gauge", "steervit_queue_limit_images", "Images at full budget that may wait.", MODEL),
     Family(
         "gauge", "steervit_model_info", "1 for each model that is served.",
         (*MODEL, "digest", "gates_sae_digest", "graph", "provider"),
@@ -153,6 +165,8 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
     rows["steervit_gates_near_threshold"].append((labels, totals.near_threshold))
     rows["steervit_shadow_images"].append((labels, totals.shadow_images))
     rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))
+    rows["steervit_brownout_shadow_images"].append((labels, totals.lowered_shadow_images))
+    rows["steervit_brownout_shadow_agreed"].append((labels, totals.lowered_shadow_agreed))
     for steering, kept in zip(("steered", "unsteered"), totals.shadow_heads, strict=True):
         rows["steervit_shadow_heads_kept"].append(((*labels, steering), kept))
     blocks, *_ = counts.layout

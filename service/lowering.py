@@ -5,7 +5,17 @@ The batcher holds its lock around every method but `ran`, which it calls from on
 
 from collections.abc import Iterable, Sequence
 
-from service.brownout import CostModel, Engines, Level, Waiting, full, largest_batch, lowered, needed
+from service.brownout import (
+    CostModel,
+    Engines,
+    Levels,
+    Waiting,
+    Waits,
+    largest_batch,
+    lowered,
+    needed,
+    size_of,
+)
 from service.calls import Call, CallQueue, Lowered, Piece
 from service.engine import Outputs
 from training.steering import SteeringArrays
@@ -18,15 +28,17 @@ class Brownout:
         """target: seconds; dense: multiply-accumulates of an image with every unit open; runs: work and seconds of
         batches that ran at the start."""
         self._target, self._dense, self._max_batch = target, dense, max_batch
-        self._model, self._level = CostModel(runs), Level(target)
+        self._model, self._levels = CostModel(runs), Levels(target)
+        self.waits = Waits()
+        """What is in the queue, which keeps it up to date."""
         self._spend: dict[str, float] = {}
         """By profile: the recent mean compute fraction of images without a budget."""
         self._ends = [0.0] * engines
         """When each engine's batch is expected to end."""
 
     def level(self, now: float) -> float:
-        """From 0 to 1: how far budgets are lowered to their floors."""
-        return self._level.at(now)
+        """From 0 to 1: how far budgets are lowered to their floors, those of the size that is lowered most."""
+        return self._levels.highest(now)
 
     @property
     def max_batch(self) -> int:
@@ -39,47 +51,45 @@ class Brownout:
         call.own = self._spend.get(steering.profile, 1.0) if steering.budget is None else steering.budget
         call.floor = min(call.own, steering.permission.floor) if steering.permission else call.own
 
-    def full(self, queue: CallQueue, call: Call, now: float) -> bool:
-        """Whether the queue with the call would be late even with every budget at its floor. Of calls that are larger
-        than a batch, the next turn counts: others do not wait for more."""
-        engines = self._engines(now)
+    def full(self, call: Call, now: float) -> bool:
+        """Whether a new call would be late even with the budgets of its size at their floors."""
+        new = Waiting(call.waiting, now, call.own, call.floor, size=size_of(len(call.images)))
+        return self.waits.full(
+            new, lambda size: self._levels.at(size, now), self._model.cost, self._engines(now), self._target
+        )
 
-        def late(images: int, least: float) -> bool:
-            return full(images, least, self._model.cost, engines, self._target)
-
-        if not late(queue.images + call.waiting, queue.least + call.waiting * call.floor):
-            return False
-        turns = [(min(of.waiting, engines.max_batch), of.floor) for of in (*queue, call)]
-        return late(sum(images for images, _ in turns), sum(images * floor for images, floor in turns))
-
-    def seconds(self, queue: CallQueue, now: float) -> float:
+    def seconds(self, now: float) -> float:
         """How long the queue takes at least."""
-        return self._engines(now).seconds(queue.images, queue.least, self._model.cost)
+        images, work = self.waits.least
+        return self._engines(now).seconds(images, work, self._model.cost)
 
     def raise_level(self, queue: CallQueue, now: float) -> None:
         """Before a batch is taken from the queue."""
         engines = self._engines(now)
         waiting = [
             Waiting(
-                call.waiting, call.arrived, call.own, call.own if call.taken else call.floor, call.deadline,
-                call.taken // engines.max_batch,
+                call.waiting, call.arrived, call.own, call.floor, call.deadline, call.taken // engines.max_batch,
+                size_of(len(call.images)),
             )
             for call in queue
         ]  # fmt: skip
-        self._level.raised(needed(waiting, self._model.cost, engines, now, self._target), now)
+        self._levels.raised(needed(waiting, self._model.cost, engines, now, self._target), now)
 
-    def lower(self, batch: Sequence[Piece], engine: int, now: float) -> None:
+    def lower(self, queue: CallQueue, batch: Sequence[Piece], engine: int, now: float) -> None:
         """Lower the budgets of the calls that this batch begins. A call keeps the budget of its first batch."""
-        level, arrays = self._level.at(now), dict[tuple[int, float], SteeringArrays]()
+        arrays = dict[tuple[int, float], SteeringArrays]()
         for call, first, _ in batch:
-            permission = call.steering.permission
-            if first or permission is None or (budget := lowered(call.own, permission.floor, level)) >= call.own:
+            if first:
                 continue
-            key = id(permission.without), budget
-            if key not in arrays:
-                arrays[key] = permission.at(budget)
-            call.lowered = Lowered(budget, call.own)
-            call.steering, call.own = call.steering.at(budget, arrays[key]), budget
+            if permission := call.steering.permission:
+                budget = lowered(call.own, permission.floor, self._levels.at(size_of(len(call.images)), now))
+                if budget < call.own:
+                    key = id(permission.without), budget
+                    if key not in arrays:
+                        arrays[key] = permission.at(budget)
+                    call.lowered = Lowered(budget, call.own)
+                    call.steering = call.steering.at(budget, arrays[key])
+            queue.fix(call, call.lowered.budget if call.lowered else call.own)
         work = sum(call.own * size for call, _, size in batch)
         self._ends[engine] = now + self._model.cost.seconds(work)
 

@@ -182,13 +182,13 @@ class ModelMetrics:
         """Head usage by profile."""
         self._served = 0
         """The number of profiles."""
-        self._queue: tuple[Callable[[], tuple[int, float]], int] | None = None
+        self._queue: tuple[Callable[[], tuple[int, float, float]], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
 
-    def follow_queue(self, queue: Callable[[], tuple[int, float]], limit: int) -> None:
-        """queue: returns the queued images and the level of brownout; called at every scrape until the model
-        retires."""
+    def follow_queue(self, queue: Callable[[], tuple[int, float, float]], limit: int) -> None:
+        """queue: returns the queued images, the same at full budget, and the level of brownout; called at every scrape
+        until the model retires."""
         self._queue = queue, limit
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
@@ -237,6 +237,10 @@ class ModelMetrics:
         """Count the same images with and without steering."""
         self._counts_of(profile).shadowed(steered, unsteered)
 
+    def shadowed_lowered(self, profile: Key, agreed: bool) -> None:
+        """Count an image that ran at a lowered budget and at its own. agreed: with the same label."""
+        self._counts_of(profile).shadowed_lowered(agreed)
+
     def add_gauges(self, rows: Mapping[str, list[Row]]) -> None:
         """Add the series that describe the model at this moment. rows: with a list for every family."""
         blocks, heads, mlp_groups = self.layout
@@ -256,9 +260,10 @@ class ModelMetrics:
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
             follow, limit = queue
-            queued, level = follow()
+            queued, work, level = follow()
             rows["steervit_brownout_level"].append((self.names, level))
             rows["steervit_queue_images"].append((self.names, queued))
+            rows["steervit_queue_work_images"].append((self.names, work))
             rows["steervit_queue_limit_images"].append((self.names, limit))
 
     def _counts_of(self, profile: Key) -> ProfileCounts:

@@ -25,6 +25,7 @@ from service.explain import Explainer, Explanation
 from service.lowering import Brownout
 from service.metrics import Metrics, ModelMetrics
 from service.profiles import Profiles
+from service.shadow import LoweredShadow
 from service.statistics import Statistics
 from service.steering import Permission, Steering, joined, resolve, stack
 from service.steering_tensors import from_tensors, with_biases
@@ -89,11 +90,17 @@ class Model:
             self.engine,
             self._brownout(len(instances.engines)) if self._target else None,
         )
+        self._lowered_shadow = LoweredShadow(
+            self.batcher,
+            settings.shadow_fraction,
+            settings.max_queue / 2,
+            lambda steering, agreed: counted.shadowed_lowered(_label(steering), agreed),
+        )
         batcher = weakref.ref(self.batcher)  # the gauges' cycle must not hold the session
 
-        def queue() -> tuple[int, float]:
+        def queue() -> tuple[int, float, float]:
             alive = batcher()
-            return (alive.queued, alive.level) if alive else (0, 0.0)
+            return (alive.queued, alive.work, alive.level) if alive else (0, 0.0, 0.0)
 
         self._metrics.follow_queue(queue, settings.max_queue)
 
@@ -105,7 +112,7 @@ class Model:
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered(steering), len(shadowed))]) if shadowed else steering
-        answer = await self._run(images, order, both, seconds_left, residual)
+        answer, pixels = await self._run(images, order, both, seconds_left, residual)
         outputs = answer.outputs
         if shadowed:
             outputs = answer.outputs.rows(slice(0, count))
@@ -114,6 +121,8 @@ class Model:
         self._metrics.answered(_label(steering), outputs, steering.budget)
         if answer.lowered:
             self._metrics.lowered(_label(steering), outputs, answer.lowered.own)
+            if self._shadow_fraction:
+                self._lowered_shadow.lowered(pixels, steering, outputs)
         return replace(answer, outputs=outputs)
 
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
@@ -122,7 +131,7 @@ class Model:
         order = [index for index in range(count) for _ in range(2)]
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (without, row)])
-        answer = await self._run(images, order, pairs, seconds_left, False)
+        answer, _ = await self._run(images, order, pairs, seconds_left, False)
         unsteered, steered = (answer.outputs.rows(slice(first, 2 * count, 2)) for first in (0, 1))
         self._metrics.answered(NONE, unsteered, steering.budget)
         self._metrics.answered(_label(steering), steered, steering.budget)
@@ -246,13 +255,14 @@ class Model:
         """Answer the calls in progress, and release everything. There must be no new calls."""
         while self._in_flight:
             await asyncio.sleep(0.01)
+        self._lowered_shadow.close()
         await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
         self._metrics.retire()
 
     async def _run(
         self, images: Images, order: Sequence[int], steering: Steering, seconds_left: float | None, residual: bool
-    ) -> Answer:
-        """Run the images in this order, in which they may occur several times."""
+    ) -> tuple[Answer, NDArray[np.uint8]]:
+        """Run the images in this order, in which they may occur several times. Returns the pixels that ran, too."""
         self._in_flight += 1
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
         start, decoded, answer = time.perf_counter(), None, None
@@ -269,7 +279,7 @@ class Model:
         finally:
             self._in_flight -= 1
             self.statistics.call(time.perf_counter() - start, decoded, answer)
-        return answer
+        return answer, pixels
 
     async def _decoded(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:
         """The decoded images (B, height, width, channels)."""
@@ -290,7 +300,7 @@ class Model:
         budgets are lowered."""
         if not self._shadow_fraction or _label(steering) is NONE:
             return []
-        if 2 * (self.batcher.queued + 2 * count) > self._max_queue or self.batcher.level:
+        if 2 * (self.batcher.work + 2 * count) > self._max_queue or self.batcher.level:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 

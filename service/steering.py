@@ -148,8 +148,9 @@ def _folded(name: str) -> str:
 
 
 def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
-    """One steering without a name for consecutive groups of images: (steering, images) each."""
-    return Steering(stack([part for part, _ in parts], [count for _, count in parts]), "", True, "")
+    """One steering without a name for consecutive groups of images: (steering, images) each, all at one budget."""
+    arrays = stack([part for part, _ in parts], [count for _, count in parts])
+    return Steering(arrays, "", True, "", budget=parts[0][0].budget)
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:

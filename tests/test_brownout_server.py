@@ -2,8 +2,10 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from processes import ServerProcess, start_server, stop_server
+from prometheus_client import CollectorRegistry
 from small_models import STEERED, dial_of, images, of_kind, source_of
 
 from export.bundle import Bundle
@@ -21,14 +24,18 @@ from service.batcher import Batcher
 from service.calls import Answer
 from service.client import Asked, AsyncClient, Client
 from service.client.__main__ import main
+from service.config import Settings
 from service.dial import budget_bias
 from service.engine import Engine, Outputs
-from service.errors import Overloaded
+from service.errors import InvalidRequest, Overloaded
 from service.lowering import Brownout
+from service.metrics import Metrics
+from service.model import Model
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.steering import Permission, Steering, resolve
+from service.tuning import Surroundings
 from training.steering import NEUTRAL, SteeringArrays, SteeringProfile
 
 pytestmark = pytest.mark.slow
@@ -121,6 +128,85 @@ def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
         single = engine.engine.run(PIXELS[index % 16][None], resolve(bundle, "", NEUTRAL, 1.0, budget=budget).arrays)
         near = np.abs(single.gate_logit) < 1e-3
         assert ((answer.outputs.gate_logit > 0) == (single.gate_logit > 0))[~near].all()
+
+
+def test_the_queue_is_bounded_by_work(bundle: Bundle) -> None:
+    """An image at half of the budget takes half of an image's room; where brownout may lower it, its floor."""
+    engine, opened, entered = SlowEngine(Engine(bundle, "cpu", 1)), threading.Event(), threading.Event()
+
+    class Held(SlowEngine):
+        def run(self, *arguments: Any) -> Outputs:
+            entered.set()
+            assert opened.wait(30)
+            return super().run(*arguments)
+
+    async def scenario(batcher: Batcher, steering: Steering, room: int) -> None:
+        opened.clear()
+        entered.clear()
+        many = np.repeat(PIXELS, 4, 0)
+        full = steering_of(bundle, 1.0, None)
+        first = asyncio.create_task(batcher.submit(many[:1], full, math.inf))
+        await asyncio.to_thread(entered.wait, 30)
+        waiting = asyncio.create_task(batcher.submit(many[:room], steering, math.inf))
+        await asyncio.sleep(0)
+        assert (batcher.queued, batcher.work) == (room, pytest.approx(20))
+        with pytest.raises(Overloaded, match=r"queue full: 20 queued \+ 1 new > limit 20\. Try again later"):
+            await batcher.submit(many[:1], full, math.inf)
+        with pytest.raises(InvalidRequest, match=r"20\.\d images at full budget .* exceed the queue limit of 20"):
+            await batcher.submit(many[: room + 1], steering, math.inf)
+        opened.set()
+        await first
+        assert len((await waiting).outputs.logits) == room
+
+    for steering, room, brownout in (
+        (steering_of(bundle, 0.5, None), 40, None),
+        (steering_of(bundle, 1.0, 0.4), 50, Brownout(60.0, engine.dense, 1, 8, [(1.0, SECONDS), (8.0, 8 * SECONDS)])),
+    ):
+        batcher = Batcher(
+            [Held(engine.engine)], 8, 0.0, 20, lambda _: None, lambda *_: None, "t", brownout=brownout
+        )  # fmt: skip
+        try:
+            asyncio.run(scenario(batcher, steering, room))
+        finally:
+            opened.set()
+            batcher.close()
+
+
+def test_lowered_images_run_at_their_own_budget_afterwards(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.shadow.KEPT", 1000)
+    registry = CollectorRegistry()
+    settings = Settings(
+        repository=bundle.folder, provider="cpu", tune="off", shadow_fraction=1.0, target_latency_ms=15, instances=1,
+        threads=1, max_batch=8,
+    )  # fmt: skip
+
+    def count(what: str) -> float:
+        found = registry.get_sample_value(
+            f"steervit_brownout_{what}_total", {"model": "dial", "version": "1", "profile": "none"}
+        )
+        assert found is not None
+        return found
+
+    async def flood(model: Model) -> int:
+        """Lowered answers with the label that the image has at its own budget."""
+        steering = model.steering("", NEUTRAL, 1.0, min_budget=0.3)
+        own = int((await model.predict(PIXELS[:1], steering, None)).outputs.logits.argmax())
+        calls = (model.predict(PIXELS[:1], steering, None) for _ in range(300))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        lowered = [answer for answer in answers if isinstance(answer, Answer) and answer.lowered]
+        assert lowered
+        for _ in range(100):
+            if count("shadow_images") == len(lowered) == count("images"):
+                break
+            await asyncio.sleep(0.1)
+        await model.retire()
+        return sum(int(answer.outputs.logits.argmax()) == own for answer in lowered)
+
+    with ThreadPoolExecutor(1) as pool:
+        model = Model(bundle, settings, Metrics(registry, 200), pool, Surroundings(serving=False, spinning=False))
+        agreed = asyncio.run(flood(model))
+    assert count("shadow_images") == count("images") > 0
+    assert count("shadow_agreed") == agreed
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,7 @@ NOT_WATCHED = {
     "steervit_cuda_graphs": "for planning, on a GPU alone: deploy/CAPACITY.md",
     "steervit_gpu_memory_bytes": "for planning, on a GPU alone: deploy/CAPACITY.md",
     "steervit_gpu_memory_used_bytes": "for planning, on a GPU alone: deploy/CAPACITY.md",
+    "steervit_queue_images": "steervit_queue_work_images fills the queue",
     "steervit_build_info": "the dashboards list jobs and servers by it",
 }
 """Families in no panel and no rule, and why."""

@@ -32,7 +32,7 @@ class Page:
 
     def serve(self, bundle: Bundle) -> ModelMetrics:
         served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu", Plan(2, 1, 0, False, 32))
-        served.follow_queue(lambda: (0, 0.0), 8)
+        served.follow_queue(lambda: (0, 0.0, 0.0), 8)
         return served
 
     def lines(self, *parts: str) -> int:

@@ -121,6 +121,7 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     gauges = (
         "model_info",
         "queue_images",
+        "queue_work_images",
         "queue_limit_images",
         "gated_heads",
         "profiles",

@@ -203,19 +203,25 @@ BUDGETS = [
         "Compute spent", "Share of the whole model's multiply-accumulates, over all images, with or without a budget.",
         "percentunit", (ratio("macs_spent", "macs_dense", MODEL, STEP), "spent"),
     ).max(1)),
-    (8, limits(lines(
+    (6, limits(lines(
         "Brownout",
-        "How far budgets are lowered under load (--target-latency-ms): 100% is to the floors that calls allow. Line: "
-        "the alert's threshold, if it lasts.", "percentunit",
+        "How far budgets are lowered under load (--target-latency-ms), those of the calls that are lowered most: 100% "
+        "is to their floors. Line: the alert's threshold, if it lasts.", "percentunit",
         (f"steervit_brownout_level{{{MODEL}}}", "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.1, "red")).max(1)),
-    (8, lines(
+    (6, lines(
         "Images at a lowered budget", "Share of the images of each profile that were answered at a lowered budget.",
         "percentunit", (ratio("brownout_images", "images", MODEL, STEP, BY), "{{profile}}"),
     ).max(1)),
-    (8, lines(
+    (6, lines(
         "Compute saved by brownout", "Of the whole model's multiply-accumulates, over all images: estimated.",
         "percentunit", (ratio("brownout_macs_saved", "macs_dense", MODEL, STEP), "saved"),
+    ).max(1)),
+    (6, lines(
+        "Agreement under brownout",
+        "Of the images at a lowered budget that were run at their own as well, after the brownout, the share that got "
+        "the same label. Nothing here: no brownout has ended, or --shadow-fraction is 0.", "percentunit",
+        (ratio("brownout_shadow_agreed", "brownout_shadow_images", MODEL, STEP, BY), "{{profile}}"),
     ).max(1)),
 ]  # fmt: skip
 

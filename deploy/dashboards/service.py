@@ -142,9 +142,9 @@ SATURATION = [
     ), (None, "transparent"), (0.9, "orange")).max(1)),
     (6, limits(lines(
         "Queue",
-        "Images that wait, as a share of --max-queue, when Prometheus looked. At 100% images are refused with "
+        "Images at full budget that wait, as a share of --max-queue, when Prometheus looked. At 100% they are refused: "
         "RESOURCE_EXHAUSTED. Line: the alert's threshold.", "percentunit",
-        (f"steervit_queue_images{{{MODEL}}} / steervit_queue_limit_images", "{{instance}} {{model}} {{version}}"),
+        (f"steervit_queue_work_images{{{MODEL}}} / steervit_queue_limit_images", "{{instance}} {{model}} {{version}}"),
     ), (None, "transparent"), (0.5, "red")).max(1)),
     (6, stacked(lines(
         "Images dropped",

@@ -25,7 +25,8 @@ Real parts throughout: server processes on free ports (processes.py), the commit
   test_steering_tensors.py
 - **Hand-worked numbers**: test_gated_vit.py, test_sae.py, test_strategies.py, test_evaluation.py, test_last_block.py,
   test_dial.py
-- **Faults**, what a client sees of each: faults/, listed below. **Kills and soaks**: test_crash_safety.py,
+- **Faults**, what a client sees of each: faults/, listed below; with brownout on by
+  `STEERVIT_TARGET_LATENCY_MS=60000 python -m pytest tests/faults`. **Kills and soaks**: test_crash_safety.py,
   faults/sigterm.py, perf/soak.py. **Benches**: perf/; what they rest on: test_perf.py
 - **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py
 

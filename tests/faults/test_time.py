@@ -153,7 +153,7 @@ def test_a_full_queue_says_when_to_try_again(
         assert dropped(short, "queue_full") - before >= 60 * codes.count("RESOURCE_EXHAUSTED")
         never = call.future(protocol.request(many[:65]), timeout=60)
         assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert never.details().startswith("65 images (in Compare")
+        assert never.details().startswith("65 images at full budget (in Compare")
 
 
 @fault("time: queue full", "the same of Compare, which runs each image twice", STEERING)
@@ -166,7 +166,7 @@ def test_images_that_are_run_twice_count_twice(
         with undisturbed(short):
             never = compare.future(request, timeout=60)
             assert never.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert never.details().startswith("66 images (in Compare each counts twice) exceed the queue limit")
+            assert never.details().startswith("66 images at full budget (in Compare each counts twice) exceed")
         del request.images[32]
         before = dropped(short, "queue_full")
         calls = [compare.future(request, timeout=60) for _ in range(5)]

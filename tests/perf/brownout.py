@@ -3,14 +3,17 @@
 Calls of one image arrive at even times, at multiples of what the server answers at budget 1. A call is in time when it
 is answered within the target, counted from when it was due. Every load is run on a server of its own with brownout
 (`--target-latency-ms`, all calls allow the lowest budget) and on one without, in turn. Client and server share the
-cores.
+cores. At last the load falls from the highest to the lowest on one server: how long until its level is 0 for good.
 Prints a table; writes brownout.json and brownout.png into build/bench.
 """
 
 import argparse
 import json
 import sys
+import threading
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,30 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from export.bundle import Knot, Macs, load_bundle
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import OUT, deit_s
+from tests.perf.heads import OUT, ROOT, SAMPLES, Model, deit_s
 from tests.perf.serving import load, server
 from training.data.pixels import Split
 from training.dial import Dial
 from training.evaluation.dial import at_positions, curve
+from training.steering import SteeringProfile, SteeringTerm
 
 LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
 POSITIONS = np.linspace(0.3, 1.0, 15)
 
 
-def dialled_bundle() -> Path:
-    """DeiT-S with random weights, 4 MLP groups a block and a dial that opens its units in a random order; a repository,
-    written when it is not there yet."""
-    repository = OUT / "dialled"
-    if (repository / "deit_s_units" / "1").is_dir():
+def dialled_bundle(create: Callable[[int], Model], repository: Path) -> Path:
+    """A model with random weights, 4 MLP groups a block, a dial that opens its units in a random order and the profile
+    `odd`, which opens odd units and closes even ones; a repository, written when it is not there yet. create: the
+    model, of the number of groups."""
+    if repository.is_dir():
         return repository
-    model = deit_s(mlp_groups=4)
+    model = create(4)
     network, draw = model.steered.model, np.random.default_rng(0)
     pixels = torch.from_numpy(draw.integers(0, 256, (8, *model.spec.shape), np.uint8))
     split = Split(pixels, torch.arange(8))
@@ -51,24 +56,52 @@ def dialled_bundle() -> Path:
     points = curve(POSITIONS, outcomes, split.classes, model.macs)
     knots = tuple(Knot(k["budget"], tuple(map(tuple, k["gate_bias"]))) for k in dial.to_json())
     macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
-    labels = tuple(f"c{index}" for index in range(1000))
-    source = Source(model.spec, labels, macs, model.steered, (), {}, split, None, knots, {"": tuple(points)})
+    labels = tuple(f"c{index}" for index in range(network.vit.num_classes))
+    shifts = tuple(SteeringTerm(unit, 1.0, 1.0 if unit % 2 else -1.0) for unit in range(model.units))
+    odd = SteeringProfile("odd", ("c0",), "by hand", dict.fromkeys(range(model.sites), shifts))
+    source = Source(model.spec, labels, macs, model.steered, (odd,), {}, split, None, knots, {"": tuple(points)})
     settings = ExportSettings(model.name, attentions=("dispatch",), verify_images=4, accuracy_images=4)
     write_source(source, repository, settings)
     return repository
+
+
+def series(metrics: str, name: str) -> list[float]:
+    """The values of a name on a server's page."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
 
 
 def measured(repository: Path, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
     """What a load sees of a new server, and the mean compute fraction of its answers."""
     with server(repository, *flags) as running:
         report = load(running.address, images, asked)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(running.metrics, timeout=10) as page:
-            lines = page.read().decode().splitlines()
-    spent, dense = (
-        sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"steervit_macs_{kind}_total{{"))
-        for kind in ("spent", "dense")
-    )
+        spent, dense = (sum(series(running.metrics, f"steervit_macs_{kind}_total")) for kind in ("spent", "dense"))
     return report, spent / dense
+
+
+def recovery(repository: Path, images: list[bytes], before: Load, after: Load, *flags: str) -> tuple[float, float]:
+    """The highest level, and the seconds from the fall of the load to the last time that the level was above 0. The
+    second load begins when the first is answered; the load has fallen when the last call of the first was due."""
+    levels: list[tuple[float, float]] = []
+    done = threading.Event()
+    with server(repository, *flags) as running:
+
+        def watch() -> None:
+            while not done.wait(0.1):
+                levels.append((time.perf_counter(), max(series(running.metrics, "steervit_brownout_level"))))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            report = load(running.address, images, before)
+            fell = time.perf_counter() - (report.seconds - before.seconds)
+            load(running.address, images, after)
+        finally:
+            done.set()
+            watcher.join()
+    last = max((at for at, level in levels if level > 0), default=fell)
+    return max(level for _, level in levels), max(0.0, last - fell)
 
 
 def plot(rows: list[dict[str, Any]], target: float, file: Path) -> None:
@@ -95,31 +128,48 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tests.perf.brownout", description=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--repository", type=Path, help="models with a dial (default: DeiT-S with random weights)")
+    parser.add_argument(
+        "--model", choices=("deit_s", "committed"), default="deit_s",
+        help="DeiT-S with random weights, one image a call; or the committed bundle, 16 a call (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--repository", type=Path, help="with one model that has a dial, in place of --model")
     parser.add_argument("--target", type=float, default=1.0, help="seconds (default: %(default)g)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default: %(default)g)")
     options = parser.parse_args(arguments)
-    repository: Path = options.repository or dialled_bundle()
+    committed = options.model == "committed" and not options.repository
+    repository: Path = options.repository or (
+        ROOT / "deploy" / "models" if committed else dialled_bundle(deit_s, OUT / "dialled")
+    )
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
     manifest = load_bundle(max((repository / name).glob("[0-9]*"), key=lambda path: int(path.name))).manifest
+    if not manifest.dial:
+        print(
+            f"{name} version {manifest.version} has no dial, so brownout has nothing to lower: nothing was measured. "
+            "Train with a dial, export, and run this again."
+        )
+        return 0
+    per_call = 16 if committed else 1
     images: list[bytes] = [_pixels(index, manifest.image.shape).tobytes() for index in range(32)]
+    if committed:
+        images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
     lowest = manifest.dial[0].budget
     capacity = 0.0
     for _ in range(2):  # the first one warms the machine
-        report, _ = measured(repository, images, Load(16, options.seconds / 2, budget=1.0))
+        report, _ = measured(repository, images, Load(16, options.seconds / 2, per_call, budget=1.0))
         capacity = report.images_per_second
-    print(f"capacity at budget 1: {capacity:.1f} images/s, 16 calls at a time\n", flush=True)
+    print(f"{name}: capacity at budget 1: {capacity:.1f} images/s, 16 calls of {per_call} at a time\n", flush=True)
+
+    def asked(multiple: float, min_budget: float | None) -> Load:
+        return Load(
+            seconds=options.seconds, images_per_call=per_call, rate=multiple * capacity / per_call, timeout=30.0,
+            budget=1.0, min_budget=min_budget, within=options.target,
+        )  # fmt: skip
+
+    with_brownout = ("--target-latency-ms", f"{1000 * options.target:g}")
     rows: list[dict[str, Any]] = []
     for load_rate in LOADS:
-        for server_name, flags in (
-            ("brownout", ("--target-latency-ms", f"{1000 * options.target:g}")),
-            ("without", ()),
-        ):
-            asked = Load(
-                seconds=options.seconds, rate=load_rate * capacity, timeout=30.0, budget=1.0,
-                min_budget=lowest if flags else None, within=options.target,
-            )  # fmt: skip
-            report, compute = measured(repository, images, asked, *flags)
+        for server_name, flags in (("brownout", with_brownout), ("without", ())):
+            report, compute = measured(repository, images, asked(load_rate, lowest if flags else None), *flags)
             failed = sum(report.errors.values())
             rows.append({
                 "load": load_rate, "server": server_name, "in_time": report.in_time, "compute": compute,
@@ -133,8 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows
     ]  # fmt: skip
     print(table(head, shown))
+    level, after = recovery(repository, images, asked(LOADS[-1], lowest), asked(LOADS[0], lowest), *with_brownout)
+    print(
+        f"\nlevel {level:.2f} at {LOADS[-1]:g} times the capacity, 0 for good {after:.1f} s after the load fell to "
+        f"{LOADS[0]:g} of it; target: within 5 s{'' if after <= 5 else ', NOT MET'}"
+    )
     OUT.mkdir(parents=True, exist_ok=True)
     found = {"model": name, "capacity": capacity, "target": options.target, "lowest_budget": lowest, "rows": rows}
+    found |= {"highest_level": level, "recovery_seconds": after}
     (OUT / "brownout.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(rows, options.target, OUT / "brownout.png")
     print(f"\n{OUT / 'brownout.json'}, {OUT / 'brownout.png'}")

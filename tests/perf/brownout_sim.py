@@ -1,14 +1,16 @@
 """python -m tests.perf.brownout_sim: what brownout is worth for many servers, simulated.
 
-Servers with the policy of service/brownout.py answer calls of one image. Time is simulated, so 64 servers need one
-core. Three policies share the same arrivals: brownout; reject-only, which keeps every budget at 1; and static, which
-always spends the same smaller budget. All of them refuse what they expect to answer too late. Loads are multiples of
-what the servers can do at budget 1. Prints a table for each number of servers and draws a plot.
+Servers with the policy of service/brownout.py answer calls. Time is simulated, so 64 servers need one core. The
+policies share the same arrivals: brownout; one level, which is brownout that lowers all calls alike, whatever their
+size; reject-only, which keeps every budget at 1; and static, which always spends the same smaller budget. All of them
+refuse what they expect to answer too late. Loads are multiples of what the servers can do at budget 1. Prints a table
+for each number of servers and draws a plot.
 
 Traces:
   poisson  calls at random, at each of the loads
   bursts   0.6, and 3 for 3 of every 20 seconds
   day      rises from 0.4 to 5 times that and falls again, once over the whole time
+  flood    calls of one image at 0.5 (the row `small`), and of --flood images at 3 for 10 of every 20 seconds (`large`)
 """
 
 import argparse
@@ -16,18 +18,31 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.brownout import CostModel, Engines, Level, Waiting, full, largest_batch, lowered, needed
+from service.brownout import (
+    Cost,
+    CostModel,
+    Engines,
+    Levels,
+    Waiting,
+    Waits,
+    largest_batch,
+    lowered,
+    needed,
+    size_of,
+)
 from service.client.tables import table
 
 Times = NDArray[np.float64]
 LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
+ALIKE = 20
+"""The size of all calls, where it makes no difference: larger than any call."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,14 @@ class Machine:
     """Standard deviation of the logarithm of a batch's duration."""
 
     @property
+    def cost(self) -> Cost:
+        """Of a batch, without the noise."""
+        return Cost(self.overhead, self.per_image)
+
+    @property
     def capacity(self) -> float:
         """Images a second at budget 1, in full batches."""
-        return self.engines * self.max_batch / (self.overhead + self.max_batch * self.per_image)
+        return self.engines * self.max_batch / self.cost.seconds(self.max_batch)
 
 
 @dataclass(frozen=True)
@@ -56,50 +76,89 @@ class Policy:
     target: float
     budget: float = 1.0
     floor: float = 1.0
+    by_size: bool = True
+    """Whether calls of each size have a level of their own."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What became of the calls."""
+    """What became of the calls, in the order of their arrival."""
 
-    refused: int = 0
-    seconds: list[float] = field(default_factory=list)
-    """From arrival to answer."""
-    budgets: list[float] = field(default_factory=list)
-    levels: list[tuple[float, float]] = field(default_factory=list)
-    """When a batch started, and its level."""
+    seconds: Times
+    """From arrival to the answer of the last image; NaN: refused."""
+    budgets: Times
+    levels: list[tuple[float, float]]
+    """When a batch started, and the level of the calls that are lowered most."""
+
+    @property
+    def refused(self) -> int:
+        """Calls."""
+        return int(np.isnan(self.seconds).sum())
 
 
-def serve(arrivals: Times, machine: Machine, policy: Policy, seed: int, permitted: float = 1.0) -> Outcome:
-    """One server. arrivals: rising; permitted: the share of the calls that may be lowered."""
+def serve(
+    arrivals: Times,
+    machine: Machine,
+    policy: Policy,
+    seed: int,
+    permitted: float = 1.0,
+    images: NDArray[np.int64] | None = None,
+) -> Outcome:
+    """One server. arrivals: rising; permitted: the share of the calls that may be lowered; images: of each call (1)."""
     rng = np.random.default_rng(seed)
     floors = np.where(rng.random(len(arrivals)) < permitted, policy.floor, policy.budget).tolist()
-    runs = [(work, machine.overhead + machine.per_image * work) for work in (1.0, float(machine.max_batch))]
-    model, level, outcome = CostModel(runs), Level(policy.target), Outcome()
-    queue: deque[Waiting] = deque()
+    counts = [1] * len(arrivals) if images is None else images.tolist()
+    left = counts.copy()
+    runs = [(work, machine.cost.seconds(work)) for work in (1.0, float(machine.max_batch))]
+    model, levels, waits = CostModel(runs), Levels(policy.target), Waits()
+    outcome = Outcome(np.full(len(arrivals), math.nan), np.full(len(arrivals), policy.budget), [])
+    queue: deque[tuple[int, Waiting]] = deque()
     ends = [-math.inf] * machine.engines
     running = [0] * machine.engines
-    least, now = 0.0, 0.0
+    now = 0.0
 
     def engines() -> Engines:
         most = largest_batch(model.cost, policy.target, machine.max_batch)
         return Engines(machine.engines, most, sum(max(0.0, end - now) for end in ends))
 
+    def level(size: int) -> float:
+        return levels.at(size, now)
+
+    def count(call: Waiting, sign: int) -> None:
+        waits.count(call.size, sign, sign * call.images, call.own, call.floor)
+
+    def take(most: int) -> Iterator[tuple[int, int]]:
+        """The calls of a batch, and how many images of each are in it. As service/calls.py does."""
+        room = most
+        while queue and (part := min(queue[0][1].images, most)) <= room:
+            number, call = queue.popleft()
+            count(call, -1)
+            if not call.turns:
+                outcome.budgets[number] = lowered(call.own, call.floor, level(call.size))
+            room -= part
+            if call.images > part:
+                budget = float(outcome.budgets[number])
+                rest = call._replace(images=call.images - part, own=budget, floor=budget, turns=call.turns + 1)
+                count(rest, 1)
+                queue.append((number, rest))
+            yield number, part
+
     def start(engine: int) -> None:
-        nonlocal least
-        in_play = len(queue) + sum(count for count, end in zip(running, ends, strict=True) if end > now)
+        waiting = [call for _, call in queue]
+        in_play = sum(call.images for call in waiting)
+        in_play += sum(size for size, end in zip(running, ends, strict=True) if end > now)
         found = engines()
-        at = level.raised(needed(queue, model.cost, found, now, policy.target), now)
-        outcome.levels.append((now, at))
-        size = min(found.max_batch, math.ceil(in_play / machine.engines), len(queue))
-        batch = [queue.popleft() for _ in range(size)]
-        budgets = [lowered(call.own, call.floor, at) for call in batch]
-        least -= sum(call.floor for call in batch)
-        seconds = (machine.overhead + machine.per_image * sum(budgets)) * math.exp(rng.normal(0, machine.noise))
-        model.ran(sum(budgets), seconds)
-        ends[engine], running[engine] = now + seconds, len(batch)
-        outcome.seconds += (now + seconds - call.arrived for call in batch)
-        outcome.budgets += budgets
+        levels.raised(needed(waiting, model.cost, found, now, policy.target), now)
+        outcome.levels.append((now, levels.highest(now)))
+        batch = list(take(min(found.max_batch, math.ceil(in_play / machine.engines))))
+        work = sum(part * float(outcome.budgets[number]) for number, part in batch)
+        seconds = machine.cost.seconds(work) * math.exp(rng.normal(0, machine.noise))
+        model.ran(work, seconds)
+        ends[engine], running[engine] = now + seconds, sum(part for _, part in batch)
+        for number, part in batch:
+            left[number] -= part
+            if not left[number]:
+                outcome.seconds[number] = now + seconds - arrivals[number]
 
     def work_until(time: float) -> None:
         nonlocal now
@@ -108,14 +167,14 @@ def serve(arrivals: Times, machine: Machine, policy: Policy, seed: int, permitte
             now = max(now, ends[engine])
             start(engine)
 
-    for arrived, floor in zip(arrivals.tolist(), floors, strict=True):
+    for number, (arrived, floor) in enumerate(zip(arrivals.tolist(), floors, strict=True)):
         work_until(arrived)
-        now = arrived
-        if queue and full(len(queue) + 1, least + floor, model.cost, engines(), policy.target):
-            outcome.refused += 1
+        now, size = arrived, size_of(counts[number]) if policy.by_size else ALIKE
+        call = Waiting(counts[number], arrived, policy.budget, floor, size=size)
+        if queue and waits.full(call, level, model.cost, engines(), policy.target):
             continue
-        least += floor
-        queue.append(Waiting(1, arrived, policy.budget, floor))
+        count(call, 1)
+        queue.append((number, call))
         work_until(arrived)
     work_until(math.inf)
     return outcome
@@ -139,9 +198,21 @@ def traces(capacity: float, seconds: float, loads: tuple[float, ...], seed: int)
         yield name, poisson(rate, most, capacity, seconds, seed)
 
 
+def flood(capacity: float, seconds: float, large: int, seed: int) -> tuple[Times, NDArray[np.int64]]:
+    """The arrivals of the trace `flood`, and the images of each call."""
+    rng = np.random.default_rng(seed)
+    small = poisson(lambda t: np.full_like(t, 0.5), 0.5, capacity, seconds, seed)
+    many = poisson(lambda t: np.where(t % 20 < 10, 3.0, 0.0), 3.0, capacity / large, seconds, seed + 1)
+    arrivals = np.concatenate([small, many])
+    images = np.repeat(np.array([1, large]), [len(small), len(many)])
+    order = rng.permutation(len(arrivals))  # so that each server gets some of both
+    order = order[arrivals[order].argsort(kind="stable")]
+    return arrivals[order], images[order]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One policy on one trace. Shares are of all calls."""
+    """One policy on one trace, or on some of its calls. Shares are of all those calls."""
 
     trace: str
     policy: str
@@ -152,28 +223,40 @@ class Row:
     p99: float
 
     @classmethod
-    def of(cls, trace: str, policy: Policy, outcomes: list[Outcome], target: float) -> "Row":
-        """Of all servers together."""
-        seconds = np.array([value for outcome in outcomes for value in outcome.seconds])
-        budgets = [value for outcome in outcomes for value in outcome.budgets]
-        refused = sum(outcome.refused for outcome in outcomes)
-        calls = len(seconds) + refused
+    def of(cls, trace: str, policy: Policy, seconds: Times, budgets: Times, turns: int = 1) -> "Row":
+        """seconds, budgets: as of Outcome; turns: of each call, which has the target for each."""
+        answered = seconds[~np.isnan(seconds)]
         return cls(
-            trace, policy.name, float((seconds <= target).sum() / calls), refused / calls, float(np.mean(budgets)),
-            float(np.quantile(seconds, 0.99)),
+            trace, policy.name, float((answered <= turns * policy.target).sum() / len(seconds)),
+            1 - len(answered) / len(seconds), float(budgets[~np.isnan(seconds)].mean()),
+            float(np.quantile(answered, 0.99)),
         )  # fmt: skip
 
 
 def compare(servers: int, machine: Machine, options: argparse.Namespace, policies: tuple[Policy, ...]) -> list[Row]:
     """Every policy on every trace. Clients take turns between the servers."""
     rows = []
-    for name, arrivals in traces(servers * machine.capacity, options.seconds, tuple(options.loads), options.seed):
+    capacity = servers * machine.capacity
+    every = [
+        (name, arrivals, np.ones(len(arrivals), np.int64))
+        for name, arrivals in traces(capacity, options.seconds, tuple(options.loads), options.seed)
+    ]
+    every.append(("flood", *flood(capacity, options.seconds, options.flood, options.seed)))
+    for name, arrivals, images in every:
         for policy in policies:
-            outcomes = [
-                serve(arrivals[first::servers], machine, policy, options.seed + first, options.permitted)
-                for first in range(servers)
-            ]
-            rows.append(Row.of(name, policy, outcomes, options.target))
+            if policy.name == "one level" and name != "flood":
+                continue  # the same as brownout
+            seconds, budgets = np.empty(len(arrivals)), np.empty(len(arrivals))
+            for first in range(servers):
+                own = slice(first, None, servers)
+                outcome = serve(arrivals[own], machine, policy, options.seed + first, options.permitted, images[own])
+                seconds[own], budgets[own] = outcome.seconds, outcome.budgets
+            if name != "flood":
+                rows.append(Row.of(name, policy, seconds, budgets))
+                continue
+            turns = math.ceil(options.flood / largest_batch(machine.cost, policy.target, machine.max_batch))
+            for which, of, of_each in (("small", images == 1, 1), ("large", images > 1, turns)):
+                rows.append(Row.of(f"{name} {which}", policy, seconds[of], budgets[of], of_each))
     return rows
 
 
@@ -193,6 +276,7 @@ def plot(rows: dict[int, list[Row]], file: Path) -> None:
         for place, policy in enumerate(policies):
             chosen = [row for row in of_servers if row.policy == policy]
             x = np.arange(len(names)) + 0.8 * (place + 0.5) / len(policies) - 0.4
+            x = x[[names.index(row.trace) for row in chosen]]
             for axis, values in zip(axes[:, column], ("in_time", "budget"), strict=True):
                 axis.bar(x, [getattr(row, values) for row in chosen], 0.8 / len(policies), label=policy)
         axes[0, column].set_title(f"{servers} server{'s' * (servers > 1)}")
@@ -220,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=1.0, help="seconds to answer in (default: %(default)g)")
     parser.add_argument("--floor", type=float, default=0.4, help="min_budget of the calls (default: %(default)g)")
     parser.add_argument("--static", type=float, default=0.6, help="budget of the policy static (default: %(default)g)")
+    parser.add_argument("--flood", type=int, default=8, help="images of a large call (default: %(default)d)")
     parser.add_argument("--permitted", type=float, default=1.0, help="share of calls with it (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)d")
     parser.add_argument("--plot", type=Path, help="file to draw, such as build/bench/brownout.png")
@@ -230,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = Machine(**{name: getattr(options, name) for name in Machine.__dataclass_fields__})
     policies = (
         Policy("brownout", options.target, 1.0, options.floor),
+        Policy("one level", options.target, 1.0, options.floor, by_size=False),
         Policy("reject-only", options.target),
         Policy(f"static {options.static:g}", options.target, options.static, options.static),
     )

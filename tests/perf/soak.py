@@ -1,24 +1,27 @@
 """python -m tests.perf.soak [--minutes 60]: are answers under load the answers of single requests?
 
-Every image under every steering is first answered alone, by onnxruntime in this process. Then a server gets calls of
-one to four images with changing profiles and strengths, many at a time, and every answer is compared: the same heads,
-and probabilities within TOLERANCE, unless a gate lies so near its threshold that rounding may decide it; those are
-counted. With --minutes, others disturb the server meanwhile (disturbances.py): clients that cancel, die or send
-garbage, changing profiles and models; and its memory, descriptors and threads are watched.
+A server gets calls of one to four images with changing profiles and strengths, many at a time, and every answer is
+compared with that to each image alone, by onnxruntime in this process: the same units, and probabilities within
+TOLERANCE, unless a gate lies so near its threshold that rounding may decide it; those are counted. With --minutes,
+others disturb the server meanwhile (disturbances.py): clients that cancel, die or send garbage, changing profiles and
+models; and its memory, descriptors and threads are watched.
+
+The last third of the calls, or of the minutes, goes to a small model with a dial on a server in brownout: answers are
+those at the budget in the receipt, between what a call asked for and what it allows. Refusals are counted.
 """
 
 import argparse
 import asyncio
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count, product, takewhile
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -30,10 +33,12 @@ from export.bundle import Bundle, load_bundle, versions
 from service.engine import Engine
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
+from service.steering import resolve
+from tests.perf.brownout import dialled_bundle
 from tests.perf.disturbances import Disturbances, put_version
-from tests.perf.heads import BUNDLE, OUT, ROOT, SAMPLES
+from tests.perf.heads import BUNDLE, OUT, SAMPLES, fashion_mnist
 from tests.perf.serving import Running, server
-from training.steering import NEUTRAL, at_strength, to_arrays
+from training.steering import NEUTRAL
 
 TOLERANCE = 1e-4
 """|difference| of a probability."""
@@ -42,6 +47,19 @@ NEAR = 1e-3
 FLIPS = 0.1
 """Share of the images with such a gate that may be answered otherwise."""
 STRENGTHS = (0.5, 1.0)
+BUDGETS = (None, 0.9, 0.7)
+FLOORS = (None, 0.5, 0.35)
+BROWNOUT = ("--target-latency-ms", "80", "--instances", "1", "--threads", "1", "--max-batch", "8")
+"""A server that 64 calls at a time are too much for."""
+
+
+class Kind(NamedTuple):
+    """What a call asks for."""
+
+    profile: str
+    strength: float
+    budget: float | None = None
+    min_budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +67,31 @@ class Expected:
     probabilities: NDArray[np.float64]
     """(images, classes)"""
     mask: NDArray[np.bool_]
-    """(images, gated blocks, heads)"""
+    """(images, gated blocks, units)"""
     near: NDArray[np.bool_]
     """(images,): some gate is near its threshold."""
+
+
+class Alone:
+    """The answers to images one at a time, computed when they are first needed."""
+
+    def __init__(self, bundle: Bundle, images: NDArray[np.uint8]):
+        self.bundle, self.images = bundle, images
+        self._engine = Engine(bundle, "cpu", 0)
+        self._of: dict[tuple[str, float, float | None], Expected] = {}
+
+    def of(self, profile: str, strength: float, budget: float | None) -> Expected:
+        """Of all images."""
+        key = profile, strength, budget
+        if key not in self._of:
+            arrays = resolve(self.bundle, profile, NEUTRAL, strength, budget=budget).arrays
+            outputs = [self._engine.run(self.images[i : i + 1], arrays) for i in range(len(self.images))]
+            logits = np.concatenate([o.logits for o in outputs]).astype(np.float64)
+            shifted = np.exp(logits - logits.max(1, keepdims=True))
+            gates = np.concatenate([o.gate_logit for o in outputs])
+            near = (np.abs(gates) < NEAR).any((1, 2))
+            self._of[key] = Expected(shifted / shifted.sum(1, keepdims=True), gates > 0, near)
+        return self._of[key]
 
 
 @dataclass
@@ -60,6 +100,8 @@ class Seen:
     calls: int = 0
     """That were answered."""
     images: int = 0
+    lowered: int = 0
+    """Calls, by brownout."""
     near_threshold: int = 0
     """Images with a gate near its threshold."""
     flipped: int = 0
@@ -68,36 +110,18 @@ class Seen:
     errors: Counter[str] = field(default_factory=Counter)
 
 
-def alone(bundle: Bundle, images: NDArray[np.uint8]) -> dict[tuple[str, float], Expected]:
-    """By profile and strength; one row at a time."""
-    engine = Engine(bundle, "cpu", 0)
-    found = {}
-    for profile in tqdm(["", *bundle.profiles], desc="soak: alone", unit="profile"):
-        for strength in STRENGTHS:
-            terms = at_strength(bundle.profiles[profile].terms, strength) if profile else NEUTRAL
-            rows = to_arrays([terms], len(bundle.manifest.sites))
-            outputs = [engine.run(images[i : i + 1], rows) for i in range(len(images))]
-            logits = np.concatenate([o.logits for o in outputs]).astype(np.float64)
-            shifted = np.exp(logits - logits.max(1, keepdims=True))
-            gates = np.concatenate([o.gate_logit for o in outputs])
-            near = (np.abs(gates) < NEAR).any((1, 2))
-            found[profile, strength] = Expected(shifted / shifted.sum(1, keepdims=True), gates > 0, near)
-    return found
-
-
 def until(seconds: float) -> Iterator[int]:
     """Numbers until so many seconds have passed."""
     end = time.monotonic() + seconds
-    return itertools.takewhile(lambda _: time.monotonic() < end, itertools.count())
+    return takewhile(lambda _: time.monotonic() < end, count())
 
 
 async def ask(
-    address: str, images: NDArray[np.uint8], expected: dict[tuple[str, float], Expected], left: Iterator[int],
-    total: int | None, at_a_time: int,
-) -> Seen:  # fmt: skip
+    address: str, alone: Alone, kinds: Sequence[Kind], left: Iterator[int], total: int | None, at_a_time: int
+) -> Seen:
     """left: a number for each call to come."""
     seen = Seen()
-    kinds = list(expected)
+    images = alone.images
     progress = tqdm(total=total, desc="soak: calls", unit="call", mininterval=5)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -107,35 +131,48 @@ async def ask(
             for _ in left:
                 kind = kinds[int(generator.integers(len(kinds)))]
                 picked = generator.integers(len(images), size=int(generator.integers(1, 5))).tolist()
-                request = pb.PredictRequest(top_k=len(expected[kind].probabilities[0]))
+                request = pb.PredictRequest(
+                    top_k=len(alone.bundle.manifest.labels), budget=kind.budget, min_budget=kind.min_budget
+                )
                 for index in picked:
                     request.images.add(pixels=images[index].tobytes())
-                request.steering.profile, request.steering.strength = kind
+                request.steering.profile, request.steering.strength = kind.profile, kind.strength
                 seen.sent += 1
                 try:
                     answer = await stub.Predict(request, timeout=60)
                 except grpc.aio.AioRpcError as error:
                     seen.errors[error.code().name] += 1
+                    await asyncio.sleep(0.01)
                     continue
                 finally:
                     progress.update()
-                compare(answer, expected[kind], picked, kind, seen)
+                compare(answer, alone, picked, kind, seen)
 
         await asyncio.gather(*(caller(seed) for seed in range(at_a_time)))
     progress.close()
     return seen
 
 
-def compare(
-    answer: pb.PredictResponse, expected: Expected, picked: list[int], kind: tuple[str, float], seen: Seen
-) -> None:
+def compare(answer: pb.PredictResponse, alone: Alone, picked: list[int], kind: Kind, seen: Seen) -> None:
     seen.calls += 1
     if len(answer.predictions) != len(picked):
         seen.wrong.append(f"{kind}: {len(answer.predictions)} answers for {len(picked)} images")
         return
+    receipt = answer.receipt
+    budget = round(receipt.budget_applied, 6) if receipt.HasField("budget_applied") else None
+    seen.lowered += receipt.brownout
+    allowed = budget == kind.budget
+    if receipt.brownout:
+        floor = kind.min_budget
+        allowed = floor is not None and budget is not None and floor <= budget < (kind.budget or 1)
+    if not allowed:
+        seen.wrong.append(f"{kind}: brownout {receipt.brownout}, budget applied {budget}")
+        return
+    expected = alone.of(kind.profile, kind.strength, budget)
     for index, prediction in zip(picked, answer.predictions, strict=True):
         seen.images += 1
-        mask = np.array([list(block.kept) for block in prediction.head_mask])
+        heads, groups = ([list(block.kept) for block in of] for of in (prediction.head_mask, prediction.mlp_mask))
+        mask = np.concatenate([np.array(heads), np.array(groups, bool).reshape(len(heads), -1)], 1)
         given = np.zeros(expected.probabilities.shape[1])
         for found in prediction.classes:
             given[found.index] = found.probability
@@ -145,15 +182,14 @@ def compare(
         if not same and expected.near[index]:
             seen.flipped += 1
         elif not same:
-            seen.wrong.append(f"{kind}: image {index} is answered otherwise than alone")
+            seen.wrong.append(f"{kind}, budget {budget}: image {index} is answered otherwise than alone")
 
 
 async def disturbed(
-    running: Running, disturbances: Disturbances, images: NDArray[np.uint8],
-    expected: dict[tuple[str, float], Expected], minutes: float, at_a_time: int,
-) -> Seen:  # fmt: skip
+    running: Running, disturbances: Disturbances, alone: Alone, kinds: Sequence[Kind], minutes: float, at_a_time: int
+) -> Seen:
     others = asyncio.create_task(disturbances.all())
-    honest = asyncio.create_task(ask(running.address, images, expected, until(60 * minutes), None, at_a_time))
+    honest = asyncio.create_task(ask(running.address, alone, kinds, until(60 * minutes), None, at_a_time))
     await asyncio.wait((others, honest), return_when=asyncio.FIRST_COMPLETED)
     if others.done():
         others.result()  # it goes on until it is cancelled, or fails
@@ -161,33 +197,29 @@ async def disturbed(
     return await honest
 
 
-def main() -> int:
-    assert __doc__
-    parser = argparse.ArgumentParser(prog="python -m tests.perf.soak", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--requests", type=int, default=50_000, help="(default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="instead of --requests, with disturbances")
-    parser.add_argument("--concurrency", type=int, default=32, help="calls at a time (default: %(default)s)")
-    options = parser.parse_args()
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-    images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
-    expected = alone(bundle, images)
-    begun = time.perf_counter()
+def soak(
+    alone: Alone, kinds: Sequence[Kind], minutes: float, requests: int, at_a_time: int, *flags: str
+) -> dict[str, Any]:
+    """What one server did with its calls. minutes: 0: `requests` calls, undisturbed. flags: with --target-latency-ms,
+    calls may be refused."""
+    bundle = alone.bundle
+    brownout = "--target-latency-ms" in flags
     held: dict[str, Any] = {}
     problems: list[str] = []
-    if options.minutes:
+    if minutes:
         folder = OUT / "soak"
         shutil.rmtree(folder, ignore_errors=True)
         repository, profiles = folder / "models", folder / "profiles"
         repository.mkdir(parents=True)
         profiles.mkdir()
         put_version(bundle, repository, 1)
-        flags = ("--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
+        flags = (*flags, "--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
         with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log tells of the disturbances
             disturbances = Disturbances(running.address, running.pid, bundle, repository, profiles)
-            seen = asyncio.run(disturbed(running, disturbances, images, expected, options.minutes, options.concurrency))
+            seen = asyncio.run(disturbed(running, disturbances, alone, kinds, minutes, at_a_time))
         held = {**disturbances.held(), "disturbances": dict(disturbances.counts)}
         problems = disturbances.problems
-        if options.minutes >= 20 and held["memory_percent_an_hour"] > 5:
+        if minutes >= 20 and held["memory_percent_an_hour"] > 5:
             problems.append(f"memory grows by {held['memory_percent_an_hour']}% an hour; allowed: 5")
         first, last = held["last_two_quarters"]
         for name, allowed in (("resident_mb", 40.0), ("descriptors", 8), ("threads", 4)):
@@ -195,23 +227,56 @@ def main() -> int:
                 problems.append(f"{name} grew from {first[name]} to {last[name]}; allowed: {allowed} more")
         shutil.rmtree(folder)
     else:
-        with server(ROOT / "deploy" / "models") as running:
-            left = iter(range(options.requests))
-            seen = asyncio.run(ask(running.address, images, expected, left, options.requests, options.concurrency))
+        with server(bundle.folder.parents[1], *flags) as running:
+            left = iter(range(requests))
+            seen = asyncio.run(ask(running.address, alone, kinds, left, requests, at_a_time))
+    refused = seen.errors.pop("RESOURCE_EXHAUSTED", 0) if brownout else 0
+    if brownout and not seen.lowered:
+        problems.append("no call was lowered: this was no brownout")
     if seen.flipped > max(1, FLIPS * seen.near_threshold):
         problems.append(
             f"{seen.flipped} of {seen.near_threshold} images near a threshold flipped; allowed: {FLIPS:.0%}"
         )
-    found = {
+    lost = seen.sent - seen.calls - refused - sum(seen.errors.values())
+    return {
         "calls": seen.calls, "images": seen.images, "near_threshold": seen.near_threshold, "flipped": seen.flipped,
-        "wrong": len(seen.wrong), "examples": seen.wrong[:5], "errors": dict(seen.errors),
-        "lost": seen.sent - seen.calls - sum(seen.errors.values()), "problems": problems, **held,
-        "seconds": round(time.perf_counter() - begun, 1),
+        **({"lowered": seen.lowered, "refused": refused} if brownout else {}),
+        "wrong": len(seen.wrong), "examples": seen.wrong[:5], "errors": dict(seen.errors), "lost": lost,
+        "problems": problems, **held, "failed": bool(seen.wrong or seen.errors or lost or problems),
     }  # fmt: skip
+
+
+def main() -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m tests.perf.soak", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--requests", type=int, default=50_000, help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="instead of --requests, with disturbances")
+    parser.add_argument(
+        "--concurrency", type=int, default=32, help="calls at a time; in brownout twice as many (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    plain, dialled = (
+        load_bundle(folder / str(versions(folder)[-1]))
+        for folder in (BUNDLE, dialled_bundle(fashion_mnist, OUT / "dialled_small") / "fashion_mnist_units")
+    )
+    images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
+    parts: dict[str, tuple[float, Alone, Sequence[Kind], Sequence[str]]] = {
+        "plain": (2 / 3, Alone(plain, images), [Kind(*of) for of in product(["", *plain.profiles], STRENGTHS)], ()),
+        "brownout": (
+            1 / 3, Alone(dialled, images[::4]),
+            [Kind(*of) for of in product(["", *dialled.profiles], STRENGTHS, BUDGETS, FLOORS)], BROWNOUT,
+        ),
+    }  # fmt: skip
+    found = {}
+    for name, (share, alone, kinds, flags) in parts.items():
+        minutes, requests = share * (options.minutes or 0), round(share * options.requests)
+        found[name] = soak(alone, kinds, minutes, requests, options.concurrency * (2 if flags else 1), *flags)
+    result = {**found, "seconds": round(time.perf_counter() - begun, 1)}
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-    return 0 if not (seen.wrong or seen.errors or found["lost"] or problems) else 1
+    (OUT / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return int(any(part["failed"] for part in found.values()))
 
 
 if __name__ == "__main__":
