@@ -98,7 +98,8 @@ async def serve(settings: Settings) -> None:
     gc.freeze()  # these objects are permanent: later collections skip them
     where = f"http://{settings.url_host}:{server.metrics_port}/metrics"
     try:
-        print(f"ready: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
+        state = "ready" if server.ready else "not ready"
+        print(f"{state}: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
     except OSError as error:  # a full disk, or a terminal that is gone: the server outlives both
         logging.getLogger("steervit").warning("standard output cannot be written: %s", error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

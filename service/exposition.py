@@ -57,6 +57,7 @@ FAMILIES = (
         "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",)
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family("gauge", "steervit_ready", "1 while the server takes calls, as /readyz says; else 0."),
     Family("counter", "steervit_images", "Images answered.", PROFILE),
     Family(
         "counter", "steervit_heads_kept",
@@ -109,6 +110,10 @@ FAMILIES = (
     Family("gauge", "steervit_gpu_memory_bytes", "Memory of the GPU.", ("device",)),
     Family("gauge", "steervit_gpu_memory_used_bytes", "Memory of the GPU in use, by any process.", ("device",)),
     Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
+    Family(
+        "gauge", "steervit_profiles_info", "1 for each model that is served: a digest of the profiles that it has.",
+        (*MODEL, "profiles_digest"),
+    ),
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",

@@ -1,5 +1,7 @@
 """What the server counts, under which labels, and for how long. (Counting: counting.py; the page: exposition.py.)"""
 
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +18,7 @@ from service.counting import CUSTOM, NONE, OTHER, SECONDS, Histogram, Key, Profi
 from service.engine import Outputs
 from service.exposition import FAMILIES, Page, Row, Rows, Version, add_profile, add_version, profile_label
 from service.tuning import Plan
-from training.steering import SteeringProfile
+from training.steering import SteeringProfile, digest
 
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
@@ -38,6 +40,8 @@ class Metrics:
         self._request_seconds: dict[str, Histogram] = {}
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
+        self.ready: Callable[[], bool] = lambda: False
+        """Whether the server is ready; called at every scrape."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -104,6 +108,7 @@ class Metrics:
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))
+        rows["steervit_ready"].append(((), self.ready()))
         rows["steervit_profiles_last_read_successful"].append(((), self._profiles_right))
         rows["steervit_build_info"].append(((self._program,), 1))
         for names, failures_of in failures.items():
@@ -182,6 +187,8 @@ class ModelMetrics:
         """Head usage by profile."""
         self._served = 0
         """The number of profiles."""
+        self._digest = ""
+        """Of the profiles."""
         self._queue: tuple[Callable[[], tuple[int, float]], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
@@ -199,7 +206,7 @@ class ModelMetrics:
             **{name: profiles[name].evaluation.get("after") for name in own},
         }
         self._expected = {key: of["head_usage"] for key, of in evaluations.items() if of and "head_usage" in of}
-        self._served = len(profiles)
+        self._served, self._digest = len(profiles), _digest(profiles)
         self._metrics.use(self, [NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles))])
 
     def retire(self) -> None:
@@ -252,6 +259,7 @@ class ModelMetrics:
             rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, however many models
             rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
         rows["steervit_profiles"].append((self.names, self._served))
+        rows["steervit_profiles_info"].append(((*self.names, self._digest), 1))
         for profile, usage in self._expected.items():
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
@@ -264,3 +272,9 @@ class ModelMetrics:
     def _counts_of(self, profile: Key) -> ProfileCounts:
         """OTHER for a profile without series: past the cap, or removed during its call."""
         return self.profiles.get(profile) or self._metrics.other(self)
+
+
+def _digest(profiles: Mapping[str, SteeringProfile]) -> str:
+    """A short name for a set of profiles: their names, and what each does."""
+    entries = sorted((name, digest(profile.terms, profile.gate_bias)) for name, profile in profiles.items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]

@@ -26,6 +26,11 @@ class State(Protocol):
         """Whether it takes requests."""
         ...
 
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, or what is wrong though it is; "" when all is well."""
+        ...
+
 
 class _ThreadingWSGIServer(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
@@ -52,7 +57,8 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class Pages:
-    """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests)."""
+    """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests; with the
+    reason if not)."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, state: State):
         """Raises OSError when the port is taken."""
@@ -75,7 +81,8 @@ class Pages:
             states = {"/livez": state.alive, "/readyz": state.ready and state.alive}
             status = "404 Not Found" if path not in states else "200 OK" if states[path] else "503 Service Unavailable"
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            return [f"{status[4:]}\n".encode()]
+            reason = state.reason[:1000] if path == "/readyz" else ""
+            return [f"{status[4:]}\n".encode(), *[f"{reason}\n".encode()] * bool(reason)]
 
         kind = _Version6 if ":" in host else _ThreadingWSGIServer
         try:

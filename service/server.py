@@ -89,7 +89,9 @@ class Server:
         self._settings = settings
         self._registry = CollectorRegistry()
         self._metrics = Metrics(self._registry, settings.max_profile_series)
-        self.ready = False
+        self._taking = False
+        """Whether calls are taken: started, and not stopping."""
+        self._metrics.ready = lambda: self.ready and self.alive
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
         self._read_profiles()
@@ -133,14 +135,30 @@ class Server:
             self._watching.append(asyncio.create_task(self._repository.watch()))
         watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        self._watching.append(asyncio.create_task(self._follow_threads()))
-        self.ready = True
+        self._taking = True
+        await self._set_health(self.ready and self.alive)
+        self._watching.append(asyncio.create_task(self._follow_state()))
 
     @property
     def alive(self) -> bool:
         """Whether inference threads and, while calls are taken, the event loop make progress."""
-        return self._repository.alive and (not self.ready or time.monotonic() - self._beat < HANGS_AFTER)
+        return self._repository.alive and (not self._taking or time.monotonic() - self._beat < HANGS_AFTER)
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are taken, by models with the profiles that they are to have."""
+        return self._taking and not self._profiles.pending
+
+    @property
+    def reason(self) -> str:
+        """Why the server is not ready, or what is wrong though it is; "" when all is well."""
+        if not self._taking:
+            return "it starts or stops"
+        if not self.alive:
+            return "an inference thread has ended or hangs"
+        if problem := self._profiles.problem:
+            return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
+        return ""
 
     def _bundles(self) -> list[Bundle]:
         return [model.own for model in self._repository.models]
@@ -163,8 +181,8 @@ class Server:
         gRPC cancels calls that arrive while it shuts down, and clients do not retry those. The delay gives clients that
         watch the health service time to disconnect.
         """
-        self.ready = False
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._taking = False
+        await self._set_health(False)
         for task in self._watching:
             task.cancel()
         await asyncio.sleep(self._settings.drain_delay_seconds)
@@ -175,21 +193,21 @@ class Server:
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()
 
-    async def _follow_threads(self) -> None:
-        """Report NOT_SERVING while an inference thread has ended or hangs: calls would wait for it."""
-        alive = True
+    async def _follow_state(self) -> None:
+        """Report NOT_SERVING while the server is not ready, or an inference thread has ended or hangs: calls would wait
+        for it."""
+        serving = self.ready and self.alive
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(1)
-            if alive != self.alive:
-                alive = not alive
-                log.warning(
-                    "all inference threads make progress again" if alive else "an inference thread has ended or hangs"
-                )
-                status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
-                await self._set_health(status)
+            if serving != (self.ready and self.alive):
+                serving = not serving
+                log.warning("ready again" if serving else "not ready: %s", *[self.reason] * (not serving))
+                await self._set_health(serving)
 
-    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+    async def _set_health(self, serving: bool) -> None:
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if serving else response.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, status)
 

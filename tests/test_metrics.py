@@ -132,6 +132,24 @@ def test_failed_loads_of_a_version_that_is_gone_are_forgotten(bundle: Bundle, no
         assert page.lines("steervit_model_load_failed{", 'version="7"') == len(failed)
 
 
+def test_the_digest_of_profiles_follows_what_they_do(bundle: Bundle) -> None:
+    page = Page()
+    served = page.serve(bundle)
+
+    def digest() -> str:
+        (line,) = (s for m in page.registry.collect() for s in m.samples if s.name == "steervit_profiles_info")
+        return str(line.labels["profiles_digest"])
+
+    first, of_bag = digest(), replace(bundle.profiles["Bag"], terms={})
+    served.use(dict(reversed(bundle.profiles.items())))
+    assert digest() == first, "whatever the order"
+    others = ({**bundle.profiles, "Bag": of_bag}, {**bundle.profiles, "new": of_bag}, {"Bag": of_bag}, {"new": of_bag})
+    for profiles in others:
+        served.use(profiles)
+        assert digest() != first
+        first = digest()
+
+
 def test_a_replaced_version_takes_along_what_the_new_one_lacks(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     first = page.serve(bundle)

@@ -163,12 +163,14 @@ MODELS = [
         "Models",
         "What each server serves now. Servers of one job that differ here are being changed, or should not.", "none",
         (
-            "sum by (job, instance, model, version, graph, provider, digest) ("
-            f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left () steervit_profiles)",
+            "sum by (job, instance, model, version, graph, provider, digest, profiles_digest) ("
+            f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left (profiles_digest) ("
+            "steervit_profiles * on (job, instance, model, version) group_left (profiles_digest) "
+            "steervit_profiles_info))",
         ),
         columns({
             "job": "job", "instance": "server", "model": "model", "version": "version", "graph": "graph",
-            "provider": "provider", "digest": "bundle", "Value": "profiles",
+            "provider": "provider", "digest": "bundle", "profiles_digest": "digest of profiles", "Value": "profiles",
         }),
     )),
     (10, lines(
