@@ -9,7 +9,7 @@ from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-from service.counting import Buckets, Key, NoProfile, ProfileCounts, VersionCounts
+from service.counting import Buckets, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
 
 Row = tuple[Sequence[str], float | Buckets]
 """The values of a series' labels, and its value."""
@@ -52,12 +52,20 @@ class Family:
 MODEL = ("model", "version")
 PROFILE = (*MODEL, "profile")
 FAMILIES = (
-    Family("counter", "steervit_requests", "RPCs answered.", ("method", "code")),
     Family(
-        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",)
+        "counter", "steervit_requests", "RPCs answered. Without a model: those of no model that is served.",
+        ("method", "code", *MODEL),
+    ),
+    Family(
+        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.",
+        ("method", *MODEL),
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
     Family("gauge", "steervit_ready", "1 while the server takes calls, as /readyz says; else 0."),
+    Family(
+        "gauge", "steervit_certificate_expiry_timestamp_seconds",
+        "When the server's certificate, or the first of its clients' authorities, expires.", ("file",),
+    ),
     Family("counter", "steervit_images", "Images answered.", PROFILE),
     Family(
         "counter", "steervit_heads_kept",
@@ -135,8 +143,17 @@ def profile_label(key: Key) -> str:
     return f"profile:{key}" if RESERVED.fullmatch(key) else key
 
 
+def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
+    """Add the series of calls. rows: with a list for every family."""
+    for (method, code), calls in list(counts.by_code.items()):
+        rows["steervit_requests"].append(((method, code, *names), calls.value))
+    for method, seconds in list(counts.seconds.items()):
+        rows["steervit_request_duration_seconds"].append(((method, *names), seconds.read()))
+
+
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     """Add the series of a version's counts. rows: with a list for every family."""
+    add_requests(rows, names, counts.requests)
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
+from service.access_log import begin
 from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
 
@@ -51,7 +52,7 @@ class Guard:
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         async def guarded(message: bytes, context: Any) -> Any:
             start, code, answered = time.perf_counter(), "OK", True
-            allowed, name = context.time_remaining(), _request_id(context)
+            allowed, name, record = context.time_remaining(), _request_id(context), begin()
             context.set_trailing_metadata(_named(name))
             self.accepted += 1
             self._metrics.in_flight.inc()
@@ -72,7 +73,7 @@ class Guard:
                 seconds = time.perf_counter() - start
                 self._metrics.in_flight.dec()
                 self.answered += answered
-                self._metrics.request(path, code, seconds)
+                self._metrics.request(path, code, seconds, (record.model, record.version))
                 if log.isEnabledFor(logging.DEBUG):
                     fields = {"method": path, "code": code, "seconds": seconds, "request_id": name}
                     log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", fields, extra=fields)

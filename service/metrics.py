@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,9 +15,19 @@ from prometheus_client import CollectorRegistry
 from export.bundle import Bundle
 from service import cuda
 from service.batcher import BatchStats
-from service.counting import CUSTOM, NONE, OTHER, SECONDS, Histogram, Key, ProfileCounts, Retained, Tally, VersionCounts
+from service.counting import CUSTOM, NONE, OTHER, Key, ProfileCounts, RequestCounts, Retained, Tally, VersionCounts
 from service.engine import Outputs
-from service.exposition import FAMILIES, Page, Row, Rows, Version, add_profile, add_version, profile_label
+from service.exposition import (
+    FAMILIES,
+    Page,
+    Row,
+    Rows,
+    Version,
+    add_profile,
+    add_requests,
+    add_version,
+    profile_label,
+)
 from service.tuning import Plan
 from training.steering import SteeringProfile, digest
 
@@ -25,6 +36,9 @@ CODES = (
     "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
 """The status codes of this server."""
+OF_NO_MODEL: Version = "", ""
+WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
+"""Methods whose calls are counted by model from 0 on."""
 RETAIN_SECONDS = 120.0
 """How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
 
@@ -36,12 +50,15 @@ class Metrics:
         self.max_profile_series = max_profile_series
         self._program = package_version("steervit")
         self.in_flight = Tally()
-        self._requests: dict[tuple[str, str], Tally] = {}
-        self._request_seconds: dict[str, Histogram] = {}
+        self._requests = RequestCounts()
+        """Of calls of no model: of none that is served, or about none."""
+        self._with_images: list[str] = []
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
         self.ready: Callable[[], bool] = lambda: False
-        """Whether the server is ready; called at every scrape."""
+        """Whether the server is ready; called at every scrape, as is the next."""
+        self.certificates: Callable[[], Mapping[str, float]] = dict
+        """When certificates expire, Unix time, by file."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -53,21 +70,19 @@ class Metrics:
         """Loaded models, oldest first. A version has two while one replaces the other."""
         registry.register(Page(self.rows))
 
-    def request(self, method: str, code: str, seconds: float) -> None:
-        """Count an RPC. method: its path; code: the name of its status; seconds: its duration."""
-        tally, histogram = self._requests.get((method, code)), self._request_seconds.get(method)
-        if tally is None or histogram is None:
-            tally = self._requests.setdefault((method, code), Tally())
-            histogram = self._request_seconds.setdefault(method, Histogram(SECONDS))
-        tally.inc()
-        histogram.observe(seconds)
+    def request(self, method: str, code: str, seconds: float, version: Version = OF_NO_MODEL) -> None:
+        """Count an RPC. method: its path; code: the name of its status; seconds: its duration; version: of the model
+        that it names, if there is one."""
+        counts = self._versions.values.get(version)
+        (counts.requests if counts else self._requests).add(method, code, seconds)
 
     def known_methods(self, methods: Sequence[str]) -> None:
-        """Start the series of methods at 0."""
-        for method in methods:
-            self._request_seconds.setdefault(method, Histogram(SECONDS))
-            for code in CODES:
-                self._requests.setdefault((method, code), Tally())
+        """Start the series of methods at 0; of those with images, by model too."""
+        self._requests.start(methods, CODES)
+        with self._lock:
+            self._with_images += filter(WITH_IMAGES.fullmatch, methods)
+            for counts in self._versions.values.values():
+                counts.requests.start(self._with_images, CODES)
 
     def profiles_read(self, ok: bool) -> None:
         """Count a read of the changed profile folder. ok: whether its profiles are valid and served."""
@@ -101,14 +116,12 @@ class Metrics:
             failures, versions = self._load_failures.values.copy(), self._versions.values.copy()
             profiles = self._profiles.values.copy()
         rows: dict[str, list[Row]] = {family.name: [] for family in FAMILIES}
-        for key, requests in list(self._requests.items()):
-            rows["steervit_requests"].append((key, requests.value))
-        for method, seconds in list(self._request_seconds.items()):
-            rows["steervit_request_duration_seconds"].append(((method,), seconds.read()))
+        add_requests(rows, OF_NO_MODEL, self._requests)
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))
         rows["steervit_ready"].append(((), self.ready()))
+        rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
         rows["steervit_profiles_last_read_successful"].append(((), self._profiles_right))
         rows["steervit_build_info"].append(((self._program,), 1))
         for names, failures_of in failures.items():
@@ -130,7 +143,9 @@ class Metrics:
             self._sweep()
             self._load_failures.values.setdefault(model.names, Tally())
             self._models.append(model)
-            return self._versions.values.setdefault(model.names, VersionCounts())
+            if model.names not in self._versions.values:
+                self._versions.values[model.names] = VersionCounts(RequestCounts(self._with_images, CODES))
+            return self._versions.values[model.names]
 
     def remove(self, model: "ModelMetrics") -> None:
         """Remove an unloaded model. Its counts are retained for RETAIN_SECONDS."""

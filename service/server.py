@@ -119,6 +119,8 @@ class Server:
         )
         address = f"{settings.url_host}:{settings.port}"
         certificates = Certificates(settings) if settings.tls_certificate else None
+        if certificates:
+            self._metrics.certificates = certificates.expiry
         try:
             if certificates:
                 self.port = self._server.add_secure_port(address, certificates.credentials())
