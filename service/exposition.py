@@ -131,7 +131,8 @@ FAMILIES = (
     Family(
         "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL
     ),
-    Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
+    Family("gauge", "steervit_build_info", "1; the program's version, and the revision of its source.",
+           ("version", "revision")),
 )  # fmt: skip
 
 

@@ -46,9 +46,10 @@ RETAIN_SECONDS = 120.0
 class Metrics:
     """The counts of the process. Thread-safe; models are added and removed by one thread at a time."""
 
-    def __init__(self, registry: CollectorRegistry, max_profile_series: int):
+    def __init__(self, registry: CollectorRegistry, max_profile_series: int, revision: str = "unknown"):
+        """revision: of the source."""
         self.max_profile_series = max_profile_series
-        self._program = package_version("steervit")
+        self._program = package_version("steervit"), revision
         self.in_flight = Tally()
         self._requests = RequestCounts()
         """Of calls of no model: of none that is served, or about none."""
@@ -123,7 +124,7 @@ class Metrics:
         rows["steervit_ready"].append(((), self.ready()))
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
         rows["steervit_profiles_last_read_successful"].append(((), self._profiles_right))
-        rows["steervit_build_info"].append(((self._program,), 1))
+        rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))
         for name, numbers in failed.items():

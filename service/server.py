@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from export.bundle import Bundle
 from service import transport
@@ -88,7 +88,8 @@ class Server:
         """Loads the repository. Raises BundleError or EngineError."""
         self._settings = settings
         self._registry = CollectorRegistry()
-        self._metrics = Metrics(self._registry, settings.max_profile_series)
+        ProcessCollector(registry=self._registry)
+        self._metrics = Metrics(self._registry, settings.max_profile_series, settings.revision)
         self._taking = False
         """Whether calls are taken: started, and not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
@@ -99,7 +100,7 @@ class Server:
             self._profiles.check_default(bundle)
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
-        self._guard = Guard(self._metrics)
+        self._guard = Guard(self._metrics, settings.access_log)
         self._beat = math.inf
         """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0

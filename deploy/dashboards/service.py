@@ -195,6 +195,21 @@ SATURATION = [
     )),
 ]  # fmt: skip
 
+PROCESS = [
+    (8, lines(
+        "Memory", "Resident memory of each server.", "bytes",
+        (f"sum by (instance) (process_resident_memory_bytes{{{JOB}}})", "{{instance}}"),
+    )),
+    (8, lines(
+        "CPU", "CPUs that each server uses, with decoding and answering beside inference.", "none",
+        (f"sum by (instance) (rate(process_cpu_seconds_total{{{JOB}}}{STEP}))", "{{instance}}"),
+    )),
+    (8, lines(
+        "File descriptors", "Open ones as a share of what the server may have: mostly connections.", "percentunit",
+        (f"sum by (instance) (process_open_fds{{{JOB}}} / process_max_fds)", "{{instance}}"),
+    ).max(1)),
+]  # fmt: skip
+
 MODELS = [
     (14, rows(
         "Models",
@@ -229,6 +244,7 @@ BOARD = dashboard(
         ("Latency", 8, LATENCY),
         ("Batches", 8, BATCHES),
         ("Saturation", 8, SATURATION),
+        ("Process", 7, PROCESS),
         ("Models", 7, MODELS),
     ],
 )  # fmt: skip
