@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
+from functools import cached_property
 from importlib.metadata import version as package_version
 from typing import Literal
 
@@ -69,7 +70,8 @@ class Metrics:
         self._profiles: Retained[tuple[str, str, Key], ProfileCounts] = Retained()
         self._models: list[ModelMetrics] = []
         """Loaded models, oldest first. A version has two while one replaces the other."""
-        registry.register(Page(self.rows))
+        self.page = Page(self.rows)
+        registry.register(self.page)
 
     def request(self, method: str, code: str, seconds: float, version: Version = OF_NO_MODEL) -> None:
         """Count an RPC. method: its path; code: the name of its status; seconds: its duration; version: of the model
@@ -121,9 +123,9 @@ class Metrics:
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))
-        rows["steervit_ready"].append(((), self.ready()))
+        rows["steervit_ready"].append(((), int(self.ready())))
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
-        rows["steervit_profiles_last_read_successful"].append(((), self._profiles_right))
+        rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))
@@ -201,10 +203,7 @@ class ModelMetrics:
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
         self._expected: dict[Key, float] = {}
         """Head usage by profile."""
-        self._served = 0
-        """The number of profiles."""
-        self._digest = ""
-        """Of the profiles."""
+        self._served = _Served({})
         self._queue: tuple[Callable[[], tuple[int, float]], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
@@ -222,7 +221,7 @@ class ModelMetrics:
             **{name: profiles[name].evaluation.get("after") for name in own},
         }
         self._expected = {key: of["head_usage"] for key, of in evaluations.items() if of and "head_usage" in of}
-        self._served, self._digest = len(profiles), _digest(profiles)
+        self._served = _Served(profiles)
         self._metrics.use(self, [NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles))])
 
     def retire(self) -> None:
@@ -274,8 +273,9 @@ class ModelMetrics:
             rows["steervit_cuda_graphs"].append((self.names, captured))
             rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, however many models
             rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
-        rows["steervit_profiles"].append((self.names, self._served))
-        rows["steervit_profiles_info"].append(((*self.names, self._digest), 1))
+        served = self._served
+        rows["steervit_profiles"].append((self.names, len(served.profiles)))
+        rows["steervit_profiles_info"].append(((*self.names, served.digest), 1))
         for profile, usage in self._expected.items():
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
@@ -290,7 +290,14 @@ class ModelMetrics:
         return self.profiles.get(profile) or self._metrics.other(self)
 
 
-def _digest(profiles: Mapping[str, SteeringProfile]) -> str:
-    """A short name for a set of profiles: their names, and what each does."""
-    entries = sorted((name, digest(profile.terms, profile.gate_bias)) for name, profile in profiles.items())
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+class _Served:
+    """The profiles of a model. Their digest is computed when it is first asked for, by the thread that asks."""
+
+    def __init__(self, profiles: Mapping[str, SteeringProfile]):
+        self.profiles = profiles
+
+    @cached_property
+    def digest(self) -> str:
+        """A short name for the names of the profiles, and what each does."""
+        entries = sorted((name, digest(profile.terms, profile.gate_bias)) for name, profile in self.profiles.items())
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]

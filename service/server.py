@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from export.bundle import Bundle
 from service import transport
@@ -87,9 +87,9 @@ class Server:
     def __init__(self, settings: Settings):
         """Loads the repository. Raises BundleError or EngineError."""
         self._settings = settings
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._metrics = Metrics(self._registry, settings.max_profile_series, settings.revision)
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        self._metrics = Metrics(CollectorRegistry(), settings.max_profile_series, settings.revision)
         self._taking = False
         """Whether calls are taken: started, and not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
@@ -131,7 +131,7 @@ class Server:
             if certificates:
                 certificates.check()
             raise OSError(f"port {settings.port} of {settings.host} cannot be bound: {error}") from error
-        self._pages = Pages(settings.host, settings.metrics_port, self._registry, self)
+        self._pages = Pages(settings.host, settings.metrics_port, self._metrics_page, self)
         self.metrics_port = self._pages.port
         await self._server.start()
         if settings.model_control == "poll":
@@ -162,6 +162,9 @@ class Server:
         if problem := self._profiles.problem:
             return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
         return ""
+
+    def _metrics_page(self) -> bytes:
+        return self._metrics.page.text().encode() + generate_latest(self._process)
 
     def _bundles(self) -> list[Bundle]:
         return [model.own for model in self._repository.models]
