@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     _signals_reach_process_1()
+    faulthandler.register(signal.SIGUSR1, file=2)  # the stacks of all threads, to standard error
     try:
         uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
