@@ -100,7 +100,8 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
-manifests: .venv/.dev  ## Write the Kubernetes objects that are made from deploy/alerts
+manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, and the Kubernetes objects of deploy/alerts
+	$(RUN) -m deploy.slo
 	$(RUN) -m deploy.kubernetes.prometheus_rules
 
 deploy-check: .venv/.dev system-test  ## deploy/kubernetes: built, against schemas, scanned, compared with the code; the image rehearsed

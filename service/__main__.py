@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     _signals_reach_process_1()
+    faulthandler.register(signal.SIGUSR1, file=2)  # the stacks of all threads, to standard error
     try:
         uvloop.run(serve(settings))
     except (BundleError, EngineError, OSError) as error:
@@ -98,7 +100,8 @@ async def serve(settings: Settings) -> None:
     gc.freeze()  # these objects are permanent: later collections skip them
     where = f"http://{settings.url_host}:{server.metrics_port}/metrics"
     try:
-        print(f"ready: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
+        state = "ready" if server.ready else "not ready"
+        print(f"{state}: grpc {settings.url_host}:{server.port}, metrics {where}", flush=True)
     except OSError as error:  # a full disk, or a terminal that is gone: the server outlives both
         logging.getLogger("steervit").warning("standard output cannot be written: %s", error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -122,9 +122,14 @@ class Settings(BaseSettings):
     keepalive_seconds: float = Field(60, gt=0)
     """Interval of pings on a silent connection, seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Level of the log on standard error; debug: with a line for each request."""
+    """Level of the log on standard error; debug: with a line for each call."""
+    access_log: float = Field(0.0, ge=0, le=1)
+    """Share of the calls with a line in the log at level info, as JSON: who asked for what, how it ended, and how long
+    it took. Without health probes."""
     log_format: Literal["text", "json"] = "text"
-    """json: an object a line; for requests with method, code, seconds and request_id (x-request-id)."""
+    """json: an object a line, also for what is not of a call."""
+    revision: str = "unknown"
+    """Revision of the source, for steervit_build_info; the image sets it."""
 
     @field_validator("host")
     @classmethod

@@ -2,7 +2,7 @@
 
 import threading
 from bisect import bisect_left
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 
 from service.engine import Outputs
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SECONDS = (
+    0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0,
+)  # fmt: skip
+"""No bound is more than twice the one before: for models of 5 ms and of 5 s alike."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
@@ -178,10 +182,35 @@ class ProfileCounts:
             )  # fmt: skip
 
 
+class RequestCounts:
+    """Calls by method and status, and their durations by method."""
+
+    def __init__(self, methods: Iterable[str] = (), codes: Iterable[str] = ()) -> None:
+        """methods, codes: whose counts start at 0, rather than with their first call."""
+        self.by_code: dict[tuple[str, str], Tally] = {}
+        self.seconds: dict[str, Histogram] = {}
+        self.start(methods, codes)
+
+    def start(self, methods: Iterable[str], codes: Iterable[str]) -> None:
+        """Start the counts of these at 0."""
+        for method in methods:
+            self.seconds.setdefault(method, Histogram(SECONDS))
+            for code in codes:
+                self.by_code.setdefault((method, code), Tally())
+
+    def add(self, method: str, code: str, seconds: float) -> None:
+        """Count a call. seconds: its duration."""
+        if (method, code) not in self.by_code or method not in self.seconds:
+            self.start([method], [code])
+        self.by_code[method, code].inc()
+        self.seconds[method].observe(seconds)
+
+
 class VersionCounts:
     """The counts of a version, over all profiles."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: RequestCounts) -> None:
+        self.requests = requests
         self.batch_size, self.budget = Histogram(SIZES), Histogram(BUDGETS)
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.dropped = {reason: Tally() for reason in DROP_REASONS}

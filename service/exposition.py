@@ -1,17 +1,19 @@
 """The metrics page: its families, and how their values are written. The only file that knows Prometheus."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Literal
 
 from prometheus_client import Metric
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from service.counting import Buckets, Key, NoProfile, ProfileCounts, VersionCounts
+from service.counting import Buckets, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
 
-Row = tuple[Sequence[str], float | Buckets]
+Row = tuple[tuple[str, ...], float | Buckets]
 """The values of a series' labels, and its value."""
 Rows = Mapping[str, Iterable[Row]]
 """By the name of their family."""
@@ -31,32 +33,39 @@ class Family:
     help: str
     labels: tuple[str, ...] = ()
 
-    def metric(self, rows: Iterable[Row]) -> Metric:
-        """The family as Prometheus's client library writes it."""
-        if self.kind == "histogram":
-            histogram = HistogramMetricFamily(self.name, self.help, labels=self.labels)
-            for labels, value in rows:
-                assert isinstance(value, Buckets)
-                bounds = [*map(floatToGoString, value.bounds), "+Inf"]
-                histogram.add_metric(labels, list(zip(bounds, value.cumulative, strict=True)), value.total)
-            return histogram
-        plain = (CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily)(
-            self.name, self.help, labels=self.labels
-        )
-        for labels, value in rows:
-            assert not isinstance(value, Buckets)
-            plain.add_metric(labels, value)
-        return plain
+    def lines(self, rows: Iterable[Row]) -> list[str]:
+        """The family in Prometheus's text format. Its client library takes seven times as long."""
+        name = f"{self.name}_total" if self.kind == "counter" else self.name
+        head = [f"# HELP {name} {self.help}", f"# TYPE {name} {self.kind}"]
+        if self.kind != "histogram":
+            return head + [f"{name}{{{_labels(self.labels, values)}}} {value}" for values, value in rows]
+        for values, value in rows:
+            assert isinstance(value, Buckets)
+            labels = _labels(self.labels, values)
+            bounds = [*map(floatToGoString, value.bounds), "+Inf"]
+            for bound, count in zip(bounds, value.cumulative, strict=True):
+                head.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}')
+            head += (f"{name}_count{{{labels}}} {value.cumulative[-1]}", f"{name}_sum{{{labels}}} {value.total}")
+        return head
 
 
 MODEL = ("model", "version")
 PROFILE = (*MODEL, "profile")
 FAMILIES = (
-    Family("counter", "steervit_requests", "RPCs answered.", ("method", "code")),
     Family(
-        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.", ("method",)
+        "counter", "steervit_requests", "RPCs answered. Without a model: those of no model that is served.",
+        ("method", "code", *MODEL),
+    ),
+    Family(
+        "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.",
+        ("method", *MODEL),
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family("gauge", "steervit_ready", "1 while the server takes calls, as /readyz says; else 0."),
+    Family(
+        "gauge", "steervit_certificate_expiry_timestamp_seconds",
+        "When the server's certificate, or the first of its clients' authorities, expires.", ("file",),
+    ),
     Family("counter", "steervit_images", "Images answered.", PROFILE),
     Family(
         "counter", "steervit_heads_kept",
@@ -121,6 +130,10 @@ FAMILIES = (
     Family("gauge", "steervit_gpu_memory_bytes", "Memory of the GPU.", ("device",)),
     Family("gauge", "steervit_gpu_memory_used_bytes", "Memory of the GPU in use, by any process.", ("device",)),
     Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
+    Family(
+        "gauge", "steervit_profiles_info", "1 for each model that is served: a digest of the profiles that it has.",
+        (*MODEL, "profiles_digest"),
+    ),
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",
@@ -130,7 +143,8 @@ FAMILIES = (
     Family(
         "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL
     ),
-    Family("gauge", "steervit_build_info", "1; the program's version.", ("version",)),
+    Family("gauge", "steervit_build_info", "1; the program's version, and the revision of its source.",
+           ("version", "revision")),
 )  # fmt: skip
 
 
@@ -142,8 +156,17 @@ def profile_label(key: Key) -> str:
     return f"profile:{key}" if RESERVED.fullmatch(key) else key
 
 
+def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
+    """Add the series of calls. rows: with a list for every family."""
+    for (method, code), calls in list(counts.by_code.items()):
+        rows["steervit_requests"].append(((method, code, *names), calls.value))
+    for method, seconds in list(counts.seconds.items()):
+        rows["steervit_request_duration_seconds"].append(((method, *names), seconds.read()))
+
+
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     """Add the series of a version's counts. rows: with a list for every family."""
+    add_requests(rows, names, counts.requests)
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))
@@ -172,22 +195,41 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
     blocks, *_ = counts.layout
     units = {"steervit_heads_kept": totals.heads_kept, "steervit_mlp_groups_kept": totals.mlp_groups_kept}
     for name, by_block in units.items():
-        for block, of_block in zip(blocks, by_block, strict=True):
-            for unit, images in enumerate(of_block):
-                rows[name].append(((*labels, str(block), str(unit)), images))
+        of_units = _unit_labels(labels, blocks, len(by_block[0]) if by_block else 0)
+        rows[name] += zip(of_units, chain.from_iterable(by_block), strict=True)
+
+
+@lru_cache(2**12)
+def _unit_labels(labels: tuple[str, ...], blocks: tuple[int, ...], units: int) -> list[tuple[str, ...]]:
+    """The labels of each unit, by block."""
+    return [(*labels, str(block), str(unit)) for block in blocks for unit in range(units)]
+
+
+@lru_cache(2**17)
+def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
+    """Labels as they stand between the braces."""
+    escaped = (value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for value in values)
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
 
 
 class Page:
-    """What a registry of Prometheus's client library collects: every family, with the series that exist now."""
+    """Every family, with the series that exist now; also as a collector of Prometheus's client library."""
 
     def __init__(self, rows: Callable[[], Rows]):
         self._rows = rows
 
-    def describe(self) -> Iterator[Metric]:
-        """The families without series, by which a registry knows their names."""
-        return (family.metric(()) for family in FAMILIES)
+    def text(self) -> str:
+        """The page at this moment."""
+        return _text(self._rows())
 
-    def collect(self) -> Iterator[Metric]:
+    def describe(self) -> Iterable[Metric]:
+        """The families without series, by which a registry knows their names."""
+        return text_string_to_metric_families(_text({family.name: () for family in FAMILIES}))
+
+    def collect(self) -> Iterable[Metric]:
         """The families with their series at this moment."""
-        rows = self._rows()
-        return (family.metric(rows[family.name]) for family in FAMILIES)
+        return text_string_to_metric_families(self.text())
+
+
+def _text(rows: Rows) -> str:
+    return "\n".join([*chain.from_iterable(family.lines(rows[family.name]) for family in FAMILIES), ""])

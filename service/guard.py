@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
+from service.access_log import PROBES, begin, line
 from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
 
@@ -28,8 +29,9 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 class Guard:
     """Makes the handlers of the services, and counts the calls of all of them."""
 
-    def __init__(self, metrics: Metrics):
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, access_log: float = 0.0):
+        """access_log: the share of the calls with a line in the log at level info; the others have theirs at debug."""
+        self._metrics, self._access_log = metrics, access_log
         self.accepted = self.answered = 0
         """Calls whose handler was entered, and those of them that were answered rather than cancelled."""
 
@@ -49,14 +51,18 @@ class Guard:
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
+        logged = not PROBES.fullmatch(path)
+
         async def guarded(message: bytes, context: Any) -> Any:
-            start, code, answered = time.perf_counter(), "OK", True
-            allowed, name = context.time_remaining(), _request_id(context)
+            start, code, answered, answer = time.perf_counter(), "OK", True, None
+            received = len(message)
+            allowed, name, record = context.time_remaining(), _request_id(context), begin()
             context.set_trailing_metadata(_named(name))
             self.accepted += 1
             self._metrics.in_flight.inc()
             try:
-                return await call(_parsed(message, kind), context)
+                answer = await call(_parsed(message, kind), context)
+                return answer
             except RequestError as error:
                 code = STATUS[type(error)].name
                 refusal = STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error))
@@ -72,10 +78,10 @@ class Guard:
                 seconds = time.perf_counter() - start
                 self._metrics.in_flight.dec()
                 self.answered += answered
-                self._metrics.request(path, code, seconds)
-                if log.isEnabledFor(logging.DEBUG):
-                    fields = {"method": path, "code": code, "seconds": seconds, "request_id": name}
-                    log.debug("%(method)s %(code)s in %(seconds).4f s, request %(request_id)s", fields, extra=fields)
+                self._metrics.request(path, code, seconds, (record.model, record.version))
+                level = logging.INFO if random.random() < self._access_log else logging.DEBUG
+                if logged and log.isEnabledFor(level):
+                    log.log(level, line(record, path, code, seconds, name, (received, _size(answer)), context))
             # here, and without the message: the exception that abort raises would keep both until a garbage collection
             del message
             return await context.abort(*refusal)
@@ -96,6 +102,11 @@ def _parsed(message: bytes, kind: Any) -> Any:
             f"the request is not a {kind.DESCRIPTOR.full_name} message ({len(message)} bytes that cannot be read); "
             "allowed: its binary form"
         ) from error
+
+
+def _size(answer: Any) -> int:
+    """Bytes of an answer; 0 without one."""
+    return 0 if answer is None else len(answer) if isinstance(answer, bytes) else answer.ByteSize()
 
 
 def _written(answer: Any) -> bytes:

@@ -1,9 +1,13 @@
 """What the server counts, under which labels, and for how long. (Counting: counting.py; the page: exposition.py.)"""
 
+import hashlib
+import json
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
+from functools import cached_property
 from importlib.metadata import version as package_version
 from typing import Literal
 
@@ -12,17 +16,30 @@ from prometheus_client import CollectorRegistry
 from export.bundle import Bundle
 from service import cuda
 from service.batcher import BatchStats
-from service.counting import CUSTOM, NONE, OTHER, SECONDS, Histogram, Key, ProfileCounts, Retained, Tally, VersionCounts
+from service.counting import CUSTOM, NONE, OTHER, Key, ProfileCounts, RequestCounts, Retained, Tally, VersionCounts
 from service.engine import Outputs
-from service.exposition import FAMILIES, Page, Row, Rows, Version, add_profile, add_version, profile_label
+from service.exposition import (
+    FAMILIES,
+    Page,
+    Row,
+    Rows,
+    Version,
+    add_profile,
+    add_requests,
+    add_version,
+    profile_label,
+)
 from service.tuning import Plan
-from training.steering import SteeringProfile
+from training.steering import SteeringProfile, digest
 
 CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
     "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
 """The status codes of this server."""
+OF_NO_MODEL: Version = "", ""
+WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
+"""Methods whose calls are counted by model from 0 on."""
 RETAIN_SECONDS = 120.0
 """How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
 
@@ -30,14 +47,20 @@ RETAIN_SECONDS = 120.0
 class Metrics:
     """The counts of the process. Thread-safe; models are added and removed by one thread at a time."""
 
-    def __init__(self, registry: CollectorRegistry, max_profile_series: int):
+    def __init__(self, registry: CollectorRegistry, max_profile_series: int, revision: str = "unknown"):
+        """revision: of the source."""
         self.max_profile_series = max_profile_series
-        self._program = package_version("steervit")
+        self._program = package_version("steervit"), revision
         self.in_flight = Tally()
-        self._requests: dict[tuple[str, str], Tally] = {}
-        self._request_seconds: dict[str, Histogram] = {}
+        self._requests = RequestCounts()
+        """Of calls of no model: of none that is served, or about none."""
+        self._with_images: list[str] = []
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
+        self.ready: Callable[[], bool] = lambda: False
+        """Whether the server is ready; called at every scrape, as is the next."""
+        self.certificates: Callable[[], Mapping[str, float]] = dict
+        """When certificates expire, Unix time, by file."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -47,23 +70,22 @@ class Metrics:
         self._profiles: Retained[tuple[str, str, Key], ProfileCounts] = Retained()
         self._models: list[ModelMetrics] = []
         """Loaded models, oldest first. A version has two while one replaces the other."""
-        registry.register(Page(self.rows))
+        self.page = Page(self.rows)
+        registry.register(self.page)
 
-    def request(self, method: str, code: str, seconds: float) -> None:
-        """Count an RPC. method: its path; code: the name of its status; seconds: its duration."""
-        tally, histogram = self._requests.get((method, code)), self._request_seconds.get(method)
-        if tally is None or histogram is None:
-            tally = self._requests.setdefault((method, code), Tally())
-            histogram = self._request_seconds.setdefault(method, Histogram(SECONDS))
-        tally.inc()
-        histogram.observe(seconds)
+    def request(self, method: str, code: str, seconds: float, version: Version = OF_NO_MODEL) -> None:
+        """Count an RPC. method: its path; code: the name of its status; seconds: its duration; version: of the model
+        that it names, if there is one."""
+        counts = self._versions.values.get(version)
+        (counts.requests if counts else self._requests).add(method, code, seconds)
 
     def known_methods(self, methods: Sequence[str]) -> None:
-        """Start the series of methods at 0."""
-        for method in methods:
-            self._request_seconds.setdefault(method, Histogram(SECONDS))
-            for code in CODES:
-                self._requests.setdefault((method, code), Tally())
+        """Start the series of methods at 0; of those with images, by model too."""
+        self._requests.start(methods, CODES)
+        with self._lock:
+            self._with_images += filter(WITH_IMAGES.fullmatch, methods)
+            for counts in self._versions.values.values():
+                counts.requests.start(self._with_images, CODES)
 
     def profiles_read(self, ok: bool) -> None:
         """Count a read of the changed profile folder. ok: whether its profiles are valid and served."""
@@ -97,15 +119,14 @@ class Metrics:
             failures, versions = self._load_failures.values.copy(), self._versions.values.copy()
             profiles = self._profiles.values.copy()
         rows: dict[str, list[Row]] = {family.name: [] for family in FAMILIES}
-        for key, requests in list(self._requests.items()):
-            rows["steervit_requests"].append((key, requests.value))
-        for method, seconds in list(self._request_seconds.items()):
-            rows["steervit_request_duration_seconds"].append(((method,), seconds.read()))
+        add_requests(rows, OF_NO_MODEL, self._requests)
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))
-        rows["steervit_profiles_last_read_successful"].append(((), self._profiles_right))
-        rows["steervit_build_info"].append(((self._program,), 1))
+        rows["steervit_ready"].append(((), int(self.ready())))
+        rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
+        rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
+        rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))
         for name, numbers in failed.items():
@@ -125,7 +146,9 @@ class Metrics:
             self._sweep()
             self._load_failures.values.setdefault(model.names, Tally())
             self._models.append(model)
-            return self._versions.values.setdefault(model.names, VersionCounts())
+            if model.names not in self._versions.values:
+                self._versions.values[model.names] = VersionCounts(RequestCounts(self._with_images, CODES))
+            return self._versions.values[model.names]
 
     def remove(self, model: "ModelMetrics") -> None:
         """Remove an unloaded model. Its counts are retained for RETAIN_SECONDS."""
@@ -180,8 +203,7 @@ class ModelMetrics:
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
         self._expected: dict[Key, float] = {}
         """Head usage by profile."""
-        self._served = 0
-        """The number of profiles."""
+        self._served = _Served({})
         self._queue: tuple[Callable[[], tuple[int, float, float]], int] | None = None
         self._counts = metrics.add(self)
         self.use(bundle.profiles)
@@ -199,7 +221,7 @@ class ModelMetrics:
             **{name: profiles[name].evaluation.get("after") for name in own},
         }
         self._expected = {key: of["head_usage"] for key, of in evaluations.items() if of and "head_usage" in of}
-        self._served = len(profiles)
+        self._served = _Served(profiles)
         self._metrics.use(self, [NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles))])
 
     def retire(self) -> None:
@@ -255,7 +277,9 @@ class ModelMetrics:
             rows["steervit_cuda_graphs"].append((self.names, captured))
             rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, however many models
             rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
-        rows["steervit_profiles"].append((self.names, self._served))
+        served = self._served
+        rows["steervit_profiles"].append((self.names, len(served.profiles)))
+        rows["steervit_profiles_info"].append(((*self.names, served.digest), 1))
         for profile, usage in self._expected.items():
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
@@ -269,3 +293,16 @@ class ModelMetrics:
     def _counts_of(self, profile: Key) -> ProfileCounts:
         """OTHER for a profile without series: past the cap, or removed during its call."""
         return self.profiles.get(profile) or self._metrics.other(self)
+
+
+class _Served:
+    """The profiles of a model. Their digest is computed when it is first asked for, by the thread that asks."""
+
+    def __init__(self, profiles: Mapping[str, SteeringProfile]):
+        self.profiles = profiles
+
+    @cached_property
+    def digest(self) -> str:
+        """A short name for the names of the profiles, and what each does."""
+        entries = sorted((name, digest(profile.terms, profile.gate_bias)) for name, profile in self.profiles.items())
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]

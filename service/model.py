@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle import Bundle
+from service.access_log import current
 from service.batcher import Batcher, BatchStats
 from service.calls import Answer
 from service.config import Settings
@@ -109,6 +110,7 @@ class Model:
     ) -> Answer:
         """The answer. seconds_left: to the deadline, None without one; residual: whether to include residuals."""
         count = len(images)
+        _record(count, steering)
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered(steering), len(shadowed))]) if shadowed else steering
@@ -128,6 +130,7 @@ class Model:
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch, at the same budget."""
         count, without = len(images), self._unsteered(steering)
+        _record(count, steering)
         order = [index for index in range(count) for _ in range(2)]
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (without, row)])
@@ -273,6 +276,9 @@ class Model:
             if len(order) > len(pixels):
                 pixels = pixels[list(order)]
             answer = await self.batcher.submit(pixels, steering, deadline, residual)
+            record = current()
+            record.queue_seconds, record.inference_seconds = answer.queue_seconds, answer.outputs.seconds
+            record.budget_applied = answer.lowered.budget if answer.lowered else None
         except Overloaded:
             self._metrics.dropped("queue_full", len(order))
             raise
@@ -303,6 +309,13 @@ class Model:
         if 2 * (self.batcher.work + 2 * count) > self._max_queue or self.batcher.level:
             return []
         return [index for index in range(count) if random.random() < self._shadow_fraction]
+
+
+def _record(images: int, steering: Steering) -> None:
+    """Note what a call asks for."""
+    record = current()
+    record.images, record.budget = images, steering.budget
+    record.profile = steering.profile or ("custom" if steering.custom else "")
 
 
 def _resolver(bundle: Bundle) -> Callable[[str, float, float | None], Steering]:

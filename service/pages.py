@@ -1,5 +1,6 @@
 """The HTTP pages beside gRPC: /metrics, /livez, /readyz."""
 
+import gzip
 import logging
 import socket
 import socketserver
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 log = logging.getLogger("steervit.pages")
 
@@ -24,6 +25,11 @@ class State(Protocol):
     @property
     def ready(self) -> bool:
         """Whether it takes requests."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, or what is wrong though it is; "" when all is well."""
         ...
 
 
@@ -52,30 +58,30 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class Pages:
-    """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests)."""
+    """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests; with the
+    reason if not)."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, state: State):
-        """Raises OSError when the port is taken."""
-        metrics_page = make_wsgi_app(registry)
+    def __init__(self, host: str, port: int, metrics: Callable[[], bytes], state: State):
+        """metrics: makes the page of metrics. Raises OSError when the port is taken."""
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            method, head = environ["REQUEST_METHOD"], list[Any]()
-            if method == "HEAD":  # Prometheus's client library answers GET only
-                environ = {**environ, "REQUEST_METHOD": "GET"}
-            body = b"".join(answer(environ, lambda status, headers: head.extend((status, headers))))
-            status, headers = head
-            start_response(status, [*headers, ("Content-Length", str(len(body)))])
-            return [] if method == "HEAD" else [body]
-
-        def answer(environ: dict[str, Any], start_response: Callable[[str, list[Any]], Any]) -> Iterable[bytes]:
-            path = environ["PATH_INFO"]
-            if path == "/metrics":
-                page: Iterable[bytes] = metrics_page(environ, start_response)
-                return page
+            method, path, packed = environ["REQUEST_METHOD"], environ["PATH_INFO"], False
             states = {"/livez": state.alive, "/readyz": state.ready and state.alive}
-            status = "404 Not Found" if path not in states else "200 OK" if states[path] else "503 Service Unavailable"
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            return [f"{status[4:]}\n".encode()]
+            kind = "text/plain; charset=utf-8"
+            if method not in ("GET", "HEAD"):
+                status, body = "405 Method Not Allowed", b"Method Not Allowed\n"
+            elif path == "/metrics":
+                status, body, kind = "200 OK", metrics(), CONTENT_TYPE_PLAIN_0_0_4
+                if packed := "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+                    body = gzip.compress(body, 1)  # a level that costs least; the lock of the interpreter is free
+            else:
+                known = path in states
+                status = "404 Not Found" if not known else "200 OK" if states[path] else "503 Service Unavailable"
+                reason = state.reason[:1000] if path == "/readyz" else ""
+                body = (f"{status[4:]}\n" + f"{reason}\n" * bool(reason)).encode()
+            headers = [("Content-Type", kind), ("Content-Length", str(len(body)))]
+            start_response(status, headers + [("Content-Encoding", "gzip")] * packed)
+            return [] if method == "HEAD" else [body]
 
         kind = _Version6 if ":" in host else _ThreadingWSGIServer
         try:

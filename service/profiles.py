@@ -2,7 +2,8 @@
 
 A file is a profiles.json (training/steering.py) with the digest that it was made for, {"gates_sae_digest": "...", ...}.
 Its profiles are added to those of every served model with that digest and replace profiles of the same name. If any
-file of the folder is wrong, no profile changes.
+file of the folder is wrong, no profile changes; if one is wrong at the start, the server is not ready until it is
+corrected. `service/check_profiles.py` checks a folder without a server.
 """
 
 import asyncio
@@ -40,6 +41,10 @@ class ProfileFolder:
             raise BundleError(f"profiles_dir is {folder}; allowed: a folder")
         self._folder, self._metrics, self._default = folder, metrics, default
         self._files: tuple[_File, ...] = ()
+        self.pending = folder is not None
+        """Whether no state of the folder has been valid yet: what it is to add is unknown."""
+        self.problem = ""
+        """What is wrong with the folder as it is; "" if it is served as it is."""
         self._seen: tuple[tuple[Path, bytes], ...] | str | None = None
         """The files of the last read, or why they could not be read."""
         self._reading = threading.Lock()
@@ -49,18 +54,13 @@ class ProfileFolder:
         return _for(bundle, self._files)
 
     def check_default(self, bundle: Bundle) -> None:
-        """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here."""
+        """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here. While the
+        folder is pending it may still come, and refresh checks that."""
         try:
-            self._check_default(bundle, self.of(bundle))
+            if not self.pending:
+                _check_default(bundle, self.of(bundle), self._default)
         except SteeringError as error:
             raise BundleError(str(error)) from error
-
-    def _check_default(self, bundle: Bundle, profiles: Profiles) -> None:
-        try:
-            if self._default:
-                named(replace(bundle, profiles={**bundle.profiles, **profiles}), self._default, "default_profile")
-        except NotFound as error:
-            raise SteeringError(f"model {bundle.manifest.name} version {bundle.manifest.version}: {error}") from error
 
     def refresh(self, bundles: Sequence[Bundle]) -> bool:
         """Read the folder if it has changed. Returns whether there are new profiles.
@@ -80,16 +80,17 @@ class ProfileFolder:
                 raise SteeringError(contents)
             files = tuple(_read(path, content) for path, content in contents)
             for bundle in bundles:
-                self._check_default(bundle, _for(bundle, files))
+                _check_default(bundle, _for(bundle, files), self._default)
         except SteeringError as error:
-            log.error("profiles are unchanged: %s", error)
+            self.problem = str(error)
+            log.error("not ready: %s" if self.pending else "profiles are unchanged: %s", error)
             self._metrics.profiles_read(False)
             return False
         known = {bundle.manifest.gates_sae_digest for bundle in bundles}
         for file in files:
             if file.made_for not in known:
                 log.warning("%s is for gates_sae_digest %s, which no served model has", file.path, file.made_for)
-        self._files = files
+        self._files, self.pending, self.problem = files, False, ""
         self._metrics.profiles_read(True)
         log.info("%d profiles in %d files of %s", sum(len(f.profiles) for f in files), len(files), folder)
         return True
@@ -104,6 +105,46 @@ class ProfileFolder:
                     changed()
             except Exception:  # the next read may succeed
                 log.exception("reading the profile folder failed")
+
+
+def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[list[str], list[str]]:
+    """A line for each file that a server of these bundles would take, and what is wrong: every reason for which it
+    would not take the folder, and files that are for none of the bundles. default: as of ProfileFolder."""
+    contents = _contents(folder)
+    if isinstance(contents, str):
+        return [], [contents]
+    lines, problems, files = list[str](), list[str](), list[_File]()
+    if not contents:
+        problems.append(f"{folder} has no .json file")
+    for path, content in contents:
+        try:
+            file = _read(path, content)
+            fitting = [bundle for bundle in bundles if _for(bundle, [file])]
+        except SteeringError as error:
+            problems.append(str(error))
+            continue
+        files.append(file)
+        if file.made_for not in {bundle.manifest.gates_sae_digest for bundle in bundles}:
+            allowed = ", ".join(sorted({bundle.manifest.gates_sae_digest for bundle in bundles}))
+            problems.append(f"{path}: gates_sae_digest is {file.made_for!r}, of no bundle; allowed: {allowed}")
+        models = ", ".join(f"{bundle.manifest.name} {bundle.manifest.version}" for bundle in fitting) or "no model"
+        lines.append(f"{path}: {', '.join(profile.name for profile in file.profiles) or 'no profile'}; for {models}")
+    if not problems:  # of the files together
+        for bundle in bundles:
+            try:
+                _check_default(bundle, _for(bundle, files), default)
+            except SteeringError as error:
+                problems.append(str(error))
+    return lines, problems
+
+
+def _check_default(bundle: Bundle, profiles: Profiles, default: str) -> None:
+    """Raise SteeringError unless a bundle with these profiles has the default profile, if there is one."""
+    try:
+        if default:
+            named(replace(bundle, profiles={**bundle.profiles, **profiles}), default, "default_profile")
+    except NotFound as error:
+        raise SteeringError(f"model {bundle.manifest.name} version {bundle.manifest.version}: {error}") from error
 
 
 def _contents(folder: Path) -> tuple[tuple[Path, bytes], ...] | str:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from export.bundle import BundleError, load_bundle
 from service import plan
+from service.access_log import current
 from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan
 from service.config import Settings
 from service.errors import InvalidRequest, NotFound, Unavailable
@@ -126,6 +127,8 @@ class Repository:
         if number not in loaded.models:
             allowed = ", ".join(repr(str(v)) for v in (*sorted(loaded.models), *sorted(loaded.labels)))
             raise NotFound(f"version of model {name!r} is {version!r}; allowed: {allowed}, or none")
+        record = current()
+        record.model, record.version = name, str(number)
         return loaded.models[number]
 
     def index(self) -> Iterator[Entry]:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from export.bundle import Bundle
 from service import transport
@@ -87,9 +87,12 @@ class Server:
     def __init__(self, settings: Settings):
         """Loads the repository. Raises BundleError or EngineError."""
         self._settings = settings
-        self._registry = CollectorRegistry()
-        self._metrics = Metrics(self._registry, settings.max_profile_series)
-        self.ready = False
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        self._metrics = Metrics(CollectorRegistry(), settings.max_profile_series, settings.revision)
+        self._taking = False
+        """Whether calls are taken: started, and not stopping."""
+        self._metrics.ready = lambda: self.ready and self.alive
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
         self._read_profiles()
@@ -97,7 +100,7 @@ class Server:
             self._profiles.check_default(bundle)
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
-        self._guard = Guard(self._metrics)
+        self._guard = Guard(self._metrics, settings.access_log)
         self._beat = math.inf
         """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0
@@ -117,6 +120,8 @@ class Server:
         )
         address = f"{settings.url_host}:{settings.port}"
         certificates = Certificates(settings) if settings.tls_certificate else None
+        if certificates:
+            self._metrics.certificates = certificates.expiry
         try:
             if certificates:
                 self.port = self._server.add_secure_port(address, certificates.credentials())
@@ -126,21 +131,40 @@ class Server:
             if certificates:
                 certificates.check()
             raise OSError(f"port {settings.port} of {settings.host} cannot be bound: {error}") from error
-        self._pages = Pages(settings.host, settings.metrics_port, self._registry, self)
+        self._pages = Pages(settings.host, settings.metrics_port, self._metrics_page, self)
         self.metrics_port = self._pages.port
         await self._server.start()
         if settings.model_control == "poll":
             self._watching.append(asyncio.create_task(self._repository.watch()))
         watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        self._watching.append(asyncio.create_task(self._follow_threads()))
-        self.ready = True
+        self._taking = True
+        await self._set_health(self.ready and self.alive)
+        self._watching.append(asyncio.create_task(self._follow_state()))
 
     @property
     def alive(self) -> bool:
         """Whether inference threads and, while calls are taken, the event loop make progress."""
-        return self._repository.alive and (not self.ready or time.monotonic() - self._beat < HANGS_AFTER)
+        return self._repository.alive and (not self._taking or time.monotonic() - self._beat < HANGS_AFTER)
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are taken, by models with the profiles that they are to have."""
+        return self._taking and not self._profiles.pending
+
+    @property
+    def reason(self) -> str:
+        """Why the server is not ready, or what is wrong though it is; "" when all is well."""
+        if not self._taking:
+            return "it starts or stops"
+        if not self.alive:
+            return "an inference thread has ended or hangs"
+        if problem := self._profiles.problem:
+            return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
+        return ""
+
+    def _metrics_page(self) -> bytes:
+        return self._metrics.page.text().encode() + generate_latest(self._process)
 
     def _bundles(self) -> list[Bundle]:
         return [model.own for model in self._repository.models]
@@ -163,8 +187,8 @@ class Server:
         gRPC cancels calls that arrive while it shuts down, and clients do not retry those. The delay gives clients that
         watch the health service time to disconnect.
         """
-        self.ready = False
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._taking = False
+        await self._set_health(False)
         for task in self._watching:
             task.cancel()
         await asyncio.sleep(self._settings.drain_delay_seconds)
@@ -175,21 +199,21 @@ class Server:
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
         self._pages.close()
 
-    async def _follow_threads(self) -> None:
-        """Report NOT_SERVING while an inference thread has ended or hangs: calls would wait for it."""
-        alive = True
+    async def _follow_state(self) -> None:
+        """Report NOT_SERVING while the server is not ready, or an inference thread has ended or hangs: calls would wait
+        for it."""
+        serving = self.ready and self.alive
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(1)
-            if alive != self.alive:
-                alive = not alive
-                log.warning(
-                    "all inference threads make progress again" if alive else "an inference thread has ended or hangs"
-                )
-                status = health_pb2.HealthCheckResponse.SERVING if alive else health_pb2.HealthCheckResponse.NOT_SERVING
-                await self._set_health(status)
+            if serving != (self.ready and self.alive):
+                serving = not serving
+                log.warning("ready again" if serving else "not ready: %s", *[self.reason] * (not serving))
+                await self._set_health(serving)
 
-    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+    async def _set_health(self, serving: bool) -> None:
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if serving else response.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, status)
 

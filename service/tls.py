@@ -44,6 +44,19 @@ class Certificates:
             require_client_authentication=self._client_ca is not None,
         )
 
+    def expiry(self) -> dict[str, float]:
+        """When the server's certificate and the first of its clients' authorities expire, Unix time, by `certificate`
+        and `client_ca`. Of the files as they are: new connections get those. Empty if they cannot be read."""
+        try:
+            certificate = ssl._ssl._test_decode_cert(str(self._certificate))  # type: ignore[attr-defined]
+            ends: dict[str, float] = {"certificate": ssl.cert_time_to_seconds(certificate["notAfter"])}
+            if self._client_ca:
+                authorities = ssl.create_default_context(cafile=self._client_ca).get_ca_certs()
+                ends["client_ca"] = min(ssl.cert_time_to_seconds(str(each["notAfter"])) for each in authorities)
+        except (OSError, ValueError):  # an ssl.SSLError is an OSError
+            return {}
+        return ends
+
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """None: unchanged."""
         try:

@@ -31,6 +31,7 @@ try:
         SendInitialMetadataOperation,
         SendMessageOperation,
         SendStatusFromServerOperation,
+        auth_context,
     )
     from grpc._cython.cygrpc import Server as CoreServer
 
@@ -80,6 +81,15 @@ class Context:
         """The metadata of the client, as pairs of key and value."""
         return self._call.metadata
 
+    def peer(self) -> str:
+        """The address of the client, such as ipv4:127.0.0.1:51234."""
+        peer: bytes = self._call.core.peer()
+        return peer.decode(errors="replace")
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        """What TLS knows of the client, such as x509_common_name."""
+        return {key.decode(): values for key, values in (auth_context(self._call.core) or {}).items()}
+
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         """Set the metadata to send with the status; those of `abort` replace it."""
         self._call.trailers = tuple(metadata)
@@ -98,18 +108,18 @@ class _Call:
 
     __slots__ = (
         "_cancelled",
-        "_core",
         "_handler",
         "_headers_sent",
         "_server",
         "_task",
+        "core",
         "deadline",
         "metadata",
         "trailers",
     )
 
     def __init__(self, server: "Server", core: Any, handler: Any, details: _Details, deadline: float):
-        self._server, self._core, self._handler, self.deadline = server, core, handler, deadline
+        self._server, self.core, self._handler, self.deadline = server, core, handler, deadline
         self.metadata, self.trailers = details.invocation_metadata, tuple[tuple[str, str | bytes], ...]()
         self._headers_sent = self._cancelled = False
         self._task: asyncio.Task[None] | None = None
@@ -187,7 +197,7 @@ class _Call:
         """Send the status, preceded by the headers if they have not been sent, and by messages."""
         status = SendStatusFromServerOperation(trailers, code.value[0], details.encode(), FLAGS)
         sent = (*self._headers(), *(SendMessageOperation(message, FLAGS) for message in messages), status)
-        self._core.start_server_batch(sent, _nothing)
+        self.core.start_server_batch(sent, _nothing)
 
     def _headers(self) -> list[Any]:
         """The operation that sends the headers, the first time; then none."""
@@ -202,7 +212,7 @@ class _Call:
             if not done.done():
                 done.set_result(event.batch_operations)
 
-        self._core.start_server_batch(operations, lambda event: self._server.later(settle, event))
+        self.core.start_server_batch(operations, lambda event: self._server.later(settle, event))
         completed: Sequence[Any] = await done
         return completed
 

@@ -61,7 +61,7 @@ def start_server(
     options = {"stderr": subprocess.PIPE, "cwd": ROOT, **options}
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
-    ready = re.match(r"ready: grpc (\S+), metrics (\S+)", process.stdout.readline())
+    ready = re.match(r"(?:not )?ready: grpc (\S+), metrics (\S+)", process.stdout.readline())
     if not ready:
         _, errors = process.communicate(timeout=30)
         raise AssertionError(f"the server did not start: {errors}")

@@ -19,7 +19,7 @@ from processes import ROOT, until
 
 ALERTS = ROOT / "deploy" / "alerts"
 DASHBOARDS = ROOT / "deploy" / "dashboards"
-RULE_FILES = [ALERTS / "recording.yaml", ALERTS / "alerts.yaml"]
+RULE_FILES = [ALERTS / f"{name}.yaml" for name in ("recording", "slo", "alerts")]
 JOB = "prod/steervit"
 """As the PodMonitor of deploy/kubernetes makes it of the namespace."""
 Labels = frozenset[tuple[str, str]]
@@ -116,8 +116,8 @@ def promtool(*arguments: str, given: str | None = None) -> None:
 
 def alerts() -> dict[str, Mapping[str, Any]]:
     """The alerts of deploy/alerts, by name."""
-    groups = yaml.safe_load((ALERTS / "alerts.yaml").read_text())["groups"]
-    return {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    groups = [group for file in RULE_FILES for group in yaml.safe_load(file.read_text())["groups"]]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
 def dashboard(name: str) -> Any:

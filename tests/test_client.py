@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import time
 
@@ -151,23 +152,43 @@ def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[
         assert stop_server(server) == 0
 
 
-def test_json_logs_name_each_request_by_the_id_that_the_client_gave(samples: dict[str, list[bytes]]) -> None:
-    server = start_server(MODELS, "--log-format", "json", "--log-level", "debug")
+def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[str, list[bytes]]) -> None:
+    server = start_server(MODELS, "--log-format", "json", "--access-log", "1")
     with grpc.insecure_channel(server.address) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
         good, bad = (pb.PredictRequest(images=[pb.Image(encoded=file)]) for file in (samples["Bag"][0], b"no image"))
-        named = (("x-request-id", "order-66"), ("authorization", "Bearer secret"))
-        _, call = stub.Predict.with_call(good, metadata=named)
+        good.steering.profile, bad.model = "Bag", "fashion_mnist"
+        named = (
+            ("x-request-id", "order-66"), ("authorization", "Bearer secret"), ("x-client-name", "till-7"),
+            ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        )  # fmt: skip
+        answer, call = stub.Predict.with_call(good, metadata=named)
         assert dict(call.trailing_metadata())["x-request-id"] == "order-66"
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Predict(bad, metadata=(("x-request-id", "x" * 200),))
+            stub.Predict(bad, metadata=(("x-request-id", "x" * 200), ("traceparent", f"00-{'0' * 32}-{'1' * 16}-01")))
+        with pytest.raises(grpc.RpcError):
+            stub.Predict(pb.PredictRequest(model="none"))
+        open_inference = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert open_inference.ServerReady(oi.ServerReadyRequest()).ready
+        HealthStub(channel).Check(HealthCheckRequest())
     server.process.send_signal(signal.SIGTERM)
     _, errors = server.process.communicate(timeout=60)
     lines = [json.loads(line) for line in errors.splitlines()]
-    first, second = (line for line in lines if line["name"] == "steervit.requests")
-    assert first["request_id"] == "order-66"
-    assert (first["method"], first["code"]) == ("/steering.v1.SteeringService/Predict", "OK")
-    assert second["code"] == "INVALID_ARGUMENT"
+    first, second, third = (line for line in lines if line["name"] == "steervit.requests")
+    measured = {key: first.pop(key) for key in ("duration_ms", "queue_ms", "inference_ms", "peer", "asctime")}
+    assert first == {
+        "name": "steervit.requests", "levelname": "INFO", "message": "",
+        "method": "/steering.v1.SteeringService/Predict", "code": "OK", "model": "fashion_mnist", "version": "3",
+        "profile": "Bag", "images": 1, "request_bytes": good.ByteSize(), "response_bytes": answer.ByteSize(),
+        "client": "till-7", "request_id": "order-66", "trace_id": "0af7651916cd43dd8448eb211c80319c",
+    }  # fmt: skip
+    assert measured["queue_ms"] == pytest.approx(1000 * answer.receipt.queue_seconds, abs=1e-3)
+    assert measured["inference_ms"] == pytest.approx(1000 * answer.receipt.inference_seconds, abs=1e-3)
+    assert measured["duration_ms"] > measured["inference_ms"] > 0
+    assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", measured["peer"])
+    assert (second["code"], second["model"], third["code"]) == ("INVALID_ARGUMENT", "fashion_mnist", "NOT_FOUND")
+    assert not {"client", "trace_id", "queue_ms"} & second.keys()
+    assert "model" not in third
     assert len(second["request_id"]) == 16
     assert dict(caught.value.trailing_metadata())["x-request-id"] == second["request_id"]
     assert "secret" not in errors

@@ -93,7 +93,7 @@ def series_of(family: Family) -> set[str]:
 def test_only_metrics_that_the_server_has_are_asked_for() -> None:
     queries = [variable.get("query", "") for name in NAMES for variable in dashboard(name)["templating"]["list"]]
     asked = in_panels() | metrics_asked_for(" ".join(map(str, queries)))
-    asked |= in_rules("recording.yaml", "alerts.yaml", "tests.yaml")
+    asked |= in_rules("recording.yaml", "slo.yaml", "alerts.yaml", "tests.yaml", "tests_of_days.yaml")
     assert len(asked) > 20
     assert asked <= {series for family in FAMILIES for series in series_of(family)}
 
@@ -111,5 +111,5 @@ NOT_WATCHED = {
 
 
 def test_every_metric_is_in_a_panel_or_a_rule_or_exempt() -> None:
-    watched = in_panels() | in_rules("recording.yaml", "alerts.yaml")
+    watched = in_panels() | in_rules("recording.yaml", "slo.yaml", "alerts.yaml")
     assert {family.name for family in FAMILIES if not series_of(family) & watched} == NOT_WATCHED.keys()

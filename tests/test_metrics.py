@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from export.bundle import Bundle
 from service import metrics as module
@@ -27,8 +29,7 @@ from service.tuning import Plan, Surroundings
 
 class Page:
     def __init__(self, max_profile_series: int = 200) -> None:
-        self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, max_profile_series)
+        self.metrics = Metrics(CollectorRegistry(), max_profile_series)
 
     def serve(self, bundle: Bundle) -> ModelMetrics:
         served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu", Plan(2, 1, 0, False, 32))
@@ -36,13 +37,16 @@ class Page:
         return served
 
     def lines(self, *parts: str) -> int:
-        page = generate_latest(self.registry).decode().splitlines()
+        page = self.metrics.page.text().splitlines()
         return sum(all(part in line for part in parts) for line in page)
 
     def value(self, name: str, **labels: str) -> float:
         """Sum of the samples with these labels."""
-        samples = [sample for metric in self.registry.collect() for sample in metric.samples if sample.name == name]
-        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+        return sum(sample.value for sample in self.samples(name) if labels.items() <= sample.labels.items())
+
+    def samples(self, name: str) -> list[Sample]:
+        lines = [line for line in self.metrics.page.text().splitlines() if line.startswith(f"{name}{{")]
+        return [sample for metric in text_string_to_metric_families("\n".join(lines)) for sample in metric.samples]
 
 
 @pytest.fixture
@@ -130,6 +134,24 @@ def test_failed_loads_of_a_version_that_is_gone_are_forgotten(bundle: Bundle, no
         page.metrics.failed_versions("m", failed)
         assert page.lines("steervit_model_load_failures_total", 'version="7"') == left
         assert page.lines("steervit_model_load_failed{", 'version="7"') == len(failed)
+
+
+def test_the_digest_of_profiles_follows_what_they_do(bundle: Bundle) -> None:
+    page = Page()
+    served = page.serve(bundle)
+
+    def digest() -> str:
+        (sample,) = page.samples("steervit_profiles_info")
+        return str(sample.labels["profiles_digest"])
+
+    first, of_bag = digest(), replace(bundle.profiles["Bag"], terms={})
+    served.use(dict(reversed(bundle.profiles.items())))
+    assert digest() == first, "whatever the order"
+    others = ({**bundle.profiles, "Bag": of_bag}, {**bundle.profiles, "new": of_bag}, {"Bag": of_bag}, {"new": of_bag})
+    for profiles in others:
+        served.use(profiles)
+        assert digest() != first
+        first = digest()
 
 
 def test_a_replaced_version_takes_along_what_the_new_one_lacks(bundle: Bundle, now: list[float]) -> None:
@@ -250,7 +272,7 @@ def test_nothing_is_lost_when_threads_count_at_once_beside_swaps_and_scrapes(bun
         with ThreadPoolExecutor(5) as pool:
             threads = [pool.submit(work) for work in (run, run, answer, answer, swap)]
             while not all(thread.done() for thread in threads):
-                generate_latest(page.registry)
+                page.metrics.page.text()
                 read.set()
             for thread in threads:
                 thread.result()

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+import signal
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import grpc
 import pytest
-from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, until
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, start_server, until
 
 from export.bundle import Bundle
+from service import check_profiles
 from service.__main__ import main as service_main
 from service.client import Client
 from service.client.__main__ import main
@@ -125,7 +130,7 @@ def test_the_default_profile_steers_requests_that_ask_for_nothing(
         file.write_text(content(bundle, profile("dusk")))
         until(lambda: failed_reads(running) >= 1)
         assert client.predict(files).receipt.profile == "always"
-    done = run_module("service", "--repository", str(SMALL), *flags, "nobody", "--port", "0", "--metrics-port", "0")
+    done = run_module("service", "--repository", str(SMALL), "--default-profile", "nobody", "--port", "0")
     assert done.returncode == 1
     assert "model small version 1: default_profile is 'nobody'; allowed: " in done.stderr
 
@@ -188,6 +193,70 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
     "a name in two forms": lambda bundle: content(bundle, profile("caf\xe9"), profile("cafe\u0301")),
     "a number that is none": lambda bundle: content(bundle, profile("x")).replace("40.0", "NaN"),
 }
+
+
+@fault("process: file change", "a file that is wrong at the start: NOT_SERVING until it is corrected")
+def test_a_folder_that_is_wrong_at_the_start_keeps_the_server_from_being_ready(bundle: Bundle, tmp_path: Path) -> None:
+    """Its default profile is in the folder too."""
+    (tmp_path / "a.json").write_text(content(bundle, profile("night")))
+    (tmp_path / "b.json").write_text("{")
+    flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile", "night")
+    running = start_server(MODELS, *flags)
+    with grpc.insecure_channel(running.address) as channel:
+        health = HealthStub(channel)
+
+        def served() -> bool:
+            return bool(health.Check(HealthCheckRequest()).status == HealthCheckResponse.SERVING)
+
+        with pytest.raises(HTTPError) as refused:
+            running.page("readyz")
+        assert refused.value.code == 503
+        said = f"{tmp_path / 'b.json'}: "
+        assert refused.value.read().decode().startswith(f"Service Unavailable\n{said}")
+        assert running.page("livez") == "OK\n"
+        assert running.count("steervit_ready") == running.count("steervit_profiles_last_read_successful") == 0
+        assert not served()
+        (tmp_path / "b.json").unlink()
+        until(lambda: running.count("steervit_ready") == 1)
+        assert running.page("readyz") == "OK\n"
+        until(served)
+        (tmp_path / "b.json").write_text("{")  # later, the last good set stays
+        until(lambda: running.page("readyz").startswith(f"OK\ndegraded, as profiles are unchanged: {said}"))
+        assert served()
+        with Client(running.address) as client:
+            assert "night" in names(client)
+    running.process.send_signal(signal.SIGTERM)
+    _, log = running.process.communicate(timeout=60)
+    assert running.process.returncode == 0
+    assert f"not ready: {said}" in log
+    assert f"profiles are unchanged: {said}" in log
+
+
+def test_a_folder_is_checked_without_a_server(bundle: Bundle, tmp_path: Path) -> None:
+    def checked(*flags: str) -> tuple[int, str, list[str]]:
+        done = run_main(check_profiles.main, str(tmp_path), "--bundle", str(MODELS), *flags)
+        return done.returncode, done.stdout, done.stderr.splitlines()
+
+    file, model = tmp_path / "a.json", f"{bundle.manifest.name} {bundle.manifest.version}"
+    assert checked() == (1, "\n", [f"{tmp_path} has no .json file"])
+    file.write_text(content(bundle, profile("night"), profile("dusk")))
+    assert checked("--default-profile", "dusk") == (0, f"{file}: night, dusk; for {model}\n", [])
+    code, _, (problem,) = checked("--default-profile", "dawn")
+    assert code == 1
+    assert "default_profile is 'dawn'; allowed: " in problem
+    wrong = {tmp_path / f"{number}.json": of(bundle) for number, of in enumerate(WRONG.values())}
+    for path, text in wrong.items():
+        path.write_text(text)
+    (tmp_path / "z.json").write_text(content(bundle, profile("next"), gates_sae_digest="0123456789abcdef"))
+    code, _, problems = checked()
+    assert code == 1
+    alone = {path for path, text in wrong.items() if text != WRONG["a name twice"](bundle)}
+    assert {Path(problem.partition(": ")[0]) for problem in problems} == alone | {tmp_path / "z.json"}, "all of them"
+    assert problems[-1].endswith(f"of no bundle; allowed: {bundle.manifest.gates_sae_digest}")
+    for path in (*alone, tmp_path / "z.json"):
+        path.unlink()
+    ((problem),) = checked()[2]
+    assert problem.endswith("profile 'night' is in another file too; allowed: once")
 
 
 @fault("process: file change", "one wrong file: the profiles as they were before")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -379,9 +380,11 @@ def test_secrets_are_in_no_log_and_on_no_page(tmp_path: Path) -> None:
     with bad:
         assert bad.unary_unary(PREDICT).future(b"", timeout=5).code() is grpc.StatusCode.UNAVAILABLE
     page = running.page()
+    running.process.send_signal(signal.SIGUSR1)
     running.process.terminate()
     output, errors = running.process.communicate(timeout=30)
     assert "stopping" in errors
+    assert errors.count('service/batcher.py", line ') >= 1, "the stacks of its threads"
     told = output + errors + page
     assert secret not in told
     lines = [line for line in leaf.private_key_pem.bytes().decode().splitlines() if re.fullmatch(r"[\w+/=]{16,}", line)]

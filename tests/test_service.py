@@ -150,6 +150,10 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
         assert server.count("steervit_requests_total", code="OK", **method) == 14
         assert server.count("steervit_requests_total", code="INVALID_ARGUMENT", **method) == 1
         assert server.count("steervit_request_duration_seconds_count", **method) == 15
+        model = {"model": bundle.manifest.name, "version": str(bundle.manifest.version), **method}
+        assert server.count("steervit_requests_total", code="OK", **model) == 14
+        assert server.count("steervit_request_duration_seconds_count", **model) == 15
+        assert server.count("process_resident_memory_bytes") > 1e7
         assert server.count("steervit_requests_in_flight") == 0
         assert server.count("steervit_batch_size_images_sum") == 110
         assert server.count("steervit_queue_duration_seconds_count") == 14

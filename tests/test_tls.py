@@ -3,6 +3,7 @@
 import datetime
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,14 +103,21 @@ def mutual(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Iterator
     folder, clients = tmp_path_factory.mktemp("mutual"), trustme.CA()
     write(folder, ca.issue_cert("127.0.0.1"))
     clients.cert_pem.write_to_path(str(folder / "clients.pem"))
-    with serving(SMALL, *flags(folder, "server.pem", "server.key", "clients.pem")) as running:
+    with (
+        (folder / "log").open("w") as log,
+        serving(
+            SMALL, *flags(folder, "server.pem", "server.key", "clients.pem"), "--access-log", "1", stderr=log
+        ) as running,
+    ):
         yield running, folder / "clients.pem", clients
 
 
 def test_with_an_authority_of_clients_only_theirs_get_in(mutual: Mutual, tmp_path: Path, ca: trustme.CA) -> None:
-    running, _, clients = mutual
+    running, authority, clients = mutual
     mine = clients.issue_cert("client")
     assert asks(running, ca, mine) == "OK"
+    assert '"certificate": "client"' in (authority.parent / "log").read_text()
+    assert running.count("steervit_certificate_expiry_timestamp_seconds", file="client_ca") > time.time()
     assert asks(running, ca) == "UNAVAILABLE", "no certificate"
     assert asks(running, ca, ca.issue_cert("client")) == "UNAVAILABLE", "of another authority"
     assert asks(running, ca, clients.issue_cert("client", not_after=YESTERDAY)) == "UNAVAILABLE", "expired"
@@ -150,8 +158,11 @@ def test_clients_refuse_an_expired_server_and_get_in_when_it_is_renewed(
 ) -> None:
     write(folder, ca.issue_cert("127.0.0.1", not_after=YESTERDAY))
     until(lambda: asks(server, ca) == "UNAVAILABLE")
+    expiry = "steervit_certificate_expiry_timestamp_seconds"
+    assert server.count(expiry, file="certificate") == int(YESTERDAY.timestamp())
     write(folder, ca.issue_cert("127.0.0.1"))
     until(lambda: asks(server, ca) == "OK")
+    assert server.count(expiry, file="certificate") > time.time()
 
 
 def test_the_authority_of_clients_can_be_replaced_while_the_server_runs(mutual: Mutual, ca: trustme.CA) -> None:

@@ -1,10 +1,12 @@
 """What the dashboard `service` shows: whether calls are answered, how fast, and what is about to run out."""
 
+from deploy import slo
 from deploy.dashboards.panels import (
     columns,
     dashboard,
     limits,
     lines,
+    merged,
     number,
     over_time,
     rows,
@@ -14,16 +16,19 @@ from deploy.dashboards.panels import (
 
 JOB = 'job=~"$job", instance=~"$instance"'
 MODEL = f'{JOB}, model=~"$model"'
-IMAGES = f'{JOB}, method=~".+/(Predict|Compare|Explain|ModelInfer)"'
+IMAGES = f'{JOB}, {slo.IMAGES}, model=~"$model"'
 """Calls with images."""
-FAILED = 'code=~"UNKNOWN|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL|UNAVAILABLE"'
-"""Statuses that are the server's failure (as in deploy/alerts/recording.yaml)."""
+PROMISED = slo.read()
+BUDGET = round(1 - PROMISED.availability.objective / 100, 9)
+"""The share of the calls that may fail."""
+LATE = PROMISED.latency.seconds
+OF_SLO = 'job=~"$job", model=~"$model"'
 STEP = "[$__rate_interval]"
 
 
 def failed(window: str) -> str:
     every = f"sum(rate(steervit_requests_total{{{IMAGES}}}{window}))"
-    return f"sum(rate(steervit_requests_total{{{IMAGES}, {FAILED}}}{window})) / ({every} > 0)"
+    return f"sum(rate(steervit_requests_total{{{IMAGES}, {slo.FAILED}}}{window})) / ({every} > 0)"
 
 
 def quantile(share: float, metric: str, labels: str, window: str = STEP) -> str:
@@ -43,7 +48,7 @@ VARIABLES = [
     ),
     variable(
         "model", "Model", "label_values(steervit_model_info{" + JOB + "}, model)",
-        "Models that are served. Calls as such (rate, errors, latency) are counted for all models together.",
+        "Models that are served. Calls of no model, such as for one that is not served, are in `All` alone.",
     ),
 ]  # fmt: skip
 
@@ -55,12 +60,12 @@ OVERVIEW = [
     (4, number(
         "Failed calls",
         "Share of the calls with images that the server should have answered and did not. The service level allows "
-        "0.5%.",
-        "percentunit", failed("[$__range]"), ((None, "green"), (0.005, "orange"), (0.03, "red")),
+        f"{BUDGET:.1%}.",
+        "percentunit", failed("[$__range]"), ((None, "green"), (BUDGET, "orange"), (6 * BUDGET, "red")),
     )),
     (4, number(
         "p99 latency", "99% of the calls with images took at most this long, over the time range.", "s",
-        quantile(0.99, "steervit_request_duration_seconds", IMAGES, "[$__range]"), ((None, "green"), (0.5, "red")),
+        quantile(0.99, "steervit_request_duration_seconds", IMAGES, "[$__range]"), ((None, "green"), (LATE, "red")),
     )),
     (4, number(
         "Images", "Images answered: mean of the time range.", "cps",
@@ -76,6 +81,36 @@ OVERVIEW = [
     )),
 ]  # fmt: skip
 
+SERVICE_LEVEL = [
+    (8, limits(lines(
+        "Error budget left",
+        f"Of the bad calls that {PROMISED.days} days may have, by promise and model. Below 0 the promise is broken. "
+        "Before Prometheus has that much history: of what it has.", "percentunit",
+        (f"slo:period_error_budget_remaining:ratio{{{OF_SLO}}}", "{{job}} {{sloth_slo}} {{model}}"), lowest=None,
+    ), (None, "red"), (0, "transparent"))),
+    (8, limits(lines(
+        "Burn rate",
+        "How fast the budget is spent: at 1 it would just last. Lines: where alerts begin, if it lasts for "
+        + ", ".join(f"{window} ({factor:g})" for factor, window, _ in reversed(slo.FAST + slo.SLOW)) + ".", "none",
+        (f"slo:current_burn_rate:ratio{{{OF_SLO}}}", "{{job}} {{sloth_slo}} {{model}}"),
+    ), (None, "transparent"), *((factor, "orange") for factor, *_ in reversed(slo.SLOW)),
+        *((factor, "red") for factor, *_ in reversed(slo.FAST)))),
+    (8, rows(
+        "Promises",
+        "What deploy/slo.yaml promises, the share of good calls, and what is left of the budget.", "percentunit",
+        (
+            f"sum by (job, model, sloth_slo) (slo:objective:ratio{{{OF_SLO}}})",
+            f"1 - sum by (job, model, sloth_slo) (slo:sli_error:ratio_rate{PROMISED.days}d{{{OF_SLO}}})",
+            f"sum by (job, model, sloth_slo) (slo:period_error_budget_remaining:ratio{{{OF_SLO}}})",
+        ),
+        merged(),
+        columns({
+            "job": "job", "model": "model", "sloth_slo": "promise", "Value #A": "objective",
+            "Value #B": f"{PROMISED.days} days", "Value #C": "budget left",
+        }),
+    ).decimals(2)),
+]  # fmt: skip
+
 TRAFFIC = [
     (8, stacked(lines(
         "Calls by method", "Calls a second, all methods that were used.", "reqps",
@@ -87,17 +122,19 @@ TRAFFIC = [
     ))),
     (8, limits(lines(
         "Failed calls",
-        "Share of the calls with images with a status that is the server's failure. Lines: the service level (0.5%), "
-        "and where a month's budget is gone in 2 days (7.2%).", "percentunit", (failed(STEP), "failed"),
-    ), (None, "transparent"), (0.005, "orange"), (0.072, "red"))),
+        "Share of the calls with images with a status that is the server's failure. Lines: the service level "
+        f"({BUDGET:.1%}), and where a month's budget is gone in 2 days ({14.4 * BUDGET:.1%}).",
+        "percentunit", (failed(STEP), "failed"),
+    ), (None, "transparent"), (BUDGET, "orange"), (14.4 * BUDGET, "red"))),
 ]  # fmt: skip
 
 LATENCY = [
     (8, limits(quantiles(
         "Latency of calls with images",
         "From the start of a call in the server to its answer. Read from histogram buckets, so between their bounds it "
-        "is a guess. Line: the alert's threshold for p99.", "steervit_request_duration_seconds", IMAGES,
-    ), (None, "transparent"), (0.5, "red"))),
+        f"is a guess. Line: {LATE:g} s, in which {PROMISED.latency.objective:g}% are to be answered.",
+        "steervit_request_duration_seconds", IMAGES,
+    ), (None, "transparent"), (LATE, "red"))),
     (8, quantiles(
         "Time in the queue",
         "From the arrival of a call's images to the start of their batch.",
@@ -158,17 +195,34 @@ SATURATION = [
     )),
 ]  # fmt: skip
 
+PROCESS = [
+    (8, lines(
+        "Memory", "Resident memory of each server.", "bytes",
+        (f"sum by (instance) (process_resident_memory_bytes{{{JOB}}})", "{{instance}}"),
+    )),
+    (8, lines(
+        "CPU", "CPUs that each server uses, with decoding and answering beside inference.", "none",
+        (f"sum by (instance) (rate(process_cpu_seconds_total{{{JOB}}}{STEP}))", "{{instance}}"),
+    )),
+    (8, lines(
+        "File descriptors", "Open ones as a share of what the server may have: mostly connections.", "percentunit",
+        (f"sum by (instance) (process_open_fds{{{JOB}}} / process_max_fds)", "{{instance}}"),
+    ).max(1)),
+]  # fmt: skip
+
 MODELS = [
     (14, rows(
         "Models",
         "What each server serves now. Servers of one job that differ here are being changed, or should not.", "none",
         (
-            "sum by (job, instance, model, version, graph, provider, digest) ("
-            f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left () steervit_profiles)",
+            "sum by (job, instance, model, version, graph, provider, digest, profiles_digest) ("
+            f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left (profiles_digest) ("
+            "steervit_profiles * on (job, instance, model, version) group_left (profiles_digest) "
+            "steervit_profiles_info))",
         ),
         columns({
             "job": "job", "instance": "server", "model": "model", "version": "version", "graph": "graph",
-            "provider": "provider", "digest": "bundle", "Value": "profiles",
+            "provider": "provider", "digest": "bundle", "profiles_digest": "digest of profiles", "Value": "profiles",
         }),
     )),
     (10, lines(
@@ -185,10 +239,12 @@ BOARD = dashboard(
     "Whether calls are answered, how fast, and what is about to run out. Alerts: deploy/RUNBOOK.md.", VARIABLES,
     [
         ("Over the time range", 4, OVERVIEW),
+        ("Service level", 8, SERVICE_LEVEL),
         ("Calls", 8, TRAFFIC),
         ("Latency", 8, LATENCY),
         ("Batches", 8, BATCHES),
         ("Saturation", 8, SATURATION),
+        ("Process", 7, PROCESS),
         ("Models", 7, MODELS),
     ],
 )  # fmt: skip

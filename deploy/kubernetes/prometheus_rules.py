@@ -33,7 +33,7 @@ def prometheus_rules() -> str:
             "metadata": {"name": f"steervit-{name}"},
             "spec": yaml.safe_load((ALERTS / f"{name}.yaml").read_text()),
         }
-        for name in ("recording", "alerts")
+        for name in ("recording", "slo", "alerts")
     ]
     return HEAD + yaml.dump_all(rules, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
 

@@ -150,7 +150,7 @@ def test_a_server_with_these_settings_answers_the_probes_and_the_scrape(
     server = start_server(MODELS, "--host", "127.0.0.1", "--provider", "cpu")
     try:
         probes = {probe: pod.server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")}
-        assert probes == {"startupProbe": "/readyz", "readinessProbe": "/readyz"}
+        assert probes == {"startupProbe": "/livez", "readinessProbe": "/readyz"}
         assert pod.server["livenessProbe"]["httpGet"]["path"] == "/livez"
         for path in ("readyz", "livez"):
             assert server.page(path) == "OK\n"

@@ -44,7 +44,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |
 | service/client/, the command steervit | test_client.py, test_cli.py |
 | clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py |
-| the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py |
+| the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py, test_doctor.py |
 | deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |
 
 What to touch, tests included, for a new flag, RPC, metric, fault and so on:

@@ -7,8 +7,13 @@ on the same machine, so servers on machines of their own do more. Writes build/b
 
 import argparse
 import contextlib
+import gzip
 import json
+import os
 import sys
+import threading
+import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,16 +105,64 @@ def by_profiles(seconds: float) -> list[list[str]]:
     return rows
 
 
+def scrapes(seconds: float) -> list[list[str]]:
+    """What a scrape costs the server, by series, and what it does to calls when there is one each second."""
+    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    folder = OUT / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for count in (10, 200, 450):
+        profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
+        content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
+        (folder / "many.json").write_text(json.dumps(content))
+        with server(MODELS, "--profiles-dir", str(folder), "--max-profile-series", "1000") as running:
+            asked = Load(4, seconds, 1, tuple(profile.name for profile in profiles))
+
+            def scrape(url: str = running.metrics) -> bytes:
+                request = urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})
+                with urllib.request.urlopen(request, timeout=30) as page:
+                    return bytes(page.read())
+
+            page, before = gzip.decompress(scrape()), cpu_seconds(running.pid)
+            for _ in range(10):
+                scrape()
+            each = (cpu_seconds(running.pid) - before) / 10
+            alone = load(running.address, pixels, asked)
+            done = threading.Event()
+
+            def follow(done: threading.Event = done, scrape: Callable[[], bytes] = scrape) -> None:
+                while not done.wait(1):
+                    scrape()
+
+            thread = threading.Thread(target=follow)
+            thread.start()
+            scraped = load(running.address, pixels, asked)
+            done.set()
+            thread.join()
+        series = sum(not line.startswith(b"#") for line in page.splitlines())
+        shown = [f"{1000 * each:.0f}", f"{alone.p99_ms:.1f}", f"{scraped.p99_ms:.1f}"]
+        rows.append([str(series), f"{len(page) / 2**20:.1f}", *shown])
+    return rows
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> int:
     assert __doc__
     parser = argparse.ArgumentParser(prog="python -m tests.perf.capacity", description=__doc__.split("\n\n")[1])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: %(default)s)")
-    parser.add_argument("--only", choices=("throughput", "overload", "profiles"), help="default: all")
+    parser.add_argument("--only", choices=("throughput", "overload", "profiles", "scrapes"), help="default: all")
     options = parser.parse_args()
     heads = {
         "throughput": (["", "servers", "images a call", "images/s", "p50 ms", "p99 ms", "MiB", "errors"], throughput),
         "overload": (["calls", "answered a second", "of capacity", "p50 ms", "refused", "refusal p99 ms"], overload),
         "profiles": (["profiles", "start s", "images/s", "p50 ms", "MiB"], by_profiles),
+        "scrapes": (["series", "MiB", "CPU ms a scrape", "p99 ms", "p99 ms, scraped each second"], scrapes),
     }
     found = {}
     for name in [options.only] if options.only else heads:

@@ -1,0 +1,97 @@
+"""What is known of the call that is being answered: for its counts, and for its line in the access log."""
+
+import json
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+CLIENT = "x-client-name"
+"""Metadata in which a client says who it is."""
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+"""Metadata `traceparent`, as of the W3C recommendation Trace Context; the group is the trace id."""
+PROBES = re.compile(".+/(ServerLive|ServerReady|ModelReady)")
+"""Methods whose calls are in no log."""
+
+
+@dataclass(slots=True)
+class Record:
+    """A call, as far as it is known. Empty, None: not known, or it has none."""
+
+    model: str = ""
+    version: str = ""
+    profile: str = ""
+    """`custom`: inline terms."""
+    images: int | None = None
+    budget: float | None = None
+    """As asked for."""
+    budget_applied: float | None = None
+    """If the server lowered it."""
+    queue_seconds: float | None = None
+    inference_seconds: float | None = None
+
+
+_CURRENT: ContextVar[Record] = ContextVar("record")
+_OUTSIDE = Record()
+"""Of what is answered to nobody, as in tests: written, and never read."""
+
+
+def begin() -> Record:
+    """The record of a new call, which is the current one of this task from now on."""
+    record = Record()
+    _CURRENT.set(record)
+    return record
+
+
+def current() -> Record:
+    """The record of the call that this task answers."""
+    return _CURRENT.get(_OUTSIDE)
+
+
+class Line(dict[str, Any]):
+    """A line of the access log: JSON, in a log of text too."""
+
+    def __str__(self) -> str:
+        return json.dumps(self)
+
+
+def line(
+    record: Record, method: str, code: str, seconds: float, request_id: str, sizes: tuple[int, int], context: Any
+) -> Line:
+    """The line of an answered call, without what is not known. sizes: bytes of the request and of the answer."""
+    metadata = dict(context.invocation_metadata() or ())
+    trace = TRACEPARENT.fullmatch(str(metadata.get("traceparent", "")))
+    fields = {
+        "method": method,
+        "code": code,
+        "model": record.model,
+        "version": record.version,
+        "profile": record.profile,
+        "images": record.images,
+        "budget": record.budget,
+        "budget_applied": record.budget_applied,
+        "duration_ms": _milliseconds(seconds),
+        "queue_ms": _milliseconds(record.queue_seconds),
+        "inference_ms": _milliseconds(record.inference_seconds),
+        "request_bytes": sizes[0],
+        "response_bytes": sizes[1],
+        "peer": context.peer(),
+        "client": str(metadata.get(CLIENT, ""))[:128],
+        "certificate": _common_name(context.auth_context()),
+        "request_id": request_id,
+        "trace_id": trace[1] if trace else "",
+    }
+    return Line((name, value) for name, value in fields.items() if value not in ("", None))
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 3)
+
+
+def _common_name(properties: dict[str, list[bytes]]) -> str:
+    """The name in a client's certificate; "" without one."""
+    for key in ("x509_common_name", "x509_subject_alternative_name"):
+        for name in properties.get(key) or ():
+            if name:
+                return name.decode(errors="replace")
+    return ""

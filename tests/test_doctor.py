@@ -1,0 +1,35 @@
+"""What support would ask for, of this machine, the committed models and a running server."""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from processes import MODELS, ServerProcess, run_main
+
+from export.bundle import Bundle
+from service import doctor
+
+
+def test_the_doctor_tells_what_there_is_and_what_is_wrong(
+    server: ServerProcess, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEERVIT_REPOSITORY", str(MODELS))
+    metrics = ("--metrics-port", str(urlsplit(server.metrics_url).port))
+    healthy = run_main(doctor.main, *metrics)
+    assert healthy.returncode == 0, healthy.stdout
+    manifest = bundle.manifest
+    model = f"{manifest.name} {manifest.version}: digest {bundle.digest}, {len(bundle.profiles)} profiles"
+    for line in (
+        r"steervit \d", r"grpcio \d", r"providers .*CPUExecutionProvider", r"\d+ of \d+ CPUs may be used",
+        rf"{model}, dispatch.fp32.onnx",
+        "/livez 200 OK", "/readyz 200 OK",
+    ):  # fmt: skip
+        assert re.search(rf"^  {line}", healthy.stdout, re.MULTILINE), line
+    (tmp_path / "a.json").write_text("{")
+    ill = run_main(doctor.main, "--metrics-port", "1", "--profiles-dir", str(tmp_path), "--default-profile", "x")
+    assert ill.returncode == 1
+    assert f"\n  ! {tmp_path / 'a.json'}: " in ill.stdout
+    assert "none answers at 127.0.0.1 port 1" in ill.stdout
+    assert "default_profile x\n" in ill.stdout
+    assert run_main(doctor.main, "--port", "many").returncode == 2
