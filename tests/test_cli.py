@@ -56,8 +56,8 @@ def test_every_help_fits_80_columns(columns: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_help_imports_little() -> None:
-    """The list of commands: the standard library; the flags of a command: nothing that an extra installs, and not
-    what computes."""
+    """The list of commands: the standard library; the flags of a command, and settings of a training that are wrong:
+    nothing that an extra installs, and not what computes."""
     code = (
         "import sys\n"
         "from service.cli import COMMANDS, main\n"
@@ -66,11 +66,13 @@ def test_a_help_imports_little() -> None:
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
         "for name, command in COMMANDS.items(): command.parser and main([name, '--help'])\n"
+        "assert main(['train', '--out', 'run', '--vit.dim', 'x']) == 2\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, env=alone(None))
-    first, every = (set(line.split()) for line in done.stderr.splitlines())
+    first, refusal, every = (set(line.split()) for line in done.stderr.splitlines())
+    assert "--vit.dim" in refusal
     assert first == {"__main__", "service"}
     assert {"numpy", "grpc", "pydantic_settings"} <= every
     assert every.isdisjoint({"torch", "onnxruntime", "onnx", "scipy", "matplotlib", "argcomplete", "PIL", "uvloop"})

@@ -198,6 +198,7 @@ def test_a_failed_command_shows_the_last_lines_of_the_job(tmp_path: Path) -> Non
 EACH_IN_A_FORK = """
 import os
 import sys
+import training.steps  # once, before the forks: it imports torch
 from training.__main__ import main
 
 for _ in sys.stdin:

@@ -2,24 +2,11 @@
 
 import sys
 
-import torch
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from training import processes
-from training.checkpoint import Run, RunError
-from training.config import STEPS, Settings, source
-from training.data import splits
-from training.evaluation.controls import fit_controls
-from training.evaluation.protocol import evaluate
-from training.model.backbone import check_given
-from training.model.gated_vit import UnsupportedModel
-from training.profiles.fit import fit_profiles, load_profiles, targets_of
-from training.report.write import write_report
-from training.sae.fit import fit_sae, load_sae
-from training.steering import SteeringError
+from training.config import Settings, source
 from training.terminal import print_anything
-from training.vit.fit import check_images, fit_vit, load_vit
 
 
 def main(arguments: list[str], prog: str = "python -m training") -> int:
@@ -36,42 +23,14 @@ def main(arguments: list[str], prog: str = "python -m training") -> int:
             value = "missing" if problem["type"] == "missing" else repr(problem["input"])
             print(f"--{name} is {value}: {problem['msg']}", file=sys.stderr)
         return 2
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    try:
-        check_given(settings)
-        images = splits.load(settings.data, settings.seed)
-        targets_of(images.labels, settings.profiles.contexts)  # before hours of training
-        for step in STEPS if settings.step == "all" else (settings.step,):
-            run_step(step, settings, images, Run(settings.out))
-    except (splits.DataError, RunError, SteeringError, UnsupportedModel) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    from training.steps import run_steps  # torch: not before the settings are right
+
+    return run_steps(settings)
 
 
 def parse(arguments: list[str], prog: str = "python -m training") -> Settings:
     """Raises pydantic's ValidationError; exits on --help and on an unknown flag, as argparse does."""
     return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source(prog))
-
-
-def run_step(step: str, settings: Settings, images: splits.Data, run: Run) -> None:
-    """One step, in every process; the ones before it must be finished in the run folder."""
-    check_images(run, images)
-    match step:
-        case "vit":
-            fit_vit(settings, images, run)
-        case "sae":
-            fit_sae(settings, images, run, load_vit(run))
-        case "profiles":
-            fit_profiles(settings, images, run, load_vit(run), load_sae(run))
-        case "controls":
-            fit_controls(settings, images, run)
-        case "evaluate" if processes.is_main():
-            evaluate(settings, images, run, load_vit(run), load_sae(run), load_profiles(run))
-        case "report" if processes.is_main():
-            write_report(run, [Run(folder) for folder in settings.others])
-    processes.wait()
 
 
 if __name__ == "__main__":
