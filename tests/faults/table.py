@@ -42,6 +42,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |
 | service/client/ | test_client.py |
+| service/playground/, in Chromium | test_playground.py |
 | clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py |
 | the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py |
 | deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |

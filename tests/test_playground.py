@@ -1,0 +1,268 @@
+"""The playground in a real Chromium, over real servers: what a person chooses, what the page then shows."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from processes import MODELS, ROOT, SAMPLES, ServerProcess, run_main, start_server, stop_server, until
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from small_models import dial_of, images, model_of, small, source_of
+
+from export.write import ExportSettings, write_source
+from service.client import Client
+from service.pb import steering_pb2 as pb
+from service.playground.__main__ import main
+
+SHIRT = SAMPLES / "Shirt" / "00562.png"
+STATIC = ROOT / "service" / "playground" / "static"
+CHANGED = {"opened", "shut"}
+
+
+class Page:
+    """The page of a playground process, as a person meets it."""
+
+    def __init__(self, driver: webdriver.Chrome, address: str):
+        self.driver, self.url = driver, re.sub(r"^ready: (\S+) .*", r"\1", address.strip())
+
+    def open(self, query: str = "") -> None:
+        self.driver.get(f"{self.url}/{query}")
+
+    def one(self, selector: str) -> Any:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+
+    def upload(self, path: Path) -> None:
+        self.one("#file").send_keys(str(path))
+
+    def choose(self, profile: str) -> None:
+        Select(self.one("#profile")).select_by_visible_text(profile)
+
+    def shows(self, words: str, selector: str = "#summary") -> None:
+        """Wait for an answer with these words."""
+        until(lambda: words in self.text(selector) and self.text("[aria-busy]") == "", 20)
+
+    def states(self) -> dict[tuple[str, int], str]:
+        """Of the map: by block and place in its row."""
+        rows = self.driver.execute_script(
+            "return [...document.querySelectorAll('.map tbody tr')].map(row => "
+            "[row.querySelector('th').innerText, [...row.querySelectorAll('td')].map(cell => cell.dataset.state)])"
+        )
+        return {(block, place): state for block, cells in rows for place, state in enumerate(cells)}
+
+    def requested(self) -> set[str]:
+        """Every URL that the browser has asked for, for a page of ours, since the last call."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return {request["request"]["url"] for request in sent if request["documentURL"].startswith("http")}
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    chromium, program = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium, "Debian's package chromium is missing: make system-test"
+    assert program, "Debian's package chromium-driver is missing: make system-test"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1300,1000"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    started = webdriver.Chrome(options, webdriver.ChromeService(program))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def playground(driver: webdriver.Chrome) -> Iterator[Callable[[str], Page]]:
+    """Starts one for a server."""
+    processes = []
+
+    def start(server: str) -> Page:
+        command = [sys.executable, "-m", "service.playground", "--server", server, "--port", "0"]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout is not None
+        return Page(driver, processes[-1].stdout.readline())
+
+    yield start
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def page(playground: Callable[[str], Page], server: ServerProcess) -> Page:
+    return playground(server.address)
+
+
+def expected_states(comparison: pb.Comparison) -> dict[tuple[str, int], str]:
+    found = {}
+    for before, after in zip(comparison.unsteered.head_mask, comparison.steered.head_mask, strict=True):
+        for head, kept in enumerate(zip(before.kept, after.kept, strict=True)):
+            state = {(0, 0): "closed", (1, 1): "open", (0, 1): "opened", (1, 0): "shut"}[kept]
+            found[str(before.block), head] = state
+    return found
+
+
+def test_from_an_upload_to_a_changed_map_of_the_heads(page: Page, client: Client) -> None:
+    page.requested()
+    page.open()
+    page.shows("Ankle boot", "#result")  # the first sample is answered at once
+    page.choose("No profile")
+    page.upload(SHIRT)
+    page.shows("Shirt (0.")
+    assert not CHANGED & set(page.states().values())
+    page.choose("Shirt")
+    page.shows("either way")
+    (comparison,) = client.compare([SHIRT.read_bytes()], profile="Shirt").comparisons
+    assert page.states() == expected_states(comparison)
+    assert set(page.states().values()) & CHANGED
+    for side, words in ((comparison.unsteered, 2), (comparison.steered, 3)):
+        assert page.text(f".facts tbody tr:first-child :nth-child({words})") == f"{side.compute_fraction:.3f}"
+        best = side.classes[0]
+        assert f"{best.probability:.3f} ✓" in page.text(f".pairs tbody tr:first-child :nth-child({words})")
+    assert page.text("#announcement") == page.text("#summary")
+    assert page.text(".latents tbody tr .push")
+    assert page.one("#shown").get_attribute("src").startswith(f"blob:{page.url}")
+
+    page.one("#strength").send_keys(Keys.HOME)  # by keyboard: no steering
+    page.shows("Choose a profile")
+    assert not CHANGED & set(page.states().values())
+    assert {re.sub(r"^blob:", "", url)[: len(page.url)] for url in page.requested()} == {page.url}
+    assert page.driver.get_log("browser") == []
+
+
+def test_a_file_that_is_no_image_is_refused_in_a_sentence(page: Page, tmp_path: Path) -> None:
+    bad = tmp_path / "holiday.png"
+    bad.write_text("not pixels")
+    page.open()
+    page.upload(bad)
+    page.shows("The image is not a readable image (10 bytes", "#trouble")
+    assert page.one("#trouble").aria_role == "alert"
+    assert not page.states()
+    page.one("input[value='Sneaker/00573.png']").find_element(By.XPATH, "..").click()
+    page.shows("Sneaker")
+    assert page.text("#trouble") == ""
+    assert "sample=Sneaker%2F00573.png" in page.driver.current_url
+
+
+def test_a_server_that_restarts_is_noticed_and_asked_again(playground: Callable[[str], Page]) -> None:
+    server = start_server(MODELS)
+    page = playground(server.address)
+    page.open("?profile=Shirt")
+    page.upload(SHIRT)
+    page.shows("either way")
+    expected = page.states()
+    assert stop_server(server) == 0
+    page.one("#strength").send_keys(Keys.HOME)
+    page.shows(f"The server at {server.address} does not answer. This page tries again", "#trouble")
+    assert page.states() == expected, "the last answer stays in sight"
+    page.one("#strength").send_keys(*[Keys.ARROW_RIGHT] * 20)
+    again = start_server(MODELS, "--port", server.address.rpartition(":")[2])
+    try:
+        page.shows("either way")
+        until(lambda: page.text("#trouble") == "", 20)
+        assert page.states() == expected
+        assert page.one("#shown").get_attribute("src").startswith("blob:"), "still the uploaded image"
+    finally:
+        assert stop_server(again) == 0
+    page.open()
+    page.shows("does not answer", "#trouble")
+
+
+def test_the_page_fits_a_phone_and_each_control_has_a_name(page: Page) -> None:
+    devtools = page.driver.execute_cdp_cmd
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    devtools("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        page.open("?sample=Shirt/00562.png&profile=Shirt")
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        nodes = devtools("Accessibility.getFullAXTree", {})["nodes"]
+        controls = [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if any(of["name"] == "focusable" and of["value"]["value"] for of in node.get("properties", ()))
+            and node["role"]["value"] not in ("RootWebArea", "option")
+        ]
+        assert {"radio", "combobox", "slider", "button"} <= {role for role, _ in controls}
+        assert [role for role, name in controls if not name] == []
+        names = {node.get("name", {}).get("value", "") for node in nodes if node["role"]["value"] == "cell"}
+        assert {"open", "closed", "closed by steering"} <= names
+    finally:
+        devtools("Emulation.clearDeviceMetricsOverride", {})
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2.2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_and_shapes_stand_out_in_both_schemes(scheme: int) -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    blocks = re.findall(r":root \{([^}]*)\}", (STATIC / "playground.css").read_text())
+    assert len(blocks) == 2
+    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme]))
+    for text, ground in (("text", "page"), ("text", "card"), ("muted", "page"), ("muted", "card"),
+                         ("on-accent", "accent"), ("alarm-text", "alarm")):  # fmt: skip
+        assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
+    for shape in ("edge", "accent", "before", "open", "closed", "opened", "shut"):
+        assert contrast(colour[shape], colour["card"]) >= 3, shape
+
+
+def test_a_budget_turns_the_dial(playground: Callable[[str], Page], tmp_path: Path) -> None:
+    steered = model_of(small(), mlp_groups=4)
+    settings = ExportSettings("dial", attentions=("masked",), verify_images=4, accuracy_images=4)
+    write_source(source_of(steered, (), dial_of(steered)), tmp_path / "models", settings)
+    Image.fromarray(images(1)[0]).save(tmp_path / "noise.png")
+    server = start_server(tmp_path / "models")
+    try:
+        page = playground(server.address)
+        page.open()
+        page.upload(tmp_path / "noise.png")
+        page.shows("No budget is set", "figcaption")
+        assert {place for _, place in page.states()} == set(range(7)), "3 heads, then 4 MLP groups"
+        assert not page.one("#budget").is_enabled()
+        page.one("[name=limited]").click()
+        page.one("#budget").send_keys(Keys.HOME)
+        page.shows("closed by the budget", ".legend")
+        assert "shut" in page.states().values()
+        with Client(server.address) as client:
+            lowest = client.model().lowest_budget
+            answer = client.predict([(tmp_path / "noise.png").read_bytes()], budget=round(lowest + 0.005, 2))
+        page.shows(f"This image costs {answer.predictions[0].compute_fraction:.2f}", "figcaption")
+        assert page.one(".dial path.budget").is_displayed()
+    finally:
+        assert stop_server(server) == 0
+
+
+def test_wrong_arguments_and_a_missing_extra_are_named() -> None:
+    done = run_main(main, "--samples", "nowhere")
+    assert (done.returncode, "--samples is nowhere; allowed: a folder" in done.stderr) == (2, True)
+    blocked = "import sys; sys.modules['starlette.applications'] = None; from service.playground.__main__ import main"
+    command = [sys.executable, "-c", f"{blocked}; sys.exit(main(['--server', '127.0.0.1:1']))"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "which is not installed: pip install -e '.[playground]'" in done.stderr
