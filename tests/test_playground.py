@@ -171,6 +171,7 @@ def test_a_server_that_restarts_is_noticed_and_asked_again(playground: Callable[
     assert stop_server(server) == 0
     page.one("#strength").send_keys(Keys.HOME)
     page.shows(f"The server at {server.address} does not answer. This page tries again", "#trouble")
+    assert "The answer below is from before." in page.text("#trouble")
     assert page.states() == expected, "the last answer stays in sight"
     page.one("#strength").send_keys(*[Keys.ARROW_RIGHT] * 20)
     again = start_server(MODELS, "--port", server.address.rpartition(":")[2])

@@ -21,6 +21,7 @@ function tell(sentence, detail = "", kind = "") {
   strong.textContent = sentence;
   first.append(strong);
   if (kind === "gone") first.append(" This page tries again every 2 seconds.");
+  if (kind === "gone" && document.getElementById("summary")) first.append(" The answer below is from before.");
   trouble.append(first);
   if (detail) {
     const more = document.createElement("p");
@@ -181,5 +182,9 @@ addEventListener("paste", event => { if (form) upload(event.clipboardData.files[
 if (gone) trouble.dataset.kind = "gone";
 else listen();
 // On a narrow screen the answer is below the form: while that is in sight, the summary stands at the lower edge.
-if (result) new IntersectionObserver(([seen]) => document.body.classList.toggle("choosing", !seen.isIntersecting)).observe(result);
+if (result) {
+  new IntersectionObserver(
+    ([seen]) => document.body.classList.toggle("choosing", !seen.isIntersecting), { rootMargin: "0px 0px -120px" },
+  ).observe(result);
+}
 setTimeout(watch, gone ? RETRY : WATCH);
