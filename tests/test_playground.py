@@ -1,25 +1,18 @@
 """The playground in a real Chromium, over real servers: what a person chooses, what the page then shows."""
 
-import json
 import re
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from browser import Page, chromium, playground
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, run_main, start_server, stop_server, until
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
-from small_models import dial_of, images, model_of, small, source_of
 
-from export.write import ExportSettings, write_source
 from service.client import Client
 from service.pb import steering_pb2 as pb
 from service.playground.__main__ import main
@@ -29,85 +22,16 @@ STATIC = ROOT / "service" / "playground" / "static"
 CHANGED = {"opened", "shut"}
 
 
-class Page:
-    """The page of a playground process, as a person meets it."""
-
-    def __init__(self, driver: webdriver.Chrome, address: str):
-        self.driver, self.url = driver, re.sub(r"^ready: (\S+) .*", r"\1", address.strip())
-
-    def open(self, query: str = "") -> None:
-        self.driver.get(f"{self.url}/{query}")
-
-    def one(self, selector: str) -> Any:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def text(self, selector: str) -> str:
-        return str(self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
-
-    def upload(self, path: Path) -> None:
-        self.one("#file").send_keys(str(path))
-
-    def choose(self, profile: str) -> None:
-        Select(self.one("#profile")).select_by_visible_text(profile)
-
-    def shows(self, words: str, selector: str = "#summary") -> None:
-        """Wait for an answer with these words."""
-        until(lambda: words in self.text(selector) and self.text("[aria-busy]") == "", 20)
-
-    def states(self) -> dict[tuple[str, int], str]:
-        """Of the map: by block and place in its row."""
-        rows = self.driver.execute_script(
-            "return [...document.querySelectorAll('.map tbody tr')].map(row => "
-            "[row.querySelector('th').innerText, [...row.querySelectorAll('td')].map(cell => cell.dataset.state)])"
-        )
-        return {(block, place): state for block, cells in rows for place, state in enumerate(cells)}
-
-    def requested(self) -> set[str]:
-        """Every URL that the browser has asked for, for a page of ours, since the last call."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return {request["request"]["url"] for request in sent if request["documentURL"].startswith("http")}
-
-
 @pytest.fixture(scope="module")
 def driver() -> Iterator[webdriver.Chrome]:
-    chromium, program = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium, "Debian's package chromium is missing: make system-test"
-    assert program, "Debian's package chromium-driver is missing: make system-test"
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1300,1000"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    started = webdriver.Chrome(options, webdriver.ChromeService(program))
-    yield started
-    started.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
-def playground(driver: webdriver.Chrome) -> Iterator[Callable[[str], Page]]:
-    """Starts one for a server."""
-    processes = []
-
-    def start(server: str) -> Page:
-        command = [sys.executable, "-m", "service.playground", "--server", server, "--port", "0"]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-        assert processes[-1].stdout is not None
-        return Page(driver, processes[-1].stdout.readline())
-
-    yield start
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture(scope="module")
-def page(playground: Callable[[str], Page], server: ServerProcess) -> Page:
-    return playground(server.address)
+def page(driver: webdriver.Chrome, server: ServerProcess) -> Iterator[Page]:
+    with playground(driver, server.address) as page:
+        yield page
 
 
 def expected_states(comparison: pb.Comparison) -> dict[tuple[str, int], str]:
@@ -161,29 +85,29 @@ def test_a_file_that_is_no_image_is_refused_in_a_sentence(page: Page, tmp_path: 
     assert "sample=Sneaker%2F00573.png" in page.driver.current_url
 
 
-def test_a_server_that_restarts_is_noticed_and_asked_again(playground: Callable[[str], Page]) -> None:
+def test_a_server_that_restarts_is_noticed_and_asked_again(driver: webdriver.Chrome) -> None:
     server = start_server(MODELS)
-    page = playground(server.address)
-    page.open("?profile=Shirt")
-    page.upload(SHIRT)
-    page.shows("either way")
-    expected = page.states()
-    assert stop_server(server) == 0
-    page.one("#strength").send_keys(Keys.HOME)
-    page.shows(f"The server at {server.address} does not answer. This page tries again", "#trouble")
-    assert "The answer below is from before." in page.text("#trouble")
-    assert page.states() == expected, "the last answer stays in sight"
-    page.one("#strength").send_keys(*[Keys.ARROW_RIGHT] * 20)
-    again = start_server(MODELS, "--port", server.address.rpartition(":")[2])
-    try:
+    with playground(driver, server.address) as page:
+        page.open("?profile=Shirt")
+        page.upload(SHIRT)
         page.shows("either way")
-        until(lambda: page.text("#trouble") == "", 20)
-        assert page.states() == expected
-        assert page.one("#shown").get_attribute("src").startswith("blob:"), "still the uploaded image"
-    finally:
-        assert stop_server(again) == 0
-    page.open()
-    page.shows("does not answer", "#trouble")
+        expected = page.states()
+        assert stop_server(server) == 0
+        page.one("#strength").send_keys(Keys.HOME)
+        page.shows(f"The server at {server.address} does not answer. This page tries again", "#trouble")
+        assert "The answer below is from before." in page.text("#trouble")
+        assert page.states() == expected, "the last answer stays in sight"
+        page.one("#strength").send_keys(*[Keys.ARROW_RIGHT] * 20)
+        again = start_server(MODELS, "--port", server.address.rpartition(":")[2])
+        try:
+            until(lambda: page.text("#trouble") == "", 20)
+            page.shows("either way")
+            assert page.states() == expected
+            assert page.one("#shown").get_attribute("src").startswith("blob:"), "still the uploaded image"
+        finally:
+            assert stop_server(again) == 0
+        page.open()
+        page.shows("does not answer", "#trouble")
 
 
 def test_the_page_fits_a_phone_and_each_control_has_a_name(page: Page) -> None:
@@ -231,32 +155,6 @@ def test_texts_and_shapes_stand_out_in_both_schemes(scheme: int) -> None:
         assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
     for shape in ("edge", "accent", "before", "open", "closed", "opened", "shut"):
         assert contrast(colour[shape], colour["card"]) >= 3, shape
-
-
-def test_a_budget_turns_the_dial(playground: Callable[[str], Page], tmp_path: Path) -> None:
-    steered = model_of(small(), mlp_groups=4)
-    settings = ExportSettings("dial", attentions=("masked",), verify_images=4, accuracy_images=4)
-    write_source(source_of(steered, (), dial_of(steered)), tmp_path / "models", settings)
-    Image.fromarray(images(1)[0]).save(tmp_path / "noise.png")
-    server = start_server(tmp_path / "models")
-    try:
-        page = playground(server.address)
-        page.open()
-        page.upload(tmp_path / "noise.png")
-        page.shows("No budget is set", "figcaption")
-        assert {place for _, place in page.states()} == set(range(7)), "3 heads, then 4 MLP groups"
-        assert not page.one("#budget").is_enabled()
-        page.one("[name=limited]").click()
-        page.one("#budget").send_keys(Keys.HOME)
-        page.shows("closed by the budget", ".legend")
-        assert "shut" in page.states().values()
-        with Client(server.address) as client:
-            lowest = client.model().lowest_budget
-            answer = client.predict([(tmp_path / "noise.png").read_bytes()], budget=round(lowest + 0.005, 2))
-        page.shows(f"This image costs {answer.predictions[0].compute_fraction:.2f}", "figcaption")
-        assert page.one(".dial path.budget").is_displayed()
-    finally:
-        assert stop_server(server) == 0
 
 
 def test_wrong_arguments_and_a_missing_extra_are_named() -> None:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
             address = options.server
             if not address:
                 address, _ = until_the_end.enter_context(running_server("--repository", str(MODELS)))
-            serve(listener, AsyncClient(address, 15.0, _credentials(options)), address, samples)
+            serve(listener, AsyncClient(address, 15.0, _credentials(options)), address, options.model, samples)
     except ModuleNotFoundError as error:
         print(MISSING.format(error.name), file=sys.stderr)
         return 1
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--server", metavar="HOST:PORT", help=f"a running server (default: one is started, of {MODELS})"
     )
+    parser.add_argument("--model", default="", help="needed when the server has several")
     parser.add_argument("--host", default="127.0.0.1", help="where the page is served (default %(default)s)")
     parser.add_argument("--port", type=int, default=8003, help="0: a free one (default %(default)s)")
     parser.add_argument("--samples", type=Path, help=f"folder of images, by label or not (default {SAMPLES})")

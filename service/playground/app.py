@@ -50,10 +50,10 @@ def samples_in(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def serve(listener: socket.socket, client: AsyncClient, address: str, samples: Path | None) -> None:
+def serve(listener: socket.socket, client: AsyncClient, address: str, model: str, samples: Path | None) -> None:
     """Serve the pages on a listening socket until SIGINT or SIGTERM. The other arguments: as of app_of."""
     config = uvicorn.Config(
-        app_of(client, address, samples), http="h11", ws="none", log_level="warning", access_log=False,
+        app_of(client, address, model, samples), http="h11", ws="none", log_level="warning", access_log=False,
         server_header=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal that stopped it again
@@ -63,9 +63,10 @@ def serve(listener: socket.socket, client: AsyncClient, address: str, samples: P
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def app_of(client: AsyncClient, address: str, samples: Path | None) -> ASGIApp:
-    """The application. address: of the server, as the page calls it. samples: a folder, or None."""
-    pages = Pages(client, address, samples)
+def app_of(client: AsyncClient, address: str, model: str, samples: Path | None) -> ASGIApp:
+    """The application. address: of the server, as the page calls it. model: "": the one that it has. samples: a folder,
+    or None."""
+    pages = Pages(client, address, model, samples)
     routes = [
         Route("/", pages.page),
         Route("/result", pages.result, methods=["GET", "POST"]),
@@ -87,8 +88,8 @@ def app_of(client: AsyncClient, address: str, samples: Path | None) -> ASGIApp:
 class Pages:
     """The handlers of requests. They keep nothing between two of them."""
 
-    def __init__(self, client: AsyncClient, address: str, samples: Path | None):
-        self._client, self._address, self._folder = client, address, samples
+    def __init__(self, client: AsyncClient, address: str, model: str, samples: Path | None):
+        self._client, self._address, self._model, self._folder = client, address, model, samples
         self._samples = samples_in(samples) if samples else {}
         loader = jinja2.FileSystemLoader(HERE / "templates")
         self._templates = jinja2.Environment(
@@ -149,8 +150,8 @@ class Pages:
 
     async def _served(self, profiles: bool = True) -> tuple[pb.GetModelResponse, list[pb.Profile]]:
         try:
-            model = await self._client.model()
-            return model, [profile async for profile in self._client.profiles()] if profiles else []
+            model = await self._client.model(self._model)
+            return model, [each async for each in self._client.profiles(self._model)] if profiles else []
         except grpc.aio.AioRpcError as error:
             raise self._told(error) from error
 
