@@ -18,7 +18,8 @@ README = TESTS / "README.md"
 HEAD = """# The tests
 
 Real parts throughout: server processes on free ports (processes.py), the committed bundle, a run that is trained here
-(conftest.py), a Prometheus (prometheus.py), a Chromium (browser.py). `make test` runs all but deploy/, `make test-fast` those that take seconds.
+(conftest.py), a Prometheus (prometheus.py), a Chromium (browser.py). `make test` runs all but deploy/, `make test-fast`
+those that take seconds.
 
 - **Journeys**, images to answers: test_journeys.py, test_reproduce.py, test_rolling_restart.py, deploy/test_image.py
 - **Properties**, whatever comes: test_property_requests.py, test_property_images.py, test_property_files.py,
