@@ -74,7 +74,9 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise OSError(f"cannot bind {host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+        raise OSError(
+            f"--port is {port}: cannot bind {host}:{port}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 if __name__ == "__main__":

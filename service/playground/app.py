@@ -82,7 +82,9 @@ def app_of(client: AsyncClient, address: str, model: str, samples: Path | None) 
         yield
         await client.close()
 
-    return _with_headers(Starlette(routes=routes, lifespan=lifespan, exception_handlers={Problem: pages.problem}))
+    return _with_headers(
+        Starlette(routes=routes, lifespan=lifespan, exception_handlers={Problem: pages.problem, Exception: _failed})
+    )
 
 
 class Pages:
@@ -153,15 +155,15 @@ class Pages:
             model = await self._client.model(self._model)
             return model, [each async for each in self._client.profiles(self._model)] if profiles else []
         except grpc.aio.AioRpcError as error:
-            raise self._told(error) from error
+            raise self._problem_of(error) from error
 
     async def _answer(self, model: pb.GetModelResponse, image: bytes, question: Question) -> Any:
         try:
             return result_of(await ask(self._client, model, image, question))
         except grpc.aio.AioRpcError as error:
-            raise self._told(error) from error
+            raise self._problem_of(error) from error
 
-    def _told(self, error: grpc.aio.AioRpcError) -> Problem:
+    def _problem_of(self, error: grpc.aio.AioRpcError) -> Problem:
         details = error.details() or ""
         if error.code() in GONE:
             sentence = f"The server at {self._address} does not answer."
@@ -171,6 +173,11 @@ class Pages:
         if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Problem(429, "The server is busy: try again.", details)
         return Problem(502, f"The server failed: {error.code().name}.", details)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    """A fault of this program, as the script shows it; the traceback goes to standard error."""
+    return JSONResponse({"sentence": "The playground failed; its log says more.", "detail": repr(error)}, 500)
 
 
 async def _healthz(_: Request) -> Response:
