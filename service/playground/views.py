@@ -1,18 +1,15 @@
-"""Answers as the page shows them: rows of tables, cells of the map, points of the dial. The templates only draw."""
+"""Answers as the page shows them: rows of tables and cells of the map. The templates only draw."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from service.pb import steering_pb2 as pb
 from service.playground.asking import Answers
+from service.playground.dial import DialView, dial_of
 
 MOST_CLASSES, MOST_ROWS, MOST_PUSHES = 5, 12, 3
 """Shown: classes of each answer, latents, and units by name in the row of a latent."""
 STATES = ("open", "closed", "opened", "shut")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 210, 44, 10, 12, 40
-"""Of the dial's picture, and its margins, in its own units."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +54,6 @@ class LatentRow:
     """By unit: above 0 towards open."""
     strongest: tuple[str, ...]
     """The units that it pushes most, in words."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A measured curve of the dial, placed in its picture."""
-
-    name: str
-    line: str
-    """The points of an SVG polyline."""
-    places: tuple[tuple[float, float], ...]
-    points: tuple[tuple[float, float], ...]
-    """(compute fraction, accuracy)"""
-
-
-@dataclass(frozen=True)
-class DialView:
-    """The dial's picture: curves, where the budget lies on them, and what this image costs."""
-
-    curves: tuple[Curve, ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    spent: float | None
-    """Where this image's compute fraction lies; None: outside the picture."""
-    budget: tuple[float, float] | None
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -141,7 +113,7 @@ def result_of(answers: Answers) -> Result:
         latents=tuple(rows),
         steered_latents=steered,
         largest_push=max((abs(push) for row in rows for push in row.pushes), default=0.0),
-        dial=_dial(answers),
+        dial=dial_of(answers),
         record=_record(answers.profile),
         ran=f"{ran}, steering {receipt.steering_digest}" if receipt.steering_digest else ran,
         brownout=f"The busy server lowered the budget to {receipt.budget_applied:.2f}." if receipt.brownout else "",
@@ -244,42 +216,4 @@ def _record(profile: pb.GetProfileResponse | None) -> str:
         f"Measured on {of.images:,} images of its classes when the bundle was made: recall {before.recall:.3f} → "
         f"{after.recall:.3f}, precision {before.precision:.3f} → {after.precision:.3f}, compute "
         f"{before.compute_fraction:.2f} → {after.compute_fraction:.2f}."
-    )
-
-
-def _dial(answers: Answers) -> DialView | None:
-    """None: the model has no dial."""
-    question, model, profile = answers.question, answers.model, answers.profile
-    if not model.dial:
-        return None
-    measured = {"without steering": model.dial}
-    if profile and profile.dial:
-        measured[f"profile {question.profile}"] = profile.dial
-    points = {name: [(p.compute_fraction, p.accuracy) for p in curve] for name, curve in measured.items()}
-    every = [point for curve in points.values() for point in curve]
-    (x0, y0), (x1, y1) = (tuple(f(axis) for axis in zip(*every, strict=True)) for f in (min, max))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - RIGHT)
-        down = TOP + (y1 - y) / ((y1 - y0) or 1) * (HEIGHT - TOP - BOTTOM)
-        return round(across, 1), round(down, 1)
-
-    curves = []
-    for name, curve in points.items():
-        places = tuple(place(*point) for point in curve)
-        curves.append(Curve(name, " ".join(f"{x},{y}" for x, y in places), places, tuple(curve)))
-    spent = answers.predictions[1].compute_fraction
-    budget, caption = None, "No budget is set."
-    if question.budget is not None:
-        own = curves[-1]
-        accuracy = float(np.interp(question.budget, [x for x, _ in own.points], [y for _, y in own.points]))
-        budget = place(min(max(question.budget, x0), x1), accuracy)
-        caption = f"Budget {question.budget:.2f}, {own.name}: accuracy {accuracy:.3f} as measured."
-    return DialView(
-        curves=tuple(curves),
-        x_ticks=tuple((place(x, y0)[0], f"{x:.2f}") for x in (x0, (x0 + x1) / 2, x1)),
-        y_ticks=tuple((place(x0, y)[1], f"{y:.3f}") for y in (y0, (y0 + y1) / 2, y1)),
-        spent=place(spent, y0)[0] if x0 <= spent <= x1 else None,
-        budget=budget,
-        caption=f"{caption} This image costs {spent:.2f}.",
     )
