@@ -14,6 +14,7 @@ from typing import Any
 from processes import ROOT, until
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 
@@ -37,6 +38,10 @@ class Page:
 
     def choose(self, profile: str) -> None:
         Select(self.one("#profile")).select_by_visible_text(profile)
+
+    def press(self, selector: str, key: str, times: int = 1) -> None:
+        """key: as Keys calls it, such as HOME."""
+        self.one(selector).send_keys(*[getattr(Keys, key)] * times)
 
     def shows(self, words: str, selector: str = "#summary") -> None:
         """Wait for an answer with these words."""

@@ -19,7 +19,6 @@ from browser import chromium, playground
 from numpy.typing import NDArray
 from PIL import Image
 from processes import ROOT, ServerProcess, start_server, stop_server
-from selenium.webdriver.common.keys import Keys
 from small_models import SPEC, STEERED, dial_of, images, model_of, small, source_of
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, Bundle, BundleError, load_bundle, load_golden
@@ -540,7 +539,7 @@ def test_the_playground_shows_what_a_budget_does(server: ServerProcess, client: 
         assert {place for _, place in page.states()} == set(range(7)), "3 heads, then 4 MLP groups"
         assert not page.one("#budget").is_enabled()
         page.one("[name=limited]").click()
-        page.one("#budget").send_keys(Keys.HOME)
+        page.press("#budget", "HOME")
         page.shows(f"Budget {lowest:.2f}, without steering", "figcaption")
         before, after = (
             client.predict([content], model="dial", **of).predictions[0] for of in ({}, {"budget": lowest})

@@ -11,7 +11,6 @@ from browser import Page, chromium, playground
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, run_main, start_server, stop_server, until
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 from service.client import Client
 from service.pb import steering_pb2 as pb
@@ -64,7 +63,7 @@ def test_from_an_upload_to_a_changed_map_of_the_heads(page: Page, client: Client
     assert page.text(".latents tbody tr .push")
     assert page.one("#shown").get_attribute("src").startswith(f"blob:{page.url}")
 
-    page.one("#strength").send_keys(Keys.HOME)  # by keyboard: no steering
+    page.press("#strength", "HOME")  # by keyboard: no steering
     page.shows("Choose a profile")
     assert not CHANGED & set(page.states().values())
     assert {re.sub(r"^blob:", "", url)[: len(page.url)] for url in page.requested()} == {page.url}
@@ -93,11 +92,11 @@ def test_a_server_that_restarts_is_noticed_and_asked_again(driver: webdriver.Chr
         page.shows("either way")
         expected = page.states()
         assert stop_server(server) == 0
-        page.one("#strength").send_keys(Keys.HOME)
+        page.press("#strength", "HOME")
         page.shows(f"The server at {server.address} does not answer. This page tries again", "#trouble")
         assert "The answer below is from before." in page.text("#trouble")
         assert page.states() == expected, "the last answer stays in sight"
-        page.one("#strength").send_keys(*[Keys.ARROW_RIGHT] * 20)
+        page.press("#strength", "ARROW_RIGHT", 20)
         again = start_server(MODELS, "--port", server.address.rpartition(":")[2])
         try:
             until(lambda: page.text("#trouble") == "", 20)

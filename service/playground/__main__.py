@@ -12,20 +12,20 @@ import grpc
 from service.client import AsyncClient
 from service.demo import MODELS, SAMPLES, running_server
 
+PROG = "python -m service.playground"
 MISSING = "the playground needs the package {}, which is not installed: pip install -e '.[playground]'"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str = PROG) -> int:
     """Serve the page until SIGINT or SIGTERM; returns the exit status: 0, or 1 with the reason on standard error.
 
-    arguments: those after the program's name. Exits with 2 on wrong ones, as argparse does.
+    arguments: those after the program's name, prog. Exits with 2 on wrong ones, as argparse does.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
-        parser.error("--tls-certificate and --tls-key belong together; allowed: both or none")
+        parser(prog).error("--tls-certificate and --tls-key belong together; allowed: both or none")
     if options.samples and not options.samples.is_dir():
-        parser.error(f"--samples is {options.samples}; allowed: a folder")
+        parser(prog).error(f"--samples is {options.samples}; allowed: a folder")
     samples = options.samples or (SAMPLES if SAMPLES.is_dir() else None)
     try:
         from service.playground.app import serve
@@ -45,9 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """prog: what a user types."""
     parser = argparse.ArgumentParser(
-        prog="python -m service.playground", description="A web page to try steering: one image with and without it."
+        prog=prog, description="A web page to try steering: one image with and without it."
     )
     parser.add_argument(
         "--server", metavar="HOST:PORT", help=f"a running server (default: one is started, of {MODELS})"
