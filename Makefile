@@ -11,13 +11,13 @@ RUNS := runs/$(if $(filter fashion-mnist,$(DATA)),fm,$(DATA))
 NAME := $(subst -,_,$(DATA))
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver
 TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo docs serve test test-fast lint format proto dashboards schemas reference train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
+.PHONY: help demo docs serve playground test test-fast lint format proto dashboards schemas reference train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ demo: .venv/.base  ## A real server, the sample images through it with and witho
 
 serve: .venv/.base  ## Serve deploy/models on PORT (8001) and METRICS_PORT (8002)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m service --repository deploy/models --port $(PORT) --metrics-port $(METRICS_PORT)
+
+playground: .venv/.playground  ## A page to try it on http://127.0.0.1:8003, with a server of its own (SERVER=HOST:PORT: with that one)
+	@$(RUN) -m service.playground $(if $(SERVER),--server $(SERVER))
 
 test: .venv/.dev system-test  ## All tests
 	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) --durations=20
@@ -98,6 +101,8 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 	echo 'onnxruntime-gpu[cuda,cudnn]' | $(COMPILE) pyproject.toml - --no-emit-package onnxruntime -o deploy/requirements-cuda.lock
 	sed -n 's/^onnxruntime-gpu\(==[^ ;]*\).*/onnxruntime\1/p' deploy/requirements-cuda.lock \
 		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
+	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra playground \
+		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
 manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, and the Kubernetes objects of deploy/alerts
@@ -122,10 +127,14 @@ clean:  ## Remove .venv and caches (not runs/)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
+.venv/.playground: .venv/.base
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[playground]'
+	@touch $@
+
 .venv/.dev: pyproject.toml | system-python
 	@test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[train,export,dev]'
-	@touch $@ .venv/.base
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH) -e '.[train,export,playground,dev]'
+	@touch $@ .venv/.base .venv/.playground
 
 .venv/.docs: .venv/.dev
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'

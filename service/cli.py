@@ -69,7 +69,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "playground": Command(
             "Show a web page on which to try a running server.",
             "service.playground.__main__:main",
-            "",
+            "service.playground.__main__:parser",
             extras=("playground",),
         ),
     },

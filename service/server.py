@@ -226,7 +226,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.http.overload_protection", 0),  # it also refuses calls within the limit
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # clients may send keepalive pings too
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may send keepalive pings too
         ("grpc.keepalive_time_ms", ping),
         ("grpc.keepalive_timeout_ms", ping),
     ]

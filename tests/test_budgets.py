@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from browser import chromium, playground
 from numpy.typing import NDArray
 from PIL import Image
 from processes import SMALL, ServerProcess, serving
@@ -523,3 +524,30 @@ def test_a_call_with_biases_never_runs_on_the_graph_of_its_profile(bundle: Bundl
     assert queue.common_digest([piece(), piece(budget=0.5)]) == ""
     assert queue.common_digest([piece(budget=0.5)]) == ""
     assert queue.common_digest([piece(forced=Forced(open=[Unit(1, "head", 0)]))]) == ""
+
+
+def test_the_playground_shows_what_a_budget_does(server: ServerProcess, client: Client, tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(tmp_path / "noise.png")
+    content = (tmp_path / "noise.png").read_bytes()
+    lowest = math.ceil(100 * client.model("dial").lowest_budget) / 100
+    with chromium() as driver, playground(driver, server.address, "--model", "dial") as page:
+        page.open()
+        page.upload(tmp_path / "noise.png")
+        page.shows("No budget is set", "figcaption")
+        assert {place for _, place in page.states()} == set(range(7)), "3 heads, then 4 MLP groups"
+        assert not page.one("#budget").is_enabled()
+        page.one("[name=limited]").click()
+        page.press("#budget", "HOME")
+        page.shows(f"Budget {lowest:.2f}, without steering", "figcaption")
+        before, after = (
+            client.predict([content], model="dial", **of).predictions[0] for of in ({}, {"budget": lowest})
+        )
+        assert f"This image costs {after.compute_fraction:.2f}" in page.text("figcaption")
+        assert "closed by the budget" in page.text(".legend")
+        kept = [
+            [[*heads.kept, *groups.kept] for heads, groups in zip(p.head_mask, p.mlp_mask, strict=True)]
+            for p in (before, after)
+        ]
+        shut = np.logical_and(kept[0], np.logical_not(kept[1])).sum()
+        assert list(page.states().values()).count("shut") == shut > 0
+        assert page.one(".dial path.budget").is_displayed()

@@ -53,7 +53,9 @@ def test_bases_are_pinned_and_all_that_is_copied_is_in_the_context(tmp_path: Pat
             assert stage in stages if stage else any(source.glob(name)), f"COPY {name}: not there, or ignored"
 
 
-@pytest.mark.parametrize(("name", "runtime"), [("cpu", "onnxruntime"), ("cuda", "onnxruntime-gpu")])
+@pytest.mark.parametrize(
+    ("name", "runtime"), [("cpu", "onnxruntime"), ("demo", "onnxruntime"), ("cuda", "onnxruntime-gpu")]
+)
 def test_a_lock_meets_pyproject_and_brings_no_torch(name: str, runtime: str) -> None:
     found = rehearsal.locked(name)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -62,6 +64,15 @@ def test_a_lock_meets_pyproject_and_brings_no_torch(name: str, runtime: str) -> 
         assert requirement.specifier.contains(found[wanted]), f"{requirement}, locked {found[wanted]}: make lock"
     assert not {"torch", "triton", "onnx", *{"onnxruntime", "onnxruntime-gpu"} - {runtime}} & set(found)
     assert any(package.startswith("nvidia-") for package in found) == (name == "cuda")
+
+
+def test_the_demo_is_the_cpu_image_with_what_the_playground_needs() -> None:
+    cpu, demo = rehearsal.locked("cpu"), rehearsal.locked("demo")
+    assert cpu.items() <= demo.items()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for requirement in map(Requirement, extras["playground"]):
+        assert requirement.specifier.contains(demo[requirement.name]), f"{requirement}: make lock"
+    assert not {"starlette", "uvicorn", "jinja2"} & cpu.keys()
 
 
 def test_compose_is_valid_and_the_scanner_finds_nothing_serious() -> None:
@@ -84,6 +95,10 @@ def test_compose_mounts_what_exists_and_each_service_is_hardened() -> None:
             assert not source.startswith(".") or (DEPLOY / source).exists(), f"{name} mounts {source}"
     for sample in (word for word in services["traffic"]["command"] if word.startswith("/samples/")):
         assert (SAMPLES / sample.removeprefix("/samples/")).is_file()
+    playground = services["playground"]
+    flags = dict(flag.split("=") for flag in playground["command"])
+    assert flags["--server"].split(":")[0] in services
+    assert playground["ports"] == [f"127.0.0.1:{flags['--port']}:{flags['--port']}"]
     home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (DEPLOY / "dashboards" / Path(home).name).is_file()
 

@@ -17,10 +17,13 @@ from service.cli_page import page
 
 FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
-    "matplotlib", "jinja2", "tqdm",
+    "matplotlib", "jinja2", "tqdm", "starlette", "uvicorn",
 }  # fmt: skip
 SCHEMAS = ROOT / "docs" / "schemas"
-SERVING = ["service.__main__", "service.cli", "service.client", "service.demo", "service.server", "export.bundle"]
+SERVING = [
+    "service.__main__", "service.cli", "service.client", "service.demo", "service.server",
+    "service.playground.__main__", "export.bundle",
+]  # fmt: skip
 
 
 def test_serving_imports_nothing_that_the_base_install_lacks() -> None:

@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 import gc
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
+from processes import ROOT
 
 from service import transport
 
@@ -132,6 +136,15 @@ def refused(call: Callable[[], Any]) -> grpc.RpcError:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value
+
+
+@pytest.mark.parametrize("file", ["service/server.py", "service/client/__init__.py"])
+def test_grpc_knows_the_names_of_our_options(file: str) -> None:
+    """It passes over others in silence. Those that it knows stand in its library."""
+    names = re.findall(r'"(grpc\.[a-z0-9_.]+)"', (ROOT / file).read_text())
+    library = Path(cygrpc.__file__).read_bytes()
+    assert len(names) > 5
+    assert [name for name in names if name.encode() not in library] == []
 
 
 def test_calls_of_every_kind(running: Running) -> None:

@@ -91,6 +91,7 @@ def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None,
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.max_reconnect_backoff_ms", 5_000),  # by default a server that is back may wait 2 minutes
         ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # larger calls are not retried
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]

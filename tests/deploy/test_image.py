@@ -18,9 +18,10 @@ from processes import SAMPLES
 COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "tcc", "as", "ld", "make", "cmake", "nvcc", "ptxas", "rustc", "cargo"}
 
 
-@pytest.fixture(scope="module", params=os.environ.get("CONTAINER_IMAGES", "cpu").split(","))
+@pytest.fixture(scope="module", params=os.environ.get("CONTAINER_IMAGES", "demo").split(","))
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The folders that the image's own install steps made. CONTAINER_IMAGES=cpu,cuda: of CUDA too, a large download."""
+    """The folders that the image's own install steps made. CONTAINER_IMAGES=demo,cuda: of CUDA too, a large download.
+    By default the demo, which is the CPU image with more."""
     if os.geteuid() != 0:
         pytest.skip("only root can rehearse the image's users")
     if subprocess.run([sys.base_prefix + "/bin/python3", "-m", "pip", "--version"], capture_output=True).returncode:
@@ -65,6 +66,32 @@ def test_a_read_only_container_without_rights_answers_and_ends_with_0(container:
     assert re.search(r"\.png +Sneaker ", answer), answer
     container.signal()
     assert container.wait() == 0
+
+
+PLAYGROUND = """
+import http.client, io, subprocess, sys
+from PIL import Image
+command = [sys.executable, "-m", "service.playground", "--server", "127.0.0.1:8001", "--port", "0"]
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
+    connection = http.client.HTTPConnection(page.stdout.readline().split()[1].removeprefix("http://"))
+    picture = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(picture, "PNG")
+    for method, path in (("GET", "/"), ("POST", "/result?profile=Shirt"), ("GET", "/static/playground.js")):
+        connection.request(method, path, picture.getvalue())
+        answer = connection.getresponse()
+        print(path, answer.status, len(answer.read()) > 1000)
+    page.terminate()
+print(page.returncode)
+"""
+
+
+def test_the_demo_has_the_playground(image: SimpleNamespace, container: rehearsal.Container) -> None:
+    if image.target != "demo":
+        pytest.skip("the playground is in the demo alone")
+    done = container.execute("python", "-c", PLAYGROUND)
+    assert done.stdout.splitlines() == [
+        "/ 200 True", "/result?profile=Shirt 200 True", "/static/playground.js 200 True", "0",
+    ], done.stderr  # fmt: skip
 
 
 HOLDING_A_CALL = """

@@ -18,7 +18,8 @@ README = TESTS / "README.md"
 HEAD = """# The tests
 
 Real parts throughout: server processes on free ports (processes.py), the committed bundle, a run that is trained here
-(conftest.py), a Prometheus (prometheus.py). `make test` runs all but deploy/, `make test-fast` those that take seconds.
+(conftest.py), a Prometheus (prometheus.py), a Chromium (browser.py). `make test` runs all but deploy/, `make test-fast`
+those that take seconds.
 
 - **Journeys**, images to answers: test_journeys.py, test_reproduce.py, test_rolling_restart.py, deploy/test_image.py
 - **Properties**, whatever comes: test_property_requests.py, test_property_images.py, test_property_files.py,
@@ -43,6 +44,7 @@ Real parts throughout: server processes on free ports (processes.py), the commit
 | service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
 | service/: who is let in, who watches | test_tls.py, test_security.py, test_metrics.py, test_model.py |
 | service/client/, the command steervit | test_client.py, test_cli.py |
+| service/playground/, in Chromium | test_playground.py |
 | clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py |
 | the machine: network, home, terminals, proxies, users | test_telemetry.py (strace), test_machines.py, test_doctor.py |
 | deploy/ | test_monitoring.py, test_runbook.py, test_container.py, deploy/ |

@@ -1,0 +1,73 @@
+"""The picture of the dial: measured curves, the budget on them, and what the image costs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.playground.asking import Answers
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 210, 44, 10, 12, 40
+"""Of the dial's picture, and its margins, in its own units."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measured curve of the dial, placed in its picture."""
+
+    name: str
+    line: str
+    """The points of an SVG polyline."""
+    places: tuple[tuple[float, float], ...]
+    points: tuple[tuple[float, float], ...]
+    """(compute fraction, accuracy)"""
+
+
+@dataclass(frozen=True)
+class DialView:
+    """The dial's picture: curves, where the budget lies on them, and what this image costs."""
+
+    curves: tuple[Curve, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    spent: float | None
+    """Where this image's compute fraction lies; None: outside the picture."""
+    budget: tuple[float, float] | None
+    caption: str
+
+
+def dial_of(answers: Answers) -> DialView | None:
+    """What the page draws of the dial; None: the model has none."""
+    question, model, profile = answers.question, answers.model, answers.profile
+    if not model.dial:
+        return None
+    measured = {"without steering": model.dial}
+    if profile and profile.dial:
+        measured[f"profile {question.profile}"] = profile.dial
+    points = {name: [(p.compute_fraction, p.accuracy) for p in curve] for name, curve in measured.items()}
+    every = [point for curve in points.values() for point in curve]
+    (x0, y0), (x1, y1) = (tuple(f(axis) for axis in zip(*every, strict=True)) for f in (min, max))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x0) / ((x1 - x0) or 1) * (WIDTH - LEFT - RIGHT)
+        down = TOP + (y1 - y) / ((y1 - y0) or 1) * (HEIGHT - TOP - BOTTOM)
+        return round(across, 1), round(down, 1)
+
+    curves = []
+    for name, curve in points.items():
+        places = tuple(place(*point) for point in curve)
+        curves.append(Curve(name, " ".join(f"{x},{y}" for x, y in places), places, tuple(curve)))
+    spent = answers.predictions[1].compute_fraction
+    budget, caption = None, "No budget is set."
+    if question.budget is not None:
+        own = curves[-1]
+        accuracy = float(np.interp(question.budget, [x for x, _ in own.points], [y for _, y in own.points]))
+        budget = place(min(max(question.budget, x0), x1), accuracy)
+        caption = f"Budget {question.budget:.2f}, {own.name}: accuracy {accuracy:.3f} as measured."
+    return DialView(
+        curves=tuple(curves),
+        x_ticks=tuple((place(x, y0)[0], f"{x:.2f}") for x in (x0, (x0 + x1) / 2, x1)),
+        y_ticks=tuple((place(x0, y)[1], f"{y:.3f}") for y in (y0, (y0 + y1) / 2, y1)),
+        spent=place(spent, y0)[0] if x0 <= spent <= x1 else None,
+        budget=budget,
+        caption=f"{caption} This image costs {spent:.2f}.",
+    )
