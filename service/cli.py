@@ -190,9 +190,9 @@ def completion_parser(prog: str = f"{PROJECT} completion") -> argparse.ArgumentP
 def print_completion(arguments: Sequence[str], prog: str) -> int:
     """Print the shell's script, which asks this program; returns 0. arguments: the shell's name."""
     shell = completion_parser(prog).parse_args(arguments).shell
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode([PROJECT], shell=shell))
+    print(shellcode([PROJECT], shell=shell))
     return 0
 
 
