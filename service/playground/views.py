@@ -198,11 +198,12 @@ def _latents(answers: Answers, blocks: Sequence[tuple[int, Sequence[Cell]]]) -> 
     pushes = pushes or [(site, latent, latent.gate_effects) for site, latent in plain]
     most = sorted(pushes, key=lambda push: -sum(map(abs, push[2])))[:MOST_ROWS]
     cells = dict(blocks)
-    return [_row(site.block, latent, effects, cells[site.block]) for site, latent, effects in most], count
+    rows = [_row(site.block, latent, effects, cells[site.block], count > 0) for site, latent, effects in most]
+    return rows, count
 
 
-def _row(block: int, latent: pb.Latent, pushes: Sequence[float], cells: Sequence[Cell]) -> LatentRow:
-    words = {("opened", True): " (opened)", ("shut", False): " (closed)"}
+def _row(block: int, latent: pb.Latent, pushes: Sequence[float], cells: Sequence[Cell], steered: bool) -> LatentRow:
+    words = {("opened", True): " (opened)", ("shut", False): " (closed)"} if steered else {}
     order = sorted(zip(pushes, cells, strict=True), key=lambda pair: -abs(pair[0]))[:MOST_PUSHES]
     strongest = [f"{c.unit} {signed(p)}{words.get((c.state, p > 0), '')}" for p, c in order if abs(p) >= 0.005]
     return LatentRow(block, latent.latent, latent.value, latent.steered_value, tuple(pushes), tuple(strongest))
