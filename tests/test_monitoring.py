@@ -30,6 +30,8 @@ MAY_BE_RAISED = {
     "SteervitShadowAgreementLow": "ten images of a class again and again: two that change their label are a fifth",
 }
 """All other alerts are empty, because the server is healthy; tests/test_runbook.py makes it ill."""
+MAY_BE_EMPTY = {"Agreement under brownout": "wants a model with a dial: tests/test_brownout_server.py"}
+"""Panels."""
 
 
 @dataclass
@@ -161,7 +163,7 @@ def test_every_panel_is_answered_with_data(name: str, run: Run) -> None:
         for target in panel["targets"]:
             expr = filled_in(target["expr"], "Shirt", run.seconds)
             found = run.prometheus.query(expr) if target["instant"] else run.prometheus.series(expr, run.seconds)
-            assert found, f"{panel['title']}: {expr}"
+            assert found or panel["title"] in MAY_BE_EMPTY, f"{panel['title']}: {expr}"
             asked += 1
     assert asked >= 18
 
