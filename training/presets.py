@@ -46,8 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # python -m training all --preset typefaces --out runs/typefaces/seed-0  (with its controls: make reproduce
     # DATA=typefaces; alone, after make typefaces)
-    # 0-9A-Za-z in 28 pixels, degraded anew in each epoch; a ViT as that of fashion-mnist. No whole run yet: no result. By
-    # estimate 8 hours of one core of an AMD EPYC a seed: vit 1.2, controls 3, profiles 0.9, evaluate 2.5.
+    # 0-9A-Za-z in 28 pixels, degraded anew in each epoch; a ViT as that of fashion-mnist. No whole run yet: no result.
+    # By estimate 8 hours of one core of an AMD EPYC a seed: vit 1.2, controls 3, profiles 0.9, evaluate 2.5.
     "typefaces": {
         "data": TYPEFACES,
         "vit": {
