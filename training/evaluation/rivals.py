@@ -43,7 +43,7 @@ SLICE = 250
 """Images of the target at most, and as many others."""
 MATCHING = 200
 """Selection images of the target on which a rival's usage is matched to the profile's."""
-GREEDY = 40
+GREEDY = 80
 """Of these, with as many others, on which units are closed greedily."""
 DRAWS = 5
 """Of what is random."""

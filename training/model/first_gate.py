@@ -1,4 +1,4 @@
-"""A gated model from its first gate on. What comes before is the same under every steering: a third of a pass.
+"""A gated model from its first gate on. What comes before is the same under every steering: a third of a pass or more.
 
 Letters: B images, N tokens, D residual width.
 """
