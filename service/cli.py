@@ -192,7 +192,7 @@ def print_completion(arguments: Sequence[str], prog: str) -> int:
     shell = completion_parser(prog).parse_args(arguments).shell
     from argcomplete.shell_integration import shellcode
 
-    print(shellcode([PROJECT], shell=shell))
+    print(shellcode([PROJECT], True, shell))
     return 0
 
 
