@@ -12,7 +12,7 @@ So a flood of large calls is lowered itself, and then refused itself; it does no
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,17 +131,20 @@ class Engines:
         return (self.busy + cost.per_image * work) / self.count + rounds * cost.overhead
 
 
-def needed(waiting: Sequence[Waiting], cost: Cost, engines: Engines, now: float, target: float) -> dict[int, float]:
+def needed(
+    waiting: Sequence[Waiting], cost: Cost, engines: Engines, now: float, target: float, others: Collection[int] = ()
+) -> dict[int, float]:
     """By size of the calls that wait, the lowest levels, 0 to 1, at which they finish within the target; 1 if none is
     enough. Of several sizes none is lowered below an equal share of what fits the target.
 
     waiting: in the order of their turns. A call that is larger than a batch takes several turns, and has the target for
     each of them, so a large call alone lowers nobody. A deadline nearer than the target takes its place, unless it
-    cannot be met at any level.
+    cannot be met at any level. others: sizes that count as if some waited, such as those of calls that waited just now,
+    which made others late.
     """
     # Images of a round run at the same time on all engines, and finish together. With less work, by x, that is at
     # now + busy + rounds * overhead + each * (work - x). Work and what may be saved of it: up to and with the round.
-    levels = dict.fromkeys(sorted({call.size for call in waiting}), 0.0)
+    levels = dict.fromkeys(sorted({*others, *(call.size for call in waiting)}), 0.0)
     work, saving = levels.copy(), levels.copy()
     each = cost.per_image / engines.count
     images = 0
@@ -312,6 +315,10 @@ class Levels:
     def highest(self, now: float) -> float:
         """The level of the calls that are lowered most."""
         return max((level.at(now) for level in self._levels.values()), default=0.0)
+
+    def lowered(self, now: float) -> list[int]:
+        """The sizes whose calls are lowered."""
+        return [size for size, level in self._levels.items() if level.at(now)]
 
     def raised(self, needed: Mapping[int, float], now: float) -> None:
         """needed: by size, of the sizes that wait."""

@@ -73,7 +73,8 @@ class Brownout:
             )
             for call in queue
         ]  # fmt: skip
-        self._levels.raised(needed(waiting, self._model.cost, engines, now, self._target), now)
+        others = self._levels.lowered(now)
+        self._levels.raised(needed(waiting, self._model.cost, engines, now, self._target, others), now)
 
     def lower(self, queue: CallQueue, batch: Sequence[Piece], engine: int, now: float) -> None:
         """Lower the budgets of the calls that this batch begins. A call keeps the budget of its first batch."""

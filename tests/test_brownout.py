@@ -140,6 +140,10 @@ def test_levels_by_size_worked_out_by_hand() -> None:
     assert levels(*[large] * 2, *[small] * 11) == {0: 1, 2: pytest.approx(0.3 / 0.4)}
     assert levels(*[large] * 4, *[small] * 5) == {0: 0, 2: 1}
     assert levels(*[large] * 4, *[small] * 6) == {0: pytest.approx(0.1 / 0.3), 2: 1}
+    # the large ones have just gone, and small ones are late
+    late = [small._replace(arrived=-2.0)] * 5
+    assert needed(late, COST, ONE, 0.0, TARGET) == {0: 1}
+    assert needed(late, COST, ONE, 0.0, TARGET, [2]) == {0: 0, 2: 0}
     kept = large._replace(floor=1.0)
     assert levels(*[kept] * 4, *[small] * 5) == {0: 0, 2: 0}
 

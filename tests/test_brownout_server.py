@@ -45,6 +45,7 @@ PIXELS = images(16, 5)
 SECONDS = 0.02
 """Of an image at budget 1, where engines are slow."""
 TARGET = 1.0
+COUNTS = [8] * 30 + [1] * 6
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,31 @@ def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
         single = engine.engine.run(PIXELS[index % 16][None], resolve(bundle, "", NEUTRAL, 1.0, budget=budget).arrays)
         near = np.abs(single.gate_logit) < 1e-3
         assert ((answer.outputs.gate_logit > 0) == (single.gate_logit > 0))[~near].all()
+
+
+def test_a_flood_of_large_calls_is_lowered_and_refused_and_small_ones_are_not(bundle: Bundle) -> None:
+    """30 calls of 8 images at once are 4.8 s of work, 1.9 s at their floors. 6 calls of one image come after them."""
+    engine = SlowEngine(Engine(bundle, "cpu", 1))
+    brownout = Brownout(TARGET, engine.dense, 1, 8, [(work, SECONDS * work) for work in (1.0, 8.0)])
+    batcher = Batcher([engine], 8, 0.0, 1000, lambda _: None, lambda *_: None, "t", brownout=brownout)
+    may = steering_of(bundle, 1.0, 0.4)
+
+    async def flood() -> list[Answer | BaseException]:
+        calls = (batcher.submit(PIXELS[:count], may, math.inf) for count in COUNTS)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    try:
+        answers = asyncio.run(flood())
+    finally:
+        batcher.close()
+    large, small = answers[:30], answers[30:]
+    assert sum(isinstance(answer, Overloaded) for answer in large) > 10
+    served = [answer for answer in large if isinstance(answer, Answer)]
+    assert sum(answer.lowered is not None for answer in served) > 5
+    for answer in small:
+        assert isinstance(answer, Answer)
+        assert answer.lowered is None
+        assert answer.queue_seconds < 1.2 * TARGET
 
 
 def test_the_queue_is_bounded_by_work(bundle: Bundle) -> None:

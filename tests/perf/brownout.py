@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.bundle import Knot, Macs, load_bundle
+from export.bundle import Knot, Macs, load_bundle, versions
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report
 from service.client.tables import table
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         ROOT / "deploy" / "models" if committed else dialled_bundle(deit_s, OUT / "dialled")
     )
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
-    manifest = load_bundle(max((repository / name).glob("[0-9]*"), key=lambda path: int(path.name))).manifest
+    manifest = load_bundle(repository / name / str(versions(repository / name)[-1])).manifest
     if not manifest.dial:
         print(
             f"{name} version {manifest.version} has no dial, so brownout has nothing to lower: nothing was measured. "

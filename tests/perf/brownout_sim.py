@@ -148,7 +148,7 @@ def serve(
         in_play = sum(call.images for call in waiting)
         in_play += sum(size for size, end in zip(running, ends, strict=True) if end > now)
         found = engines()
-        levels.raised(needed(waiting, model.cost, found, now, policy.target), now)
+        levels.raised(needed(waiting, model.cost, found, now, policy.target, levels.lowered(now)), now)
         outcome.levels.append((now, levels.highest(now)))
         batch = list(take(min(found.max_batch, math.ceil(in_play / machine.engines))))
         work = sum(part * float(outcome.budgets[number]) for number, part in batch)
