@@ -89,7 +89,9 @@ class Server:
         self._settings = settings
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
-        self._metrics = Metrics(CollectorRegistry(), settings.max_profile_series, settings.revision)
+        self._metrics = Metrics(
+            CollectorRegistry(), settings.max_profile_series, settings.revision, settings.head_series
+        )
         self._taking = False
         """Whether calls are taken: started, and not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
