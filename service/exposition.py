@@ -122,6 +122,7 @@ FAMILIES = (
         "gauge", "steervit_profiles_info", "1 for each model that is served: a digest of the profiles that it has.",
         (*MODEL, "profiles_digest"),
     ),
+    Family("gauge", "steervit_profiles_unused", "Profiles of the profile folder that are for no model that is served."),
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",

@@ -66,9 +66,11 @@ class Metrics:
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
         self.ready: Callable[[], bool] = lambda: False
-        """Whether the server is ready; called at every scrape, as is the next."""
+        """Whether the server is ready; called at every scrape, as are the next two."""
         self.certificates: Callable[[], Mapping[str, float]] = dict
         """When certificates expire, Unix time, by file."""
+        self.unused_profiles: Callable[[], int] = lambda: 0
+        """The number of profiles in the folder that are for no served model."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -133,6 +135,7 @@ class Metrics:
             rows["steervit_profile_reads"].append(((result,), reads.value))
         rows["steervit_ready"].append(((), int(self.ready())))
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
+        rows["steervit_profiles_unused"].append(((), self.unused_profiles()))
         rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():

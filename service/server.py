@@ -97,6 +97,7 @@ class Server:
         self._metrics.ready = lambda: self.ready and self.alive
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
+        self._metrics.unused_profiles = lambda: self._profiles.unused(self._bundles())
         self._read_profiles()
         for bundle in self._bundles():
             self._profiles.check_default(bundle)

@@ -305,6 +305,7 @@ def test_profiles_of_another_model_are_left_alone(
     (tmp_path / "now.json").write_text(content(bundle, profile("now")))
     until(lambda: "now" in names(client))
     assert "next" not in names(client)
+    assert server.count("steervit_profiles_unused") == 1
     with pytest.raises(grpc.RpcError) as caught:
         client.predict([bytes(0)], profile="next")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
