@@ -127,7 +127,7 @@ class ProfileCounts:
         self._lock = threading.Lock()
         self._mlp_groups: NDArray[np.int64] = np.zeros((len(blocks), mlp_groups), np.int64)
         self._heads: NDArray[np.int64] = np.zeros((len(blocks), heads), np.int64)
-        self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
+        self.images = self._macs_spent = self._macs_dense = self._near_threshold = 0
         self._lowered_images = self._macs_saved = 0
         self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
         self._lowered_shadow_images = self._lowered_shadow_agreed = 0
@@ -140,7 +140,7 @@ class ProfileCounts:
         groups = of_mlps[0] if count == 1 else of_mlps.sum(0)  # (G, M)
         spent, near = sum(outputs.macs.tolist()), sum(outputs.near_threshold.tolist())
         with self._lock:
-            self._images += count
+            self.images += count
             self._heads += kept
             self._mlp_groups += groups
             self._macs_spent += spent
@@ -175,7 +175,7 @@ class ProfileCounts:
         """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
-                self._images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
+                self.images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
                 self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images, self._shadow_agreed,
                 (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
                 self._lowered_shadow_agreed,

@@ -134,6 +134,7 @@ FAMILIES = (
         "gauge", "steervit_profiles_info", "1 for each model that is served: a digest of the profiles that it has.",
         (*MODEL, "profiles_digest"),
     ),
+    Family("gauge", "steervit_profiles_unused", "Profiles of the profile folder that are for no model that is served."),
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",
@@ -177,8 +178,9 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     rows["steervit_decode_duration_seconds"].append((names, counts.decode.read()))
 
 
-def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
-    """Add the series of a profile's counts, units by block. rows: with a list for every family."""
+def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts, by_head: bool) -> None:
+    """Add the series of a profile's counts. rows: with a list for every family; by_head: with a series for each head
+    and MLP group, rather than one of all."""
     labels, totals = (*names, profile_label(profile)), counts.read()
     rows["steervit_images"].append((labels, totals.images))
     rows["steervit_macs_spent"].append((labels, totals.macs_spent))
@@ -195,6 +197,9 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
     blocks, *_ = counts.layout
     units = {"steervit_heads_kept": totals.heads_kept, "steervit_mlp_groups_kept": totals.mlp_groups_kept}
     for name, by_block in units.items():
+        if not by_head and any(by_block):
+            rows[name].append(((*labels, "", ""), sum(map(sum, by_block))))
+            continue
         of_units = _unit_labels(labels, blocks, len(by_block[0]) if by_block else 0)
         rows[name] += zip(of_units, chain.from_iterable(by_block), strict=True)
 

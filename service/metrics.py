@@ -42,14 +42,22 @@ WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
 """Methods whose calls are counted by model from 0 on."""
 RETAIN_SECONDS = 120.0
 """How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
+TOP = 10
+"""Profiles of a version with series for each head, if only those with the most images have them."""
 
 
 class Metrics:
     """The counts of the process. Thread-safe; models are added and removed by one thread at a time."""
 
-    def __init__(self, registry: CollectorRegistry, max_profile_series: int, revision: str = "unknown"):
-        """revision: of the source."""
-        self.max_profile_series = max_profile_series
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        max_profile_series: int,
+        revision: str = "unknown",
+        head_series: Literal["all", "top", "none"] = "all",
+    ):
+        """revision: of the source; head_series: as of Settings."""
+        self.max_profile_series, self._head_series = max_profile_series, head_series
         self._program = package_version("steervit"), revision
         self.in_flight = Tally()
         self._requests = RequestCounts()
@@ -58,9 +66,11 @@ class Metrics:
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
         self.ready: Callable[[], bool] = lambda: False
-        """Whether the server is ready; called at every scrape, as is the next."""
+        """Whether the server is ready; called at every scrape, as are the next two."""
         self.certificates: Callable[[], Mapping[str, float]] = dict
         """When certificates expire, Unix time, by file."""
+        self.unused_profiles: Callable[[], int] = lambda: 0
+        """The number of profiles in the folder that are for no served model."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -125,6 +135,7 @@ class Metrics:
             rows["steervit_profile_reads"].append(((result,), reads.value))
         rows["steervit_ready"].append(((), int(self.ready())))
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
+        rows["steervit_profiles_unused"].append(((), self.unused_profiles()))
         rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
@@ -133,12 +144,20 @@ class Metrics:
             rows["steervit_model_load_failed"] += (((name, number), 1) for number in numbers)
         for names, counts in versions.items():
             add_version(rows, names, counts)
-        for (name, number, profile), counted in profiles.items():
-            add_profile(rows, (name, number), profile, counted)
+        by_head = self._by_head(profiles)
+        for key, counted in profiles.items():
+            add_profile(rows, key[:2], key[2], counted, key in by_head)
         for model in {model.names: model for model in models}.values():  # the youngest of each version
             model.add_gauges(rows)
         rows["steervit_model_info"] += ((info, 1) for info in dict.fromkeys(model.info for model in models))
         return rows
+
+    def _by_head(self, profiles: Mapping[tuple[str, str, Key], ProfileCounts]) -> set[tuple[str, str, Key]]:
+        """The profiles with series for each head."""
+        if self._head_series != "top":
+            return set(profiles) if self._head_series == "all" else set()
+        most = sorted(profiles, key=lambda key: -profiles[key].images)  # equal ones stay in their order
+        return {key for version in {key[:2] for key in most} for key in [k for k in most if k[:2] == version][:TOP]}
 
     def add(self, model: "ModelMetrics") -> "VersionCounts":
         """Add a loaded model. Returns the counts of its version, retained ones if it was loaded before."""

@@ -53,6 +53,11 @@ class ProfileFolder:
         """The profiles for a bundle. Raises SteeringError when one of them does not fit it."""
         return _for(bundle, self._files)
 
+    def unused(self, bundles: Iterable[Bundle]) -> int:
+        """The number of profiles that are for none of the bundles. For any thread."""
+        known = {bundle.manifest.gates_sae_digest for bundle in bundles}
+        return sum(len(file.profiles) for file in self._files if file.made_for not in known)
+
     def check_default(self, bundle: Bundle) -> None:
         """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here. While the
         folder is pending it may still come, and refresh checks that."""

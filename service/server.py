@@ -89,12 +89,15 @@ class Server:
         self._settings = settings
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
-        self._metrics = Metrics(CollectorRegistry(), settings.max_profile_series, settings.revision)
+        self._metrics = Metrics(
+            CollectorRegistry(), settings.max_profile_series, settings.revision, settings.head_series
+        )
         self._taking = False
         """Whether calls are taken: started, and not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
+        self._metrics.unused_profiles = lambda: self._profiles.unused(self._bundles())
         self._read_profiles()
         for bundle in self._bundles():
             self._profiles.check_default(bundle)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ from service.tuning import Plan, Surroundings
 
 
 class Page:
-    def __init__(self, max_profile_series: int = 200) -> None:
-        self.metrics = Metrics(CollectorRegistry(), max_profile_series)
+    def __init__(self, max_profile_series: int = 200, head_series: Literal["all", "top", "none"] = "all") -> None:
+        self.metrics = Metrics(CollectorRegistry(), max_profile_series, head_series=head_series)
 
     def serve(self, bundle: Bundle) -> ModelMetrics:
         served = self.metrics.for_model(bundle, "dispatch.fp32", "cpu", Plan(2, 1, 0, False, 32))
@@ -86,6 +87,22 @@ def test_the_measures_of_a_receipt_by_hand(bundle: Bundle) -> None:
     usage = 1.0 if bundle.manifest.mlp_groups else None
     assert (measured.mlp_usage, measured.budget) == (usage, 0.9)
     assert measured[:5] == pytest.approx((0.2, 0.01, 0.75, 0.875, 3), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kept", "series"), [("all", 15 * 30), ("top", 10 * 30 + 5), ("none", 15)])
+def test_heads_have_series_for_all_profiles_or_for_the_busiest_or_for_none(
+    kept: Literal["all", "top", "none"], series: int, bundle: Bundle
+) -> None:
+    """Of 13 profiles, none and custom; what is summed over heads is the same."""
+    page = Page(head_series=kept)
+    served = page.serve(bundle)
+    for images, name in enumerate(bundle.profiles, 1):
+        served.answered(name, answers(bundle, images))
+    assert page.lines("steervit_heads_kept_total{") == series
+    for images, name in enumerate(bundle.profiles, 1):
+        assert page.value("steervit_heads_kept_total", profile=name) == 30 * images
+        by_head = kept == "all" or (kept == "top" and images > 3)
+        assert page.lines("steervit_heads_kept_total{", f'profile="{name}"', 'head="5"') == 5 * by_head
 
 
 def test_series_of_an_unloaded_version_are_retained_and_then_go_by_themselves(bundle: Bundle, now: list[float]) -> None:

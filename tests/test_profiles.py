@@ -202,31 +202,33 @@ def test_a_folder_that_is_wrong_at_the_start_keeps_the_server_from_being_ready(b
     (tmp_path / "b.json").write_text("{")
     flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile", "night")
     running = start_server(MODELS, *flags)
-    with grpc.insecure_channel(running.address) as channel:
-        health = HealthStub(channel)
+    try:
+        with grpc.insecure_channel(running.address) as channel:
+            health = HealthStub(channel)
 
-        def served() -> bool:
-            return bool(health.Check(HealthCheckRequest()).status == HealthCheckResponse.SERVING)
+            def served() -> bool:
+                return bool(health.Check(HealthCheckRequest()).status == HealthCheckResponse.SERVING)
 
-        with pytest.raises(HTTPError) as refused:
-            running.page("readyz")
-        assert refused.value.code == 503
-        said = f"{tmp_path / 'b.json'}: "
-        assert refused.value.read().decode().startswith(f"Service Unavailable\n{said}")
-        assert running.page("livez") == "OK\n"
-        assert running.count("steervit_ready") == running.count("steervit_profiles_last_read_successful") == 0
-        assert not served()
-        (tmp_path / "b.json").unlink()
-        until(lambda: running.count("steervit_ready") == 1)
-        assert running.page("readyz") == "OK\n"
-        until(served)
-        (tmp_path / "b.json").write_text("{")  # later, the last good set stays
-        until(lambda: running.page("readyz").startswith(f"OK\ndegraded, as profiles are unchanged: {said}"))
-        assert served()
-        with Client(running.address) as client:
-            assert "night" in names(client)
-    running.process.send_signal(signal.SIGTERM)
-    _, log = running.process.communicate(timeout=60)
+            with pytest.raises(HTTPError) as refused:
+                running.page("readyz")
+            assert refused.value.code == 503
+            said = f"{tmp_path / 'b.json'}: "
+            assert refused.value.read().decode().startswith(f"Service Unavailable\n{said}")
+            assert running.page("livez") == "OK\n"
+            assert running.count("steervit_ready") == running.count("steervit_profiles_last_read_successful") == 0
+            assert not served()
+            (tmp_path / "b.json").unlink()
+            until(lambda: running.count("steervit_ready") == 1)
+            assert running.page("readyz") == "OK\n"
+            until(served)
+            (tmp_path / "b.json").write_text("{")  # later, the last good set stays
+            until(lambda: running.page("readyz").startswith(f"OK\ndegraded, as profiles are unchanged: {said}"))
+            assert served()
+            with Client(running.address) as client:
+                assert "night" in names(client)
+    finally:
+        running.process.send_signal(signal.SIGTERM)
+        _, log = running.process.communicate(timeout=60)
     assert running.process.returncode == 0
     assert f"not ready: {said}" in log
     assert f"profiles are unchanged: {said}" in log
@@ -307,6 +309,7 @@ def test_profiles_of_another_model_are_left_alone(
     (folder / "now.json").write_text(content(bundle, profile("now")))
     until(lambda: "now" in names(client))
     assert "next" not in names(client)
+    assert server.count("steervit_profiles_unused") == 1
     with pytest.raises(grpc.RpcError) as caught:
         client.predict([bytes(0)], profile="next")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND

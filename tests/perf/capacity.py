@@ -112,7 +112,7 @@ def scrapes(seconds: float) -> list[list[str]]:
     folder = OUT / "profiles"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for count in (10, 200, 450):
+    for count in (10, 200, 640):
         profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
         content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
         (folder / "many.json").write_text(json.dumps(content))
