@@ -20,7 +20,7 @@ from training.checkpoint import Run
 from training.config import Settings
 from training.data.splits import DataError, balanced, load
 from training.evaluation.dictionaries import KS, STABLE_AT, SWEEP, compared, effects, fitted, stabilities
-from training.evaluation.probing import dictionaries, probed
+from training.evaluation.probing import can_probe, dictionaries, probed
 from training.model.first_gate import from_first_gate
 from training.sae.activations import residuals
 from training.sae.fidelity import fidelity, reconstruction
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
             result["effects"][f"k {k}"] = effects(model, fit.folded(held_out[:, ::2]), train[:, ::4], held_out)
         run.write_json("dictionaries.json", result)
     result["stability"] = {"k": STABLE_AT, **stabilities(train, held_out[:, ::2], seed, bf16)}
-    if splits[1].factors is not None:
+    if can_probe(splits[1]):
         encodings = dictionaries(train, held_out[:, ::2], sae, seed, bf16)
         result["probing"] = probed(encodings, held_out, splits[1])
     run.write_json("dictionaries.json", result)

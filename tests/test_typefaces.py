@@ -217,6 +217,7 @@ def test_a_few_features_explain_what_they_hold_on_images_that_they_were_not_chos
 
 def test_dictionaries_are_probed_for_the_known_factors_across_designs(data: Data) -> None:
     """Of a network with random weights, on the images of the small preset: polarity is plain to see, and few look."""
+    assert data.test.factors is not None
     torch.manual_seed(0)
     settings = Settings(step="evaluate", out=Path("unused"), preset="typefaces-small")
     model = GatedVit(create_vit(settings.vit, data.spec, 62), (1, 2), data.spec).eval()
@@ -231,6 +232,10 @@ def test_dictionaries_are_probed_for_the_known_factors_across_designs(data: Data
         assert np.shape(of_dictionary) == (len(probing.KS), len(found["factors"]))
     polarity = found["factors"].index("dark on light")
     assert found["residual"][polarity] > 0.5
+    assert probing.can_probe(data.test)
+    assert not probing.can_probe(data.train)
+    of_one_design = data.test.factors[:, 0] == data.test.factors[0, 0]
+    assert not probing.can_probe(data.test.take(of_one_design))
     assert found["r2"]["pca"][0][polarity] > 0.1
 
 

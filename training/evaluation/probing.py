@@ -45,6 +45,11 @@ def dictionaries(train: Tensor, held_out: Tensor, sae: Sae, seed: int, bf16: boo
     }
 
 
+def can_probe(split: Split) -> bool:
+    """Whether it is known what its images were made from, and they are of two designs or more."""
+    return split.factors is not None and len(split.factors[:, FACTORS.index("design")].unique()) > 1
+
+
 def known_factors(split: Split) -> tuple[dict[str, Tensor], Tensor]:
     """The factors (B,) by name, of a neighbour whether it is there; and the design of each image (B,)."""
     assert split.factors is not None
