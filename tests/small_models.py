@@ -31,10 +31,10 @@ STEERED: Terms = {0: (SteeringTerm(1, -2.0, 3.0), SteeringTerm(7, 0.0, -4.0)), 1
 small = partial(VisionTransformer, img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
 
 
-def with_mlp(mlp: nn.Module, **options: float) -> VisionTransformer:
+def gated_mlp() -> VisionTransformer:
     """In its last block: the exporter takes a second for each."""
-    vit = small(**options)
-    vit.blocks[-1].mlp = mlp
+    vit = small(init_values=0.5)
+    vit.blocks[-1].mlp = SwiGLU(24, 96)
     return vit
 
 
@@ -45,9 +45,10 @@ KINDS: dict[str, Callable[[], VisionTransformer]] = {
     ),
     "registers and layer scale": lambda: small(reg_tokens=2, init_values=0.3, no_embed_class=True),
     "normed queries and keys": lambda: small(qk_norm=True),
-    "no biases": lambda: small(qkv_bias=False, proj_bias=False),
-    "gated MLP": lambda: with_mlp(SwiGLU(24, 96), init_values=0.5),
-    "pre-norm": lambda: small(pre_norm=True, act_layer=partial(nn.GELU, approximate="tanh")),
+    "gated MLP": gated_mlp,
+    "pre-norm without biases": lambda: small(
+        pre_norm=True, act_layer=partial(nn.GELU, approximate="tanh"), qkv_bias=False, proj_bias=False
+    ),
 }
 
 

@@ -291,11 +291,12 @@ def test_weights_count_in_every_storage() -> None:
 
 
 def test_a_name_of_a_graph_is_given_once() -> None:
+    module = nn.Sequential(nn.Linear(3, 3))
     for first in ("part", "part/0.weight"):
         g = Builder()
         g.weight(first, np.ones(3))
         with pytest.raises(ValueError, match=f"the name {first} is taken"):
-            g.call(nn.Sequential(nn.Linear(3, 3)), "x", torch.zeros(2, 3), "part")
+            g.call(module, "x", torch.zeros(2, 3), "part", module)
 
 
 def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CAPTURED = {
     "SkipLayerNormalization", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Where",
 }  # fmt: skip
 """Operators that a GPU has and whose shapes depend on no data: neither NonZero nor Shape, If or Loop."""
-AS_EXPORTED = {"registers and layer scale", "gated MLP", "normed queries and keys", "pre-norm"}
+AS_EXPORTED = {"registers and layer scale", "gated MLP", "normed queries and keys", "pre-norm without biases"}
 """Kinds of which a part goes through PyTorch's exporter, with its own operators."""
 
 

@@ -135,7 +135,7 @@ def test_int8_stays_close_with_groups_and_biases(kind: str, steered: SteeredVit)
     assert np.abs(outputs["logits"] - expected["logits"])[alike].max() < 0.25 * expected["logits"].std()
 
 
-@pytest.mark.parametrize("kind", ["distilled", "registers and layer scale", "no biases"])
+@pytest.mark.parametrize("kind", ["distilled", "registers and layer scale", "pre-norm without biases"])
 def test_a_distilled_model_and_layer_scale_have_groups_too(kind: str) -> None:
     steered = of_kind(kind, 4)
     for attention in KINDS:

@@ -1,6 +1,7 @@
 """Fashion-MNIST: from Debian's package, a folder, or a download."""
 
 import gzip
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ def _download_fashion_mnist() -> Path:
     return cache / "FashionMNIST" / "raw"
 
 
+@cache
 def _read_idx(root: Path, name: str) -> np.ndarray:
-    """An array in the IDX format of MNIST (two zero bytes, type 8, rank, big-endian sizes, uint8 data)."""
+    """An array in the IDX format of MNIST (two zero bytes, type 8, rank, big-endian sizes, uint8 data). Read once."""
     path = next((p for p in (root / f"{name}.gz", root / name) if p.is_file()), None)
     if path is None:
         raise DataError(f"{root / name} (or .gz) is missing")
