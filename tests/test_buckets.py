@@ -1,4 +1,4 @@
-"""Batches of fixed shapes, on the CPU as on a GPU; and what is told of a GPU that is not there."""
+"""Batches of fixed shapes, on the CPU as on a GPU; and the error for a GPU that is not there."""
 
 import sys
 import threading

@@ -293,7 +293,7 @@ def test_a_folder_that_is_gone_keeps_the_old_set(
     until(lambda: server.count("steervit_profiles_last_read_successful") == 0)
     time.sleep(0.3)
     assert "night" in names(client)
-    assert failed_reads(server) == failed + 1, "told of once"
+    assert failed_reads(server) == failed + 1, "logged once"
     elsewhere.rename(folder)
     until(lambda: server.count("steervit_profiles_last_read_successful") == 1)
     assert "night" in names(client)

@@ -49,7 +49,7 @@ class Asked(TypedDict, total=False):
     closed: Sequence[str]
     """Units that do not."""
     budget: float
-    """The compute fraction that an image may cost on average; by default what the gates want."""
+    """The compute fraction that an image may cost on average; by default the gates decide."""
     min_budget: float
     """What a busy server may lower that to, for predict alone; by default the server's own setting."""
     model: str
