@@ -292,7 +292,7 @@ class Server:
             try:
                 event.tag(event)
             except Exception:  # one call is lost; the others need the thread
-                log.exception("a call was lost")
+                log.exception("a call failed and got no answer")
             del event  # it references its call, and the call the core
 
     def _called(self, event: Any) -> None:
