@@ -37,11 +37,13 @@ test: .venv/.dev system-test  ## All tests
 test-fast: .venv/.dev system-test  ## The tests that take seconds
 	$(RUN) -m pytest --ignore tests/deploy $(WORKERS) -m "not slow and not processes"
 
-lint: .venv/.dev  ## Style, format, types and known weaknesses
+lint: .venv/.dev  ## Style, format, types, known weaknesses and spelling
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m bandit --quiet --recursive --configfile pyproject.toml service export training
+	.venv/bin/codespell *.md Makefile pyproject.toml deploy docs export proto service tests training
+	$(RUN) -m pytest --quiet tests/test_project.py -k wording
 
 format: .venv/.dev  ## Rewrite the code in the project's format
 	$(RUN) -m ruff check --fix .

@@ -96,8 +96,8 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
         metavar="PROFILE",
         action="append",
         default=[],
-        help="write a fused graph of this profile's own too, without the heads that its classes never use, for batches "
-        "of that profile on a GPU; may be given several times",
+        help="also write a fused graph for this profile alone, without the heads that its classes never use, for "
+        "batches of that profile on a GPU; may be given several times",
     )
     add("--specialise-all", action="store_true", help="the same for every profile")
     add(

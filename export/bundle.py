@@ -224,8 +224,8 @@ class Manifest:
 
         require(len(set(self.labels)) == len(self.labels), "labels", self.labels, "different ones")
         blocks, sites = self.gated_blocks, tuple(site.block for site in self.sites)
-        require(list(blocks) == sorted(set(blocks)), "gated_blocks", blocks, "rising block numbers")
-        allowed = "some of the gated blocks, rising"
+        require(list(blocks) == sorted(set(blocks)), "gated_blocks", blocks, "block numbers in ascending order")
+        allowed = "gated blocks in ascending order"
         require(set(sites) <= set(blocks) and list(sites) == sorted(set(sites)), "sites", sites, allowed)
         per_head = self.macs.per_head
         require(len(per_head) == len(blocks), "macs.per_head", per_head, "one number a gated block")

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
         return 2
     if unknown := unknown_in_environment(os.environ):
         names = ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
-        print(f"{', '.join(unknown)} in the environment is no setting; allowed: {names}", file=sys.stderr)
+        print(f"{', '.join(unknown)} in the environment is not a setting; allowed: {names}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler()
     handler.setFormatter(

@@ -92,7 +92,7 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
                 skipped[path] = "is not a folder"
         except FileNotFoundError:
             if path.is_symlink():
-                skipped[path] = "is a link to nothing"
+                skipped[path] = "is a dangling link"
         except OSError as error:
             skipped[path] = error.strerror or str(error)
     return folders

@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     """PEM file with the authorities of clients' certificates. Clients without a certificate are refused."""
     max_connection_age_seconds: float = Field(0, ge=0)
-    """After how long clients are to reconnect, so that connections spread over new pods; 0: never."""
+    """Time after which clients must reconnect, so that connections spread over new pods; 0: never."""
     max_connection_age_grace_seconds: float = Field(30, ge=0)
     """How long calls on such a connection may take after that."""
     keepalive_seconds: float = Field(60, gt=0)
@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     """Share of the calls with a line in the log at level info, as JSON: who asked for what, how it ended, and how long
     it took. Without health probes."""
     log_format: Literal["text", "json"] = "text"
-    """json: an object a line, also for what is not of a call."""
+    """json: one object a line, for the whole log."""
     revision: str = "unknown"
     """Revision of the source, for steervit_build_info; the image sets it."""
 

@@ -85,16 +85,16 @@ def _load_once() -> None:
 def problem(device: int) -> str:
     """What CUDA lacks on that device, and the cure; "" if nothing."""
     if PROVIDER not in onnxruntime.get_available_providers():
-        return "this onnxruntime is built without CUDA. Cure: pip uninstall onnxruntime, pip install onnxruntime-gpu"
+        return "this onnxruntime is built without CUDA. Fix: pip uninstall onnxruntime, pip install onnxruntime-gpu"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return (
-            "there is no NVIDIA driver (libcuda.so.1). Cure: install it on the host; in a container, ask for the GPU "
+            "there is no NVIDIA driver (libcuda.so.1). Fix: install it on the host; in a container, ask for the GPU "
             "(docker run --gpus all, or nvidia.com/gpu in Kubernetes)"
         )
     if code := driver.cuInit(0):
-        return f"the driver finds no usable GPU (cuInit gives {code}). Cure: see whether nvidia-smi lists one here"
+        return f"the driver finds no usable GPU (cuInit gives {code}). Fix: see whether nvidia-smi lists one here"
     count, version = ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGetCount(ctypes.byref(count))
     driver.cuDriverGetVersion(ctypes.byref(version))
@@ -107,13 +107,13 @@ def problem(device: int) -> str:
     if needed and version.value // 1000 < needed:
         return (
             f"the driver knows CUDA up to {version.value // 1000}.{version.value % 1000 // 10}; this onnxruntime needs "
-            f"{needed}. Cure: a newer driver, or an onnxruntime-gpu for the older CUDA"
+            f"{needed}. Fix: a newer driver, or an onnxruntime-gpu for the older CUDA"
         )
     try:
         ctypes.CDLL(str(library.with_name("libonnxruntime_providers_shared.so")), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library))
     except OSError as error:
-        return f"{error}. Cure: pip install 'onnxruntime-gpu[cuda,cudnn]', whose libraries fit each other"
+        return f"{error}. Fix: pip install 'onnxruntime-gpu[cuda,cudnn]', whose libraries fit each other"
     return ""
 
 

@@ -154,7 +154,7 @@ def _server(settings: Settings) -> Lines:
             yield f"{'' if status == 200 else '! '}{path} {status} {'; '.join(text.splitlines())}"
         _, text = _page(host, settings.metrics_port, "/metrics")
     except OSError as error:
-        yield f"none answers at {host} port {settings.metrics_port}: {error}"
+        yield f"no answer from {host} port {settings.metrics_port}: {error}"
         return
     failing = (
         r'steervit_(requests_total\{.*code="(?!OK|CANCELLED)|images_dropped|model_load_fail|profile_reads.*failed)'

@@ -264,7 +264,7 @@ def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
             if fit in graphs:
                 return graphs[fit]
         log.warning(
-            "%s has no graph for a GPU (%s): %s will wait for the host. Cure: python -m export --attention fused "
+            "%s has no graph for a GPU (%s): %s will wait for the host. Fix: python -m export --attention fused "
             "--precision fp16", bundle.folder, ", ".join(FOR_GPU), next(iter(graphs)),
         )  # fmt: skip
     return bundle.manifest.graphs[0]
@@ -287,7 +287,7 @@ def check_installation() -> None:
     if len(installed) > 1:
         raise EngineError(
             f"{' and '.join(installed)} are both installed; allowed: one. "
-            "Cure: pip uninstall onnxruntime onnxruntime-gpu, then install this project again"
+            "Fix: pip uninstall onnxruntime onnxruntime-gpu, then install this project again"
         )
 
 

@@ -138,7 +138,7 @@ FAMILIES = (
     Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",
-        "0 while the profile folder is wrong and its last right state is served; else 1.",
+        "0 while the profile folder is invalid and its last valid state is served; else 1.",
     ),
     Family("counter", "steervit_model_load_failures", "Attempts to load a version that failed.", MODEL),
     Family(

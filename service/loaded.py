@@ -116,6 +116,6 @@ class Loaded:
         if got != PROVIDERS[self._provider]:
             raise EngineError(
                 f"provider is {self._provider!r}, but the session has {got}. "
-                "Cure: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
+                "Fix: install a CUDA and cuDNN that onnxruntime-gpu fits, or start with --provider cpu"
             )
         return session

@@ -87,7 +87,7 @@ class Pages:
         try:
             self._http = make_server(host, port, app, kind, _QuietHandler)
         except OSError as error:
-            raise OSError(f"metrics port {port} of {host} cannot be bound: {error.strerror}") from error
+            raise OSError(f"--metrics-port is {port}: cannot bind {host}:{port}: {error.strerror}") from error
         self.port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, name="pages", daemon=True)
         self._thread.start()

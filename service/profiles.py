@@ -131,7 +131,7 @@ def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[l
         files.append(file)
         if file.made_for not in {bundle.manifest.gates_sae_digest for bundle in bundles}:
             allowed = ", ".join(sorted({bundle.manifest.gates_sae_digest for bundle in bundles}))
-            problems.append(f"{path}: gates_sae_digest is {file.made_for!r}, of no bundle; allowed: {allowed}")
+            problems.append(f"{path}: gates_sae_digest is {file.made_for!r}, which no bundle has; allowed: {allowed}")
         models = ", ".join(f"{bundle.manifest.name} {bundle.manifest.version}" for bundle in fitting) or "no model"
         lines.append(f"{path}: {', '.join(profile.name for profile in file.profiles) or 'no profile'}; for {models}")
     if not problems:  # of the files together

@@ -133,7 +133,7 @@ class Server:
         except RuntimeError as error:
             if certificates:
                 certificates.check()
-            raise OSError(f"port {settings.port} of {settings.host} cannot be bound: {error}") from error
+            raise OSError(f"--port is {settings.port}: cannot bind {settings.host}:{settings.port}: {error}") from error
         self._pages = Pages(settings.host, settings.metrics_port, self._metrics_page, self)
         self.metrics_port = self._pages.port
         await self._server.start()

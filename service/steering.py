@@ -60,7 +60,7 @@ class Steering:
     off: bool = False
     """Whether the strength is 0: nothing is steered."""
     budget: float | None = None
-    """The compute fraction that each image may cost on average; None: what the gates want."""
+    """The compute fraction that each image may cost on average; None: no budget, the gates decide."""
     permission: Permission | None = None
     """None: brownout never lowers the budget."""
 

@@ -241,11 +241,11 @@ class Server:
         """Does nothing: the generated code adds the same handlers as generic ones."""
 
     def add_insecure_port(self, address: str) -> int:
-        """Returns the port. Raises RuntimeError when it cannot be bound."""
+        """Returns the port. Raises RuntimeError when it cannot bind it."""
         return _bound(address, self._core.add_http2_port(address.encode()))
 
     def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
-        """Returns the port. Raises RuntimeError when it cannot be bound or the credentials cannot be used."""
+        """Returns the port. Raises RuntimeError when it cannot bind it or use the credentials."""
         return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))  # type: ignore[attr-defined]
 
     async def start(self) -> None:
@@ -292,7 +292,7 @@ class Server:
             try:
                 event.tag(event)
             except Exception:  # one call is lost; the others need the thread
-                log.exception("a call was lost")
+                log.exception("a call failed and got no answer")
             del event  # it references its call, and the call the core
 
     def _called(self, event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Batches of fixed shapes, on the CPU as on a GPU; and what is told of a GPU that is not there."""
+"""Batches of fixed shapes, on the CPU as on a GPU; and the error for a GPU that is not there."""
 
 import sys
 import threading
@@ -127,7 +127,7 @@ def test_models_that_load_side_by_side_leave_standard_output_alone(monkeypatch: 
 @pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
 def test_without_a_gpu_the_error_says_what_is_missing(bundle: Bundle) -> None:
     with pytest.raises(
-        EngineError, match=r"provider is 'cuda', but there is no NVIDIA driver \(libcuda.so.1\). Cure: .*"
+        EngineError, match=r"provider is 'cuda', but there is no NVIDIA driver \(libcuda.so.1\). Fix: .*"
     ):
         Engine(bundle, "cuda", 1)
 

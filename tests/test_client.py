@@ -55,7 +55,7 @@ def test_what_the_client_is_given_by_mistake_is_no_plausible_answer(
 ) -> None:
     image = sample_pixels[0]
     for error, message, images, asked in (
-        (TypeError, "profil is no argument; allowed: profile, terms", [image], {"profil": "Shirt"}),
+        (TypeError, "profil is not an argument; allowed: profile, terms", [image], {"profil": "Shirt"}),
         (ValueError, r"images\[1\] is float32 \(28, 28, 1\)", [image, image.astype(np.float32)], {}),
         (ValueError, r"images\[0\] is uint8 \(784,\); allowed: uint8", [image.ravel()], {}),
         (TypeError, "images is a bytes; allowed: a list of images", b"\x89PNG", {}),

@@ -1,7 +1,7 @@
 """The same request gives the same answer: again, after a restart, under load, and whatever it shares a batch with.
 
 To the bit where the batch is the same; within the manifest's tolerance where it is not, as sums may then be made in
-another order. Only a gate so near its threshold that this can decide it may flip: those are counted, and told of.
+another order. Only a gate so near its threshold that this can decide it may flip: those are counted and reported.
 """
 
 import json

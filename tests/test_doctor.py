@@ -30,6 +30,6 @@ def test_the_doctor_tells_what_there_is_and_what_is_wrong(
     ill = run_main(doctor.main, "--metrics-port", "1", "--profiles-dir", str(tmp_path), "--default-profile", "x")
     assert ill.returncode == 1
     assert f"\n  ! {tmp_path / 'a.json'}: " in ill.stdout
-    assert "none answers at 127.0.0.1 port 1" in ill.stdout
+    assert "no answer from 127.0.0.1 port 1" in ill.stdout
     assert "default_profile x\n" in ill.stdout
     assert run_main(doctor.main, "--port", "many").returncode == 2

@@ -1,4 +1,4 @@
-"""Statistics and baselines with numbers that can be worked out by hand."""
+"""Statistics and baselines with numbers computed by hand."""
 
 import itertools
 import math

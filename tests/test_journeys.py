@@ -73,7 +73,7 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(smoke_run: Path) 
     assert {path.name: path.stat().st_mtime_ns for path in smoke_run.glob("*.safetensors")} == before
     done = run_main(training_main, "sae", "--preset", "smoke", "--sae.k", "5", "--out", str(smoke_run))
     assert done.returncode == 1
-    assert "was made with other settings (sae.k: 12 there, 5 asked)" in done.stderr
+    assert "was made with other settings (sae.k: 12 stored, 5 requested)" in done.stderr
 
 
 def test_an_export_without_an_evaluation_is_refused(smoke_run: Path, tmp_path: Path) -> None:

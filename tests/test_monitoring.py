@@ -30,7 +30,7 @@ MAY_BE_RAISED = {
     "SteervitShadowAgreementLow": "ten images of a class again and again: two that change their label are a fifth",
 }
 """All other alerts are empty, because the server is healthy; tests/test_runbook.py makes it ill."""
-MAY_BE_EMPTY = {"Agreement under brownout": "wants a model with a dial: tests/test_brownout_server.py"}
+MAY_BE_EMPTY = {"Agreement under brownout": "needs a model with a dial: tests/test_brownout_server.py"}
 """Panels."""
 
 

@@ -254,7 +254,7 @@ def test_a_folder_is_checked_without_a_server(bundle: Bundle, tmp_path: Path) ->
     assert code == 1
     alone = {path for path, text in wrong.items() if text != WRONG["a name twice"](bundle)}
     assert {Path(problem.partition(": ")[0]) for problem in problems} == alone | {tmp_path / "z.json"}, "all of them"
-    assert problems[-1].endswith(f"of no bundle; allowed: {bundle.manifest.gates_sae_digest}")
+    assert problems[-1].endswith(f"which no bundle has; allowed: {bundle.manifest.gates_sae_digest}")
     for path in (*alone, tmp_path / "z.json"):
         path.unlink()
     ((problem),) = checked()[2]
@@ -295,7 +295,7 @@ def test_a_folder_that_is_gone_keeps_the_old_set(
     until(lambda: server.count("steervit_profiles_last_read_successful") == 0)
     time.sleep(0.3)
     assert "night" in names(client)
-    assert failed_reads(server) == failed + 1, "told of once"
+    assert failed_reads(server) == failed + 1, "logged once"
     elsewhere.rename(folder)
     until(lambda: server.count("steervit_profiles_last_read_successful") == 1)
     assert "night" in names(client)

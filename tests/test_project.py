@@ -130,6 +130,45 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
         assert f"\n{target}:" in makefile, target
 
 
+INSTEAD = {
+    r"wanted|missed|aim|aims|aimed": "target, not met, required",
+    r"wants": "needs",
+    r"served no more": "unloaded",
+    r"gets on": "makes progress",
+    r"worked out": "computed",
+    r"(?:tell|tells|told) of": "log, report",
+    r"waits? already|are \d+ to run": "queue full: N queued + M new > limit L",
+    r"nobody waits for": "cancelled, expired",
+    r"(?:listened on|be bound)": "cannot bind",
+    r"says that it leaves": "reports NOT_SERVING",
+    r"what is said of|taken to hang|hangs on|who wants": "a sentence that needs no second reading",
+    r"(?:found|wanted|told|have) = ": "a noun: results, spec, payload",
+}
+"""What people would stumble over, by what to write."""
+
+
+def test_the_wording_of_what_people_read_is_plain() -> None:
+    """Pages, comments of the API, alerts, and every string in the code: docstrings, help, errors, log lines."""
+    pages = [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "proto").iterdir()]
+    pages += [path for suffix in ("*.md", "*.yaml") for path in (ROOT / "deploy").rglob(suffix)]
+    texts = {str(path): path.read_text() for path in pages}
+    for path in (
+        path for folder in ("service", "export", "training", "deploy") for path in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())) if path.parent.name != "pb" else ():
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts[f"{path}:{node.lineno}:{node.col_offset}"] = node.value
+    assert len(texts) > 1000
+    for where, text in texts.items():
+        for words, better in INSTEAD.items():
+            odd = (
+                re.search(rf"\b(?:{words})", text)
+                if words.endswith("= ")
+                else re.search(rf"\b(?:{words})\b", text, re.I)
+            )
+            assert odd is None, f"{where} has {odd[0]!r}; better: {better}"
+
+
 def test_the_readme_is_short_and_every_page_of_the_docs_is_in_the_sites_navigation() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     navigation = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()

@@ -270,7 +270,7 @@ def test_a_mistyped_setting_in_the_environment_is_not_passed_over(monkeypatch: p
     monkeypatch.setenv("STEERVIT_MAX_BACTH", "8")
     done = run_main(main, "--repository", str(MODELS), "--port", "0", "--metrics-port", "0")
     assert done.returncode == 2
-    assert done.stderr.startswith("STEERVIT_MAX_BACTH in the environment is no setting; allowed: STEERVIT_REPOSITORY")
+    assert done.stderr.startswith("STEERVIT_MAX_BACTH in the environment is not a setting; allowed: STEERVIT_")
 
 
 def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bundle) -> None:

@@ -114,7 +114,7 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
     old = tmp_path / "vit.json"
     old.write_text('{"settings": {}, "result": {}}')
     with pytest.raises(
-        RunError, match=r"vit\.json has the format None of another version; this one reads and writes 2"
+        RunError, match=r"vit\.json has the format None of another version; this version reads and writes 2"
     ):
         fit.fit_vit(settings, data, Run(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["vit.json"]

@@ -113,7 +113,7 @@ class Run:
         if made_of and made_of != self._made_of(stage):
             before = MADE_OF[stage.partition(".")[0]]
             raise RunError(
-                f"{path} was made of another {before}.safetensors than the one that is there. "
+                f"{path} was made from another {before}.safetensors. "
                 "Put that back, or remove this file and what was made after it, and run the step again"
             )
 
@@ -176,8 +176,8 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
 def _check_format(path: Path, meta: dict[str, Any]) -> None:
     if meta.get("format") != FORMAT:
         raise RunError(
-            f"{path} has the format {meta.get('format')} of another version; this one reads and writes {FORMAT}. "
-            "Give another --out, or go on with the version that wrote it: nothing was changed"
+            f"{path} has the format {meta.get('format')} of another version; this version reads and writes {FORMAT}. "
+            "Give another --out, or use the version that wrote it: nothing was changed"
         )
 
 
@@ -197,5 +197,5 @@ def _differences(made: dict[str, Any], asked: dict[str, Any], prefix: str = "") 
         if isinstance(a, dict) and isinstance(b, dict):
             differences += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            differences.append(f"{prefix}{key}: {a} there, {b} asked")
+            differences.append(f"{prefix}{key}: {a} stored, {b} requested")
     return differences

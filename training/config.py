@@ -28,7 +28,7 @@ Teacher = Annotated[Path | None, PlainSerializer(lambda path: path and path.name
 """A run folder may be moved with what it holds, so its name alone is remembered."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 """Those of `all`."""
-PRESET = "A preset changes the defaults that stand below: see training/presets.py."
+PRESET = "A preset changes the defaults below: see training/presets.py."
 ALONE = {
     "evaluate": f"Measure a trained run on the test images, with the settings that it was trained with. {PRESET}",
     "report": f"Write the report of an evaluated run, with the settings that it was trained with. {PRESET}",
@@ -54,7 +54,7 @@ class DataSettings(Group):
     testing/, val/, valid/, validation/; in any case); or a data set of timm: `torch/cifar100`, `wds/<any name>`
     (shards in root), `hfds/<name or folder>`, `hfids/<name>`."""
     root: Path | None = None
-    """Where the data are. Fashion-MNIST is found by itself: Debian's package, else a download."""
+    """Folder of the data. Default for Fashion-MNIST: Debian's package, else a download."""
     download: bool = False
     """Whether a data set of timm may be downloaded to root."""
     train_split: str = "train"
@@ -168,9 +168,9 @@ class VitSettings(Group):
     gate: Literal["gumbel", "straight-through", "static"] = "gumbel"
     """Gumbel noise in training; none; or gates that do not look at the image (a fixed set of heads)."""
     budget: Literal["global", "per-block"] = "global"
-    """Whether all gated blocks together, or each of them, is drawn to the usage target."""
+    """Whether the usage target holds for all gated blocks together or for each of them."""
     usage_target: float = Field(0.5, gt=0, le=1)
-    """Mean head usage that the joint phase is drawn to; of a model with a dial, the usage of units, by MACs, of its
+    """Target of the mean head usage in the joint phase; of a model with a dial, the usage of units, by MACs, of its
     gates without a budget."""
     usage_weight: float = Field(4.0, ge=0)
     """Weight of (usage - target)^2 in the loss; with a dial, of the same on average over the budgets."""
@@ -191,7 +191,7 @@ class VitSettings(Group):
     batch_size: int = Field(128, ge=1)
     """Images a step."""
     learning_rate: float = Field(1.5e-3, gt=0)
-    """AdamW, ungated phase, at its highest: the first tenth of every phase is warm-up."""
+    """AdamW, peak rate of the ungated phase. The first tenth of every phase is warm-up."""
     schedule: Literal["cosine", "tanh", "poly", "step", "constant"] = "cosine"
     """timm's schedule of that name, in every phase."""
     joint_learning_rate: float = Field(8e-4, gt=0)
@@ -224,7 +224,7 @@ class SaeSettings(Group):
     aux_weight: float = Field(1 / 32, ge=0)
     """Weight of the AuxK loss that revives dead latents."""
     dead_epochs: float = Field(0.3, gt=0)
-    """A latent is dead that was silent for this long."""
+    """A latent that was silent for this long is dead."""
     memory_limit: int = Field(4 * 2**30, ge=0)
     """Bytes. Residuals that take more (4 an entry) are kept in a file in the run folder, in half precision."""
     stability_seeds: int = Field(0, ge=0)
@@ -237,7 +237,7 @@ class ProfileSettings(Group):
     terms: int = Field(32, ge=1)
     """Steering terms a site at most."""
     usage_target: float = Field(0.27, gt=0, le=1)
-    """Unit usage (of heads alone: head usage) on the class that the learned profiles are drawn to."""
+    """Target of the unit usage (of heads alone: head usage) of learned profiles, on their class."""
     steps: int = Field(500, ge=0)
     """Steps of the joint search for all classes."""
     rows: int = Field(12, ge=2)
@@ -277,7 +277,7 @@ class Settings(BaseSettings):
     """One step of the run, or `all` of them: vit, sae, profiles, evaluate, report. `controls`, which takes longer than
     all others together, is not among them: it trains the models that the report compares with."""
     out: Path
-    """The run folder. A finished stage is kept, an interrupted one is taken up where it stood."""
+    """The run folder. A finished stage is kept, an interrupted one resumes."""
     preset: Literal[
         "fashion-mnist", "typefaces", "typefaces-small", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"
     ] = "fashion-mnist"
@@ -295,7 +295,7 @@ class Settings(BaseSettings):
     ] = ()
     """Step `controls`: train these alone."""
     others: tuple[Path, ...] = ()
-    """Step `report`: the evaluated runs of other seeds, to stand beside this one."""
+    """Step `report`: the evaluated runs of other seeds, to compare with this one."""
     data: DataSettings = DataSettings()
     vit: VitSettings = VitSettings()
     sae: SaeSettings = SaeSettings()

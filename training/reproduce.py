@@ -172,7 +172,7 @@ def parser(prog: str = "python -m training.reproduce") -> argparse.ArgumentParse
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="FOLDER", required=True, help="folder of the runs")
-    add("--seeds", type=int, metavar="N", default=1, help="how many, from 0 on (default: %(default)s)")
+    add("--seeds", type=int, metavar="N", default=1, help="number of seeds, from 0 on (default: %(default)s)")
     add("--preset", metavar="NAME", default="fashion-mnist", help="as for `steervit train` (default: %(default)s)")
     add("--jobs", type=int, metavar="N", help="processes at a time (default: one for each core)")
     return parser
@@ -191,7 +191,7 @@ def main(arguments: list[str], prog: str = "python -m training.reproduce") -> in
     if options.seeds < 1 or options.jobs < 1:
         flags_of_all.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
-        flags_of_all.error("--seed is not a flag here; allowed: --seeds, how many from 0 on")
+        flags_of_all.error("--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on")
     dial = "--vit.dial" in flags or PRESETS.get(options.preset, {}).get("vit", {}).get("dial", False)
     jobs = jobs_of(options.seeds, dial)
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))

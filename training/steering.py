@@ -263,7 +263,7 @@ def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
     profiles = read(ProfileFile, value, SteeringError).profiles
     counts = Counter(profile.name for profile in profiles)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise SteeringError(f"profile {twice[0]!r} is there twice; allowed: once")
+        raise SteeringError(f"profile {twice[0]!r} is given twice; allowed: once")
     return profiles
 
 

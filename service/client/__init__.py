@@ -49,7 +49,7 @@ class Asked(TypedDict, total=False):
     closed: Sequence[str]
     """Units that do not."""
     budget: float
-    """The compute fraction that an image may cost on average; by default what the gates want."""
+    """The compute fraction that an image may cost on average; by default the gates decide."""
     min_budget: float
     """What a busy server may lower that to, for predict alone; by default the server's own setting."""
     model: str
@@ -252,7 +252,7 @@ class AsyncClient:
 def filled(request: Request, images: Images, asked: Asked) -> Request:
     """The request with its images, its steering and its model. Raises TypeError or ValueError for a wrong argument."""
     if unknown := sorted(asked.keys() - Asked.__annotations__):
-        raise TypeError(f"{unknown[0]} is no argument; allowed: {', '.join(Asked.__annotations__)}")
+        raise TypeError(f"{unknown[0]} is not an argument; allowed: {', '.join(Asked.__annotations__)}")
     if isinstance(images, bytes | str | np.ndarray):
         raise TypeError(f"images is a {type(images).__name__}; allowed: a list of images")
     request.model, request.version = asked.get("model", ""), asked.get("version", "")

@@ -100,7 +100,7 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
         add("--within-ms", type=float, default=0.0, metavar="X", help="also report the share of calls answered in X ms")
     add("--json", action="store_true", help="print one line of JSON")
     server = parser.add_argument_group("server").add_argument
-    server("--address", default="127.0.0.1:8001", metavar="HOST:PORT", help="where it is (default: %(default)s)")
+    server("--address", default="127.0.0.1:8001", metavar="HOST:PORT", help="of the server (default: %(default)s)")
     if name != "models":
         server("--model", default="", metavar="NAME", help="needed when several models are served")
         server("--version", default="", metavar="VERSION", help="number or label (default: the one that is served)")

@@ -35,7 +35,7 @@ class Load:
     timeout: float = 60.0
     """Seconds a call."""
     budget: float | None = None
-    """Of every call; None: what the gates want."""
+    """Of every call; None: no budget, the gates decide."""
     min_budget: float | None = None
     """That a busy server may lower it to; None: the server's setting."""
     within: float = 0.0

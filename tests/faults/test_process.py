@@ -191,7 +191,7 @@ def answers(client: Client, images: NDArray[np.uint8]) -> bool:
         return False
 
 
-@fault("process: port in use", "nothing: the server exits with 1 and says `port ... of 127.0.0.1 cannot be bound`")
+@fault("process: port in use", "nothing: the server exits with 1 and says `--port is ...: cannot bind 127.0.0.1:...`")
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
 def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
     flag: str, server: ServerProcess, undisturbed: Undisturbed
@@ -203,7 +203,7 @@ def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
     with undisturbed(server):
         done = run_module("service", "--repository", str(SMALL), *(part for pair in flags.items() for part in pair))
     assert done.returncode == 1
-    assert f"port {taken} of 127.0.0.1 cannot be bound" in done.stderr
+    assert f"{flag} is {taken}: cannot bind 127.0.0.1:{taken}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""tests/README.md is complete and in step with the tests that it tells of."""
+"""tests/README.md is complete and in step with the tests that it lists."""
 
 from tests.faults.table import README, collected, missing, table
 

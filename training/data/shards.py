@@ -90,7 +90,7 @@ def _of_shards(reader: Any) -> Iterator[Sample]:
                 index = int(json.loads(sample["json"])[field] if field else sample["cls"])
             except (KeyError, ValueError, TypeError) as error:
                 place = f"{field!r} in its .json" if field else ".cls"
-                raise DataError(f"{name} has no class number: {place} is wanted (data.label_key)") from error
+                raise DataError(f"{name} has no class number: {place} is missing (data.label_key)") from error
             yield name, image, index
 
 
