@@ -26,6 +26,10 @@ class Course:
     """When its images joined the queue."""
     batches: list[Ran] = field(default_factory=list)
     """Those that have run some of them."""
+    trace_id: str = ""
+    """Of its spans; "" before they are made, and without any."""
+    span_id: str = ""
+    """Of the call's own span."""
 
 
 @dataclass(slots=True)
@@ -45,8 +49,6 @@ class Record:
     inference_seconds: float | None = None
     course: Course | None = None
     """None: the call is not traced."""
-    trace_id: str = ""
-    """Of its spans; "" without any."""
 
 
 _CURRENT: ContextVar[Record] = ContextVar("record")
@@ -97,7 +99,7 @@ def line(
         "client": str(metadata.get(CLIENT, ""))[:128],
         "certificate": _common_name(context.auth_context()),
         "request_id": request_id,
-        "trace_id": trace[1] if trace else record.trace_id,
+        "trace_id": trace[1] if trace else record.course.trace_id if record.course else "",
     }
     return Line((name, value) for name, value in fields.items() if value not in ("", None))
 

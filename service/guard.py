@@ -84,8 +84,9 @@ class Guard:
                 self._metrics.in_flight.dec()
                 self.answered += answered
                 self._metrics.request(path, code, seconds, (record.model, record.version))
-                if tracing and (span_id := tracing.ended(record, path, code, seconds, name, context)):
-                    self._metrics.traced(path, seconds, record, span_id)
+                if tracing and record.course:
+                    tracing.ended(record, record.course, path, code, seconds, name, context)
+                    self._metrics.traced(path, seconds, record, record.course)
                 level = logging.INFO if random.random() < self._access_log else logging.DEBUG
                 if logged and log.isEnabledFor(level):
                     log.log(level, line(record, path, code, seconds, name, (received, _size(answer)), context))

@@ -40,9 +40,11 @@ class Tracing:
         self._tracer = self._provider.get_tracer("steervit")
         self._propagator = TraceContextTextMapPropagator()
 
-    def ended(self, record: Record, path: str, code: str, seconds: float, request_id: str, context: Any) -> str | None:
-        """Make the spans of a call that ends now, and note the trace in its record. seconds: its duration. Returns the
-        ID of the call's span; None if the call is not sampled."""
+    def ended(
+        self, record: Record, course: Course, path: str, code: str, seconds: float, request_id: str, context: Any
+    ) -> None:
+        """Make the spans of a call that ends now, and note their IDs in its course; not if it is not sampled. seconds:
+        its duration."""
         now = time.monotonic()
         to_unix = time.time() - now
         carried = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
@@ -54,14 +56,11 @@ class Tracing:
             if code in FAILURES:
                 call.set_attribute("error.type", code)
                 call.set_status(StatusCode.ERROR)
-            if record.course:
-                self._add_course(record.course, record.queue_seconds, call, now, to_unix)
+            self._add_course(course, record.queue_seconds, call, now, to_unix)
         call.end(_nanoseconds(now + to_unix))
         of = call.get_span_context()
-        if not of.trace_flags.sampled:
-            return None
-        record.trace_id = format_trace_id(of.trace_id)
-        return format_span_id(of.span_id)
+        if of.trace_flags.sampled:
+            course.trace_id, course.span_id = format_trace_id(of.trace_id), format_span_id(of.span_id)
 
     def close(self) -> None:
         """Send what is left, and wait at most CLOSE_SECONDS for that."""

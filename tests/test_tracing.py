@@ -29,10 +29,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.sdk.trace import TracerProvider
-from processes import MODELS, ROOT, SMALL, run_module, start_server, stop_server, until
+from processes import MODELS, ROOT, SMALL, run_main, start_server, stop_server, until
 from prometheus import JOB, running
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from service.__main__ import main
 from service.client import AsyncClient, Client
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
@@ -238,6 +239,6 @@ def test_without_the_flag_nothing_of_opentelemetry_is_imported(samples: dict[str
 
 @pytest.mark.parametrize("url", ["collector:4317", "grpc://collector", "http://collector/?key=1", "http://"])
 def test_an_endpoint_that_is_no_url_is_refused(url: str) -> None:
-    done = run_module("service", "--repository", str(SMALL), "--otlp-endpoint", url)
+    done = run_main(main, "--repository", str(SMALL), "--otlp-endpoint", url)
     assert done.returncode == 2
     assert done.stderr.startswith(f"--otlp-endpoint is {url!r}: ")
