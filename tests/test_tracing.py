@@ -145,22 +145,27 @@ def test_one_trace_leads_from_the_client_to_the_inference_and_its_times_are_thos
 
 
 async def ask_in_every_way(address: str, files: list[bytes]) -> dict[str, int]:
-    """The trace IDs of calls within spans: answered, and refused; by the request IDs of the calls."""
+    """The trace IDs of calls within spans: answered, refused, and late; by the request IDs of the calls."""
     traces = {}
-    async with AsyncClient(address) as client:
-        for request_id, image in (("good", files[0]), ("bad", b"no image")):
+    async with AsyncClient(address, attempts=1) as client:
+        for request_id, image, timeout in (
+            ("good", files[0], 30.0),
+            ("bad", b"no image", 30.0),
+            ("late", files[0], 0.2),
+        ):
             with application().start_as_current_span("page") as span:
                 traces[request_id] = span.get_span_context().trace_id
                 with contextlib.suppress(grpc.RpcError):
-                    await client.predict([image], request_id=request_id)
+                    await client.predict([image], request_id=request_id, timeout=timeout)
     return traces
 
 
 def test_what_is_traced_and_what_a_prometheus_knows_of_it(samples: dict[str, list[bytes]], tmp_path: Path) -> None:
-    """An answer, a refusal, a call whose client does not want it sampled, one without a trace, and a probe."""
+    """An answer, a refusal, a call that is late in the queue, where batches that are not full wait, one whose client
+    does not want it sampled, one without a trace, and a probe."""
     soon = os.environ | {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_RESOURCE_ATTRIBUTES": "service.name=shop"}
     with collecting() as (collector, url):
-        server = start_server(MODELS, "--otlp-endpoint", url, "--access-log", "1", env=soon)
+        server = start_server(MODELS, "--otlp-endpoint", url, "--access-log", "1", "--max-delay-ms", "600", env=soon)
         with running(tmp_path, {JOB: urlsplit(server.metrics_url).netloc}, EXEMPLARS) as prometheus:
             until(lambda: bool(prometheus.query("steervit_ready")))
             begun = time.time()
@@ -172,7 +177,7 @@ def test_what_is_traced_and_what_a_prometheus_knows_of_it(samples: dict[str, lis
                 stub.Predict(image, metadata=(("traceparent", unwanted), ("x-request-id", "unwanted")))
                 stub.Predict(image, metadata=(("traceparent", "nonsense"), ("x-request-id", "alone")))
                 assert GRPCInferenceServiceStub(channel).ServerReady(oi.ServerReadyRequest()).ready  # type: ignore[no-untyped-call]
-            until(lambda: sum(found.name == PREDICT for found in collector.spans) == 3)
+            until(lambda: sum(found.name == PREDICT for found in collector.spans) == 4)
 
             def exemplars(name: str) -> list[Any]:
                 expr = f"steervit_{name}_duration_seconds_bucket"
@@ -189,13 +194,19 @@ def test_what_is_traced_and_what_a_prometheus_knows_of_it(samples: dict[str, lis
         server.process.send_signal(signal.SIGTERM)
         _, errors = server.process.communicate(timeout=60)
     calls = {attributes(found)["steervit.request_id"]: found for found in collector.spans if found.name == PREDICT}
-    assert calls.keys() == {"good", "bad", "alone"}
+    assert calls.keys() == {"good", "bad", "late", "alone"}
     assert {found.name for found in collector.spans} == {PREDICT, "decode", "queue", "batch", "inference"}
     assert collector.resource["service.name"] == "shop"
     assert [found.name for found in collector.trace(traces["bad"])] == [PREDICT], "it was refused before the queue"
     refused = attributes(calls["bad"])
     assert refused["rpc.response.status_code"] == "INVALID_ARGUMENT"
     assert "error.type" not in refused, "an error of the client is none of the server"
+    late = {found.name: found for found in collector.trace(traces["late"])}
+    assert late.keys() == {PREDICT, "decode", "queue"}, "that is where it was when its time was over"
+    assert late["queue"].end_time_unix_nano == late[PREDICT].end_time_unix_nano
+    assert seconds(late["queue"]) > 0.1
+    assert attributes(late[PREDICT])["error.type"] == "DEADLINE_EXCEEDED"
+    assert late[PREDICT].status.code == late[PREDICT].status.STATUS_CODE_ERROR
     assert (len(calls["alone"].trace_id), calls["alone"].parent_span_id) == (16, b"")
     lines = [json.loads(line.partition(": ")[2]) for line in errors.splitlines() if " steervit.requests: " in line]
     logged = {line["request_id"]: line["trace_id"] for line in lines}
