@@ -100,10 +100,10 @@ image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with do
 
 # The CPU image runs the release of onnxruntime that the CUDA image and the tests run, without CUDA.
 lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases that pyproject.toml admits, with hashes
-	echo 'onnxruntime-gpu[cuda,cudnn]' | $(COMPILE) pyproject.toml - --no-emit-package onnxruntime -o deploy/requirements-cuda.lock
+	echo 'onnxruntime-gpu[cuda,cudnn]' | $(COMPILE) pyproject.toml - --extra otel --no-emit-package onnxruntime -o deploy/requirements-cuda.lock
 	sed -n 's/^onnxruntime-gpu\(==[^ ;]*\).*/onnxruntime\1/p' deploy/requirements-cuda.lock \
-		| $(COMPILE) pyproject.toml - --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
-	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra playground \
+		| $(COMPILE) pyproject.toml - --extra otel --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
+	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra otel --extra playground \
 		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 

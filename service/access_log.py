@@ -1,10 +1,12 @@
-"""What is known of the call that is being answered: for its counts, and for its line in the access log."""
+"""What is known of the call that is being answered: for its counts, its line in the access log, and its trace."""
 
 import json
 import re
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from service.calls import Ran
 
 CLIENT = "x-client-name"
 """Metadata in which a client says who it is."""
@@ -12,6 +14,22 @@ TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0
 """Metadata `traceparent`, as of the W3C recommendation Trace Context; the group is the trace id."""
 PROBES = re.compile(".+/(ServerLive|ServerReady|ModelReady)")
 """Methods whose calls are in no log."""
+
+
+@dataclass(slots=True)
+class Course:
+    """When a traced call was where. Times are those of time.monotonic, in seconds."""
+
+    decoding: tuple[float, float] | None = None
+    """When its images began to be decoded, and how long that took; None for pixels."""
+    queued: float | None = None
+    """When its images joined the queue."""
+    batches: list[Ran] = field(default_factory=list)
+    """Those that have run some of them."""
+    trace_id: str = ""
+    """Of its spans; "" before they are made, and without any."""
+    span_id: str = ""
+    """Of the call's own span."""
 
 
 @dataclass(slots=True)
@@ -29,6 +47,8 @@ class Record:
     """If the server lowered it."""
     queue_seconds: float | None = None
     inference_seconds: float | None = None
+    course: Course | None = None
+    """None: the call is not traced."""
 
 
 _CURRENT: ContextVar[Record] = ContextVar("record")
@@ -36,9 +56,9 @@ _OUTSIDE = Record()
 """Of what is answered to nobody, as in tests: written, and never read."""
 
 
-def begin() -> Record:
-    """The record of a new call, which is the current one of this task from now on."""
-    record = Record()
+def begin(traced: bool = False) -> Record:
+    """The record of a new call, which is the current one of this task from now on. traced: with its course."""
+    record = Record(course=Course() if traced else None)
     _CURRENT.set(record)
     return record
 
@@ -79,7 +99,7 @@ def line(
         "client": str(metadata.get(CLIENT, ""))[:128],
         "certificate": _common_name(context.auth_context()),
         "request_id": request_id,
-        "trace_id": trace[1] if trace else "",
+        "trace_id": trace[1] if trace else record.course.trace_id if record.course else "",
     }
     return Line((name, value) for name, value in fields.items() if value not in ("", None))
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.calls import Answer, Call, CallQueue, Piece, Result, Specialists, settle
+from service.calls import Answer, Call, CallQueue, Piece, Ran, Result, Specialists, settle
 from service.engine import Outputs
 from service.errors import InvalidRequest, Overloaded, Stopping
 from service.lowering import Brownout
@@ -138,15 +138,21 @@ class Batcher:
         )
 
     async def submit(
-        self, images: NDArray[np.uint8], steering: Steering, deadline: float, residual: bool = False
+        self,
+        images: NDArray[np.uint8],
+        steering: Steering,
+        deadline: float,
+        residual: bool = False,
+        ran: list[Ran] | None = None,
     ) -> Answer:
-        """images (B, height, width, channels), any B >= 1. Cancelling drops the images that have not run yet.
+        """images (B, height, width, channels), any B >= 1. Cancelling drops the images that have not run yet. ran: gets
+        the batches that have run some of them.
 
         Raises InvalidRequest for more work than the queue's limit, Overloaded when the queue is full, Expired when
         the deadline passes first, and Stopping after close.
         """
         loop = asyncio.get_running_loop()
-        call = Call(images, steering, residual, deadline, time.monotonic(), loop.create_future())
+        call = Call(images, steering, residual, deadline, time.monotonic(), loop.create_future(), ran=ran)
         if self._brownout and steering.permission:
             call.room = steering.permission.floor
         elif steering.budget is not None:
@@ -225,12 +231,10 @@ class Batcher:
         images = [piece.call.images[piece.rows] for piece in batch]
         digest = self._queue.common_digest(batch)
         try:
-            outputs = engine.run(
-                np.concatenate(images) if len(images) > 1 else images[0],
-                stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch]),
-                any(piece.call.residual for piece in batch),
-                digest,
-            )
+            pixels = np.concatenate(images) if len(images) > 1 else images[0]
+            steering = stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch])
+            inference = time.monotonic()
+            outputs = engine.run(pixels, steering, any(piece.call.residual for piece in batch), digest)
         except Exception as error:  # any exception of the provider answers its calls; the thread goes on
             if len(batch) == 1:
                 self._answer(index, [(batch[0].call, error)])
@@ -252,6 +256,8 @@ class Batcher:
             for piece in batch:
                 part = outputs.rows(slice(first, first + piece.size)) if len(batch) > 1 else outputs
                 first += piece.size
+                if piece.call.ran is not None:
+                    piece.call.ran.append(Ran(start, start + seconds, inference, outputs.seconds, count))
                 if answer := piece.call.add(piece.first, start, part):
                     results.append((piece.call, answer))
             waited = tuple(answer.queue_seconds for _, answer in results)

@@ -43,6 +43,19 @@ class Lowered(NamedTuple):
     """The compute fraction that each would have been expected to spend."""
 
 
+class Ran(NamedTuple):
+    """A batch that has run, as a trace shows it. Times are those of time.monotonic, in seconds."""
+
+    started: float
+    ended: float
+    inference: float
+    """When the inference started."""
+    seconds: float
+    """How long that took."""
+    images: int
+    """Of all calls."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The outputs of one call, and how long it waited."""
@@ -79,6 +92,8 @@ class Call:
     floor: float = 1.0
     """The least that brownout may make of that."""
     lowered: Lowered | None = None
+    ran: list[Ran] | None = None
+    """The batches that have run images of the call; None: nobody asks."""
 
     @property
     def waiting(self) -> int:

@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Literal
 
@@ -131,6 +133,10 @@ class Settings(BaseSettings):
     it took. Without health probes."""
     log_format: Literal["text", "json"] = "text"
     """json: one object a line, for the whole log."""
+    otlp_endpoint: str = Field("", pattern=r"^(https?://[^\s?#]+)?$")
+    """URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://collector:4318, for a trace of each
+    call; also exemplars at /metrics. Needs the extra `otel`. What else there is to set has OpenTelemetry's variables,
+    such as OTEL_TRACES_SAMPLER."""
     revision: str = "unknown"
     """Revision of the source, for steervit_build_info; the image sets it."""
 
@@ -138,6 +144,18 @@ class Settings(BaseSettings):
     @classmethod
     def _without_brackets(cls, host: str) -> str:
         return host.removeprefix("[").removesuffix("]")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _can_be_sent_to(cls, url: str) -> str:
+        try:
+            if url:
+                package_version("opentelemetry-exporter-otlp-proto-http")
+        except PackageNotFoundError as error:
+            raise ValueError(
+                "OpenTelemetry is not installed; allowed: with it, pip install 'steervit[otel]'"
+            ) from error
+        return url.rstrip("/")
 
     @property
     def url_host(self) -> str:

@@ -1,12 +1,13 @@
 """Counts in plain numbers and arrays; every method may be called from any thread."""
 
 import threading
+import time
 from bisect import bisect_left
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,16 @@ class Tally:
         self.inc(-1)
 
 
+class Exemplar(NamedTuple):
+    """A value that a histogram has counted, and the span of the call that it is from."""
+
+    value: float
+    trace_id: str
+    span_id: str
+    time: float
+    """Unix time."""
+
+
 @dataclass(frozen=True)
 class Buckets:
     """A histogram at one moment."""
@@ -72,6 +83,8 @@ class Buckets:
     """Values in this bucket and those before it."""
     total: float
     """The sum of all values."""
+    exemplars: Mapping[int, Exemplar]
+    """By bucket: the last of a call that is traced."""
 
 
 class Histogram:
@@ -81,6 +94,7 @@ class Histogram:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
+        self._exemplars: dict[int, Exemplar] = {}
         self._lock = threading.Lock()
 
     def observe(self, *values: float) -> None:
@@ -90,10 +104,16 @@ class Histogram:
                 self._counts[bisect_left(self._bounds, value)] += 1
                 self._total += value
 
+    def exemplify(self, value: float, trace_id: str, span_id: str) -> None:
+        """Name the span that a counted value is from."""
+        with self._lock:
+            bucket = bisect_left(self._bounds, value)
+            self._exemplars[bucket] = Exemplar(value, trace_id, span_id, time.time())
+
     def read(self) -> Buckets:
         """The counts at this moment."""
         with self._lock:
-            return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total)
+            return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total, self._exemplars.copy())
 
 
 @dataclass(frozen=True)

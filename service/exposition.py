@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from service.counting import Buckets, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
+from service.counting import Buckets, Exemplar, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
 
 Row = tuple[tuple[str, ...], float | Buckets]
 """The values of a series' labels, and its value."""
@@ -33,18 +33,22 @@ class Family:
     help: str
     labels: tuple[str, ...] = ()
 
-    def lines(self, rows: Iterable[Row]) -> list[str]:
-        """The family in Prometheus's text format. Its client library takes seven times as long."""
+    def lines(self, rows: Iterable[Row], openmetrics: bool = False) -> list[str]:
+        """The family in Prometheus's text format, or in that of OpenMetrics, with exemplars. Prometheus's client
+        library takes seven times as long."""
         name = f"{self.name}_total" if self.kind == "counter" else self.name
-        head = [f"# HELP {name} {self.help}", f"# TYPE {name} {self.kind}"]
+        family = self.name if openmetrics else name
+        head = [f"# HELP {family} {self.help}", f"# TYPE {family} {self.kind}"]
         if self.kind != "histogram":
             return head + [f"{name}{{{_labels(self.labels, values)}}} {value}" for values, value in rows]
         for values, value in rows:
             assert isinstance(value, Buckets)
             labels = _labels(self.labels, values)
             bounds = [*map(floatToGoString, value.bounds), "+Inf"]
-            for bound, count in zip(bounds, value.cumulative, strict=True):
-                head.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}')
+            exemplars = value.exemplars if openmetrics else {}
+            for index, (bound, count) in enumerate(zip(bounds, value.cumulative, strict=True)):
+                example = _exemplar(exemplars[index]) if index in exemplars else ""
+                head.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}{example}')
             head += (f"{name}_count{{{labels}}} {value.cumulative[-1]}", f"{name}_sum{{{labels}}} {value.total}")
         return head
 
@@ -217,15 +221,21 @@ def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
 
 
+def _exemplar(of: Exemplar) -> str:
+    """An exemplar as it stands behind its bucket."""
+    value: str = floatToGoString(of.value)  # type: ignore[no-untyped-call]
+    return f' # {{trace_id="{of.trace_id}",span_id="{of.span_id}"}} {value} {of.time:.3f}'
+
+
 class Page:
     """Every family, with the series that exist now; also as a collector of Prometheus's client library."""
 
     def __init__(self, rows: Callable[[], Rows]):
         self._rows = rows
 
-    def text(self) -> str:
-        """The page at this moment."""
-        return _text(self._rows())
+    def text(self, openmetrics: bool = False) -> str:
+        """The page at this moment, in OpenMetrics without its end."""
+        return _text(self._rows(), openmetrics)
 
     def describe(self) -> Iterable[Metric]:
         """The families without series, by which a registry knows their names."""
@@ -236,5 +246,6 @@ class Page:
         return text_string_to_metric_families(self.text())
 
 
-def _text(rows: Rows) -> str:
-    return "\n".join([*chain.from_iterable(family.lines(rows[family.name]) for family in FAMILIES), ""])
+def _text(rows: Rows, openmetrics: bool = False) -> str:
+    lines = chain.from_iterable(family.lines(rows[family.name], openmetrics) for family in FAMILIES)
+    return "\n".join([*lines, ""])

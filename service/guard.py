@@ -1,11 +1,11 @@
-"""Wraps every RPC: parses the message, turns errors into statuses, and counts, times and logs the call."""
+"""Wraps every RPC: parses the message, turns errors into statuses, and counts, times, logs and traces the call."""
 
 import asyncio
 import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -16,6 +16,9 @@ from google.rpc import error_details_pb2, status_pb2
 from service.access_log import PROBES, begin, line
 from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
 from service.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger("steervit.requests")
 MAX_SENTENCE = 620
@@ -29,9 +32,10 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 class Guard:
     """Makes the handlers of the services, and counts the calls of all of them."""
 
-    def __init__(self, metrics: Metrics, access_log: float = 0.0):
-        """access_log: the share of the calls with a line in the log at level info; the others have theirs at debug."""
-        self._metrics, self._access_log = metrics, access_log
+    def __init__(self, metrics: Metrics, access_log: float = 0.0, tracing: "Tracing | None" = None):
+        """access_log: the share of the calls with a line in the log at level info; the others have theirs at debug.
+        tracing: None: no call is traced."""
+        self._metrics, self._access_log, self._tracing = metrics, access_log, tracing
         self.accepted = self.answered = 0
         """Calls whose handler was entered, and those of them that were answered rather than cancelled."""
 
@@ -52,11 +56,12 @@ class Guard:
 
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         logged = not PROBES.fullmatch(path)
+        tracing = self._tracing if logged else None
 
         async def guarded(message: bytes, context: Any) -> Any:
             start, code, answered, answer = time.perf_counter(), "OK", True, None
             received = len(message)
-            allowed, name, record = context.time_remaining(), _request_id(context), begin()
+            allowed, name, record = context.time_remaining(), _request_id(context), begin(tracing is not None)
             context.set_trailing_metadata(_named(name))
             self.accepted += 1
             self._metrics.in_flight.inc()
@@ -79,6 +84,9 @@ class Guard:
                 self._metrics.in_flight.dec()
                 self.answered += answered
                 self._metrics.request(path, code, seconds, (record.model, record.version))
+                if tracing and record.course:
+                    tracing.ended(record, record.course, path, code, seconds, name, context)
+                    self._metrics.traced(path, seconds, record, record.course)
                 level = logging.INFO if random.random() < self._access_log else logging.DEBUG
                 if logged and log.isEnabledFor(level):
                     log.log(level, line(record, path, code, seconds, name, (received, _size(answer)), context))

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from export.bundle import Bundle
 from service import cuda
+from service.access_log import Course, Record
 from service.batcher import BatchStats
 from service.counting import CUSTOM, NONE, OTHER, Key, ProfileCounts, RequestCounts, Retained, Tally, VersionCounts
 from service.engine import Outputs
@@ -88,6 +89,19 @@ class Metrics:
         that it names, if there is one."""
         counts = self._versions.values.get(version)
         (counts.requests if counts else self._requests).add(method, code, seconds)
+
+    def traced(self, method: str, seconds: float, record: Record, course: Course) -> None:
+        """Name the span of a counted call, if it has one, as an example of its durations. seconds: as counted."""
+        if not course.span_id:
+            return
+        counts = self._versions.values.get((record.model, record.version))
+        seen = [((counts.requests if counts else self._requests).seconds[method], seconds)]
+        if counts:
+            seen += [(counts.decode, course.decoding[1])] if course.decoding else []
+            seen += [(counts.queue, record.queue_seconds)] if record.queue_seconds is not None else []
+            seen += [(counts.inference, ran.seconds) for ran in course.batches]
+        for histogram, value in seen:
+            histogram.exemplify(value, course.trace_id, course.span_id)
 
     def known_methods(self, methods: Sequence[str]) -> None:
         """Start the series of methods at 0; of those with images, by model too."""

@@ -268,15 +268,17 @@ class Model:
         """Run the images in this order, in which they may occur several times. Returns the pixels that ran, too."""
         self._in_flight += 1
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
-        start, decoded, answer = time.perf_counter(), None, None
+        record, start, decoded, answer = current(), time.monotonic(), None, None
         try:
             pixels = images if isinstance(images, np.ndarray) else await self._decoded(images)
-            decoded = time.perf_counter() - start
+            decoded = time.monotonic() - start
             self._metrics.decoded(decoded)
             if len(order) > len(pixels):
                 pixels = pixels[list(order)]
-            answer = await self.batcher.submit(pixels, steering, deadline, residual)
-            record = current()
+            if course := record.course:
+                course.decoding = None if isinstance(images, np.ndarray) else (start, decoded)
+                course.queued = time.monotonic()
+            answer = await self.batcher.submit(pixels, steering, deadline, residual, course.batches if course else None)
             record.queue_seconds, record.inference_seconds = answer.queue_seconds, answer.outputs.seconds
             record.budget_applied = answer.lowered.budget if answer.lowered else None
         except Overloaded:
@@ -284,7 +286,7 @@ class Model:
             raise
         finally:
             self._in_flight -= 1
-            self.statistics.call(time.perf_counter() - start, decoded, answer)
+            self.statistics.call(time.monotonic() - start, decoded, answer)
         return answer, pixels
 
     async def _decoded(self, decoders: Sequence[Callable[[], NDArray[np.uint8]]]) -> NDArray[np.uint8]:

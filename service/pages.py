@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-
 log = logging.getLogger("steervit.pages")
 
 
@@ -61,8 +59,9 @@ class Pages:
     """HTTP in a thread of its own: /metrics, /livez (its threads make progress), /readyz (takes requests; with the
     reason if not)."""
 
-    def __init__(self, host: str, port: int, metrics: Callable[[], bytes], state: State):
-        """metrics: makes the page of metrics. Raises OSError when the port is taken."""
+    def __init__(self, host: str, port: int, metrics: Callable[[str], tuple[bytes, str]], state: State):
+        """metrics: makes the page of metrics and names its type, given which are accepted. Raises OSError when the port
+        is taken."""
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             method, path, packed = environ["REQUEST_METHOD"], environ["PATH_INFO"], False
@@ -71,7 +70,7 @@ class Pages:
             if method not in ("GET", "HEAD"):
                 status, body = "405 Method Not Allowed", b"Method Not Allowed\n"
             elif path == "/metrics":
-                status, body, kind = "200 OK", metrics(), CONTENT_TYPE_PLAIN_0_0_4
+                status, (body, kind) = "200 OK", metrics(environ.get("HTTP_ACCEPT", ""))
                 if packed := "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
                     body = gzip.compress(body, 1)  # a level that costs least; the lock of the interpreter is free
             else:

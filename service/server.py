@@ -4,12 +4,13 @@ import asyncio
 import logging
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from export.bundle import Bundle
 from service import transport
@@ -23,6 +24,9 @@ from service.profiles import ProfileFolder
 from service.repository import Repository
 from service.steering_api import SteeringService
 from service.tls import Certificates
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger("steervit.server")
 HANGS_AFTER = 60.0
@@ -103,7 +107,8 @@ class Server:
             self._profiles.check_default(bundle)
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
-        self._guard = Guard(self._metrics, settings.access_log)
+        self._tracing = _tracing(settings)
+        self._guard = Guard(self._metrics, settings.access_log, self._tracing)
         self._beat = math.inf
         """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0
@@ -166,8 +171,13 @@ class Server:
             return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
         return ""
 
-    def _metrics_page(self) -> bytes:
-        return self._metrics.page.text().encode() + generate_latest(self._process)
+    def _metrics_page(self, accepted: str) -> tuple[bytes, str]:
+        """The page and its type: OpenMetrics, which has room for exemplars, where there are any and a scraper reads
+        it."""
+        if self._tracing and "application/openmetrics-text" in accepted:
+            of_process = openmetrics.generate_latest(self._process)  # type: ignore[no-untyped-call]
+            return self._metrics.page.text(openmetrics=True).encode() + of_process, openmetrics.CONTENT_TYPE_LATEST
+        return self._metrics.page.text().encode() + generate_latest(self._process), CONTENT_TYPE_PLAIN_0_0_4
 
     def _bundles(self) -> list[Bundle]:
         return [model.own for model in self._repository.models]
@@ -200,6 +210,8 @@ class Server:
         accepted, answered = self._guard.accepted, self._guard.answered
         log.info("stopped: %d calls accepted, %d answered, %d cancelled", accepted, answered, accepted - answered)
         await asyncio.get_running_loop().run_in_executor(None, self._repository.close)
+        if self._tracing:
+            await asyncio.get_running_loop().run_in_executor(None, self._tracing.close)
         self._pages.close()
 
     async def _follow_state(self) -> None:
@@ -219,6 +231,14 @@ class Server:
         status = response.SERVING if serving else response.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if not settings.otlp_endpoint:
+        return None
+    from service.tracing import Tracing  # the SDK is an extra, and nobody else waits for its import
+
+    return Tracing(settings.otlp_endpoint, settings.revision)
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

@@ -68,7 +68,7 @@ class Prometheus:
 
 
 @contextmanager
-def running(folder: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]:
+def running(folder: Path, targets: Mapping[str, str], *flags: str) -> Iterator[Prometheus]:
     """Scrapes and evaluates every second; keeps its data in the folder."""
     config = folder / "prometheus.yml"
     scraped = {"job_name": "none", "file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}]}
@@ -89,7 +89,7 @@ def running(folder: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(
             ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-             f"--web.listen-address={address}", "--log.level=warn"],
+             f"--web.listen-address={address}", "--log.level=warn", *flags],
             stdout=log, stderr=log,
         )  # fmt: skip
         try:

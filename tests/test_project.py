@@ -17,7 +17,7 @@ from service.cli_page import page
 
 FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
-    "matplotlib", "jinja2", "tqdm", "starlette", "uvicorn",
+    "matplotlib", "jinja2", "tqdm", "starlette", "uvicorn", "opentelemetry",
 }  # fmt: skip
 SCHEMAS = ROOT / "docs" / "schemas"
 SERVING = [

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import json
 import re
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -294,5 +295,11 @@ def unit(text: str) -> pb.Unit:
 
 
 def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:
-    """A call's gRPC metadata: its request ID as x-request-id, if it has one."""
-    return (("x-request-id", asked["request_id"]),) if "request_id" in asked else ()
+    """A call's gRPC metadata: its request ID as x-request-id, if it has one; and the application's active span of
+    OpenTelemetry, if there is one, as traceparent."""
+    named = {"x-request-id": asked["request_id"]} if "request_id" in asked else {}
+    if "opentelemetry.trace" in sys.modules:  # otherwise no span can be active
+        from opentelemetry.propagate import inject
+
+        inject(named)
+    return tuple(named.items())

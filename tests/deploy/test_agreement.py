@@ -5,6 +5,7 @@ import re
 import shutil
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import promql_parser
 import pytest
@@ -246,6 +247,20 @@ def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_who
         scan(tmp_path)
     shutil.move(tmp_path / ".incoming" / "fashion_mnist", tmp_path)
     assert set(scan(tmp_path)) == {"fashion_mnist"}
+
+
+def test_pods_call_nobody_but_the_collector_of_their_traces() -> None:
+    for target in TARGETS:
+        found = objects(target)
+        (pod,) = pods(found)
+        endpoint = urlsplit(settings(pod, found).get("STEERVIT_OTLP_ENDPOINT", ""))
+        for policy in of_kind(found, "NetworkPolicy"):
+            let_out = {
+                (to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"], port["port"])
+                for rule in policy["spec"]["egress"] for to in rule["to"] for port in rule["ports"]
+            }  # fmt: skip
+            collector = {((endpoint.hostname or "").rpartition(".")[2], endpoint.port), ("kube-system", 53)}
+            assert let_out == (collector if endpoint.port else set()), target
 
 
 def test_the_readme_names_files_that_exist_and_every_component() -> None:
