@@ -20,6 +20,11 @@ from training.terminal import print_anything
 
 MODELS = Path("deploy/models")
 SAMPLES = Path("deploy/samples")
+NEXT = """
+Next: make playground     # this server behind a web page, http://127.0.0.1:8003
+      make serve          # a server on port 8001; then, in another terminal:
+      .venv/bin/steervit predict --profile Shirt deploy/samples/Shirt/*.png
+      .venv/bin/steervit compare --profile Shirt deploy/samples/Shirt/*.png"""
 READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics (?P<metrics>\S+)")
 
 
@@ -87,6 +92,7 @@ def main() -> int:
             )
         )
     print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")
+    print(NEXT)
     return 0
 
 

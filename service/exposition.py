@@ -57,7 +57,7 @@ MODEL = ("model", "version")
 PROFILE = (*MODEL, "profile")
 FAMILIES = (
     Family(
-        "counter", "steervit_requests", "RPCs answered. Without a model: those of no model that is served.",
+        "counter", "steervit_requests", "RPCs answered. Without a model: RPCs for no served model.",
         ("method", "code", *MODEL),
     ),
     Family(
@@ -65,7 +65,7 @@ FAMILIES = (
         ("method", *MODEL),
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
-    Family("gauge", "steervit_ready", "1 while the server takes calls, as /readyz says; else 0."),
+    Family("gauge", "steervit_ready", "1 while the server accepts calls, like /readyz; else 0."),
     Family(
         "gauge", "steervit_certificate_expiry_timestamp_seconds",
         "When the server's certificate, or the first of its clients' authorities, expires.", ("file",),
@@ -87,7 +87,7 @@ FAMILIES = (
     Family("counter", "steervit_brownout_macs_saved", "Multiply-accumulates saved by that, estimated.", PROFILE),
     Family(
         "gauge", "steervit_brownout_level",
-        "How far budgets are lowered, those of the calls that are lowered most: 0 not, 1 to their floors.", MODEL,
+        "How far budgets are lowered, for the calls that are lowered most: 0 not at all, 1 to their lowest.", MODEL,
     ),
     Family(
         "counter", "steervit_brownout_shadow_images",
@@ -117,9 +117,9 @@ FAMILIES = (
     Family("gauge", "steervit_queue_images", "Images that wait.", MODEL),
     Family(
         "gauge", "steervit_queue_work_images",
-        "The same at full budget: each counts as its budget, or as the least that brownout may lower it to.", MODEL,
+        "Waiting images at full budget: each counts as its budget, or as the lowest that brownout may apply.", MODEL,
     ),
-    Family("gauge", "steervit_queue_limit_images", "Images at full budget that may wait.", MODEL),
+    Family("gauge", "steervit_queue_limit_images", "Limit of waiting images, at full budget.", MODEL),
     Family(
         "gauge", "steervit_model_info", "1 for each model that is served.",
         (*MODEL, "digest", "gates_sae_digest", "graph", "provider"),
@@ -129,13 +129,13 @@ FAMILIES = (
         (*MODEL, "instances", "threads", "wide_threads", "spinning", "max_batch", "source"),
     ),
     Family("gauge", "steervit_instances", "Batches of a model that run at a time.", MODEL),
-    Family("counter", "steervit_specialised_images", "Images that a graph for their profile alone has run.", MODEL),
+    Family("counter", "steervit_specialised_images", "Images that ran on a graph for their profile alone.", MODEL),
     Family("gauge", "steervit_cuda_graphs", "Batch sizes of a model that run as CUDA graphs.", MODEL),
     Family("gauge", "steervit_gpu_memory_bytes", "Memory of the GPU.", ("device",)),
     Family("gauge", "steervit_gpu_memory_used_bytes", "Memory of the GPU in use, by any process.", ("device",)),
-    Family("gauge", "steervit_profiles", "Profiles that a model is served with.", MODEL),
+    Family("gauge", "steervit_profiles", "Profiles of a served model.", MODEL),
     Family(
-        "gauge", "steervit_profiles_info", "1 for each model that is served: a digest of the profiles that it has.",
+        "gauge", "steervit_profiles_info", "1 for each served model: a digest of its profiles.",
         (*MODEL, "profiles_digest"),
     ),
     Family("gauge", "steervit_profiles_unused", "Profiles of the profile folder that are for no model that is served."),
@@ -144,7 +144,7 @@ FAMILIES = (
         "gauge", "steervit_profiles_last_read_successful",
         "0 while the profile folder is invalid and its last valid state is served; else 1.",
     ),
-    Family("counter", "steervit_model_load_failures", "Attempts to load a version that failed.", MODEL),
+    Family("counter", "steervit_model_load_failures", "Failed attempts to load a version.", MODEL),
     Family(
         "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL
     ),

@@ -383,7 +383,8 @@ def test_what_a_run_lacks_leaves_no_heading_and_no_entry_in_the_contents(lacking
     text, reader = read({key: value for key, value in results_of(2).items() if key not in missing})
     found = [attributes["id"] for tag, attributes in reader.attributes if tag == "h2"]
     linked = [(a["href"] or "")[1:] for tag, a in reader.attributes if tag == "a"]
-    assert found == linked
+    pictures = [attributes["id"] for tag, attributes in reader.attributes if tag == "figure"]
+    assert [*found, *pictures] == linked
     assert {OPTIONAL[key] for key in missing}.isdisjoint(found)
     assert {part for key, part in OPTIONAL.items() if key not in missing} < set(found)
     for body in re.split(r"<h2[^>]*>", text)[1:]:

@@ -114,7 +114,7 @@ class Run:
             before = MADE_OF[stage.partition(".")[0]]
             raise RunError(
                 f"{path} was made from another {before}.safetensors. "
-                "Put that back, or remove this file and what was made after it, and run the step again"
+                "Restore that file, or remove this one and those of later stages, and run the step again"
             )
 
     def _stage(self, stage: str) -> Path:
