@@ -264,8 +264,8 @@ def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:
             if fit in graphs:
                 return graphs[fit]
         log.warning(
-            "%s has no graph for a GPU (%s): with %s the GPU waits for the host. Fix: steervit export --attention fused "
-            "--precision fp16", bundle.folder, ", ".join(FOR_GPU), next(iter(graphs)),
+            "%s has no graph for a GPU (%s): with %s the GPU waits for the host. Fix: "
+            "steervit export --attention fused --precision fp16", bundle.folder, ", ".join(FOR_GPU), next(iter(graphs)),
         )  # fmt: skip
     return bundle.manifest.graphs[0]
 
