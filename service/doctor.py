@@ -147,7 +147,7 @@ def _certificates(settings: Settings) -> Lines:
 
 def _server(settings: Settings) -> Lines:
     """The state of the server at the metrics port, and what it counts of failures."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    host = settings.host if settings.host.strip("0.:") else "localhost"  # 0.0.0.0 and ::, where it listens everywhere
     try:
         for path in ("/livez", "/readyz"):
             status, text = _page(host, settings.metrics_port, path)
