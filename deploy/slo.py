@@ -179,7 +179,7 @@ def _groups(
             "annotations": {
                 "summary": f"{share} of the calls for {model} of {{{{ $labels.job }}}} {what}",
                 "description": f"{share} of the calls with images {what}, and still do: the budget of {days} days is "
-                f"spent more than {rates} as fast as would just last.",
+                f"spent more than {rates} too fast.",
                 "runbook_url": f"deploy/RUNBOOK.md#{alert.lower()}burns{kind.lower()}",
             },
         }

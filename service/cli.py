@@ -58,7 +58,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             extras=("train", "export"),
         ),
         "verify": Command(
-            "Check that a bundle is whole, and answers as it promises.",
+            "Check that a bundle is complete and gives the recorded answers.",
             "export.__main__:main",
             "export.__main__:verify_parser",
             ("verify",),
@@ -79,12 +79,12 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
         "explain": _client("Classify image files, and show what drives the gates."),
         "profiles": _client("List the steering profiles and their measured effects."),
         "models": _client("List the models and versions in the server's repository."),
-        "dial": _client("Show what budgets do: compute and accuracy, as measured."),
-        "load": _client("Send image files again and again; report the latencies."),
+        "dial": _client("Show the measured compute and accuracy of each budget."),
+        "load": _client("Put a server under load with image files; report latencies."),
     },
     "Shell": {
         "completion": Command(
-            "Print what makes bash, zsh or fish complete these commands.",
+            "Print the completion script for bash, zsh or fish.",
             "service.cli:print_completion",
             "service.cli:completion_parser",
             extras=("completion",),

@@ -18,11 +18,11 @@ The packages' own commands take the same flags: `python -m training STEP` (`trai
 `python -m training.reproduce`, `python -m export`, `python -m export verify`, `python -m service` (`serve`), and
 `python -m service.client COMMAND` for those that ask a server.
 
-A command that needs what is not installed names it, with the `pip install` that brings it.
+If a package is missing, the error names it and the `pip install` command for it.
 
-`--json` prints one line of JSON instead of a table: the messages of [steering.proto](../proto/steering.proto) by its
-names of fields, each image's with its file as `image`. Integers of 64 bits are strings there, as in all JSON of
-protobuf. Maps of units are in colour on a terminal, unless `NO_COLOR` is set.
+`--json` prints one line of JSON instead of a table: the messages of [steering.proto](../proto/steering.proto) with
+their field names, and each image's file as `image`. 64-bit integers are strings, as in all JSON of protobuf. Maps
+of units are in colour on a terminal, unless `NO_COLOR` is set.
 """
 
 

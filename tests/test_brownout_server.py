@@ -313,7 +313,7 @@ def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path)
             assert (caught.value.code().name, caught.value.details()) == ("INVALID_ARGUMENT", sentence)
         receipt = client.predict([PIXELS[0]], budget=0.6, min_budget=0.6).receipt
         assert (round(receipt.budget_applied, 6), receipt.brownout) == (0.6, False)
-        with pytest.raises(ValueError, match=r"min_budget is 0\.5; allowed: none but for predict"):
+        with pytest.raises(ValueError, match=r"min_budget is 0\.5; allowed: only for predict"):
             client.compare([PIXELS[0]], min_budget=0.5)
     request = oi.ModelInferRequest(model_name="dial")
     request.inputs.add(name="image", datatype="UINT8", shape=PIXELS[:2].shape)

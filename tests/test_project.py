@@ -14,6 +14,7 @@ from processes import ROOT
 
 from export.bundle import Bundle
 from service.cli_page import page
+from service.demo import NEXT
 
 FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
@@ -126,8 +127,9 @@ def test_the_readme_names_only_files_and_targets_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = {word for line in readme.splitlines() if line.strip().startswith("make ") for word in line.split()[1:2]}
     assert {"demo", "test"} <= targets
-    for target in targets:
+    for target in targets | set(re.findall(r"make (\w+)", NEXT)):
         assert f"\n{target}:" in makefile, target
+    assert NEXT in readme, "README shows another end of make demo"
 
 
 INSTEAD = {

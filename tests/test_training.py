@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
     more = replace(data, digests={**data.digests, "training images": "60001 with the digest 0"})
-    images = r"training images: 60000 with the digest \w{16} there, 60001 with the digest 0 now"
+    images = r"training images: 60000 with the digest \w{16} before, 60001 with the digest 0 now"
     part = Run(tmp_path / "part")
     model = fit.build(TINY, data.spec, len(data.labels))
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
     fit.check_images(part, data)
     with pytest.raises(RunError, match=rf"part/vit\.json was made with other images \({images}\)\. Give the same"):
         fit.fit_vit(settings, more, part)
-    with pytest.raises(RunError, match=r"labels: 10 there, 11 now; not the same: 'Hat'"):
+    with pytest.raises(RunError, match=r"labels: 10 before, 11 now; different: 'Hat'"):
         fit.check_images(part, replace(data, labels=(*data.labels, "Hat")))
     old = part.info("vit")
     old["result"]["data"] = more.digests

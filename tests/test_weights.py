@@ -83,7 +83,7 @@ def test_a_classifier_of_another_size_is_left_out_and_named(
     rest = {key for key in trained if not key.startswith("head.")}
     assert_equal({key: found[key] for key in rest}, {key: trained[key] for key in rest})
     assert capsys.readouterr().out.splitlines() == [
-        f"vit: weights of {path}: left out: head (4 classes there, 5 here); mask (not part of {NAME})",
+        f"vit: weights of {path}: left out: head (4 classes, the data 5); mask (not part of {NAME})",
         f"vit: weights of {path}: head starts from random numbers",
     ]
     save_file({key: value for key, value in trained.items() if key in rest}, path)

@@ -76,7 +76,7 @@ VARIABLES = [
     ),
     variable(
         "version", "Version", 'label_values(steervit_images_total{job=~"$job", model="$model"}, version)',
-        "Versions of the model, those that are not served any more too.",
+        "Versions of the model, unloaded ones included.",
     ),
     variable(
         "profile", "Profile", f"label_values(steervit_images_total{{{MODEL}}}, profile)",
@@ -114,7 +114,7 @@ OVERVIEW = [
         ((None, "red"), (0.9, "orange"), (0.95, "green")),
     )),
     (4, number(
-        "Gates near the threshold", "Share of the gates that were decided by so little that rounding could turn them.",
+        "Gates near the threshold", "Share of the gates whose logit is so near 0 that rounding could flip them.",
         "percentunit", near_threshold(RANGE),
     )),
 ]  # fmt: skip
@@ -196,7 +196,7 @@ STILL_RIGHT = [
 
 BUDGETS = [
     (12, over_time(
-        "Budgets", "How many images came with which budget. Images without one are not in it.", "percentunit",
+        "Budgets", "Images by requested budget. Images without a budget are left out.", "percentunit",
         f"sum by (le) (increase(steervit_budget_bucket{{{MODEL}}}{STEP}))",
     )),
     (12, lines(

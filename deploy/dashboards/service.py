@@ -44,11 +44,11 @@ VARIABLES = [
     variable("job", "Job", "label_values(steervit_build_info, job)", "Scrape jobs, such as one a deployment."),
     variable(
         "instance", "Server", 'label_values(steervit_build_info{job=~"$job"}, instance)',
-        "Servers of the jobs, to look at one alone.",
+        "Servers of the jobs, to select one.",
     ),
     variable(
         "model", "Model", "label_values(steervit_model_info{" + JOB + "}, model)",
-        "Models that are served. Calls of no model, such as for one that is not served, are in `All` alone.",
+        "Served models. Calls for an unknown model are counted in `All` only.",
     ),
 ]  # fmt: skip
 
@@ -76,7 +76,7 @@ OVERVIEW = [
         ((None, "red"), (1, "green")),
     )),
     (4, number(
-        "Versions not loaded", "Versions in the repository that do not work, now, over all servers.", "none",
+        "Versions not loaded", "Versions in the repository that cannot be loaded, now, over all servers.", "none",
         f"count(steervit_model_load_failed{{{MODEL}}}) or vector(0)", ((None, "green"), (1, "red")),
     )),
 ]  # fmt: skip
@@ -84,20 +84,20 @@ OVERVIEW = [
 SERVICE_LEVEL = [
     (8, limits(lines(
         "Error budget left",
-        f"Of the bad calls that {PROMISED.days} days may have, by promise and model. Below 0 the promise is broken. "
-        "Before Prometheus has that much history: of what it has.", "percentunit",
+        f"Error budget left of {PROMISED.days} days, by objective and model. Below 0 the objective is not met. "
+        "While Prometheus has less history, it covers that.", "percentunit",
         (f"slo:period_error_budget_remaining:ratio{{{OF_SLO}}}", "{{job}} {{sloth_slo}} {{model}}"), lowest=None,
     ), (None, "red"), (0, "transparent"))),
     (8, limits(lines(
         "Burn rate",
-        "How fast the budget is spent: at 1 it would just last. Lines: where alerts begin, if it lasts for "
+        "How fast the budget is spent: at 1 it lasts for its whole period. Lines: where alerts begin, if it lasts for "
         + ", ".join(f"{window} ({factor:g})" for factor, window, _ in reversed(slo.FAST + slo.SLOW)) + ".", "none",
         (f"slo:current_burn_rate:ratio{{{OF_SLO}}}", "{{job}} {{sloth_slo}} {{model}}"),
     ), (None, "transparent"), *((factor, "orange") for factor, *_ in reversed(slo.SLOW)),
         *((factor, "red") for factor, *_ in reversed(slo.FAST)))),
     (8, rows(
         "Promises",
-        "What deploy/slo.yaml promises, the share of good calls, and what is left of the budget.", "percentunit",
+        "Objectives of deploy/slo.yaml, share of good calls, and error budget left.", "percentunit",
         (
             f"sum by (job, model, sloth_slo) (slo:objective:ratio{{{OF_SLO}}})",
             f"1 - sum by (job, model, sloth_slo) (slo:sli_error:ratio_rate{PROMISED.days}d{{{OF_SLO}}})",
@@ -171,7 +171,7 @@ BATCHES = [
 SATURATION = [
     (6, limits(lines(
         "Inference busy",
-        "Share of the time in which a model's instances ran batches. Near 100% it can do no more: the queue grows. "
+        "Share of the time in which a model's instances ran batches. Near 100% the queue grows. "
         "More servers, or fewer heads.", "percentunit",
         (f"sum by (instance, model, version) (rate(steervit_inference_duration_seconds_sum{{{MODEL}}}{STEP}))"
          " / sum by (instance, model, version) (steervit_instances)",
@@ -213,7 +213,7 @@ PROCESS = [
 MODELS = [
     (14, rows(
         "Models",
-        "What each server serves now. Servers of one job that differ here are being changed, or should not.", "none",
+        "What each server serves now. Servers of one job should differ here only during a rollout.", "none",
         (
             "sum by (job, instance, model, version, graph, provider, digest, profiles_digest) ("
             f"steervit_model_info{{{MODEL}}} * on (job, instance, model, version) group_left (profiles_digest) ("
@@ -227,7 +227,7 @@ MODELS = [
     )),
     (10, lines(
         "Loads that failed",
-        "Attempts to load a version, and readings of the profile folder, that failed in 5 minutes.",
+        "Failed attempts to load a version or to read the profile folder, in 5 minutes.",
         "none",
         (f"sum by (model) (increase(steervit_model_load_failures_total{{{MODEL}}}[5m]))", "{{model}}"),
         (f'sum(increase(steervit_profile_reads_total{{{JOB}, result="failed"}}[5m]))', "profile folder"),

@@ -280,7 +280,7 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
         request.budget = asked["budget"]
     if "min_budget" in asked:
         if not isinstance(request, pb.PredictRequest):
-            raise ValueError(f"min_budget is {asked['min_budget']}; allowed: none but for predict")
+            raise ValueError(f"min_budget is {asked['min_budget']}; allowed: only for predict")
         request.min_budget = asked["min_budget"]
     return request
 

@@ -43,10 +43,10 @@ COMMANDS: Mapping[str, str] = {
     "predict": "Classify image files, and show which units ran.",
     "compare": "Classify image files without and with steering, side by side.",
     "explain": "Classify image files, and show the latents that drive the gates.",
-    "load": "Send image files again and again; report rate and latencies.",
+    "load": "Put a server under load with image files; report rate and latencies.",
     "profiles": "List the steering profiles and their measured effects.",
     "models": "List the models and versions in the server's repository.",
-    "dial": "Show what budgets do: compute and accuracy, as measured.",
+    "dial": "Show the measured compute and accuracy of each budget.",
 }
 OF_IMAGES = ("predict", "compare", "explain", "load")
 IMAGES_PER_CALL, BYTES_PER_CALL = 64, 16 * 2**20

@@ -199,7 +199,7 @@ def _rows(dataset: Any, where: str) -> tuple[Source, torch.Tensor]:
     elif hasattr(dataset, "targets"):
         classes = dataset.targets
     else:
-        raise DataError(f"{where}: gives its labels with its images alone; allowed: a set with `targets`, or a folder")
+        raise DataError(f"{where} has no list of labels; allowed: a set with `targets`, or a folder")
     source: Source = Rows(dataset, where)
     if hasattr(dataset, "samples"):  # torchvision's ImageFolder and ImageNet
         source = Files(tuple(path for path, _ in dataset.samples))

@@ -106,7 +106,7 @@ def _start(vit: VisionTransformer, settings: VitSettings, classes: int) -> None:
         there = cast(Mapping[str, Any], vit.pretrained_cfg)["num_classes"]
         random = ["head"] if there != classes else []
         kept = "starts from random numbers" if random else "is kept; its classes must be in the order of the labels"
-        sentences = [f"pretrained weights: the classifier {kept} ({there} classes there, {classes} here)"]
+        sentences = [f"pretrained weights: the classifier {kept} ({there} classes in the file, {classes} labels)"]
     else:
         return
     if random and settings.backbone_epochs == 0:

@@ -56,7 +56,7 @@ def load_weights(vit: VisionTransformer, path: Path, model: str) -> tuple[list[s
             absent.append(name)
             weight = tensors.get(f"{name}.weight")
             if weight is not None:
-                apart.append(f"{name} ({len(weight)} classes there, {len(own[f'{name}.weight'])} here)")
+                apart.append(f"{name} ({len(weight)} classes, the data {len(own[f'{name}.weight'])})")
             tensors = {key: value for key, value in tensors.items() if key not in own}
         elif own:
             classes = len(own[f"{name}.weight"])

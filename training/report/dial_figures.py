@@ -37,7 +37,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
     if profiles:
         axis.plot(
             *_line(profiles), color=VERMILION, marker="*", ms=10, lw=1.4, ls="-.",
-            label="the dial, each image under the profile of its class (the class is told)",
+            label="the dial, each image under the profile of its class (class known)",
         )  # fmt: skip
     plain = [
         (control["compute_fraction"], control["accuracy"]) for control in controls.values() if "dial" not in control

@@ -20,9 +20,9 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "profile": ("*", VERMILION, "the chosen profiles"),
     "strategy": ("o", BLUE, "steering strategy"),
     "control": ("D", ORANGE, "control: random latents, another's profile"),
-    "alike": ("P", GREEN, "one steering for all images, not told the class"),
+    "alike": ("P", GREEN, "one steering for all images, class unknown"),
     "baseline": ("s", GREY, "baseline without latents"),
-    "model": ("^", INK, "separately trained model, not told the class"),
+    "model": ("^", INK, "separately trained model, class unknown"),
 }
 """Marker, colour and meaning of each kind of rival."""
 FLOOR = -0.08
@@ -104,7 +104,7 @@ def arrows(results: Mapping[str, Any]) -> Figure:
         Line2D([], [], marker="o", color=GREY, label="no steering"),
         Line2D([], [], marker=">", color=BLUE, label="own profile"),
         Line2D([], [], marker="o", ls="", color=INK, mfc=INK, label="change with p < 0.05 (Benjamini-Hochberg)"),
-        Line2D([], [], marker="o", ls="", color=INK, mfc="white", label="not so"),
+        Line2D([], [], marker="o", ls="", color=INK, mfc="white", label="other changes"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     return figure

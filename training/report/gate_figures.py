@@ -184,7 +184,7 @@ def curves(points: Sequence[dict[str, Any]], usage: str = "head usage") -> Figur
         Line2D([], [], color=ORANGE, label=usage),
     ]
     if any("target" in point for point in points):
-        handles.append(Line2D([], [], color=INK, ls="--", label="usage asked for"))
+        handles.append(Line2D([], [], color=INK, ls="--", label="usage target"))
     axis.legend(handles=handles, loc="lower right", fontsize=8.5, framealpha=0.9, edgecolor="none")
     return figure
 

@@ -122,11 +122,11 @@ def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
     """made: has `data` and `labels`, where they were written down."""
     there, now = made.get("data", data.digests), data.digests
     different = [name for name in sorted(there | now) if there.get(name) != now.get(name)]
-    changed = [f"{name}: {there.get(name)} there, {now.get(name)} now" for name in different]
+    changed = [f"{name}: {there.get(name)} before, {now.get(name)} now" for name in different]
     labels = made.get("labels", list(data.labels))
     if labels != list(data.labels):
         apart = ", ".join(map(repr, sorted(set(labels) ^ set(data.labels))[:5])) or "their order"
-        changed.append(f"labels: {len(labels)} there, {len(data.labels)} now; not the same: {apart}")
+        changed.append(f"labels: {len(labels)} before, {len(data.labels)} now; different: {apart}")
     if changed:
         raise RunError(
             f"{path} was made with other images ({'; '.join(changed)}). "
