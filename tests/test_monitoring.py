@@ -206,7 +206,7 @@ def test_panels_tell_servers_apart_where_the_runbook_compares_them(run: Run, bun
 
 
 def test_the_documented_query_tells_models_and_versions_apart(run: Run) -> None:
-    expr = (ROOT / "docs" / "serving.md").read_text().partition("Watch it")[2].split("```")[1]
+    expr = (ROOT / "docs" / "serving.md").read_text().partition("## Metrics")[2].split("```")[1]
     found = run.prometheus.query(expr)
     wanted = {"model", "version", "profile", "block", "head"}
     assert {frozenset(dict(labels)) for labels in found} == {frozenset(wanted)}
