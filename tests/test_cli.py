@@ -164,7 +164,8 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         done = run_main(main, *arguments)
         assert (done.returncode, done.stdout) == (status, ""), arguments
         assert reason in done.stderr
-    command = [sys.executable, "-c", SCRIPT, "load", "--seconds", "60", *at, *SHIRTS]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+    command = [sys.executable, "-c", heard + SCRIPT, "load", "--seconds", "60", *at, *SHIRTS]
     before = server.count("steervit_images_total")
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while server.count("steervit_images_total") < before + 10:

@@ -219,10 +219,10 @@ def end(*_):
     for thread in threading.enumerate():
         if thread.name.startswith("batcher-"):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-signal.signal(signal.SIGUSR1, end)
+signal.signal(signal.SIGUSR2, end)
 sys.exit(main(sys.argv[1:]))
 """
-"""The server, whose inference threads end at SIGUSR1 (when they next have something to do)."""
+"""The server, whose inference threads end at SIGUSR2 (when they next have something to do)."""
 
 
 def test_clients_hear_that_an_inference_thread_is_gone(samples: dict[str, list[bytes]]) -> None:
@@ -231,7 +231,7 @@ def test_clients_hear_that_an_inference_thread_is_gone(samples: dict[str, list[b
         with Client(server.address, timeout=1, attempts=1) as client, grpc.insecure_channel(server.address) as channel:
             health, ready = HealthStub(channel), GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
             assert health.Check(HealthCheckRequest()).status == HealthCheckResponse.SERVING
-            server.process.send_signal(signal.SIGUSR1)
+            server.process.send_signal(signal.SIGUSR2)
             with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
                 client.predict(samples["Bag"])
             until(lambda: health.Check(HealthCheckRequest()).status == HealthCheckResponse.NOT_SERVING)

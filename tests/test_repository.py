@@ -319,7 +319,7 @@ def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
     bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:
     put(bundle, tmp_path, 1)
-    info = "steervit_model_info{digest="
+    info = "steervit_model_info{"
     flags = ("--model-control", "explicit", "--max-images", "2000", "--max-queue", "2000")
     with (
         serving(tmp_path, *flags) as running,

@@ -239,7 +239,7 @@ def test_no_setting_is_passed_over(
 def test_seed_is_not_taken_for_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         reproduce.main(["--out", "run", "--seed", "5"])
-    assert "--seed is not a flag here; allowed: --seeds, how many from 0 on" in capsys.readouterr().err
+    assert "--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on" in capsys.readouterr().err
 
 
 def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
