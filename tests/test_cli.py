@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
-from importlib.metadata import distribution
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +83,8 @@ def alone(folder: Path | None, *names: str) -> dict[str, str]:
     folder; or all, without a folder."""
     site = Path(str(distribution("numpy").locate_file("")))
     for name in names:
-        for file in distribution(name).files or ():
+        (found,) = Distribution.discover(name=name, path=[str(site)])  # not the metadata beside the sources
+        for file in found.files or ():
             top = Path(*file.parts[: 2 if file.parts[0] == "google" else 1])  # a namespace, shared by distributions
             if folder and file.parts[0] != ".." and not (folder / top).exists():
                 (folder / top).parent.mkdir(exist_ok=True)
