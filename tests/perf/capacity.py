@@ -14,7 +14,6 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,8 @@ from export.bundle import load_bundle, versions
 from service.client.load import Load, Report
 from service.client.tables import table
 from tests.perf.heads import BUNDLE, OUT, SAMPLES
-from tests.perf.serving import deit_bundle, load, server
+from tests.perf.serving import deit_bundle, load, many_profiles, server
 from tests.processes import MODELS
-from training.steering import profiles_to_json
 
 
 def resident_mb(pid: int) -> float:
@@ -89,17 +87,12 @@ def overload(seconds: float) -> list[list[str]]:
 
 
 def by_profiles(seconds: float) -> list[list[str]]:
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
-    folder = OUT / "profiles"
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for count in (10, 1_000, 10_000):
-        profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
-        content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
-        (folder / "many.json").write_text(json.dumps(content))
+        folder, names = many_profiles(count)
         with server(MODELS, "--profiles-dir", str(folder)) as running:
-            report = load(running.address, pixels, Load(8, seconds, 1, tuple(p.name for p in profiles)))
+            report = load(running.address, pixels, Load(8, seconds, 1, names))
             shown = [f"{running.start_seconds:.1f}", f"{report.images_per_second:.0f}", f"{report.p50_ms:.1f}"]
             rows.append([str(count), *shown, f"{resident_mb(running.pid):.0f}"])
     return rows
@@ -107,17 +100,12 @@ def by_profiles(seconds: float) -> list[list[str]]:
 
 def scrapes(seconds: float) -> list[list[str]]:
     """What a scrape costs the server, by series, and what it does to calls when there is one each second."""
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
-    folder = OUT / "profiles"
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for count in (10, 200, 640):
-        profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
-        content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
-        (folder / "many.json").write_text(json.dumps(content))
+        folder, names = many_profiles(count)
         with server(MODELS, "--profiles-dir", str(folder), "--max-profile-series", "1000") as running:
-            asked = Load(4, seconds, 1, tuple(profile.name for profile in profiles))
+            asked = Load(4, seconds, 1, names)
 
             def scrape(url: str = running.metrics) -> bytes:
                 request = urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})

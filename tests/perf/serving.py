@@ -56,20 +56,6 @@ def units_bundle() -> Path:
     repository, model = OUT / "units", deit_s(mlp_groups=4)
     if (repository / model.name / "1").is_dir():
         return repository
-
-    def forced(offset: int) -> dict[int, tuple[SteeringTerm, ...]]:
-        """Other units in every block."""
-        return {
-            site: tuple(
-                SteeringTerm(unit, 1.0, FORCE if (unit + site + offset) % of < kept else -FORCE)
-                for unit, of, kept in [
-                    *((head, model.heads, 2) for head in range(model.heads)),
-                    *((group, model.groups, 1) for group in range(model.heads, model.units)),
-                ]
-            )
-            for site in range(model.sites)
-        }
-
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
     write_source(
         Source(
@@ -77,7 +63,7 @@ def units_bundle() -> Path:
             tuple(f"c{index}" for index in range(1000)),
             Macs(model.macs.dense, tuple(model.macs.per_head), tuple(model.macs.per_mlp_group)),
             model.steered,
-            [SteeringProfile(f"open{o}", ("c0",), "forced", forced(o)) for o in range(6)],
+            [SteeringProfile(f"open{o}", ("c0",), "forced", forced(model, o, 2, 1)) for o in range(6)],
             {},
             Split(pixels, torch.arange(8)),
         ),
@@ -85,6 +71,29 @@ def units_bundle() -> Path:
         ExportSettings(model.name, None, ("dispatch",), ("fp32", "int8"), verify_images=4, accuracy_images=4),
     )
     return repository
+
+
+def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, tuple[SteeringTerm, ...]]:
+    """Terms that hold so many heads and MLP groups of each block open, others in each block and at each offset."""
+    units = [(head, model.heads, heads) for head in range(model.heads)]
+    units += [(group, model.groups, groups) for group in range(model.heads, model.units)]
+    return {
+        site: tuple(
+            SteeringTerm(unit, 1.0, FORCE if (unit + site + offset) % of < kept else -FORCE) for unit, of, kept in units
+        )
+        for site in range(model.sites)
+    }
+
+
+def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
+    """A folder with so many copies of the committed bundle's profile Shirt, and their names."""
+    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
+    content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
+    folder = OUT / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "many.json").write_text(json.dumps(content))
+    return folder, tuple(profile.name for profile in profiles)
 
 
 def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) -> Path:
@@ -96,19 +105,9 @@ def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) 
     steered, spec = model.steered, model.spec
     pixels = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
 
-    def forced(kept: int, offset: int) -> dict[int, tuple[SteeringTerm, ...]]:
-        """Other heads in every block."""
-        return {
-            site: tuple(
-                SteeringTerm(head, 1.0, FORCE if (head + site + offset) % model.heads < kept else -FORCE)
-                for head in range(model.heads)
-            )
-            for site in range(model.sites)
-        }
-
-    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model.heads, 0))]
+    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model, 0, model.heads))]
     third = model.heads // 3
-    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(third, o)) for o in range(6)]
+    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(model, o, third)) for o in range(6)]
     reference = Reference(
         steered, pixels, steerings([p.terms for p in profiles], [32] * model.sites)[:3], pixels, np.zeros(4, np.int64)
     )
@@ -265,11 +264,9 @@ def _plain(model: Model, seconds: float) -> float:
 
 def committed(rounds: int, seconds: float) -> dict[str, object]:
     """The committed bundle: CPU of a one-image call, 16 images a call, 10,000 profiles, start to ready."""
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     from PIL import Image
 
     images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
-    folder = OUT / "profiles"
     starts, ratios = [], []
     own: dict[int, list[float]] = {1: [], 8: []}
     p50: dict[int, list[float]] = {10: [], 10_000: []}
@@ -282,11 +279,7 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
         for concurrency in own:
             own[concurrency].append(own_cpu_ms(images, concurrency, seconds))
         for count in p50:
-            folder.mkdir(parents=True, exist_ok=True)
-            profiles = [replace(bundle.profiles["Shirt"], name=f"p{i:05d}") for i in range(count)]
-            made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
-            (folder / "many.json").write_text(json.dumps({**profiles_to_json(profiles), **made_for}))
-            names = tuple(profile.name for profile in profiles)
+            folder, names = many_profiles(count)
             with server(MODELS, "--profiles-dir", str(folder)) as (address, *_):
                 p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
