@@ -119,13 +119,14 @@ class Disturbances:
         self.samples.append(Sample(loop.time(), resident / 1024, descriptors, threads))
 
     def held(self) -> dict[str, Any]:
-        """Over the second half: the slope of the memory by least squares, and what is held in each quarter."""
+        """Over the second half: the slope of the memory by least squares, and what is held in each quarter between two
+        swaps of a model, that is at least: during a swap two versions are loaded."""
         half = self.samples[len(self.samples) // 2 :]
         seconds, memory = np.array([s.seconds for s in half]), np.array([s.resident_mb for s in half])
         slope = float(np.polyfit(seconds - seconds[0], memory, 1)[0])
         middle = len(half) // 2
         quarters = [
-            {name: round(float(np.median([getattr(s, name) for s in quarter])), 1) for name in HELD}
+            {name: round(float(np.min([getattr(s, name) for s in quarter])), 1) for name in HELD}
             for quarter in (half[:middle], half[middle:])
         ]
         return {

@@ -242,8 +242,13 @@ def soak(
         "calls": seen.calls, "images": seen.images, "near_threshold": seen.near_threshold, "flipped": seen.flipped,
         **({"lowered": seen.lowered, "refused": refused} if brownout else {}),
         "wrong": len(seen.wrong), "examples": seen.wrong[:5], "errors": dict(seen.errors), "lost": lost,
-        "problems": problems, **held, "failed": bool(seen.wrong or seen.errors or lost or problems),
+        "problems": problems, **held,
     }  # fmt: skip
+
+
+def failures(part: dict[str, Any]) -> list[str]:
+    """What a part of the result has that it must not have."""
+    return [f"{name}: {part[name]}" for name in ("examples", "errors", "lost", "problems") if part[name]]
 
 
 def main() -> int:
@@ -276,7 +281,10 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    return int(any(part["failed"] for part in found.values()))
+    failed = [f"{name}: {failure}" for name, part in found.items() for failure in failures(part)]
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
