@@ -279,7 +279,14 @@ class Settings(BaseSettings):
     out: Path
     """The run folder. A finished stage is kept, an interrupted one resumes."""
     preset: Literal[
-        "fashion-mnist", "typefaces", "typefaces-small", "smoke", "cifar100-deit-s", "imagenet-deit-s", "folder"
+        "fashion-mnist",
+        "typefaces",
+        "typefaces-small",
+        "smoke",
+        "cifar100-deit-s",
+        "cifar100-deit-s-dial",
+        "imagenet-deit-s",
+        "folder",
     ] = "fashion-mnist"
     """Where the defaults come from."""
     seed: int = 0
