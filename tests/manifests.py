@@ -16,10 +16,14 @@ from deploy.kubernetes.tools import KUBECTL
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 BUILDS = ROOT / "build" / "manifests"
 COMPONENTS = tuple(sorted(folder.name for folder in (KUBERNETES / "components").iterdir()))
-ON_BASE = tuple(name for name in COMPONENTS if name != "kserve")
+ON_BASE = tuple(name for name in COMPONENTS if not name.startswith("kserve"))
+AFTER = {"gpu-no-spare": "gpu", "kserve-keda": "kserve"}
+"""Components that change another one, by that one."""
+INSTEAD = {"keda": "autoscaling"}
+"""Components that exclude another one."""
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
-TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in ON_BASE), "everything")
-KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy"}
+TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in (*ON_BASE, "kserve-keda")), "everything")
+KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "deploymentStrategy"}
 """Fields of a predictor that are not its pods'."""
 Object = dict[str, Any]
 
@@ -58,13 +62,17 @@ def objects(target: str) -> list[Object]:
 def _folder(target: str) -> os.PathLike[str]:
     if target == "base" or target.startswith("overlays/"):
         return KUBERNETES / target
-    components = ON_BASE if target == "everything" else [target.removeprefix("components/")]
+    if target == "everything":
+        components = [name for name in ON_BASE if name not in INSTEAD]
+    else:
+        name = target.removeprefix("components/")
+        components = [*([AFTER[name]] if name in AFTER else []), name]
     folder = BUILDS / target
     folder.mkdir(parents=True, exist_ok=True)
     source = os.path.relpath(KUBERNETES, folder)
     kustomization = {
         "namespace": "steervit",
-        "resources": [f"{source}/base"],
+        "resources": [] if components[0] == "kserve" else [f"{source}/base"],
         "components": [f"{source}/components/{name}" for name in components],
         "images": [{"name": "steervit", "newTag": "cpu"}],
     }
