@@ -107,9 +107,10 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
-manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, and the Kubernetes objects of deploy/alerts
+manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, the Kubernetes objects of deploy/alerts, and the chart's schema
 	$(RUN) -m deploy.slo
 	$(RUN) -m deploy.kubernetes.prometheus_rules
+	$(RUN) -m deploy.helm_schema
 
 deploy-check: .venv/.dev system-test  ## deploy/kubernetes: built, against schemas, scanned, compared with the code; the image rehearsed
 	$(RUN) -m deploy.kubernetes.tools

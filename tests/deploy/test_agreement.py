@@ -227,8 +227,9 @@ def test_keda_asks_for_as_many_pods_as_the_autoscaler(target: str, pod: str, tmp
         float(value.removesuffix("m")) / (1000 if value.endswith("m") else 1) for value in targets
     ]
     # A pod whose calls wait for 0.1 s and whose second model is in brownout, an idle one, and two of other workloads.
-    busy, idle = (f'{{namespace="steervit",pod="{pod}-{name}"' for name in "ab")
-    foreign = ['{namespace="steervit",pod="batch-a"', f'{{namespace="other",pod="{pod}-a"']
+    names = [f"{pod}-7d8f-{name}" for name in "ab"]
+    busy, idle = (f'{{namespace="steervit",pod="{name}"' for name in names)
+    foreign = [f'{{namespace="steervit",pod="{pod}-canary-7d8f-a"', f'{{namespace="other",pod="{names[0]}"']
     series = {
         f"steervit_queue_duration_seconds_sum{busy}}}": "0+30x20",
         f"steervit_queue_duration_seconds_count{busy}}}": "0+300x20",
@@ -247,10 +248,10 @@ def test_keda_asks_for_as_many_pods_as_the_autoscaler(target: str, pod: str, tmp
     cases = []
     for (query, _), rule, values in zip(triggers(target), rules, by_pod, strict=True):
         cases.append({"expr": query, "eval_time": "4m", "exp_samples": [{"labels": "{}", "value": sum(values)}]})
-        of_adapter = rule["metricsQuery"].replace("<<.LabelMatchers>>", f'namespace="steervit",pod=~"{pod}-a|{pod}-b"')
-        samples = [
-            {"labels": f'{{pod="{pod}-{name}"}}', "value": value} for name, value in zip("ab", values, strict=True)
-        ]
+        of_adapter = rule["metricsQuery"].replace(
+            "<<.LabelMatchers>>", f'namespace="steervit",pod=~"{"|".join(names)}"'
+        )
+        samples = [{"labels": f'{{pod="{name}"}}', "value": value} for name, value in zip(names, values, strict=True)]
         cases.append({"expr": of_adapter.replace("<<.GroupBy>>", "pod"), "eval_time": "4m", "exp_samples": samples})
     test = {
         "interval": "15s",
