@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -93,7 +92,7 @@ def test_the_policy_scanner_finds_nothing_but_the_exceptions_that_have_a_reason(
         scanned = [each for each in found if each["apiVersion"] not in CUSTOM]
         if not any(each["kind"] == "Deployment" for each in found):
             scanned += [pod.to_object() for pod in pods(found)]
-        (folder / f"{Path(target).name}.yaml").write_text(yaml.dump_all(scanned, Dumper=yaml.CSafeDumper))
+        (folder / f"{target.replace('/', '-')}.yaml").write_text(yaml.dump_all(scanned, Dumper=yaml.CSafeDumper))
     done = subprocess.run(
         [CHECKOV, "--directory", folder, "--config-file", KUBERNETES / "checkov.yaml"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "CKV_SKIP_PACKAGE_UPDATE_CHECK": "true"},
