@@ -107,7 +107,8 @@ comma := ,
 push:  ## Build the image of TARGET for PLATFORMS (amd64 and arm64; cuda: amd64), with provenance and SBOM, and push it to REGISTRY (such as ghcr.io/you)
 	@test -n "$(REGISTRY)" || { echo "make push needs REGISTRY, such as REGISTRY=ghcr.io/you"; exit 1; }
 	@mkdir -p build
-	docker buildx build -f deploy/Dockerfile --target $(TARGET) --platform $(PLATFORMS) --provenance mode=max --sbom true \
+	docker buildx build -f deploy/Dockerfile --target $(TARGET) --platform $(PLATFORMS) --provenance mode=max \
+		--attest type=sbom$(if $(SBOM_GENERATOR),$(comma)generator=$(SBOM_GENERATOR)) \
 		--tag $(REGISTRY)/steervit:$(VERSION)-$(TARGET) $(BUILD_ARGS) --metadata-file build/push-$(TARGET).json --push .
 
 sbom: .venv/.dev  ## Write build/sbom/steervit-<version>-<target>.cdx.json, the images' Python packages as CycloneDX

@@ -40,7 +40,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 {{- if .Values.gpu.enabled }}{{ $_ := set $all "STEERVIT_PROVIDER" "cuda" }}{{ end -}}
-{{- if or .Values.models.claim .Values.models.volume }}{{ $_ := set $all "STEERVIT_MODEL_CONTROL" "poll" }}{{ end -}}
+{{- if or .Values.models.claim .Values.models.volume.persistentVolumeClaim }}{{ $_ := set $all "STEERVIT_MODEL_CONTROL" "poll" }}{{ end -}}
 {{- if .Values.profiles }}{{ $_ := set $all "STEERVIT_PROFILES_DIR" "/etc/steervit/profiles" }}{{ end -}}
 {{- if .Values.tls.secretName -}}
 {{- $_ := set $all "STEERVIT_TLS_CERTIFICATE" "/etc/steervit/tls/tls.crt" -}}
