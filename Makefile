@@ -17,7 +17,7 @@ TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 
-.PHONY: help demo docs serve playground test test-fast lint format proto dashboards schemas reference train reproduce export bench bench-peers gpu-check soak crash audit faults lock image manifests deploy-check clean system-python system-test typefaces
+.PHONY: help demo docs serve playground test test-fast lint format proto dashboards schemas reference train reproduce export bench bench-peers gpu-check soak crash audit faults lock image push sbom chart manifests deploy-check clean system-python system-test typefaces
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -94,9 +94,28 @@ soak: .venv/.dev  ## 50,000 calls, a third in brownout, and 50 stops, every answ
 faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
 	$(RUN) -m tests.faults.table
 
-image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with docker
-	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(VERSION)-$(TARGET) \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
+# PYTHON_IMAGE and PIP_INDEX_URL: mirrors.
+BUILD_ARGS = --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+	$(foreach name,PYTHON_IMAGE PIP_INDEX_URL,$(if $($(name)),--build-arg $(name)=$($(name))))
+
+image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with docker (PYTHON_IMAGE, PIP_INDEX_URL: from mirrors)
+	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(VERSION)-$(TARGET) $(BUILD_ARGS) .
+
+# An onnxruntime for CUDA on arm64 is not in PyPI.
+PLATFORMS ?= linux/amd64$(if $(filter-out cuda,$(TARGET)),$(comma)linux/arm64)
+comma := ,
+push:  ## Build the image of TARGET for PLATFORMS (amd64 and arm64; cuda: amd64), with provenance and SBOM, and push it to REGISTRY (such as ghcr.io/you)
+	@test -n "$(REGISTRY)" || { echo "make push needs REGISTRY, such as REGISTRY=ghcr.io/you"; exit 1; }
+	@mkdir -p build
+	docker buildx build -f deploy/Dockerfile --target $(TARGET) --platform $(PLATFORMS) --provenance mode=max \
+		--attest type=sbom$(if $(SBOM_GENERATOR),$(comma)generator=$(SBOM_GENERATOR)) \
+		--tag $(REGISTRY)/steervit:$(VERSION)-$(TARGET) $(BUILD_ARGS) --metadata-file build/push-$(TARGET).json --push .
+
+sbom: .venv/.dev  ## Write build/sbom/steervit-<version>-<target>.cdx.json, the images' Python packages as CycloneDX
+	@mkdir -p build/sbom
+	@set -e; for target in cpu cuda demo; do \
+		$(RUN) -m deploy.sbom $$target > build/sbom/steervit-$(VERSION)-$$target.cdx.json; \
+	done
 
 # The CPU image runs the release of onnxruntime that the CUDA image and the tests run, without CUDA.
 lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases that pyproject.toml admits, with hashes
@@ -107,9 +126,14 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
-manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, and the Kubernetes objects of deploy/alerts
+chart: .venv/.dev  ## Write build/chart/steervit-<version>.tgz, the Helm chart as a package
+	$(RUN) -m deploy.kubernetes.tools
+	build/tools/helm package deploy/helm --destination build/chart
+
+manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, the Kubernetes objects of deploy/alerts, and the chart's schema
 	$(RUN) -m deploy.slo
 	$(RUN) -m deploy.kubernetes.prometheus_rules
+	$(RUN) -m deploy.helm_schema
 
 deploy-check: .venv/.dev system-test  ## deploy/kubernetes: built, against schemas, scanned, compared with the code; the image rehearsed
 	$(RUN) -m deploy.kubernetes.tools

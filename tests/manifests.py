@@ -16,10 +16,14 @@ from deploy.kubernetes.tools import KUBECTL
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 BUILDS = ROOT / "build" / "manifests"
 COMPONENTS = tuple(sorted(folder.name for folder in (KUBERNETES / "components").iterdir()))
-ON_BASE = tuple(name for name in COMPONENTS if name != "kserve")
+ON_BASE = tuple(name for name in COMPONENTS if not name.startswith("kserve"))
+AFTER = {"gpu-no-spare": "gpu", "kserve-keda": "kserve"}
+"""Components that change another one, by that one."""
+TOGETHER = tuple(name for name in ON_BASE if name not in ("keda",))
+"""Of several autoscalers, one."""
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
-TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in ON_BASE), "everything")
-KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy"}
+TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in (*ON_BASE, "kserve-keda")), "everything")
+KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "deploymentStrategy"}
 """Fields of a predictor that are not its pods'."""
 Object = dict[str, Any]
 
@@ -52,19 +56,23 @@ def _rendered(target: str) -> str:
 
 
 def objects(target: str) -> list[Object]:
+    """Of the base, an overlay, a component, `everything`, or several components: components/a+b."""
     return [found for found in yaml.load_all(_rendered(target), yaml.CSafeLoader) if found]
 
 
 def _folder(target: str) -> os.PathLike[str]:
     if target == "base" or target.startswith("overlays/"):
         return KUBERNETES / target
-    components = ON_BASE if target == "everything" else [target.removeprefix("components/")]
+    components = list(TOGETHER) if target == "everything" else target.removeprefix("components/").split("+")
+    for name in components:
+        if name in AFTER and AFTER[name] not in components:
+            components.insert(components.index(name), AFTER[name])
     folder = BUILDS / target
     folder.mkdir(parents=True, exist_ok=True)
     source = os.path.relpath(KUBERNETES, folder)
     kustomization = {
         "namespace": "steervit",
-        "resources": [f"{source}/base"],
+        "resources": [] if components[0] == "kserve" else [f"{source}/base"],
         "components": [f"{source}/components/{name}" for name in components],
         "images": [{"name": "steervit", "newTag": "cpu"}],
     }

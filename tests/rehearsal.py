@@ -83,8 +83,9 @@ def context(folder: Path) -> Path:
     return folder
 
 
-def build(target: str, source: Path, folder: Path) -> None:
-    """Run the RUN lines that the target's COPY lines depend on; what they put below PREFIX goes into the folder."""
+def build(target: str, source: Path, folder: Path, **given: str) -> None:
+    """Run the RUN lines that the target's COPY lines depend on; what they put below PREFIX goes into the folder.
+    given: build arguments. Those that a stage does not declare with ARG do not reach its RUN lines."""
     folder.mkdir()
     os.chown(folder, *map(int, BUILDER.split(":")))
     for stage, sources, destination in copies(stages()[target]):
@@ -94,8 +95,10 @@ def build(target: str, source: Path, folder: Path) -> None:
         steps = stages()[stage]
         mounts = ["--ro-bind", "/etc", "/etc", "--tmpfs", "/tmp", "--chmod", "1777", "/tmp"]
         mounts += ["--ro-bind", str(source), last(steps, "WORKDIR"), "--bind", str(folder), PREFIX]
+        declared = {value.partition("=")[0] for name, value in steps if name == "ARG"}
+        variables = {name: value for name, value in given.items() if name in declared}
         for command in (value for name, value in steps if name == "RUN"):
-            arguments = _sandbox(steps, mounts, BUILDER, {}, ["sh", "-c", command])
+            arguments = _sandbox(steps, mounts, BUILDER, variables, ["sh", "-c", command])
             done = subprocess.run(arguments, capture_output=True, text=True, timeout=1500)
             assert done.returncode == 0, done.stderr[-3000:]
 

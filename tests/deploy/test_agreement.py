@@ -12,7 +12,7 @@ import pytest
 import yaml
 from manifests import KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
 from processes import MODELS, ROOT, start_server, stop_server
-from prometheus import alerts
+from prometheus import alerts, promtool
 from prometheus_client import CollectorRegistry
 
 from deploy.kubernetes.prometheus_rules import WRITTEN, prometheus_rules
@@ -103,7 +103,7 @@ def test_folders_that_settings_name_are_mounted_read_only_or_are_in_the_image(
                 continue  # /models is in the image, /mnt/models is mounted by KServe
             (mount,) = (mount for folder, mount in mounts.items() if path.is_relative_to(folder))
             assert mount["readOnly"]
-        assert of_server.repository == Path("/mnt/models" if target == "overlays/kserve" else "/models")
+        assert of_server.repository == Path("/mnt/models" if "kserve" in target else "/models")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -133,6 +133,30 @@ def test_selectors_choose_the_servers_pods_and_ports_go_by_names_that_these_have
         (deployment,) = of_kind(found, "Deployment")
         assert of_target == {"kind": "Deployment", "name": deployment["metadata"]["name"]}
         assert "replicas" not in deployment["spec"]
+    for each in of_kind(found, "ScaledObject"):
+        (deployment,) = of_kind(found, "Deployment")
+        assert each["spec"]["scaleTargetRef"] == {"name": deployment["metadata"]["name"]}
+        assert "replicas" not in deployment["spec"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_services_say_http2_without_tls_unless_the_server_has_a_certificate(target: str) -> None:
+    found = objects(target)
+    for each in of_kind(found, "Service"):
+        (port,) = each["spec"]["ports"]
+        tls = any("STEERVIT_TLS_CERTIFICATE" in settings(pod, found) for pod in pods(found))
+        assert port.get("appProtocol") == (None if tls else "kubernetes.io/h2c")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_rollout_keeps_the_whole_capacity_unless_no_gpu_is_spare(target: str) -> None:
+    found = objects(target)
+    strategies = [each["spec"]["strategy"]["rollingUpdate"] for each in of_kind(found, "Deployment")]
+    strategies += [
+        each["spec"]["predictor"]["deploymentStrategy"]["rollingUpdate"] for each in of_kind(found, "InferenceService")
+    ]
+    in_place = target in ("components/gpu-no-spare", "everything")
+    assert strategies == [{"maxSurge": 0, "maxUnavailable": 1} if in_place else {"maxSurge": 1, "maxUnavailable": 0}]
 
 
 @pytest.mark.parametrize("target", [*OVERLAYS, "components/profiles"])
@@ -181,6 +205,73 @@ def test_the_autoscaler_asks_for_metrics_that_the_adapter_makes_of_metrics_that_
             names = metric_names(expression)
             assert names
             assert names <= metrics_of_the_server()
+
+
+def triggers(target: str) -> list[tuple[str, float]]:
+    """Query and threshold of each metric of KEDA, or of KServe through KEDA."""
+    (each,) = of_kind(objects(target), "ScaledObject", "InferenceService")
+    if each["kind"] == "ScaledObject":
+        return [(one["metadata"]["query"], float(one["metadata"]["threshold"])) for one in each["spec"]["triggers"]]
+    metrics = [metric["external"] for metric in each["spec"]["predictor"]["autoScaling"]["metrics"]]
+    return [(one["metric"]["query"], float(one["target"]["value"])) for one in metrics]
+
+
+@pytest.mark.parametrize(
+    ("target", "pod"), [("components/keda", "steervit"), ("components/kserve-keda", "fashion-mnist-predictor")]
+)
+def test_keda_asks_for_as_many_pods_as_the_autoscaler(target: str, pod: str, tmp_path: Path) -> None:
+    """The autoscaler multiplies mean / target by the number of pods; KEDA divides the sum by its threshold."""
+    (autoscaler,) = of_kind(objects("components/autoscaling"), "HorizontalPodAutoscaler")
+    targets = [metric["pods"]["target"]["averageValue"] for metric in autoscaler["spec"]["metrics"]]
+    assert [threshold for _, threshold in triggers(target)] == [
+        float(value.removesuffix("m")) / (1000 if value.endswith("m") else 1) for value in targets
+    ]
+    # A pod whose calls wait for 0.1 s and whose second model is in brownout, an idle one, and two of other workloads.
+    names = [f"{pod}-7d8f-{name}" for name in "ab"]
+    busy, idle = (f'{{namespace="steervit",pod="{name}"' for name in names)
+    foreign = [f'{{namespace="steervit",pod="{pod}-canary-7d8f-a"', f'{{namespace="other",pod="{names[0]}"']
+    series = {
+        f"steervit_queue_duration_seconds_sum{busy}}}": "0+30x20",
+        f"steervit_queue_duration_seconds_count{busy}}}": "0+300x20",
+        f"steervit_queue_duration_seconds_sum{idle}}}": "0x20",
+        f"steervit_queue_duration_seconds_count{idle}}}": "0x20",
+        f"steervit_requests_in_flight{busy}}}": "24x20",
+        f"steervit_requests_in_flight{idle}}}": "8x20",
+        f'steervit_brownout_level{busy},model="one"}}': "0x20",
+        f'steervit_brownout_level{busy},model="two"}}': "0.5x20",
+        f'steervit_brownout_level{idle},model="one"}}': "0x20",
+    }
+    for labels in foreign:
+        series |= {f"{name}{labels}}}": "0+1000x20" for name in {key.partition("{")[0] for key in series}}
+    by_pod = [(0.1, 0.0), (24, 8), (0.5, 0.0)]
+    rules = yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]
+    cases = []
+    for (query, _), rule, values in zip(triggers(target), rules, by_pod, strict=True):
+        cases.append({"expr": query, "eval_time": "4m", "exp_samples": [{"labels": "{}", "value": sum(values)}]})
+        of_adapter = rule["metricsQuery"].replace(
+            "<<.LabelMatchers>>", f'namespace="steervit",pod=~"{"|".join(names)}"'
+        )
+        samples = [{"labels": f'{{pod="{name}"}}', "value": value} for name, value in zip(names, values, strict=True)]
+        cases.append({"expr": of_adapter.replace("<<.GroupBy>>", "pod"), "eval_time": "4m", "exp_samples": samples})
+    test = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": cases,
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"tests": [test]}))
+    promtool("test", "rules", str(tmp_path / "test.yaml"))
+
+
+def test_keda_scales_between_the_same_limits_at_the_same_pace_as_the_autoscaler() -> None:
+    (autoscaler,) = of_kind(objects("components/autoscaling"), "HorizontalPodAutoscaler")
+    (scaled,) = of_kind(objects("components/keda"), "ScaledObject")
+    expected = autoscaler["spec"]
+    spec = scaled["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (expected["minReplicas"], expected["maxReplicas"])
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == expected["behavior"]
+    assert all(one["metadata"]["ignoreNullValues"] == "false" for one in spec["triggers"]), (
+        "no data is no reason to shrink"
+    )
 
 
 def test_rules_and_dashboards_in_the_cluster_are_those_of_deploy() -> None:
@@ -267,5 +358,5 @@ def test_the_readme_names_files_that_exist_and_every_component() -> None:
     readme = (KUBERNETES / "README.md").read_text()
     for folder in (*(KUBERNETES / "components").iterdir(), *(KUBERNETES / "overlays").iterdir()):
         assert f"`{folder.name}`" in readme
-    for path in re.findall(r"deploy/[\w./-]+\w", readme):
+    for path in re.findall(r"(?:tests/)?deploy/[\w./-]+\w", readme):
         assert (ROOT / path).exists(), path

@@ -1,14 +1,18 @@
 """The image, rehearsed without a container engine: installed as its Dockerfile says, started, asked, stopped."""
 
+import contextlib
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import rehearsal
@@ -66,6 +70,31 @@ def test_a_read_only_container_without_rights_answers_and_ends_with_0(container:
     assert re.search(r"\.png +Sneaker ", answer), answer
     container.signal()
     assert container.wait() == 0
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Of PyPI, without any package."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can rehearse the image's users")
+def test_a_build_argument_makes_pip_ask_a_mirror(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as mirror:
+        threading.Thread(target=mirror.serve_forever, args=(0.05,), daemon=True).start()
+        index = f"http://127.0.0.1:{mirror.server_address[1]}/simple"
+        with contextlib.suppress(AssertionError):  # the mirror has nothing
+            rehearsal.build("cpu", rehearsal.context(tmp_path / "source"), tmp_path / "root", PIP_INDEX_URL=index)
+        mirror.shutdown()
+    assert Mirror.asked
+    assert {canonicalize_name(path.split("/")[2]) for path in Mirror.asked} <= {*rehearsal.locked("cpu"), "setuptools"}
 
 
 PLAYGROUND = """

@@ -5,12 +5,12 @@ import functools
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.keda import v1alpha1 as keda
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, pods
 
@@ -18,7 +18,9 @@ from deploy.kubernetes.tools import CHECKOV, KSERVE
 
 VERSIONS = ("1.30", "1.37")
 """Of Kubernetes: the oldest (the first with the preStop sleep) and the newest that the schemas know."""
-CUSTOM = {"monitoring.coreos.com/v1", "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1"}
+OPERATORS = {"monitoring.coreos.com/v1": prometheus_operator, "keda.sh/v1alpha1": keda}
+"""Models of their objects, by apiVersion."""
+CUSTOM = {*OPERATORS, "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1"}
 
 
 def unknown_to_kserve(value: Any, model: str, path: str = "") -> list[str]:
@@ -62,16 +64,17 @@ def test_objects_fit_the_schemas_of_kubernetes(target: str, version: str) -> Non
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_objects_of_the_prometheus_operator_fit_its_schemas(target: str) -> None:
+def test_objects_of_the_prometheus_operator_and_of_keda_fit_their_schemas(target: str) -> None:
     for each in objects(target):
-        if each["apiVersion"] == "monitoring.coreos.com/v1":
-            model = getattr(prometheus_operator, each["kind"]).model_validate(each)
+        if each["apiVersion"] in OPERATORS:
+            model = getattr(OPERATORS[each["apiVersion"]], each["kind"]).model_validate(each)
             # The model passes over fields that it does not know, so they are lost on the way back.
             assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == each
 
 
-def test_objects_of_kserve_have_only_fields_that_its_client_knows() -> None:
-    found = objects("overlays/kserve")
+@pytest.mark.parametrize("target", ["overlays/kserve", "components/kserve-keda"])
+def test_objects_of_kserve_have_only_fields_that_its_client_knows(target: str) -> None:
+    found = objects(target)
     models = {"InferenceService": "V1beta1InferenceService", "ServingRuntime": "V1alpha1ServingRuntime"}
     assert {each["kind"] for each in found} == set(models)
     for each in found:
@@ -89,7 +92,7 @@ def test_the_policy_scanner_finds_nothing_but_the_exceptions_that_have_a_reason(
         scanned = [each for each in found if each["apiVersion"] not in CUSTOM]
         if not any(each["kind"] == "Deployment" for each in found):
             scanned += [pod.to_object() for pod in pods(found)]
-        (folder / f"{Path(target).name}.yaml").write_text(yaml.dump_all(scanned, Dumper=yaml.CSafeDumper))
+        (folder / f"{target.replace('/', '-')}.yaml").write_text(yaml.dump_all(scanned, Dumper=yaml.CSafeDumper))
     done = subprocess.run(
         [CHECKOV, "--directory", folder, "--config-file", KUBERNETES / "checkov.yaml"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "CKV_SKIP_PACKAGE_UPDATE_CHECK": "true"},
