@@ -64,6 +64,20 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             ("verify",),
         ),
     },
+    "Deliver": {
+        "push": Command(
+            "Push a bundle into a registry, as an OCI artefact.",
+            "service.delivery.__main__:main",
+            "service.delivery.__main__:push_parser",
+            ("push",),
+        ),
+        "pull": Command(
+            "Pull a bundle from a registry or an object store.",
+            "service.delivery.__main__:main",
+            "service.delivery.__main__:pull_parser",
+            ("pull",),
+        ),
+    },
     "Serve": {
         "serve": Command("Serve bundles over gRPC.", "service.__main__:main", "service.config:parser"),
         "playground": Command(
