@@ -17,6 +17,8 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 BUILDS = ROOT / "build" / "manifests"
 COMPONENTS = tuple(sorted(folder.name for folder in (KUBERNETES / "components").iterdir()))
 ON_BASE = tuple(name for name in COMPONENTS if name != "kserve")
+TOGETHER = tuple(name for name in ON_BASE if name not in ("model-image", "model-pull"))
+"""Of several ways to the models, one."""
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
 TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in ON_BASE), "everything")
 KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy"}
@@ -58,7 +60,7 @@ def objects(target: str) -> list[Object]:
 def _folder(target: str) -> os.PathLike[str]:
     if target == "base" or target.startswith("overlays/"):
         return KUBERNETES / target
-    components = ON_BASE if target == "everything" else [target.removeprefix("components/")]
+    components = TOGETHER if target == "everything" else [target.removeprefix("components/")]
     folder = BUILDS / target
     folder.mkdir(parents=True, exist_ok=True)
     source = os.path.relpath(KUBERNETES, folder)
