@@ -94,7 +94,7 @@ soak: .venv/.dev  ## 50,000 calls, a third in brownout, and 50 stops, every answ
 faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, the test that shows it
 	$(RUN) -m tests.faults.table
 
-image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with docker
+image:  ## Build the image steervit:<version>-TARGET (cpu, cuda, delivery or demo) with docker
 	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(VERSION)-$(TARGET) \
 		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
 
@@ -105,6 +105,8 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 		| $(COMPILE) pyproject.toml - --extra otel --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
 	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra otel --extra playground \
 		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
+	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra otel --extra delivery \
+		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-delivery.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
 manifests: .venv/.dev  ## Write the rules that are made from deploy/slo.yaml, and the Kubernetes objects of deploy/alerts

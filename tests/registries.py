@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import datetime
 import json
 import re
 import socket
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 from cryptography import x509
@@ -124,9 +125,7 @@ def tokens(folder: Path) -> Iterator[Tokens]:
         yield service
 
 
-def _date(seconds: float) -> Any:
-    import datetime
-
+def _date(seconds: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
 
@@ -197,3 +196,43 @@ def line_to(host: str) -> Iterator[Line]:
         threading.Thread(target=accept, daemon=True).start()
         yield line
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def hugging_face_mirror(repository: Path) -> Iterator[str]:
+    """The part of the Hub's HTTP API that reads the files of the repository org/models. Its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, status: int, content: bytes, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_POST(self) -> None:
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.answer(200, json.dumps([self.entry(repository / path) for path in asked["paths"]]).encode())
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            if found := re.fullmatch("/org/models/resolve/main/(.*)", path):
+                start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+                content = (repository / found[1]).read_bytes()
+                self.answer(206, content[start : end + 1], Content_Range=f"bytes {start}-{end}/{len(content)}")
+            elif found := re.fullmatch("/api/models/org/models/tree/main/(.*)", unquote(path)):
+                self.answer(200, json.dumps([self.entry(file) for file in (repository / found[1]).iterdir()]).encode())
+            else:
+                self.answer(200, json.dumps({"id": "org/models", "sha": "0" * 40, "siblings": []}).encode())
+
+        def entry(self, path: Path) -> dict[str, Any]:
+            kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
+            return {"path": str(path.relative_to(repository)), "oid": "0" * 40, **kind}
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with _serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
+        yield f"http://127.0.0.1:{port}"

@@ -17,8 +17,8 @@ from pathlib import Path
 import oras.client
 import pytest
 import trustme
-from processes import ROOT, SMALL, run_main, serving, until
-from registries import BASIC, HTPASSWD, PASSWORD, USER, Registry, line_to, registry, tokens
+from processes import ROOT, SMALL, run_main, run_module, serving, until
+from registries import BASIC, HTPASSWD, PASSWORD, USER, Registry, hugging_face_mirror, line_to, registry, tokens
 
 from export.bundle import Bundle, BundleError, load_bundle, write_bundle
 from service.catalogue import scan
@@ -309,6 +309,42 @@ def test_a_bundle_comes_from_a_folder_that_fsspec_reads(tmp_path: Path) -> None:
     assert "FileNotFoundError" in refusal("pull", f"file://{tmp_path}/none", tmp_path / "no")
     assert "Protocol not known: ftps" in refusal("pull", "ftps://example.com/small/1", tmp_path / "no")
     assert "allowed: https, or http with --plain-http" in refusal("pull", "http://example.com/1", tmp_path / "no")
+
+
+def test_a_bundle_comes_from_a_mirror_of_hugging_face_hub(tmp_path: Path) -> None:
+    with hugging_face_mirror(SMALL) as address:
+        source, digest = "hf://org/models/small/1", load_bundle(FOLDER).digest
+        done = run_module("service.cli", "pull", source, str(tmp_path), "--digest", digest, HF_ENDPOINT=address)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "small" / "1") == contents(FOLDER)
+
+
+def test_the_commands_of_the_page_do_what_it_says(hub: Registry, tmp_path: Path) -> None:
+    """In their order, with a registry and folders of this machine; of digests that it shortens, none."""
+    small = load_bundle(FOLDER)
+    files = {name: (FOLDER / name).read_bytes() for name in small.manifest.files}
+    for version in (3, 4):
+        write_bundle(tmp_path, replace(small.manifest, name="fashion_mnist", version=version), files)
+    steervit("push", tmp_path / "fashion_mnist" / "4", f"{hub.host}/models/fashion_mnist")
+    page = (ROOT / "docs" / "delivery.md").read_text()
+    commands = re.findall(r"^steervit (pu[^#\n]*)", page, re.M)
+    commands += re.findall(r"`steervit (pu[^`]+ [^`]+)`", page)
+    assert len(commands) >= 8
+    places = {
+        "registry.example.com": hub.host,
+        "deploy/models/": f"{tmp_path}/",
+        " models/": f" {tmp_path}/",
+        "s3://bucket": f"file://{tmp_path}",
+        "file:///media/disk": f"file://{tmp_path}",
+        " /models": f" {tmp_path}/models",
+    }
+    for command in commands:
+        for name, place in places.items():
+            command = command.replace(name, place)
+        if not command.endswith("--image"):
+            steervit(*re.sub(r"(@sha256:|--digest )\S+", "", command).split())
+    labels = json.loads((tmp_path / "models" / "fashion_mnist" / "labels.json").read_text())
+    assert labels == {"stable": 3, "canary": 4}, "the rollback comes last"
 
 
 @pytest.mark.parametrize(

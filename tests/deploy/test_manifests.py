@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
-from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, pods
+from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, of_kind, pods
 
 from deploy.kubernetes.tools import CHECKOV, KSERVE
 
@@ -61,6 +61,19 @@ def test_objects_fit_the_schemas_of_kubernetes(target: str, version: str) -> Non
             kubernetes_validate.validate(each, version, strict=True)
         except kubernetes_validate.ValidationError as error:
             pytest.fail(f"{each['kind']} {each['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}")
+
+
+def test_the_job_that_pulls_onto_the_volume_fits_the_schemas_and_the_claim() -> None:
+    job = yaml.safe_load((KUBERNETES / "pull.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(job, version, strict=True)
+    (claim,) = of_kind(objects("components/model-pvc"), "PersistentVolumeClaim")
+    spec = job["spec"]["template"]["spec"]
+    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (pod,) = pods(objects("components/model-pull"))
+    (pull,) = pod.spec["initContainers"]
+    assert spec["containers"][0]["command"][:4] == pull["command"][:4]
+    assert spec["securityContext"] == pod.spec["securityContext"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
