@@ -66,13 +66,13 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
     },
     "Deliver": {
         "push": Command(
-            "Push a bundle into a registry, as an OCI artefact.",
+            "Push a bundle or profiles into a registry, as OCI artefacts.",
             "service.delivery.__main__:main",
             "service.delivery.__main__:push_parser",
             ("push",),
         ),
         "pull": Command(
-            "Pull a bundle from a registry or an object store.",
+            "Pull a bundle or profiles from a registry or a store.",
             "service.delivery.__main__:main",
             "service.delivery.__main__:pull_parser",
             ("pull",),

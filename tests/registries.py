@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import datetime
+import functools
 import json
 import re
 import socket
@@ -11,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -144,6 +146,24 @@ def _serving(server: ThreadingHTTPServer) -> Iterator[int]:
         server.server_close()
 
 
+@contextlib.contextmanager
+def files_at(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[str, list[Message]]]:
+    """A web server of a folder: its address, and the headers of each request."""
+    requests = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.headers)
+            super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with _serving(ThreadingHTTPServer((host, 0), handler)) as port:
+        yield f"http://{host}:{port}", requests
+
+
 @dataclass
 class Line:
     """A connection to a registry that breaks."""
@@ -199,7 +219,7 @@ def line_to(host: str) -> Iterator[Line]:
 
 
 @contextlib.contextmanager
-def hugging_face_mirror(repository: Path) -> Iterator[str]:
+def hub_mirror(repository: Path) -> Iterator[str]:
     """The part of the Hub's HTTP API that reads the files of the repository org/models. Its address."""
 
     class Handler(BaseHTTPRequestHandler):

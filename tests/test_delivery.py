@@ -18,7 +18,18 @@ import oras.client
 import pytest
 import trustme
 from processes import ROOT, SMALL, run_main, run_module, serving, until
-from registries import BASIC, HTPASSWD, PASSWORD, USER, Registry, hugging_face_mirror, line_to, registry, tokens
+from registries import (
+    BASIC,
+    HTPASSWD,
+    PASSWORD,
+    USER,
+    Registry,
+    files_at,
+    hub_mirror,
+    line_to,
+    registry,
+    tokens,
+)
 
 from export.bundle import Bundle, BundleError, load_bundle, write_bundle
 from service.catalogue import scan
@@ -117,7 +128,7 @@ def test_an_image_has_the_files_at_its_root(hub: Registry, tmp_path: Path) -> No
                 archive.extractall(place / "root", filter="data")
         assert contents(place / "root") == contents(FOLDER)
         assert list(scan(place / "root")) == ["small"], "mounted as the repository it is a single bundle"
-    assert "an image for volumes; allowed: application/vnd.steervit.bundle.v1" in refusal("pull", pinned, tmp_path)
+    assert "an image for volumes; allowed: application/vnd.steervit.bundle.v1," in refusal("pull", pinned, tmp_path)
 
 
 def test_a_tag_is_moved_only_on_request_and_a_digest_stays(hub: Registry, tmp_path: Path) -> None:
@@ -279,6 +290,20 @@ def test_tokens_are_asked_for_with_what_the_command_needs(tmp_path: Path) -> Non
         assert service.asked == [("repository:models/small:pull", False)]
 
 
+def test_a_store_to_which_a_registry_redirects_gets_no_credentials(tmp_path: Path) -> None:
+    """As registries do that keep blobs in an object store."""
+    (tmp_path / "htpasswd").write_text(HTPASSWD)
+    auth = {"htpasswd": {"realm": "here", "path": str(tmp_path / "htpasswd")}}
+    with files_at(tmp_path / "data") as (address, requests):
+        middleware = {"storage": [{"name": "redirect", "options": {"baseurl": address}}]}
+        with registry(tmp_path, auth=auth, middleware=middleware) as own:
+            configure({"auths": {own.host: {"auth": BASIC}}})
+            steervit("push", FOLDER, f"{own.host}/small")
+            steervit("pull", f"{own.host}/small:1", tmp_path / "models")
+    assert len(requests) == len(list(FOLDER.iterdir()))
+    assert not any("Authorization" in headers for headers in requests)
+
+
 def test_plain_http_is_for_this_machine_or_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.2 is this machine too, but it is not called localhost."""
     with registry(tmp_path, "127.0.0.2:0") as own:
@@ -296,6 +321,11 @@ def test_plain_http_is_for_this_machine_or_by_flag(tmp_path: Path, monkeypatch: 
         assert "SSL_CERT_FILE" in untrusted
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         steervit(*push)
+    with files_at(tmp_path / "tls" / "data", "127.0.0.3") as (address, requests):
+        middleware = {"storage": [{"name": "redirect", "options": {"baseurl": address}}]}
+        with registry(tmp_path / "tls", "127.0.0.2:0", http=keys, middleware=middleware) as own:
+            assert f"leads to '{address}" in refusal("pull", f"{own.host}/small:1", tmp_path / "other")
+    assert not requests
 
 
 def test_a_bundle_comes_from_a_folder_that_fsspec_reads(tmp_path: Path) -> None:
@@ -312,7 +342,7 @@ def test_a_bundle_comes_from_a_folder_that_fsspec_reads(tmp_path: Path) -> None:
 
 
 def test_a_bundle_comes_from_a_mirror_of_hugging_face_hub(tmp_path: Path) -> None:
-    with hugging_face_mirror(SMALL) as address:
+    with hub_mirror(SMALL) as address:
         source, digest = "hf://org/models/small/1", load_bundle(FOLDER).digest
         done = run_module("service.cli", "pull", source, str(tmp_path), "--digest", digest, HF_ENDPOINT=address)
     assert done.returncode == 0, done.stderr
@@ -337,6 +367,8 @@ def test_the_commands_of_the_page_do_what_it_says(hub: Registry, tmp_path: Path)
         "s3://bucket": f"file://{tmp_path}",
         "file:///media/disk": f"file://{tmp_path}",
         " /models": f" {tmp_path}/models",
+        " deploy/profiles": f" {ROOT}/deploy/profiles",
+        " /profiles": f" {tmp_path}/profiles",
     }
     for command in commands:
         for name, place in places.items():
@@ -345,6 +377,29 @@ def test_the_commands_of_the_page_do_what_it_says(hub: Registry, tmp_path: Path)
             steervit(*re.sub(r"(@sha256:|--digest )\S+", "", command).split())
     labels = json.loads((tmp_path / "models" / "fashion_mnist" / "labels.json").read_text())
     assert labels == {"stable": 3, "canary": 4}, "the rollback comes last"
+
+
+def test_profiles_go_through_a_registry_to_running_servers(hub: Registry, tmp_path: Path) -> None:
+    bundle, reference, folder = load_bundle(FOLDER), f"{hub.host}/profiles/small", tmp_path / "served" / "profiles"
+    value = json.loads((FOLDER / "profiles.json").read_bytes())
+    for tag in ("one", "two"):
+        profiles = [{**value["profiles"][0], "name": tag}]
+        (tmp_path / tag).mkdir()
+        content = {**value, "gates_sae_digest": bundle.manifest.gates_sae_digest, "profiles": profiles}
+        (tmp_path / tag / "own.json").write_text(json.dumps(content))
+        steervit("push", tmp_path / tag, f"{reference}:{tag}")
+    assert "allowed for profiles: one with a tag" in refusal("push", tmp_path / "one", reference)
+    steervit("pull", f"{reference}:one", folder)
+    flags = ("--profiles-dir", str(folder), "--poll-seconds", "0.1")
+    with serving(SMALL, *flags) as server, Client(server.address) as client:
+        for tag, other in (("one", "two"), ("two", "one"), ("one", "two")):
+            steervit("pull", f"{reference}:{tag}", folder)
+            until(lambda: tag in {profile.name for profile in client.profiles()})  # noqa: B023
+            assert other not in {profile.name for profile in client.profiles()}
+    assert "neither --digest nor --label" in refusal("pull", f"{reference}:one", folder, "--label", "stable")
+    assert "is there; allowed: a new name, or the link" in refusal("pull", f"{reference}:one", tmp_path / "one")
+    (tmp_path / "two" / "own.json").write_text("{}")
+    assert "schema_version is missing" in refusal("push", tmp_path / "two", f"{reference}:three")
 
 
 @pytest.mark.parametrize(

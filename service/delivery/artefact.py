@@ -1,4 +1,4 @@
-"""A bundle as an OCI artefact, by the conventions of oras: a layer a file, with the file's name as its title.
+"""A bundle or profiles as an OCI artefact, by the conventions of oras: a layer a file, its name as the title.
 
 `oras pull`, other clients and CRI-O's image volumes so find the files; every registry stores the artefact. containerd
 mounts images alone, so a bundle can be written as one too: a tar a file. What is written depends on the bundle alone:
@@ -23,6 +23,7 @@ from service.delivery.errors import DeliveryError
 from service.delivery.registry import INDEX, MANIFEST, Document, digest_of
 
 ARTEFACT = "application/vnd.steervit.bundle.v1"
+PROFILES = "application/vnd.steervit.profiles.v1"
 EMPTY = "application/vnd.oci.empty.v1+json"
 EMPTY_CONFIG = b"{}"
 TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -78,12 +79,18 @@ class Artefact:
 
 def artefact(bundle: Bundle) -> Artefact:
     """The bundle as an artefact."""
-    layers = [Layer(_described(name, entry), bundle.folder / name) for name, entry in _entries(bundle).items()]
-    top = _manifest(
-        bundle,
-        {"artifactType": ARTEFACT, "config": {**_descriptor(EMPTY, EMPTY_CONFIG), "data": _base64(EMPTY_CONFIG)}},
-        layers,
-    )
+    return _artefact(ARTEFACT, bundle.folder, _entries(bundle), _annotations(bundle))
+
+
+def profiles_artefact(paths: Sequence[Path]) -> Artefact:
+    """Files of profiles, all of one folder, as an artefact."""
+    return _artefact(PROFILES, paths[0].parent, {path.name: _entry(path.read_bytes()) for path in paths}, {})
+
+
+def _artefact(kind: str, folder: Path, entries: Mapping[str, FileEntry], annotations: Json) -> Artefact:
+    layers = [Layer(_described(name, entry), folder / name) for name, entry in entries.items()]
+    config = {**_descriptor(EMPTY, EMPTY_CONFIG), "data": base64.b64encode(EMPTY_CONFIG).decode()}
+    top = _manifest({"artifactType": kind, "config": config}, layers, annotations)
     return Artefact(layers, [EMPTY_CONFIG], [], top, MANIFEST)
 
 
@@ -103,22 +110,23 @@ def image(bundle: Bundle) -> Artefact:
         _json({"architecture": platform, "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": diffs}})
         for platform in PLATFORMS
     ]
-    manifests = [_manifest(bundle, {"config": _descriptor(IMAGE_CONFIG, config)}, layers) for config in configs]
+    annotations = _annotations(bundle)
+    manifests = [_manifest({"config": _descriptor(IMAGE_CONFIG, config)}, layers, annotations) for config in configs]
     entries = [
         {**_descriptor(MANIFEST, manifest), "platform": {"architecture": platform, "os": "linux"}}
         for platform, manifest in zip(PLATFORMS, manifests, strict=True)
     ]
-    top = {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries, "annotations": _annotations(bundle)}
+    top = {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries, "annotations": annotations}
     return Artefact(layers, configs, manifests, _json(top), INDEX)
 
 
-def files_of(document: Document) -> Mapping[str, FileEntry]:
-    """The files of an artefact, by name. Raises DeliveryError when the manifest is not that of a bundle."""
+def files_of(document: Document) -> tuple[str, Mapping[str, FileEntry]]:
+    """The kind of an artefact, ARTEFACT or PROFILES, and its files by name. Raises DeliveryError when it is neither."""
     value = document.value
     kind = value.get("artifactType") or value.get("mediaType") if isinstance(value, dict) else type(value).__name__
-    if kind != ARTEFACT:
+    if kind not in (ARTEFACT, PROFILES):
         why = ", an image for volumes" if kind == INDEX else ""
-        raise DeliveryError(f"artifactType of {document.digest} is {kind!r}{why}; allowed: {ARTEFACT}")
+        raise DeliveryError(f"artifactType of {document.digest} is {kind!r}{why}; allowed: {ARTEFACT}, {PROFILES}")
     files: dict[str, FileEntry] = {}
     try:
         for layer in value["layers"]:
@@ -130,14 +138,16 @@ def files_of(document: Document) -> Mapping[str, FileEntry]:
             files[name] = FileEntry(digest.removeprefix("sha256:"), size)
     except (KeyError, TypeError, AttributeError) as error:
         raise DeliveryError(f"layers of {document.digest}: {type(error).__name__}: {error}") from error
-    return files
+    return kind, files
 
 
 def _entries(bundle: Bundle) -> dict[str, FileEntry]:
     """Every file of the bundle, the manifest first."""
-    content = (bundle.folder / "manifest.json").read_bytes()
-    manifest = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
-    return {"manifest.json": manifest, **bundle.manifest.files}
+    return {"manifest.json": _entry((bundle.folder / "manifest.json").read_bytes()), **bundle.manifest.files}
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
 
 
 def _described(name: str, entry: FileEntry) -> Json:
@@ -147,10 +157,9 @@ def _described(name: str, entry: FileEntry) -> Json:
     }  # fmt: skip
 
 
-def _manifest(bundle: Bundle, fields: Json, layers: Sequence[Layer]) -> bytes:
-    described = [layer.descriptor for layer in layers]
-    head = {"schemaVersion": 2, "mediaType": MANIFEST}
-    return _json({**head, **fields, "layers": described, "annotations": _annotations(bundle)})
+def _manifest(fields: Json, layers: Sequence[Layer], annotations: Json) -> bytes:
+    described = {"layers": [layer.descriptor for layer in layers], "annotations": annotations}
+    return _json({"schemaVersion": 2, "mediaType": MANIFEST, **fields, **described})
 
 
 def _annotations(bundle: Bundle) -> Json:
@@ -172,7 +181,3 @@ def _write_tar(path: Path, archive: IO[bytes]) -> None:
 
 def _json(value: Json) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()

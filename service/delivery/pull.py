@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from export.bundle import Bundle, BundleError, FileEntry, Manifest, load_bundle, new_bundle
+from export.bundle import Bundle, BundleError, FileEntry, Manifest, is_bundle, load_bundle, new_bundle
 from service.catalogue import check_label, set_label
 from service.delivery.artefact import files_of
 from service.delivery.errors import DeliveryError, Interrupted, retried
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 class Artefact:
-    """A bundle in a registry. Raises DeliveryError when it is not there, or not a bundle."""
+    """A bundle, or profiles, in a registry. Raises DeliveryError when it is not there, or something else."""
 
     def __init__(self, reference: Reference, plain_http: bool = False):
         if not reference.selector:
@@ -44,11 +44,12 @@ class Artefact:
         if document is None:
             raise DeliveryError(f"{reference} does not exist")
         self._where = replace(reference, digest=document.digest)
-        self._files = files_of(document)
+        self.digest = document.digest
+        self.kind, self.files = files_of(document)
 
     def manifest(self) -> bytes:
         """As of Source."""
-        entry = self._files.get("manifest.json")
+        entry = self.files.get("manifest.json")
         if entry is None or entry.size > LONGEST_MANIFEST:
             raise DeliveryError(f"layers: manifest.json is {entry}; allowed: at most {LONGEST_MANIFEST} bytes")
         content = retried(lambda: _limited(self.read("manifest.json", 0), entry.size))
@@ -58,7 +59,7 @@ class Artefact:
 
     def check(self, files: Mapping[str, FileEntry]) -> None:
         """As of Source."""
-        own = {name: entry for name, entry in self._files.items() if name != "manifest.json"}
+        own = {name: entry for name, entry in self.files.items() if name != "manifest.json"}
         differing = sorted({*own.items()} ^ {*files.items()}, key=lambda item: item[0])
         if differing:
             names = sorted({name for name, _ in differing})
@@ -66,7 +67,7 @@ class Artefact:
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
         """As of Source."""
-        return self._registry.blob(f"sha256:{self._files[name].sha256}", start)
+        return self._registry.blob(f"sha256:{self.files[name].sha256}", start)
 
 
 class Store:
@@ -134,6 +135,8 @@ def pull(source: Source, repository: Path, digest: str = "", label: str = "") ->
     except (ValueError, RecursionError) as error:
         raise BundleError(f"manifest.json: not JSON: {error}") from error
     source.check(manifest.files)
+    if is_bundle(repository):
+        raise BundleError(f"repository is {repository}, which is a bundle; allowed: a folder of bundles")
     if label:
         check_label(repository, manifest.name, label)
     folder = repository / manifest.name / str(manifest.version)
@@ -160,8 +163,7 @@ def _arrive(source: Source, repository: Path, manifest: Manifest, content: bytes
     folder = repository / manifest.name / str(manifest.version)
     try:
         with new_bundle(repository, manifest.name, manifest.version, resumed=f"pull-{digest}") as arriving:
-            for name, entry in manifest.files.items():
-                retried(lambda name=name, entry=entry: _fetch(source, name, entry, arriving / name))  # type: ignore[misc]
+            fetch_all(source, manifest.files, arriving)
             _write(arriving / "manifest.json", content)
             bundle = load_bundle(arriving, arriving)
     except BundleError:
@@ -169,6 +171,12 @@ def _arrive(source: Source, repository: Path, manifest: Manifest, content: bytes
             return another, False
         raise
     return replace(bundle, folder=folder), True
+
+
+def fetch_all(source: Source, files: Mapping[str, FileEntry], folder: Path) -> None:
+    """Write these files, or what is missing of them. Raises DeliveryError when one cannot be read or is another."""
+    for name, entry in files.items():
+        retried(lambda name=name, entry=entry: _fetch(source, name, entry, folder / name))  # type: ignore[misc]
 
 
 def _fetch(source: Source, name: str, entry: FileEntry, path: Path) -> None:

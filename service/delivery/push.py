@@ -1,4 +1,4 @@
-"""A bundle into a registry."""
+"""A bundle or a folder of profiles into a registry."""
 
 import io
 from contextlib import ExitStack
@@ -6,26 +6,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from export.bundle import Bundle, load_bundle
-from service.delivery.artefact import Artefact, Layer, artefact, image
+from export.bundle import NAME, is_bundle, load_bundle
+from service.delivery.artefact import Artefact, Layer, artefact, image, profiles_artefact
 from service.delivery.errors import DeliveryError
 from service.delivery.reference import Reference
 from service.delivery.registry import MANIFEST, Registry, digest_of
+from service.profiles import files_in
 
 
 def push(
     folder: Path, to: Reference, as_image: bool = False, move_tag: bool = False, plain_http: bool = False
 ) -> Reference:
-    """Push a bundle; files that the registry has are not sent again. Returns the reference with tag and digest.
+    """Push a bundle or a folder of profiles; what the registry has is not sent again. Returns the reference with tag
+    and digest.
 
-    to: without a tag, the tag is the version. as_image: for image volumes. move_tag: a tag that names something else
-    may be moved. Raises BundleError, and DeliveryError.
+    to: without a tag, the tag is the bundle's version. as_image: for image volumes. move_tag: a tag may be moved that
+    names something else. Raises BundleError, SteeringError and DeliveryError.
     """
     if to.digest:
-        raise DeliveryError(f"reference is {str(to)!r}; allowed: one without a digest, which follows from the bundle")
-    bundle = load_bundle(folder)
-    to = to if to.tag else replace(to, tag=_tag(bundle, as_image))
-    made = image(bundle) if as_image else artefact(bundle)
+        raise DeliveryError(f"reference is {str(to)!r}; allowed: one without a digest, which follows from the content")
+    made, version = _made(folder, as_image)
+    if not (to.tag or version):
+        raise DeliveryError(f"reference is {str(to)!r}; allowed for profiles: one with a tag")
+    to = to if to.tag else replace(to, tag=version)
     pinned = replace(to, digest=made.digest)
     registry = Registry(to, plain_http, "pull,push")
     there = registry.manifest(to.tag)
@@ -38,8 +41,16 @@ def push(
     return pinned
 
 
-def _tag(bundle: Bundle, as_image: bool) -> str:
-    return f"{bundle.manifest.version}{'-image' if as_image else ''}"
+def _made(folder: Path, as_image: bool) -> tuple[Artefact, str]:
+    """What to write, and its tag by default."""
+    if not as_image and not is_bundle(folder) and any(folder.glob("*.json")):
+        paths = files_in(folder)
+        if odd := [path.name for path in paths if not NAME.fullmatch(path.name)]:
+            raise DeliveryError(f"{folder}: file is {odd[0]!r}; allowed: {NAME.pattern}")
+        return profiles_artefact(paths), ""
+    bundle = load_bundle(folder)
+    version = str(bundle.manifest.version)
+    return (image(bundle), f"{version}-image") if as_image else (artefact(bundle), version)
 
 
 def _upload(registry: Registry, made: Artefact) -> None:
