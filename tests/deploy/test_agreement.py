@@ -12,13 +12,14 @@ from urllib.parse import urlsplit
 import promql_parser
 import pytest
 import yaml
-from manifests import KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
+from manifests import BUILDS, KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
 from processes import MODELS, ROOT, SMALL, start_server, stop_server
 from prometheus import alerts
 from prometheus_client import CollectorRegistry
 from registries import registry
 
 from deploy.kubernetes.prometheus_rules import WRITTEN, prometheus_rules
+from deploy.kubernetes.tools import KUBECTL
 from export.bundle import SCHEMA_VERSION, Bundle, BundleError, load_bundle
 from service.catalogue import scan
 from service.config import Settings
@@ -296,6 +297,37 @@ def test_a_pod_pulls_the_model_that_its_manifest_pins_before_its_server_starts(t
     (volume,) = image.spec["volumes"]
     assert Reference.parse(volume["image"]["reference"]).digest
     assert load_bundle(tmp_path / "models" / "small" / "1").digest == load_bundle(small).digest
+
+
+def test_the_model_is_set_as_the_components_say() -> None:
+    """By the commented part of an overlay in each, and by the command."""
+
+    def built(component: str) -> list[Object]:
+        own = KUBERNETES / "components" / component / "kustomization.yaml"
+        (commented,) = re.findall(r"^#   (?:patches|images):\n(?:#    .*\n)+", own.read_text(), re.M)
+        folder = BUILDS / f"own-{component}"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = os.path.relpath(KUBERNETES, folder)
+        head = {"resources": [f"{source}/base"], "components": [f"{source}/components/{component}"]}
+        said = yaml.safe_load(re.sub("^#  ", "", commented, flags=re.M).replace("sha256:...", f"sha256:{'1' * 64}"))
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | said))
+        done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=True)
+        return list(yaml.safe_load_all(done.stdout))
+
+    found = built("model-pull")
+    (deployment,) = of_kind(found, "Deployment")
+    policies = {each["metadata"]["name"]: each["spec"]["egress"] for each in of_kind(found, "NetworkPolicy")}
+    assert policies["steervit-pull"][0]["to"] == [{"ipBlock": {"cidr": "198.51.100.7/32"}}]
+    at_once = ["--containers", "pull", "MODEL=other@sha256:DIGEST"]
+    command = [KUBECTL, "set", "env", "--local", "-f", "-", *at_once, "-o", "yaml"]
+    done = subprocess.run(command, input=yaml.safe_dump(deployment), capture_output=True, text=True, check=True)
+    for each, model in ((deployment, "REFERENCE"), (yaml.safe_load(done.stdout), "other")):
+        (pull,) = each["spec"]["template"]["spec"]["initContainers"]
+        assert pull["env"][0] == {"name": "MODEL", "value": f"{model}@sha256:DIGEST"}
+        assert len(pull["env"]) == 4
+    (deployment,) = of_kind(built("model-image"), "Deployment")
+    (volume,) = deployment["spec"]["template"]["spec"]["volumes"]
+    assert volume["image"]["reference"] == f"registry.mine/models/mine@sha256:{'1' * 64}"
 
 
 def test_a_pod_of_the_canary_gets_calls_and_is_told_from_the_others() -> None:
