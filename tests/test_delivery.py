@@ -362,7 +362,6 @@ def test_the_commands_of_the_page_do_what_it_says(hub: Registry, tmp_path: Path)
     assert len(commands) >= 8
     places = {
         "registry.example.com": hub.host,
-        "deploy/models/": f"{tmp_path}/",
         " models/": f" {tmp_path}/",
         "s3://bucket": f"file://{tmp_path}",
         "file:///media/disk": f"file://{tmp_path}",
