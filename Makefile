@@ -11,7 +11,7 @@ RUNS := runs/$(if $(filter fashion-mnist,$(DATA)),fm,$(DATA))
 NAME := $(subst -,_,$(DATA))
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver docker-registry skopeo
 TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -98,7 +98,7 @@ faults: .venv/.dev  ## Write tests/README.md: each fault, what a client sees, th
 BUILD_ARGS = --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
 	$(foreach name,PYTHON_IMAGE PIP_INDEX_URL,$(if $($(name)),--build-arg $(name)=$($(name))))
 
-image:  ## Build the image steervit:<version>-TARGET (cpu, cuda or demo) with docker (PYTHON_IMAGE, PIP_INDEX_URL: from mirrors)
+image:  ## Build the image steervit:<version>-TARGET (cpu, cuda, delivery or demo) with docker (PYTHON_IMAGE, PIP_INDEX_URL: from mirrors)
 	docker build -f deploy/Dockerfile --target $(TARGET) -t steervit:$(VERSION)-$(TARGET) $(BUILD_ARGS) .
 
 # An onnxruntime for CUDA on arm64 is not in PyPI.
@@ -113,7 +113,7 @@ push:  ## Build the image of TARGET for PLATFORMS (amd64 and arm64; cuda: amd64)
 
 sbom: .venv/.dev  ## Write build/sbom/steervit-<version>-<target>.cdx.json, the images' Python packages as CycloneDX
 	@mkdir -p build/sbom
-	@set -e; for target in cpu cuda demo; do \
+	@set -e; for target in cpu cuda delivery demo; do \
 		$(RUN) -m deploy.sbom $$target > build/sbom/steervit-$(VERSION)-$$target.cdx.json; \
 	done
 
@@ -124,6 +124,8 @@ lock: .venv/.dev  ## Write deploy/requirements-*.lock anew: the newest releases 
 		| $(COMPILE) pyproject.toml - --extra otel --no-emit-package onnxruntime-gpu -o deploy/requirements-cpu.lock
 	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra otel --extra playground \
 		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-demo.lock
+	sed -n 's/^\(onnxruntime==[^ ;]*\).*/\1/p' deploy/requirements-cpu.lock | $(COMPILE) pyproject.toml - --extra otel --extra delivery \
+		--constraint deploy/requirements-cpu.lock --no-emit-package onnxruntime-gpu -o deploy/requirements-delivery.lock
 	echo 'setuptools>=77' | $(COMPILE) - -o deploy/requirements-build.lock
 
 chart: .venv/.dev  ## Write build/chart/steervit-<version>.tgz, the Helm chart as a package

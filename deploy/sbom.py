@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("cpu", "cuda", "demo")
+TARGETS = ("cpu", "cuda", "delivery", "demo")
 IMAGE = {"python_version": "3.11", "python_full_version": "3.11.14", "sys_platform": "linux"}
 """What markers see in the image."""
 

@@ -11,6 +11,7 @@
 Standard library, numpy and pydantic only: the server imports this module.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -21,7 +22,7 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -417,36 +418,55 @@ def new_folder(repository: Path, name: str, version: int) -> Path:
 
 
 def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
-    """Write a new bundle; it appears under its name only when it is whole. Returns its folder.
+    """Write a new bundle, as new_bundle does. Returns its folder. manifest.files is filled in here.
 
-    manifest.files is filled in here. One writer of a model at a time: others wait. Raises BundleError when that version
-    exists.
+    Raises BundleError when that version exists.
     """
-    folder = new_folder(repository, manifest.name, manifest.version)
     entries = {name: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
     value = {**manifest.to_json(), "files": {name: asdict(entry) for name, entry in entries.items()}}
     Manifest.from_json(json.loads(json.dumps(value)))
+    with new_bundle(repository, manifest.name, manifest.version) as folder:
+        for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
+            with open(folder / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+    return repository / manifest.name / str(manifest.version)
+
+
+@contextlib.contextmanager
+def new_bundle(repository: Path, name: str, version: int, resumed: str = "") -> Iterator[Path]:
+    """A folder to write a bundle into; at the end of the block it gets the version's name, so a bundle appears whole.
+
+    One writer of a model at a time: others wait. After an error the folder is removed; with `resumed` it is kept, and
+    the next writer with the same word continues in it. Raises BundleError when that version exists.
+    """
+    folder = new_folder(repository, name, version)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when a writer dies
-        new_folder(repository, manifest.name, manifest.version)  # not written by another one meanwhile
+    with locked(folder.parent):
+        new_folder(repository, name, version)  # not written by another one meanwhile
+        temporary = folder.parent / f".{folder.name}.{resumed or os.getpid()}"
         for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a writer that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
-        temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-        temporary.mkdir()
+            if not (resumed and abandoned == temporary):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        temporary.mkdir(exist_ok=bool(resumed))
         try:
-            for name, content in [*files.items(), ("manifest.json", (json.dumps(value, indent=1) + "\n").encode())]:
-                with open(temporary / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+            yield temporary
             os.rename(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not resumed:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a model's folder; others wait. The kernel releases it when a writer dies."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(lock)
-    return folder
 
 
 def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int]) -> str:

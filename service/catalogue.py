@@ -8,13 +8,14 @@
 
 import contextlib
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.bundle import VERSION, BundleError, check_inside, is_bundle
+from export.bundle import VERSION, BundleError, check_inside, is_bundle, locked, versions
 
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
@@ -117,6 +118,42 @@ def _labels(repository: Path, model: Path, versions: Mapping[int, VersionFolder]
         if type(version) is not int or version not in versions:
             return {}, f"{path}: {label} is {version!r}; allowed: one of {', '.join(map(str, sorted(versions)))}"
     return value, ""
+
+
+def set_label(repository: Path, name: str, label: str, version: int) -> None:
+    """Let a label name a version of a model, in its labels.json; a reader gets the old file or the new one, whole.
+
+    Raises BundleError when check_label does, or when the version is not there.
+    """
+    model = repository / name
+    with locked(model):
+        labels = check_label(repository, name, label) | {label: version}
+        if version not in versions(model):
+            raise BundleError(f"{model}: {label} is {version}; allowed: one of {versions(model)}")
+        temporary = model / f".labels.json.{os.getpid()}"
+        try:
+            temporary.write_text(json.dumps(labels) + "\n")
+            os.replace(temporary, model / "labels.json")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_label(repository: Path, name: str, label: str) -> dict[str, int]:
+    """The labels that a model has. Raises BundleError when they cannot be read or `label` cannot be added: it is not a
+    name of a label, or requests without a version would be served by the newest version although there are labels."""
+    if not LABEL.fullmatch(label):
+        raise BundleError(f"label is {label!r}; allowed: {LABEL.pattern}")
+    model = repository / name
+    there = {version: VersionFolder(model / str(version), ()) for version in versions(model)}
+    labels, problem = _labels(repository, model, there)
+    if problem:
+        raise BundleError(problem)
+    if label != DEFAULT_LABEL and DEFAULT_LABEL not in labels:
+        raise BundleError(
+            f"label is {label!r}, but {model / 'labels.json'} has no {DEFAULT_LABEL!r}, so the newest version serves "
+            f"requests that name none; allowed: {DEFAULT_LABEL!r} first"
+        )
+    return labels
 
 
 def _single(folder: Path) -> tuple[str, int]:

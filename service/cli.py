@@ -64,6 +64,20 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             ("verify",),
         ),
     },
+    "Deliver": {
+        "push": Command(
+            "Push a bundle or profiles into a registry, as OCI artefacts.",
+            "service.delivery.__main__:main",
+            "service.delivery.__main__:push_parser",
+            ("push",),
+        ),
+        "pull": Command(
+            "Pull a bundle or profiles from a registry or a store.",
+            "service.delivery.__main__:main",
+            "service.delivery.__main__:pull_parser",
+            ("pull",),
+        ),
+    },
     "Serve": {
         "serve": Command("Serve bundles over gRPC.", "service.__main__:main", "service.config:parser"),
         "playground": Command(

@@ -143,6 +143,16 @@ def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[l
     return lines, problems
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder of profiles. Raises SteeringError unless there are some, and each can be read."""
+    contents = _contents(folder)
+    if isinstance(contents, str) or not contents:
+        raise SteeringError(contents or f"{folder} has no .json file")
+    for path, content in contents:
+        _read(path, content)
+    return [path for path, _ in contents]
+
+
 def _check_default(bundle: Bundle, profiles: Profiles, default: str) -> None:
     """Raise SteeringError unless a bundle with these profiles has the default profile, if there is one."""
     try:

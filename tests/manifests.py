@@ -19,8 +19,8 @@ COMPONENTS = tuple(sorted(folder.name for folder in (KUBERNETES / "components").
 ON_BASE = tuple(name for name in COMPONENTS if not name.startswith("kserve"))
 AFTER = {"gpu-no-spare": "gpu", "kserve-keda": "kserve"}
 """Components that change another one, by that one."""
-TOGETHER = tuple(name for name in ON_BASE if name not in ("keda",))
-"""Of several autoscalers, one."""
+TOGETHER = tuple(name for name in ON_BASE if name not in ("keda", "model-image", "model-pull"))
+"""Of several autoscalers, and of several ways to the models, one."""
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
 TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in (*ON_BASE, "kserve-keda")), "everything")
 KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "autoScaling", "deploymentStrategy"}

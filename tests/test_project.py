@@ -18,12 +18,12 @@ from service.demo import NEXT
 
 FORBIDDEN = {
     "torch", "timm", "torchvision", "accelerate", "datasets", "webdataset", "scipy", "onnx", "onnxscript",
-    "matplotlib", "jinja2", "tqdm", "starlette", "uvicorn", "opentelemetry",
+    "matplotlib", "jinja2", "tqdm", "starlette", "uvicorn", "opentelemetry", "fsspec", "s3fs", "huggingface_hub",
 }  # fmt: skip
 SCHEMAS = ROOT / "docs" / "schemas"
 SERVING = [
     "service.__main__", "service.cli", "service.client", "service.demo", "service.server",
-    "service.playground.__main__", "export.bundle",
+    "service.playground.__main__", "service.delivery.push", "service.delivery.pull", "export.bundle",
 ]  # fmt: skip
 
 

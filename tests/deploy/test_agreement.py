@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,15 +12,19 @@ from urllib.parse import urlsplit
 import promql_parser
 import pytest
 import yaml
-from manifests import KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
-from processes import MODELS, ROOT, start_server, stop_server
+from manifests import BUILDS, KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
+from processes import MODELS, ROOT, SMALL, start_server, stop_server
 from prometheus import alerts, promtool
 from prometheus_client import CollectorRegistry
+from registries import registry
 
 from deploy.kubernetes.prometheus_rules import WRITTEN, prometheus_rules
-from export.bundle import SCHEMA_VERSION, Bundle, BundleError
+from deploy.kubernetes.tools import KUBECTL
+from export.bundle import SCHEMA_VERSION, Bundle, BundleError, load_bundle
 from service.catalogue import scan
 from service.config import Settings
+from service.delivery.push import push
+from service.delivery.reference import Reference
 from service.metrics import Metrics
 from service.pb import steering_pb2 as pb
 from service.profiles import ProfileFolder
@@ -96,7 +102,8 @@ def test_folders_that_settings_name_are_mounted_read_only_or_are_in_the_image(
     for pod in pods(found):
         volumes = {volume["name"] for volume in pod.spec.get("volumes", ())}
         mounts = {mount["mountPath"]: mount for mount in pod.server.get("volumeMounts", ())}
-        assert {mount["name"] for mount in mounts.values()} == volumes
+        before = {mount["name"] for init in pod.spec.get("initContainers", ()) for mount in init["volumeMounts"]}
+        assert {mount["name"] for mount in mounts.values()} | before == volumes
         of_server = settings_of(pod, found, monkeypatch)
         for path in (of_server.profiles_dir, of_server.tls_certificate, of_server.tls_key, of_server.repository):
             if path is None or (path == of_server.repository and str(path) not in mounts):
@@ -124,7 +131,8 @@ def test_selectors_choose_the_servers_pods_and_ports_go_by_names_that_these_have
     named += [end["port"] for each in of_kind(found, "PodMonitor") for end in each["spec"]["podMetricsEndpoints"]]
     named += [
         port["port"]
-        for each in of_kind(found, "NetworkPolicy") for rule in each["spec"]["ingress"] for port in rule["ports"]
+        for each in of_kind(found, "NetworkPolicy")
+        for rule in each["spec"].get("ingress", ()) for port in rule["ports"]
     ]  # fmt: skip
     named += [pod.server[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert set(named) <= ports
@@ -340,18 +348,88 @@ def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_who
     assert set(scan(tmp_path)) == {"fashion_mnist"}
 
 
-def test_pods_call_nobody_but_the_collector_of_their_traces() -> None:
+def test_pods_call_nobody_but_the_collector_of_their_traces_and_the_registry_of_their_model() -> None:
     for target in TARGETS:
         found = objects(target)
         (pod,) = pods(found)
         endpoint = urlsplit(settings(pod, found).get("STEERVIT_OTLP_ENDPOINT", ""))
-        for policy in of_kind(found, "NetworkPolicy"):
+        pulling = [p for p in of_kind(found, "NetworkPolicy") if p["metadata"]["name"].startswith("steervit-pull")]
+        assert len(pulling) == len(pod.spec.get("initContainers", ())), target
+        for policy in pulling:
+            registry, names = policy["spec"]["egress"]
+            assert registry == {"to": [{"ipBlock": {"cidr": "203.0.113.10/32"}}], "ports": [{"port": 443}]}
+            assert [port["port"] for port in names["ports"]] == [53, 53]
+            (to,) = names["to"]
+            assert to["podSelector"]["matchLabels"] == {"k8s-app": "kube-dns"}
+        for policy in (each for each in of_kind(found, "NetworkPolicy") if each not in pulling):
             let_out = {
                 (to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"], port["port"])
                 for rule in policy["spec"]["egress"] for to in rule["to"] for port in rule["ports"]
             }  # fmt: skip
             collector = {((endpoint.hostname or "").rpartition(".")[2], endpoint.port), ("kube-system", 53)}
             assert let_out == (collector if endpoint.port else set()), target
+
+
+@pytest.mark.parametrize("target", ["components/model-pull", "overlays/canary"])
+def test_a_pod_pulls_the_model_that_its_manifest_pins_before_its_server_starts(target: str, tmp_path: Path) -> None:
+    found = objects(target)
+    (pod,) = pods(found)
+    (pull,) = pod.spec["initContainers"]
+    assert pull["image"] == pod.server["image"]
+    environment = {entry["name"]: entry["value"] for entry in pull["env"]}
+    assert Reference.parse(environment["MODEL"]).digest, "the manifest pins no digest"
+    with registry(tmp_path) as own:
+        small = SMALL / "small" / "1"
+        environment["MODEL"] = str(push(small, Reference.parse(f"{own.host}/models/small")))
+        places = {"$(MODEL)": environment["MODEL"], "/models": str(tmp_path / "models"), "python": sys.executable}
+        command = [places.get(word, word) for word in pull["command"]]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment, timeout=60)
+    (image,) = pods(objects("components/model-image"))
+    (volume,) = image.spec["volumes"]
+    assert Reference.parse(volume["image"]["reference"]).digest
+    assert load_bundle(tmp_path / "models" / "small" / "1").digest == load_bundle(small).digest
+
+
+def test_the_model_is_set_as_the_components_say() -> None:
+    """By the commented part of an overlay in each, and by the command."""
+
+    def built(component: str) -> list[Object]:
+        own = KUBERNETES / "components" / component / "kustomization.yaml"
+        (commented,) = re.findall(r"^#   (?:patches|images):\n(?:#    .*\n)+", own.read_text(), re.M)
+        folder = BUILDS / f"own-{component}"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = os.path.relpath(KUBERNETES, folder)
+        head = {"resources": [f"{source}/base"], "components": [f"{source}/components/{component}"]}
+        said = yaml.safe_load(re.sub("^#  ", "", commented, flags=re.M).replace("sha256:...", f"sha256:{'1' * 64}"))
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(head | said))
+        done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=True)
+        return list(yaml.safe_load_all(done.stdout))
+
+    found = built("model-pull")
+    (deployment,) = of_kind(found, "Deployment")
+    policies = {each["metadata"]["name"]: each["spec"]["egress"] for each in of_kind(found, "NetworkPolicy")}
+    assert policies["steervit-pull"][0]["to"] == [{"ipBlock": {"cidr": "198.51.100.7/32"}}]
+    at_once = ["--containers", "pull", "MODEL=other@sha256:DIGEST"]
+    command = [KUBECTL, "set", "env", "--local", "-f", "-", *at_once, "-o", "yaml"]
+    done = subprocess.run(command, input=yaml.safe_dump(deployment), capture_output=True, text=True, check=True)
+    for each, model in ((deployment, "REFERENCE"), (yaml.safe_load(done.stdout), "other")):
+        (pull,) = each["spec"]["template"]["spec"]["initContainers"]
+        assert pull["env"][0] == {"name": "MODEL", "value": f"{model}@sha256:DIGEST"}
+        assert len(pull["env"]) == 4
+    (deployment,) = of_kind(built("model-image"), "Deployment")
+    (volume,) = deployment["spec"]["template"]["spec"]["volumes"]
+    assert volume["image"]["reference"] == f"registry.mine/models/mine@sha256:{'1' * 64}"
+
+
+def test_a_pod_of_the_canary_gets_calls_and_is_told_from_the_others() -> None:
+    found = objects("overlays/canary")
+    (canary,), (stable,) = pods(found), pods(objects("overlays/cpu"))
+    assert {each["kind"] for each in found} == {"ConfigMap", "Deployment", "NetworkPolicy"}
+    (deployment,) = of_kind(found, "Deployment")
+    assert deployment["metadata"]["name"] == "steervit-canary"
+    assert not deployment["spec"]["selector"]["matchLabels"].items() <= stable.labels.items()
+    for each in of_kind(objects("base"), "Service"):
+        assert each["spec"]["selector"].items() <= canary.labels.items()
 
 
 def test_the_readme_names_files_that_exist_and_every_component() -> None:

@@ -12,12 +12,14 @@ import pytest
 import yaml
 from cloudcoil.models.keda import v1alpha1 as keda
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
-from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, pods
+from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, of_kind, pods
 
 from deploy.kubernetes.tools import CHECKOV, KSERVE
 
 VERSIONS = ("1.30", "1.37")
 """Of Kubernetes: the oldest (the first with the preStop sleep) and the newest that the schemas know."""
+NEWER = {"components/model-image": "1.31"}
+"""Of Kubernetes, the first that knows what a target needs."""
 OPERATORS = {"monitoring.coreos.com/v1": prometheus_operator, "keda.sh/v1alpha1": keda}
 """Models of their objects, by apiVersion."""
 CUSTOM = {*OPERATORS, "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1"}
@@ -55,12 +57,25 @@ def _kserve_models() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_objects_fit_the_schemas_of_kubernetes(target: str, version: str) -> None:
-    found = objects(target)
+    found, version = objects(target), max(version, NEWER.get(target, version))
     for each in [*(each for each in found if each["apiVersion"] not in CUSTOM), *(p.to_object() for p in pods(found))]:
         try:
             kubernetes_validate.validate(each, version, strict=True)
         except kubernetes_validate.ValidationError as error:
             pytest.fail(f"{each['kind']} {each['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}")
+
+
+def test_the_job_that_pulls_onto_the_volume_fits_the_schemas_and_the_claim() -> None:
+    job = yaml.safe_load((KUBERNETES / "pull.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(job, version, strict=True)
+    (claim,) = of_kind(objects("components/model-pvc"), "PersistentVolumeClaim")
+    spec = job["spec"]["template"]["spec"]
+    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (pod,) = pods(objects("components/model-pull"))
+    (pull,) = pod.spec["initContainers"]
+    assert spec["containers"][0]["command"][:4] == pull["command"][:4]
+    assert spec["securityContext"] == pod.spec["securityContext"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
