@@ -22,6 +22,8 @@ SECONDS = (
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
+OUTCOMES = ("admitted", "model", "rate", "calls", "images")
+"""Of calls under limits by client: admitted, or refused by one of them."""
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -236,6 +238,15 @@ class VersionCounts:
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
         self.specialised = Tally()
         """Images that a graph for their profile alone has run."""
+
+
+class ClientCounts:
+    """The counts of a client with limits."""
+
+    def __init__(self) -> None:
+        self.calls = {outcome: Tally() for outcome in OUTCOMES}
+        self.images = Tally()
+        """Admitted ones."""
 
 
 class Retained(Generic[K, V]):

@@ -57,7 +57,8 @@ MODEL = ("model", "version")
 PROFILE = (*MODEL, "profile")
 FAMILIES = (
     Family(
-        "counter", "steervit_requests", "RPCs answered. Without a model: RPCs for no served model.",
+        "counter", "steervit_requests",
+        "RPCs answered, but for those over a limit of their client. Without a model: RPCs for no served model.",
         ("method", "code", *MODEL),
     ),
     Family(
@@ -65,6 +66,16 @@ FAMILIES = (
         ("method", *MODEL),
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family(
+        "counter", "steervit_client_requests",
+        "RPCs of clients with limits of their own, and of all others: admitted, or refused by a limit.",
+        ("client", "outcome"),
+    ),
+    Family("counter", "steervit_client_images", "Images of them that were admitted.", ("client",)),
+    Family(
+        "gauge", "steervit_client_limits_last_read_successful",
+        "0 while the file of limits by client is invalid and its last valid state is used; else 1.",
+    ),
     Family("gauge", "steervit_ready", "1 while the server accepts calls, like /readyz; else 0."),
     Family(
         "gauge", "steervit_certificate_expiry_timestamp_seconds",

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from importlib.metadata import version as package_version
@@ -17,7 +17,18 @@ from export.bundle import Bundle
 from service import cuda
 from service.access_log import Course, Record
 from service.batcher import BatchStats
-from service.counting import CUSTOM, NONE, OTHER, Key, ProfileCounts, RequestCounts, Retained, Tally, VersionCounts
+from service.counting import (
+    CUSTOM,
+    NONE,
+    OTHER,
+    ClientCounts,
+    Key,
+    ProfileCounts,
+    RequestCounts,
+    Retained,
+    Tally,
+    VersionCounts,
+)
 from service.engine import Outputs
 from service.exposition import (
     FAMILIES,
@@ -72,6 +83,10 @@ class Metrics:
         """When certificates expire, Unix time, by file."""
         self.unused_profiles: Callable[[], int] = lambda: 0
         """The number of profiles in the folder that are for no served model."""
+        self._clients: dict[str, ClientCounts] = {}
+        """By client with limits of its own, and those of all others. Replaced as a whole."""
+        self.limits_right = True
+        """Whether the limits of clients are those of their file as it is."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -116,6 +131,16 @@ class Metrics:
         self._profile_reads["ok" if ok else "failed"].inc()
         self._profiles_right = ok
 
+    def use_clients(self, names: Iterable[str]) -> None:
+        """Set the clients with limits of their own, as in their file. The series of new ones start at 0."""
+        labels = [*names, OTHER.value]
+        self._clients = {label: self._clients.get(label) or ClientCounts() for label in labels}
+        self.limits_right = True
+
+    def of_client(self, name: str) -> ClientCounts:
+        """The counts of a client, shared by all without limits of their own."""
+        return self._clients.get(name) or self._clients[OTHER.value]
+
     def load_failed(self, name: str, version: int) -> None:
         """Count a failed attempt to load a version."""
         with self._lock:
@@ -151,6 +176,13 @@ class Metrics:
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
         rows["steervit_profiles_unused"].append(((), self.unused_profiles()))
         rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
+        for client, counted_calls in self._clients.items():
+            rows["steervit_client_images"].append(((client,), counted_calls.images.value))
+            rows["steervit_client_requests"] += (
+                ((client, outcome), calls.value) for outcome, calls in counted_calls.calls.items()
+            )
+        if self._clients:
+            rows["steervit_client_limits_last_read_successful"].append(((), int(self.limits_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))

@@ -16,6 +16,7 @@ from export.bundle import Bundle
 from service import transport
 from service.config import Settings
 from service.guard import Guard
+from service.limits import ClientLimits
 from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
 from service.pages import Pages
@@ -89,7 +90,7 @@ class Server:
     """The whole server. `start` returns when it is ready, `stop` when everything accepted is answered."""
 
     def __init__(self, settings: Settings):
-        """Loads the repository. Raises BundleError or EngineError."""
+        """Loads the repository. Raises BundleError, EngineError or LimitsError."""
         self._settings = settings
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
@@ -108,7 +109,8 @@ class Server:
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._tracing = _tracing(settings)
-        self._guard = Guard(self._metrics, settings.access_log, self._tracing)
+        self._limits = ClientLimits(settings.client_limits, self._metrics) if settings.client_limits else None
+        self._guard = Guard(self._metrics, settings.access_log, self._tracing, self._limits)
         self._beat = math.inf
         """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0
@@ -146,6 +148,8 @@ class Server:
             self._watching.append(asyncio.create_task(self._repository.watch()))
         watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
+        if self._limits:
+            self._watching.append(asyncio.create_task(self._limits.watch(settings.poll_seconds)))
         self._taking = True
         await self._set_health(self.ready and self.alive)
         self._watching.append(asyncio.create_task(self._follow_state()))
@@ -169,6 +173,8 @@ class Server:
             return "an inference thread has ended or hangs"
         if problem := self._profiles.problem:
             return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
+        if self._limits and self._limits.problem:
+            return f"degraded, as the limits of clients are unchanged: {self._limits.problem}"
         return ""
 
     def _metrics_page(self, accepted: str) -> tuple[bytes, str]:
@@ -187,10 +193,12 @@ class Server:
             self._repository.use_profiles()
 
     async def reload(self) -> None:
-        """Read the profile folder now and, with --model-control poll, scan the repository."""
+        """Read the profile folder and the limits of clients now and, with --model-control poll, scan the repository."""
         log.info("reading the folders")
         if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
             self._repository.use_profiles()
+        if self._limits:
+            await self._limits.refresh()
         if self._settings.model_control == "poll":
             await self._repository.look()
 

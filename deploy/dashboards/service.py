@@ -195,6 +195,20 @@ SATURATION = [
     )),
 ]  # fmt: skip
 
+CLIENTS = [
+    (12, stacked(lines(
+        "Calls refused by a limit of their client",
+        "Calls a second that --client-limits refuses, by client (`other`: those that the file does not name) and "
+        "limit: its models, images a second (rate), calls or images in flight.", "reqps",
+        (f'sum by (client, outcome) (rate(steervit_client_requests_total{{{JOB}, outcome!="admitted"}}{STEP}))',
+         "{{client}} {{outcome}}"),
+    ))),
+    (12, stacked(lines(
+        "Images by client", "Images a second that were admitted, with --client-limits.", "cps",
+        (f"sum by (client) (rate(steervit_client_images_total{{{JOB}}}{STEP}))", "{{client}}"),
+    ))),
+]  # fmt: skip
+
 PROCESS = [
     (8, lines(
         "Memory", "Resident memory of each server.", "bytes",
@@ -244,6 +258,7 @@ BOARD = dashboard(
         ("Latency", 8, LATENCY),
         ("Batches", 8, BATCHES),
         ("Saturation", 8, SATURATION),
+        ("Clients", 7, CLIENTS),
         ("Process", 7, PROCESS),
         ("Models", 7, MODELS),
     ],
