@@ -43,6 +43,8 @@ class Record:
     version: str = ""
     profile: str = ""
     """`custom`: inline terms."""
+    group: str = ""
+    """Of its profile, as in counting.GROUPS; "" until its images are about to run."""
     images: int | None = None
     budget: float | None = None
     """As asked for."""

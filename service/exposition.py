@@ -65,6 +65,16 @@ FAMILIES = (
         "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.",
         ("method", *MODEL),
     ),
+    Family(
+        "histogram", "steervit_profile_request_duration_seconds",
+        "The same of calls with images, by the kind of their profile.", (*MODEL, "profile_group"),
+    ),
+    Family("histogram", "steervit_request_size_bytes", "Messages of calls with images.", MODEL),
+    Family("histogram", "steervit_response_size_bytes", "Messages of their answers.", MODEL),
+    Family(
+        "counter", "steervit_calls_unserved",
+        "RPCs that reach no handler: of a method that does not exist, or with a message over the limit.", ("reason",),
+    ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
     Family(
         "counter", "steervit_client_requests",
@@ -183,6 +193,10 @@ def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     """Add the series of a version's counts. rows: with a list for every family."""
     add_requests(rows, names, counts.requests)
+    for group, durations in list(counts.by_group.items()):
+        rows["steervit_profile_request_duration_seconds"].append(((*names, group), durations.read()))
+    rows["steervit_request_size_bytes"].append((names, counts.request_size.read()))
+    rows["steervit_response_size_bytes"].append((names, counts.response_size.read()))
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))

@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
-from service.access_log import PROBES, begin, line
+from service.access_log import PROBES, Record, begin, line
 from service.errors import STATUS, InvalidRequest, OverLimit, Overloaded, RequestError
 from service.limits import ClientLimits
 from service.metrics import WITH_IMAGES, Metrics
@@ -28,6 +28,8 @@ REQUEST_ID = "x-request-id"
 SLACK = 0.05, 0.01
 """By how much gRPC may round a deadline up: seconds, and a share of the time that the call has."""
 Call = Callable[[Any, Any], Awaitable[Any]]
+Sizes = tuple[int, int]
+"""Bytes of a request and of its answer."""
 
 
 class Guard:
@@ -60,6 +62,17 @@ class Guard:
             for method, path in paths.items()
         }
         return grpc.method_handlers_generic_handler(service.full_name, methods)
+
+    def unserved(self, why: Literal["oversized", "unknown_method"], path: str, context: Any) -> None:
+        """Count and log a call that no handler gets. path: of its method, as the client says."""
+        self._metrics.unserved[why].inc()
+        code = "RESOURCE_EXHAUSTED" if why == "oversized" else "UNIMPLEMENTED"
+        self._log(Record(refused=why), path[:100], code, 0.0, _request_id(context), (0, 0), context)
+
+    def _log(self, record: Record, path: str, code: str, seconds: float, name: str, sizes: Sizes, context: Any) -> None:
+        level = logging.INFO if random.random() < self._access_log else logging.DEBUG
+        if log.isEnabledFor(level):
+            log.log(level, line(record, path, code, seconds, name, sizes, context))
 
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         logged = not PROBES.fullmatch(path)
@@ -99,13 +112,14 @@ class Guard:
                     record.admission.leave()
                 if counted:
                     self._metrics.request(path, code, seconds, (record.model, record.version))
+                    if record.group:
+                        self._metrics.with_images(record, seconds, received, _size(answer))
                 if tracing and record.course:
                     tracing.ended(record, record.course, path, code, seconds, name, context)
                     if counted:
                         self._metrics.traced(path, seconds, record, record.course)
-                level = logging.INFO if random.random() < self._access_log else logging.DEBUG
-                if logged and log.isEnabledFor(level):
-                    log.log(level, line(record, path, code, seconds, name, (received, _size(answer)), context))
+                if logged:
+                    self._log(record, path, code, seconds, name, (received, _size(answer)), context)
             # here, and without the message: the exception that abort raises would keep both until a garbage collection
             del message
             return await context.abort(*refusal)

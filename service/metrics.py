@@ -21,7 +21,9 @@ from service.counting import (
     CUSTOM,
     NONE,
     OTHER,
+    SECONDS,
     ClientCounts,
+    Histogram,
     Key,
     ProfileCounts,
     RequestCounts,
@@ -72,6 +74,7 @@ class Metrics:
         self.max_profile_series, self._head_series = max_profile_series, head_series
         self._program = package_version("steervit"), revision
         self.in_flight = Tally()
+        self.unserved = {"oversized": Tally(), "unknown_method": Tally()}
         self._requests = RequestCounts()
         """Of calls of no model: of none that is served, or about none."""
         self._with_images: list[str] = []
@@ -104,6 +107,14 @@ class Metrics:
         that it names, if there is one."""
         counts = self._versions.values.get(version)
         (counts.requests if counts else self._requests).add(method, code, seconds)
+
+    def with_images(self, record: Record, seconds: float, received: int, sent: int) -> None:
+        """Count what calls with images have beside the rest, of a counted one. received, sent: bytes; 0: no answer."""
+        if counts := self._versions.values.get((record.model, record.version)):
+            counts.by_group.setdefault(record.group, Histogram(SECONDS)).observe(seconds)
+            counts.request_size.observe(received)
+            if sent:
+                counts.response_size.observe(sent)
 
     def traced(self, method: str, seconds: float, record: Record, course: Course) -> None:
         """Name the span of a counted call, if it has one, as an example of its durations. seconds: as counted."""
@@ -169,6 +180,7 @@ class Metrics:
             profiles = self._profiles.values.copy()
         rows: dict[str, list[Row]] = {family.name: [] for family in FAMILIES}
         add_requests(rows, OF_NO_MODEL, self._requests)
+        rows["steervit_calls_unserved"] += (((why,), calls.value) for why, calls in self.unserved.items())
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))

@@ -19,7 +19,7 @@ from service.access_log import current
 from service.batcher import Batcher, BatchStats
 from service.calls import Answer
 from service.config import Settings
-from service.counting import CUSTOM, NONE, Key
+from service.counting import CUSTOM, NONE, OTHER, Key, NoProfile
 from service.dial import FREE, Forced, budget_bias, floor_of
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
@@ -110,7 +110,7 @@ class Model:
     ) -> Answer:
         """The answer. seconds_left: to the deadline, None without one; residual: whether to include residuals."""
         count = len(images)
-        _record(count, steering, count)
+        _record(count, steering, self._group(steering), count)
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered(steering), len(shadowed))]) if shadowed else steering
@@ -130,7 +130,7 @@ class Model:
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch, at the same budget."""
         count, without = len(images), self._unsteered(steering)
-        _record(count, steering, 2 * count)
+        _record(count, steering, self._group(steering), 2 * count)
         order = [index for index in range(count) for _ in range(2)]
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (without, row)])
@@ -300,6 +300,13 @@ class Model:
         await self.in_turns([partial(put, index) for index in range(len(decoders))])
         return pixels
 
+    def _group(self, steering: Steering) -> str:
+        """Of the profile: its kind; OTHER when it was removed during the call."""
+        key = _label(steering)
+        if isinstance(key, NoProfile):
+            return key.value
+        return str(self.bundle.profiles[key].kind) if key in self.bundle.profiles else OTHER.value
+
     def _unsteered(self, steering: Steering) -> Steering:
         """No steering, at the same budget."""
         return self._resolved("", 1.0, steering.budget)
@@ -314,11 +321,11 @@ class Model:
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
 
-def _record(images: int, steering: Steering, to_run: int) -> None:
-    """Note what a call asks for. to_run: images, which its client must be allowed to run now."""
+def _record(images: int, steering: Steering, group: str, to_run: int) -> None:
+    """Note what a call asks for. group: as of Record; to_run: images, which its client must be allowed to run now."""
     record = current()
     record.images, record.budget = images, steering.budget
-    record.profile = steering.profile or ("custom" if steering.custom else "")
+    record.profile, record.group = steering.profile or ("custom" if steering.custom else ""), group
     if record.admission:
         record.admission.take(to_run)
 

@@ -42,6 +42,9 @@ METHODS = tuple(f"/{service.full_name}/{method.name}" for service in DESCRIPTORS
 class NotServed(grpc.GenericRpcHandler):
     """Answers the methods of the Open Inference Protocol that are not implemented: streams, shared memory, tracing."""
 
+    def __init__(self, unserved: transport.Unserved):
+        self._unserved = unserved
+
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """A handler that answers UNIMPLEMENTED for a method of the Open Inference Protocol; None for any other."""
         name = details.method
@@ -49,6 +52,7 @@ class NotServed(grpc.GenericRpcHandler):
             return None
 
         async def refuse(_: Any, context: Any) -> None:
+            self._unserved("unknown_method", name, context)
             served = ", ".join(method.rpartition("/")[2] for method in METHODS if method.startswith("/inference."))
             await context.abort(
                 grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2][:100]} is not served; allowed: {served}"
@@ -118,11 +122,11 @@ class Server:
     async def start(self) -> None:
         """Start serving. Raises OSError when a port is taken or a TLS file cannot be used."""
         settings = self._settings
-        self._server = transport.server(_options(settings))
+        self._server = transport.server(_options(settings), self._guard.unserved)
         typed = SteeringService(self._repository, settings)
         open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready and self.alive)
         handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
-        self._server.add_generic_rpc_handlers((*handlers, NotServed()))
+        self._server.add_generic_rpc_handlers((*handlers, NotServed(self._guard.unserved)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
