@@ -36,6 +36,8 @@ MOST_CERTIFICATES = 10_000
 """Of clients without limits of their own; beyond, idle ones are forgotten."""
 LONGEST_WAIT = 5.0
 """Seconds that a client is told to wait for its calls in flight."""
+A_DAY = 86400.0
+"""Seconds that it is told to wait at most."""
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -49,7 +51,7 @@ class Limit:
 
     models: tuple[str, ...] | None = None
     """Names of the models that it may call."""
-    images_per_second: Annotated[fields.Number, Field(gt=0)] | None = None
+    images_per_second: Annotated[fields.Number, Field(ge=0.001, le=fields.MOST)] | None = None
     """On average."""
     burst: fields.Count | None = None
     """Images that it may send at once after a pause; as many as in a second unless given. A call of more waits until
@@ -182,7 +184,7 @@ class Admission:
         assert limit.images_per_second
         text = f"over the limit of {limit.images_per_second:g} images a second (burst {limit.capacity:g})"
         wait = (min(images, limit.capacity) - free) / limit.images_per_second
-        self._refuse("rate", text, wait, longest=math.inf)
+        self._refuse("rate", text, wait, longest=A_DAY)
 
     def _refuse(self, reason: str, text: str, wait: float, longest: float = LONGEST_WAIT) -> None:
         self._outcome = reason
@@ -200,8 +202,8 @@ class ClientLimits:
         """What is wrong with the file as it is; "" if it is in use."""
         self._clients: dict[str, _Client] = {}
         """By name; OTHER: those that share the default."""
-        self._seen = self._content()
-        self._use(self._parsed(self._seen))
+        self._seen = _content(path)
+        self._use(_parsed(path, self._seen))
 
     def arrived(self, context: Any) -> Admission:
         """A call that has arrived, to be entered."""
@@ -214,12 +216,12 @@ class ClientLimits:
 
     async def refresh(self) -> None:
         """Read the file if it has changed. If it cannot be used, the limits stay as they are."""
-        content = await asyncio.get_running_loop().run_in_executor(None, self._content)
+        content = await asyncio.get_running_loop().run_in_executor(None, _content, self._path)
         if content == self._seen:
             return
         self._seen = content
         try:
-            self._use(self._parsed(content))
+            self._use(_parsed(self._path, content))
         except LimitsError as error:
             self.problem = str(error)
             self._metrics.limits_right = False
@@ -260,21 +262,28 @@ class ClientLimits:
             client.limit, client.counts = self._limit(name), self._metrics.of_client(name)
         log.info("limits of %d clients in %s", len(limits.clients), self._path)
 
-    def _content(self) -> bytes | str:
-        """The file, or why it cannot be read."""
-        try:
-            return self._path.read_bytes()
-        except OSError as error:
-            return f"{self._path}: {error.strerror}"
 
-    def _parsed(self, content: bytes | str) -> Limits:
-        if isinstance(content, str):
-            raise LimitsError(content)
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise LimitsError(f"{self._path}: {error}") from error
-        return fields.read(Limits, value, LimitsError, f"{self._path}: ")
+def read(path: Path) -> Limits:
+    """The limits of a file. Raises LimitsError when it cannot be used."""
+    return _parsed(path, _content(path))
+
+
+def _content(path: Path) -> bytes | str:
+    """The file, or why it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+
+
+def _parsed(path: Path, content: bytes | str) -> Limits:
+    if isinstance(content, str):
+        raise LimitsError(content)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise LimitsError(f"{path}: {error}") from error
+    return fields.read(Limits, value, LimitsError, f"{path}: ")
 
 
 def permit(model: str) -> None:

@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from processes import MODELS, SMALL, ServerProcess, run_module, serving, until
 from prometheus_client import CollectorRegistry
 
+from service.client import Client
 from service.errors import InvalidRequest, ModelNotAllowed, OverLimit
 from service.limits import Admission, ClientLimits, LimitsError
 from service.metrics import Metrics
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
+from tests.faults.listed import fault
+from tests.faults.protocols import Protocol, both
 
 PREDICT, COMPARE = "/steering.v1.SteeringService/Predict", "/steering.v1.SteeringService/Compare"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -190,7 +193,7 @@ async def test_new_limits_apply_and_a_wrong_file_changes_nothing(tmp_path: Path,
         ("[]", "the content is []; allowed: a JSON object"),
         ('{"client": {}}', "client is {}; allowed: no such field"),
         ('{"clients": {"shop": {"rate": 3}}}', "clients.shop.rate is 3; allowed: no such field"),
-        ('{"default": {"images_per_second": 0}}', "default.images_per_second is 0; allowed: greater than 0"),
+        ('{"default": {"images_per_second": 0}}', "default.images_per_second is 0; allowed: 0.001 or more"),
         ('{"default": {"images_per_second": "9"}}', "default.images_per_second is '9'; allowed: a valid number"),
         ('{"default": {"images_in_flight": 1.5}}', "default.images_in_flight is 1.5; allowed: a valid integer"),
         ('{"clients": {"shop": {"burst": 3}}}', "clients.shop: burst is 3 without images_per_second; allowed: with it"),
@@ -215,6 +218,7 @@ LIMITS = {
     "clients": {
         "slow": {"images_per_second": 1, "burst": 4},
         "narrow": {"images_in_flight": 3},
+        "steady": {"images_per_second": 10},
         "elsewhere": {"models": ["another"]},
         "free": {},
     },
@@ -252,8 +256,13 @@ def ask(channel: grpc.Channel, path: str, images: int, name: str = "") -> Any:
     return channel.unary_unary(path).future(request(path, images), timeout=30, metadata=metadata)
 
 
-@pytest.mark.parametrize("path", [PREDICT, INFER])
-def test_refusals_say_whose_limit_it_is_and_when_to_try_again(path: str, limited: ServerProcess) -> None:
+@both(
+    "client: over a limit of its own",
+    "RESOURCE_EXHAUSTED: `client 'slow': over the limit of 1 images a second (burst 4). Try again in 3.9 s`, `client "
+    "'narrow': 2 images in flight + 2 new > limit 3. ...`, RetryInfo, `grpc-retry-pushback-ms`",
+)
+def test_refusals_say_whose_limit_it_is_and_when_to_try_again(protocol: Protocol, limited: ServerProcess) -> None:
+    path = protocol.path
     with grpc.insecure_channel(limited.address, [("grpc.enable_retries", 0)]) as channel:
         assert ask(channel, path, 5, "free").code() is grpc.StatusCode.OK
         until(lambda: ask(channel, path, 4, "slow").code() is grpc.StatusCode.OK, 10)
@@ -269,10 +278,28 @@ def test_refusals_say_whose_limit_it_is_and_when_to_try_again(path: str, limited
         assert second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert second.details().startswith("client 'narrow': 2 images in flight + 2 new > limit 3. Try again in ")
         assert first.code() is grpc.StatusCode.OK
+
+
+@both(
+    "client: a model that it may not call",
+    "PERMISSION_DENIED: `model is 'small', which client 'elsewhere' may not call; allowed: 'another'`",
+)
+def test_a_model_is_closed_to_who_may_not_call_it(protocol: Protocol, limited: ServerProcess) -> None:
+    path = protocol.path
+    with grpc.insecure_channel(limited.address) as channel:
         for name, who in (("elsewhere", "'elsewhere'"), ("", "'anonymous'")):
             denied = ask(channel, path, 1, name)
             assert denied.code() is grpc.StatusCode.PERMISSION_DENIED
             assert f"{who} may not call; allowed: " in denied.details()
+
+
+def test_the_retries_of_grpc_wait_as_they_are_told(limited: ServerProcess) -> None:
+    """Three times what may be sent at once is all answered, in 2 s, to a client that does nothing for it."""
+    start = time.monotonic()
+    with Client(limited.address, name="steady") as client:
+        for _ in range(3):
+            client.predict([np.zeros((16, 16, 3), np.uint8)] * 10)
+    assert 1.9 < time.monotonic() - start < 10
 
 
 def test_compare_counts_its_images_twice(limited: ServerProcess) -> None:
@@ -320,6 +347,10 @@ def test_series_are_those_of_the_file_and_refusals_cost_no_error_budget(limited:
     assert limited.count("steervit_client_images_total", client="free") > 0
 
 
+@fault(
+    "client: limits that are wrong",
+    "the limits from before; `/readyz` and the log name the field, a server does not start with them",
+)
 def test_a_changed_file_applies_and_a_wrong_one_is_visible(limited: ServerProcess, folder: Path) -> None:
     right = "steervit_client_limits_last_read_successful"
     with grpc.insecure_channel(limited.address) as channel:
@@ -404,6 +435,7 @@ def polite(address: str, calls: int) -> tuple[list[str], list[float], list[float
     return codes, seconds, queued
 
 
+@fault("client: a noisy neighbour", "with a limit for that one, answers as soon as without it")
 def test_a_noisy_neighbour_starves_nobody(tmp_path: Path) -> None:
     """Without limits, calls beside it are refused or wait; with one for it, all are answered as if it was not there."""
     (tmp_path / "limits.json").write_text('{"clients": {"noisy": {"images_per_second": 64, "images_in_flight": 32}}}')
