@@ -3,9 +3,11 @@
 import threading
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar, get_args
 
@@ -241,8 +243,8 @@ class VersionCounts:
         self.batch_size, self.budget = Histogram(SIZES), Histogram(BUDGETS)
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.request_size, self.response_size = Histogram(BYTES), Histogram(BYTES)
-        self.by_group = {group: Histogram(SECONDS) for group in GROUPS}
-        """Durations of calls with images."""
+        self.by_group = defaultdict(partial(Histogram, SECONDS), {group: Histogram(SECONDS) for group in GROUPS})
+        """Durations of calls with images; OTHER: their profile was removed meanwhile."""
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
         self.specialised = Tally()
         """Images that a graph for their profile alone has run."""

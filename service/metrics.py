@@ -21,9 +21,7 @@ from service.counting import (
     CUSTOM,
     NONE,
     OTHER,
-    SECONDS,
     ClientCounts,
-    Histogram,
     Key,
     ProfileCounts,
     RequestCounts,
@@ -111,7 +109,7 @@ class Metrics:
     def with_images(self, record: Record, seconds: float, received: int, sent: int) -> None:
         """Count what calls with images have beside the rest, of a counted one. received, sent: bytes; 0: no answer."""
         if counts := self._versions.values.get((record.model, record.version)):
-            counts.by_group.setdefault(record.group, Histogram(SECONDS)).observe(seconds)
+            counts.by_group[record.group].observe(seconds)
             counts.request_size.observe(received)
             if sent:
                 counts.response_size.observe(sent)
