@@ -11,7 +11,7 @@ RUNS := runs/$(if $(filter fashion-mnist,$(DATA)),fm,$(DATA))
 NAME := $(subst -,_,$(DATA))
 # Two tests at a time; files are dealt out as wholes (tests/conftest.py).
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
-TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver docker-registry skopeo
+TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace jq fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver docker-registry skopeo
 TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

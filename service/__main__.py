@@ -19,6 +19,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
 from service.config import PREFIX, Settings, source, unknown_in_environment
+from service.limits import LimitsError
 from service.loaded import EngineError
 from service.server import Server
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
     faulthandler.register(signal.SIGUSR1, file=2)  # the stacks of all threads, to standard error
     try:
         uvloop.run(serve(settings))
-    except (BundleError, EngineError, OSError) as error:
+    except (BundleError, EngineError, LimitsError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

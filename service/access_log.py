@@ -4,9 +4,12 @@ import json
 import re
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.calls import Ran
+
+if TYPE_CHECKING:
+    from service.limits import Admission
 
 CLIENT = "x-client-name"
 """Metadata in which a client says who it is."""
@@ -40,6 +43,8 @@ class Record:
     version: str = ""
     profile: str = ""
     """`custom`: inline terms."""
+    group: str = ""
+    """Of its profile, as in counting.GROUPS; "" until its images are about to run."""
     images: int | None = None
     budget: float | None = None
     """As asked for."""
@@ -47,6 +52,11 @@ class Record:
     """If the server lowered it."""
     queue_seconds: float | None = None
     inference_seconds: float | None = None
+    decode_seconds: float | None = None
+    refused: str = ""
+    """Why, in a word, if it was not for what the request says."""
+    admission: "Admission | None" = None
+    """None: no limits by client."""
     course: Course | None = None
     """None: the call is not traced."""
 
@@ -90,14 +100,16 @@ def line(
         "images": record.images,
         "budget": record.budget,
         "budget_applied": record.budget_applied,
+        "refused": record.refused,
         "duration_ms": _milliseconds(seconds),
+        "decode_ms": _milliseconds(record.decode_seconds),
         "queue_ms": _milliseconds(record.queue_seconds),
         "inference_ms": _milliseconds(record.inference_seconds),
         "request_bytes": sizes[0],
         "response_bytes": sizes[1],
         "peer": context.peer(),
         "client": str(metadata.get(CLIENT, ""))[:128],
-        "certificate": _common_name(context.auth_context()),
+        "certificate": certificate_name(context),
         "request_id": request_id,
         "trace_id": trace[1] if trace else record.course.trace_id if record.course else "",
     }
@@ -108,8 +120,9 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(1000 * seconds, 3)
 
 
-def _common_name(properties: dict[str, list[bytes]]) -> str:
-    """The name in a client's certificate; "" without one."""
+def certificate_name(context: Any) -> str:
+    """The name in the certificate of a call's client; "" without one."""
+    properties: dict[str, list[bytes]] = context.auth_context()
     for key in ("x509_common_name", "x509_subject_alternative_name"):
         for name in properties.get(key) or ():
             if name:

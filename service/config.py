@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     model_control: Literal["none", "poll", "explicit"] = "none"
     """What changes the models after the start: nothing, the repository folder, or RepositoryModelLoad and -Unload."""
     poll_seconds: float = Field(10.0, gt=0)
-    """Interval of scanning the repository folder and the profile folder, seconds."""
+    """Interval of scanning the repository folder, the profile folder and the limits of clients, seconds."""
     profiles_dir: Path | None = None
     """A folder of more profiles: JSON files, each for one gates_sae_digest. Changes apply while the server runs."""
     default_profile: str = ""
@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     """PEM file with the key of that certificate."""
     tls_client_ca: Path | None = None
     """PEM file with the authorities of clients' certificates. Clients without a certificate are refused."""
+    client_limits: Path | None = None
+    """JSON file with limits by client: which models, images a second, images and calls in flight. Read again when it
+    changes. Clients are known by their certificate, else by their metadata x-client-name."""
     max_connection_age_seconds: float = Field(0, ge=0)
     """Time after which clients must reconnect, so that connections spread over new pods; 0: never."""
     max_connection_age_grace_seconds: float = Field(30, ge=0)

@@ -3,25 +3,32 @@
 import threading
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import accumulate
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import Outputs
+from training.steering import Kind
 
 SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
     1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0,
 )  # fmt: skip
 """No bound is more than twice the one before: for models of 5 ms and of 5 s alike."""
+BYTES = tuple(4.0**power for power in range(4, 15))
+"""256 to 2^28: of a request with one small image and of the largest that may be allowed."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
+OUTCOMES = ("admitted", "model", "rate", "calls", "images")
+"""Of calls under limits by client: admitted, or refused by one of them."""
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -44,6 +51,8 @@ class NoProfile(Enum):
 NONE, CUSTOM, OTHER = NoProfile
 Key = str | NoProfile
 """A profile's name, or a key for images without one."""
+GROUPS = (NONE.value, CUSTOM.value, *get_args(Kind))
+"""Of calls with images: without steering, with terms of their own, or with a profile, by its kind."""
 
 
 class Tally:
@@ -233,9 +242,21 @@ class VersionCounts:
         self.requests = requests
         self.batch_size, self.budget = Histogram(SIZES), Histogram(BUDGETS)
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
+        self.request_size, self.response_size = Histogram(BYTES), Histogram(BYTES)
+        self.by_group = defaultdict(partial(Histogram, SECONDS), {group: Histogram(SECONDS) for group in GROUPS})
+        """Durations of calls with images; OTHER: their profile was removed meanwhile."""
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
         self.specialised = Tally()
         """Images that a graph for their profile alone has run."""
+
+
+class ClientCounts:
+    """The counts of a client with limits."""
+
+    def __init__(self) -> None:
+        self.calls = {outcome: Tally() for outcome in OUTCOMES}
+        self.images = Tally()
+        """Admitted ones."""
 
 
 class Retained(Generic[K, V]):

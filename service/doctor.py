@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from export.bundle import Bundle, BundleError, load_bundle
-from service import cuda, profiles
+from service import cuda, limits, profiles
 from service.catalogue import scan
 from service.config import Settings
 from service.engine import usable_cpus
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     sections = {
         "versions": _versions(settings), "machine": _machine(settings), "settings": _settings(settings),
         "models": _models(settings, bundles), "profiles": _profiles(settings, bundles),
-        "certificates": _certificates(settings), "server": _server(settings),
+        "limits by client": _limits(settings, bundles), "certificates": _certificates(settings),
+        "server": _server(settings),
     }  # fmt: skip
     problems = 0
     for title, lines in sections.items():
@@ -129,6 +130,23 @@ def _profiles(settings: Settings, bundles: list[Bundle]) -> Lines:
         lines, problems = profiles.check(settings.profiles_dir, bundles, settings.default_profile)
         yield from lines
         yield from (f"! {problem}" for problem in problems)
+
+
+def _limits(settings: Settings, bundles: list[Bundle]) -> Lines:
+    if not settings.client_limits:
+        return
+    try:
+        of_clients = limits.read(settings.client_limits)
+    except limits.LimitsError as error:
+        yield f"! {error}"
+        return
+    served = {bundle.manifest.name for bundle in bundles}
+    for name, limit in {**of_clients.clients, "default": of_clients.default}.items():
+        if unknown := set(limit.models or ()) - served:
+            yield f"! {name} may call {', '.join(sorted(unknown))}, which the repository does not have"
+    yield f"for {', '.join(of_clients.clients) or 'no client'}, and a default"
+    if not settings.tls_client_ca:
+        yield "clients name themselves, in x-client-name: --tls-client-ca is not set"
 
 
 def _certificates(settings: Settings) -> Lines:

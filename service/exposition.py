@@ -57,14 +57,35 @@ MODEL = ("model", "version")
 PROFILE = (*MODEL, "profile")
 FAMILIES = (
     Family(
-        "counter", "steervit_requests", "RPCs answered. Without a model: RPCs for no served model.",
+        "counter", "steervit_requests",
+        "RPCs answered, but for those over a limit of their client. Without a model: RPCs for no served model.",
         ("method", "code", *MODEL),
     ),
     Family(
         "histogram", "steervit_request_duration_seconds", "From the start of an RPC to its answer.",
         ("method", *MODEL),
     ),
+    Family(
+        "histogram", "steervit_profile_request_duration_seconds",
+        "The same of calls with images, by the kind of their profile.", (*MODEL, "profile_group"),
+    ),
+    Family("histogram", "steervit_request_size_bytes", "Messages of calls with images.", MODEL),
+    Family("histogram", "steervit_response_size_bytes", "Messages of their answers.", MODEL),
+    Family(
+        "counter", "steervit_calls_unserved",
+        "RPCs that reach no handler: of a method that does not exist, or with a message over the limit.", ("reason",),
+    ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
+    Family(
+        "counter", "steervit_client_requests",
+        "RPCs of clients with limits of their own, and of all others: admitted, or refused by a limit.",
+        ("client", "outcome"),
+    ),
+    Family("counter", "steervit_client_images", "Images of them that were admitted.", ("client",)),
+    Family(
+        "gauge", "steervit_client_limits_last_read_successful",
+        "0 while the file of limits by client is invalid and its last valid state is used; else 1.",
+    ),
     Family("gauge", "steervit_ready", "1 while the server accepts calls, like /readyz; else 0."),
     Family(
         "gauge", "steervit_certificate_expiry_timestamp_seconds",
@@ -172,6 +193,10 @@ def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     """Add the series of a version's counts. rows: with a list for every family."""
     add_requests(rows, names, counts.requests)
+    for group, durations in list(counts.by_group.items()):
+        rows["steervit_profile_request_duration_seconds"].append(((*names, group), durations.read()))
+    rows["steervit_request_size_bytes"].append((names, counts.request_size.read()))
+    rows["steervit_response_size_bytes"].append((names, counts.response_size.read()))
     for reason, images in counts.dropped.items():
         rows["steervit_images_dropped"].append(((*names, reason), images.value))
     rows["steervit_specialised_images"].append((names, counts.specialised.value))

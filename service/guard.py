@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -13,9 +13,10 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
-from service.access_log import PROBES, begin, line
-from service.errors import STATUS, InvalidRequest, Overloaded, RequestError
-from service.metrics import Metrics
+from service.access_log import PROBES, Record, begin, line
+from service.errors import STATUS, InvalidRequest, OverLimit, Overloaded, RequestError
+from service.limits import ClientLimits
+from service.metrics import WITH_IMAGES, Metrics
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -27,15 +28,23 @@ REQUEST_ID = "x-request-id"
 SLACK = 0.05, 0.01
 """By how much gRPC may round a deadline up: seconds, and a share of the time that the call has."""
 Call = Callable[[Any, Any], Awaitable[Any]]
+Sizes = tuple[int, int]
+"""Bytes of a request and of its answer."""
 
 
 class Guard:
     """Makes the handlers of the services, and counts the calls of all of them."""
 
-    def __init__(self, metrics: Metrics, access_log: float = 0.0, tracing: "Tracing | None" = None):
+    def __init__(
+        self,
+        metrics: Metrics,
+        access_log: float = 0.0,
+        tracing: "Tracing | None" = None,
+        limits: ClientLimits | None = None,
+    ):
         """access_log: the share of the calls with a line in the log at level info; the others have theirs at debug.
-        tracing: None: no call is traced."""
-        self._metrics, self._access_log, self._tracing = metrics, access_log, tracing
+        tracing: None: no call is traced. limits: None: there are none."""
+        self._metrics, self._access_log, self._tracing, self._limits = metrics, access_log, tracing, limits
         self.accepted = self.answered = 0
         """Calls whose handler was entered, and those of them that were answered rather than cancelled."""
 
@@ -54,22 +63,38 @@ class Guard:
         }
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
+    def unserved(self, why: Literal["oversized", "unknown_method"], path: str, context: Any) -> None:
+        """Count and log a call that no handler gets. path: of its method, as the client says."""
+        self._metrics.unserved[why].inc()
+        code = "RESOURCE_EXHAUSTED" if why == "oversized" else "UNIMPLEMENTED"
+        self._log(Record(refused=why), path[:100], code, 0.0, _request_id(context), (0, 0), context)
+
+    def _log(self, record: Record, path: str, code: str, seconds: float, name: str, sizes: Sizes, context: Any) -> None:
+        level = logging.INFO if random.random() < self._access_log else logging.DEBUG
+        if log.isEnabledFor(level):
+            log.log(level, line(record, path, code, seconds, name, sizes, context))
+
     def _guarded(self, call: Call, path: str, kind: Any) -> Call:
         logged = not PROBES.fullmatch(path)
-        tracing = self._tracing if logged else None
+        tracing, limits = (self._tracing, self._limits) if logged else (None, None)
+        with_images = bool(WITH_IMAGES.fullmatch(path))
 
         async def guarded(message: bytes, context: Any) -> Any:
             start, code, answered, answer = time.perf_counter(), "OK", True, None
-            received = len(message)
+            received, counted = len(message), True
             allowed, name, record = context.time_remaining(), _request_id(context), begin(tracing is not None)
             context.set_trailing_metadata(_named(name))
             self.accepted += 1
             self._metrics.in_flight.inc()
             try:
+                if limits:
+                    record.admission = limits.arrived(context)
+                    record.admission.enter(with_images)
                 answer = await call(_parsed(message, kind), context)
                 return answer
             except RequestError as error:
-                code = STATUS[type(error)].name
+                code, record.refused = STATUS[type(error)].name, error.reason
+                counted = not isinstance(error, OverLimit)  # no failure of the server, nor a fast answer
                 refusal = STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error))
             except asyncio.CancelledError:
                 code, answered = "DEADLINE_EXCEEDED" if _is_over(context, allowed) else "CANCELLED", False
@@ -83,13 +108,18 @@ class Guard:
                 seconds = time.perf_counter() - start
                 self._metrics.in_flight.dec()
                 self.answered += answered
-                self._metrics.request(path, code, seconds, (record.model, record.version))
+                if record.admission:
+                    record.admission.leave()
+                if counted:
+                    self._metrics.request(path, code, seconds, (record.model, record.version))
+                    if record.group:
+                        self._metrics.with_images(record, seconds, received, _size(answer))
                 if tracing and record.course:
                     tracing.ended(record, record.course, path, code, seconds, name, context)
-                    self._metrics.traced(path, seconds, record, record.course)
-                level = logging.INFO if random.random() < self._access_log else logging.DEBUG
-                if logged and log.isEnabledFor(level):
-                    log.log(level, line(record, path, code, seconds, name, (received, _size(answer)), context))
+                    if counted:
+                        self._metrics.traced(path, seconds, record, record.course)
+                if logged:
+                    self._log(record, path, code, seconds, name, (received, _size(answer)), context)
             # here, and without the message: the exception that abort raises would keep both until a garbage collection
             del message
             return await context.abort(*refusal)

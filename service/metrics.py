@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from importlib.metadata import version as package_version
@@ -17,7 +17,18 @@ from export.bundle import Bundle
 from service import cuda
 from service.access_log import Course, Record
 from service.batcher import BatchStats
-from service.counting import CUSTOM, NONE, OTHER, Key, ProfileCounts, RequestCounts, Retained, Tally, VersionCounts
+from service.counting import (
+    CUSTOM,
+    NONE,
+    OTHER,
+    ClientCounts,
+    Key,
+    ProfileCounts,
+    RequestCounts,
+    Retained,
+    Tally,
+    VersionCounts,
+)
 from service.engine import Outputs
 from service.exposition import (
     FAMILIES,
@@ -61,6 +72,7 @@ class Metrics:
         self.max_profile_series, self._head_series = max_profile_series, head_series
         self._program = package_version("steervit"), revision
         self.in_flight = Tally()
+        self.unserved = {"oversized": Tally(), "unknown_method": Tally()}
         self._requests = RequestCounts()
         """Of calls of no model: of none that is served, or about none."""
         self._with_images: list[str] = []
@@ -72,6 +84,10 @@ class Metrics:
         """When certificates expire, Unix time, by file."""
         self.unused_profiles: Callable[[], int] = lambda: 0
         """The number of profiles in the folder that are for no served model."""
+        self._clients: dict[str, ClientCounts] = {}
+        """By client with limits of its own, and those of all others. Replaced as a whole."""
+        self.limits_right = True
+        """Whether the limits of clients are those of their file as it is."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -89,6 +105,14 @@ class Metrics:
         that it names, if there is one."""
         counts = self._versions.values.get(version)
         (counts.requests if counts else self._requests).add(method, code, seconds)
+
+    def with_images(self, record: Record, seconds: float, received: int, sent: int) -> None:
+        """Count what calls with images have beside the rest, of a counted one. received, sent: bytes; 0: no answer."""
+        if counts := self._versions.values.get((record.model, record.version)):
+            counts.by_group[record.group].observe(seconds)
+            counts.request_size.observe(received)
+            if sent:
+                counts.response_size.observe(sent)
 
     def traced(self, method: str, seconds: float, record: Record, course: Course) -> None:
         """Name the span of a counted call, if it has one, as an example of its durations. seconds: as counted."""
@@ -115,6 +139,16 @@ class Metrics:
         """Count a read of the changed profile folder. ok: whether its profiles are valid and served."""
         self._profile_reads["ok" if ok else "failed"].inc()
         self._profiles_right = ok
+
+    def use_clients(self, names: Iterable[str]) -> None:
+        """Set the clients with limits of their own, as in their file. The series of new ones start at 0."""
+        labels = [*names, OTHER.value]
+        self._clients = {label: self._clients.get(label) or ClientCounts() for label in labels}
+        self.limits_right = True
+
+    def of_client(self, name: str) -> ClientCounts:
+        """The counts of a client, shared by all without limits of their own."""
+        return self._clients.get(name) or self._clients[OTHER.value]
 
     def load_failed(self, name: str, version: int) -> None:
         """Count a failed attempt to load a version."""
@@ -144,6 +178,7 @@ class Metrics:
             profiles = self._profiles.values.copy()
         rows: dict[str, list[Row]] = {family.name: [] for family in FAMILIES}
         add_requests(rows, OF_NO_MODEL, self._requests)
+        rows["steervit_calls_unserved"] += (((why,), calls.value) for why, calls in self.unserved.items())
         rows["steervit_requests_in_flight"].append(((), self.in_flight.value))
         for result, reads in self._profile_reads.items():
             rows["steervit_profile_reads"].append(((result,), reads.value))
@@ -151,6 +186,13 @@ class Metrics:
         rows["steervit_certificate_expiry_timestamp_seconds"] += (((f,), end) for f, end in self.certificates().items())
         rows["steervit_profiles_unused"].append(((), self.unused_profiles()))
         rows["steervit_profiles_last_read_successful"].append(((), int(self._profiles_right)))
+        for client, counted_calls in self._clients.items():
+            rows["steervit_client_images"].append(((client,), counted_calls.images.value))
+            rows["steervit_client_requests"] += (
+                ((client, outcome), calls.value) for outcome, calls in counted_calls.calls.items()
+            )
+        if self._clients:
+            rows["steervit_client_limits_last_read_successful"].append(((), int(self.limits_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))

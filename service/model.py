@@ -19,7 +19,7 @@ from service.access_log import current
 from service.batcher import Batcher, BatchStats
 from service.calls import Answer
 from service.config import Settings
-from service.counting import CUSTOM, NONE, Key
+from service.counting import CUSTOM, NONE, OTHER, Key, NoProfile
 from service.dial import FREE, Forced, budget_bias, floor_of
 from service.errors import Overloaded
 from service.explain import Explainer, Explanation
@@ -43,7 +43,7 @@ Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 
 
 class Model:
-    """Answers calls. They raise InvalidRequest from the decoders, and Overloaded, Expired or Stopping."""
+    """Answers calls. They raise InvalidRequest from the decoders, and Overloaded, OverLimit, Expired or Stopping."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Model:
     ) -> Answer:
         """The answer. seconds_left: to the deadline, None without one; residual: whether to include residuals."""
         count = len(images)
-        _record(count, steering)
+        _record(count, steering, self._group(steering), count)
         shadowed = self._shadowed(count, steering)
         order = [*range(count), *shadowed]
         both = joined([(steering, count), (self._unsteered(steering), len(shadowed))]) if shadowed else steering
@@ -130,7 +130,7 @@ class Model:
     async def compare(self, images: Images, steering: Steering, seconds_left: float | None) -> tuple[Answer, Answer]:
         """The images unsteered and steered, side by side in the same batch, at the same budget."""
         count, without = len(images), self._unsteered(steering)
-        _record(count, steering)
+        _record(count, steering, self._group(steering), 2 * count)
         order = [index for index in range(count) for _ in range(2)]
         rows = [steering.rows(slice(index, index + 1)) for index in range(count)]
         pairs = joined([(part, 1) for row in rows for part in (without, row)])
@@ -273,6 +273,7 @@ class Model:
             pixels = images if isinstance(images, np.ndarray) else await self._decoded(images)
             decoded = time.monotonic() - start
             self._metrics.decoded(decoded)
+            record.decode_seconds = None if isinstance(images, np.ndarray) else decoded
             if len(order) > len(pixels):
                 pixels = pixels[list(order)]
             if course := record.course:
@@ -299,6 +300,13 @@ class Model:
         await self.in_turns([partial(put, index) for index in range(len(decoders))])
         return pixels
 
+    def _group(self, steering: Steering) -> str:
+        """Of the profile: its kind; OTHER when it was removed during the call."""
+        key = _label(steering)
+        if isinstance(key, NoProfile):
+            return key.value
+        return str(self.bundle.profiles[key].kind) if key in self.bundle.profiles else OTHER.value
+
     def _unsteered(self, steering: Steering) -> Steering:
         """No steering, at the same budget."""
         return self._resolved("", 1.0, steering.budget)
@@ -313,11 +321,13 @@ class Model:
         return [index for index in range(count) if random.random() < self._shadow_fraction]
 
 
-def _record(images: int, steering: Steering) -> None:
-    """Note what a call asks for."""
+def _record(images: int, steering: Steering, group: str, to_run: int) -> None:
+    """Note what a call asks for. group: as of Record; to_run: images, which its client must be allowed to run now."""
     record = current()
     record.images, record.budget = images, steering.budget
-    record.profile = steering.profile or ("custom" if steering.custom else "")
+    record.profile, record.group = steering.profile or ("custom" if steering.custom else ""), group
+    if record.admission:
+        record.admission.take(to_run)
 
 
 def _resolver(bundle: Bundle) -> Callable[[str, float, float | None], Steering]:

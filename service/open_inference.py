@@ -26,6 +26,7 @@ from service.config import Settings
 from service.errors import InvalidRequest, NotAllowed, RequestError
 from service.images import Limits, decode
 from service.infer_messages import OUTPUT_TYPES, Asked, by_default, read_request, response
+from service.limits import permit
 from service.model import Images, Model
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceServicer
@@ -125,6 +126,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         self._check_control(request.parameters)
+        permit(request.model_name)
         await self._repository.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
@@ -132,6 +134,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         self._check_control(request.parameters, "unload_dependents")
+        permit(request.model_name)
         await self._repository.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 

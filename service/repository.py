@@ -23,6 +23,7 @@ from service.access_log import current
 from service.catalogue import DEFAULT_LABEL, Catalogue, Fingerprint, Shelf, scan
 from service.config import Settings
 from service.errors import InvalidRequest, NotFound, Unavailable
+from service.limits import permit
 from service.loaded import EngineError
 from service.metrics import Metrics
 from service.model import Model
@@ -112,12 +113,13 @@ class Repository:
     def get(self, name: str, version: str) -> Model:
         """The model for a request. name: "" for the only model; version: a number, a label, or "" for the default.
 
-        Raises NotFound or InvalidRequest.
+        Raises NotFound, InvalidRequest, or ModelNotAllowed if the current call's client may not call it.
         """
         if not name and len(self._loaded) > 1:
             raise InvalidRequest(f"model is empty; allowed: one of {self._names()}")
         if not name and self._loaded:
             name = next(iter(self._loaded))
+        permit(name)
         if name not in self._loaded:
             raise NotFound(f"model is {name!r}; allowed: {self._names()}")
         loaded = self._loaded[name]

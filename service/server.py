@@ -16,6 +16,7 @@ from export.bundle import Bundle
 from service import transport
 from service.config import Settings
 from service.guard import Guard
+from service.limits import ClientLimits
 from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
 from service.pages import Pages
@@ -41,6 +42,9 @@ METHODS = tuple(f"/{service.full_name}/{method.name}" for service in DESCRIPTORS
 class NotServed(grpc.GenericRpcHandler):
     """Answers the methods of the Open Inference Protocol that are not implemented: streams, shared memory, tracing."""
 
+    def __init__(self, unserved: transport.Unserved):
+        self._unserved = unserved
+
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """A handler that answers UNIMPLEMENTED for a method of the Open Inference Protocol; None for any other."""
         name = details.method
@@ -48,6 +52,7 @@ class NotServed(grpc.GenericRpcHandler):
             return None
 
         async def refuse(_: Any, context: Any) -> None:
+            self._unserved("unknown_method", name, context)
             served = ", ".join(method.rpartition("/")[2] for method in METHODS if method.startswith("/inference."))
             await context.abort(
                 grpc.StatusCode.UNIMPLEMENTED, f"{name.rpartition('/')[2][:100]} is not served; allowed: {served}"
@@ -89,7 +94,7 @@ class Server:
     """The whole server. `start` returns when it is ready, `stop` when everything accepted is answered."""
 
     def __init__(self, settings: Settings):
-        """Loads the repository. Raises BundleError or EngineError."""
+        """Loads the repository. Raises BundleError, EngineError or LimitsError."""
         self._settings = settings
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
@@ -108,7 +113,8 @@ class Server:
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._tracing = _tracing(settings)
-        self._guard = Guard(self._metrics, settings.access_log, self._tracing)
+        self._limits = ClientLimits(settings.client_limits, self._metrics) if settings.client_limits else None
+        self._guard = Guard(self._metrics, settings.access_log, self._tracing, self._limits)
         self._beat = math.inf
         """The time of the last turn of the event loop."""
         self.port = self.metrics_port = 0
@@ -116,11 +122,11 @@ class Server:
     async def start(self) -> None:
         """Start serving. Raises OSError when a port is taken or a TLS file cannot be used."""
         settings = self._settings
-        self._server = transport.server(_options(settings))
+        self._server = transport.server(_options(settings), self._guard.unserved)
         typed = SteeringService(self._repository, settings)
         open_inference = OpenInferenceService(self._repository, settings, lambda: self.ready and self.alive)
         handlers = (self._guard.handler(s, d) for s, d in zip((typed, open_inference), DESCRIPTORS, strict=True))
-        self._server.add_generic_rpc_handlers((*handlers, NotServed()))
+        self._server.add_generic_rpc_handlers((*handlers, NotServed(self._guard.unserved)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
@@ -146,6 +152,8 @@ class Server:
             self._watching.append(asyncio.create_task(self._repository.watch()))
         watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
+        if self._limits:
+            self._watching.append(asyncio.create_task(self._limits.watch(settings.poll_seconds)))
         self._taking = True
         await self._set_health(self.ready and self.alive)
         self._watching.append(asyncio.create_task(self._follow_state()))
@@ -169,6 +177,8 @@ class Server:
             return "an inference thread has ended or hangs"
         if problem := self._profiles.problem:
             return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
+        if self._limits and self._limits.problem:
+            return f"degraded, as the limits of clients are unchanged: {self._limits.problem}"
         return ""
 
     def _metrics_page(self, accepted: str) -> tuple[bytes, str]:
@@ -187,10 +197,12 @@ class Server:
             self._repository.use_profiles()
 
     async def reload(self) -> None:
-        """Read the profile folder now and, with --model-control poll, scan the repository."""
+        """Read the profile folder and the limits of clients now and, with --model-control poll, scan the repository."""
         log.info("reading the folders")
         if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
             self._repository.use_profiles()
+        if self._limits:
+            await self._limits.refresh()
         if self._settings.model_control == "poll":
             await self._repository.look()
 

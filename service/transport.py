@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grpc
 
@@ -48,11 +48,18 @@ FOR_EVER = 1e12
 FLAGS = 0
 NO_METHOD = "Method not found!"
 OK = grpc.StatusCode.OK
+Unserved = Callable[[Literal["oversized", "unknown_method"], str, Any], None]
+"""Called on the event loop for a call that no handler gets: why, its method, its Context."""
 
 
-def server(options: Sequence[tuple[str, int]]) -> Any:
-    """A server with the methods of grpc.aio.Server that this project calls. options: gRPC's channel arguments."""
-    return Server(options) if AVAILABLE else grpc.aio.server(options=options)
+def _unheeded(*_: Any) -> None:
+    pass
+
+
+def server(options: Sequence[tuple[str, int]], unserved: Unserved = _unheeded) -> Any:
+    """A server with the methods of grpc.aio.Server that this project calls. options: gRPC's channel arguments.
+    unserved: not called by grpc.aio's own, which reports no such calls."""
+    return Server(options, unserved) if AVAILABLE else grpc.aio.server(options=options)
 
 
 class Aborted(Exception):
@@ -115,12 +122,14 @@ class _Call:
         "core",
         "deadline",
         "metadata",
+        "method",
         "trailers",
     )
 
     def __init__(self, server: "Server", core: Any, handler: Any, details: _Details, deadline: float):
         self._server, self.core, self._handler, self.deadline = server, core, handler, deadline
-        self.metadata, self.trailers = details.invocation_metadata, tuple[tuple[str, str | bytes], ...]()
+        self.method, self.metadata = details
+        self.trailers = tuple[tuple[str, str | bytes], ...]()
         self._headers_sent = self._cancelled = False
         self._task: asyncio.Task[None] | None = None
         core.start_server_batch((ReceiveCloseOnServerOperation(FLAGS),), self.closed)
@@ -131,13 +140,18 @@ class _Call:
 
     def received(self, event: Any) -> None:
         message = event.batch_operations[0].message()
-        if message is not None:  # otherwise the call was cancelled, or its message is too large
+        if message is not None:  # otherwise the call was cancelled
             self._server.later(self.start, message)
+        elif not event.success:  # the core has sent the status
+            self._server.later(self.oversized, None)
 
     def closed(self, event: Any) -> None:
         """The call has ended; cancelled if it was not answered."""
         if event.batch_operations[0].cancelled():
             self._server.later(self.cancel, None)
+
+    def oversized(self, _: None) -> None:
+        self._server.unserved("oversized", self.method, Context(self))
 
     def start(self, message: bytes | None) -> None:
         if not self._cancelled:
@@ -152,6 +166,7 @@ class _Call:
         handler = self._handler
         try:
             if handler is None:
+                self._server.unserved("unknown_method", self.method, Context(self))
                 raise Aborted(grpc.StatusCode.UNIMPLEMENTED, NO_METHOD, ())
             read = handler.request_deserializer or _as_it_is
             request = self._requests(read) if handler.request_streaming else read(message)
@@ -220,7 +235,9 @@ class _Call:
 class Server:
     """The server; its methods have the names of grpc.aio.Server's."""
 
-    def __init__(self, options: Sequence[tuple[str, int]]):
+    def __init__(self, options: Sequence[tuple[str, int]], unserved: Unserved = _unheeded):
+        """As `server`."""
+        self.unserved = unserved
         self._queue = CompletionQueue()
         self._core = CoreServer(tuple(options), False)
         self._core.register_completion_queue(self._queue)

@@ -32,4 +32,11 @@ def test_the_doctor_tells_what_there_is_and_what_is_wrong(
     assert f"\n  ! {tmp_path / 'a.json'}: " in ill.stdout
     assert "no answer from 127.0.0.1 port 1" in ill.stdout
     assert "default_profile x\n" in ill.stdout
+    limits = tmp_path / "limits"
+    limits.write_text('{"clients": {"shop": {"models": ["resnet"]}}, "default": {"models": ["fashion_mnist"]}}')
+    ill = run_main(doctor.main, *metrics, "--client-limits", str(limits))
+    assert "! shop may call resnet, which the repository does not have\n  for shop, and a default\n" in ill.stdout
+    assert "clients name themselves" in ill.stdout
+    limits.write_text('{"clients": {"shop": {"models": 3}}}')
+    assert "! " + f"{limits}: clients.shop.models is 3" in run_main(doctor.main, "--client-limits", str(limits)).stdout
     assert run_main(doctor.main, "--port", "many").returncode == 2

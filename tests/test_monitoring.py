@@ -91,7 +91,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, list[bytes]
     folder = tmp_path_factory.mktemp("profiles")
     odd = profiles_to_json([replace(bundle.profiles["Bag"], name="none")])
     (folder / "odd.json").write_text(json.dumps({**odd, "gates_sae_digest": bundle.manifest.gates_sae_digest}))
-    server = start_server(MODELS, "--shadow-fraction", "0.5", "--profiles-dir", str(folder))
+    limits = folder / "limits"
+    limits.write_text('{"clients": {"anonymous": {}}}')
+    flags = ("--profiles-dir", str(folder), "--client-limits", str(limits))
+    server = start_server(MODELS, "--shadow-fraction", "0.5", *flags)
     target = {JOB: urlsplit(server.metrics_url).netloc}
     with running(tmp_path_factory.mktemp("prometheus"), target) as prometheus:
         until(lambda: bool(prometheus.query("steervit_images_total")))

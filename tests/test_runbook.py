@@ -30,6 +30,7 @@ CAUSED = {
     "SteervitErrorBudgetBurnsFast", "SteervitErrorBudgetBurnsSlowly", "SteervitLatencyBudgetBurnsSlowly",
     "SteervitQueueSaturated",
     "SteervitImagesDropped", "SteervitImagesExpired", "SteervitNoTraffic", "SteervitModelNotLoaded",
+    "SteervitClientRefused", "SteervitClientLimitsNotRead",
     "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
 }  # fmt: skip
 """By test_faults_raise_their_alerts. The others need hardware or days: tests.yaml alone tries them."""
@@ -146,6 +147,7 @@ def test_faults_raise_their_alerts(
     elsewhere = SteeringProfile("elsewhere", ("Bag",), "by hand", terms, evaluation)
     made_for = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
     (profiles / "elsewhere.json").write_text(json.dumps(profiles_to_json((elsewhere,)) | made_for))
+    (tmp_path / "limits").write_text('{"clients": {"greedy": {"images_per_second": 0.001}}}')
     with socket.socket() as taken:  # a port that nobody answers on
         taken.bind(("127.0.0.1", 0))
         dead = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -158,6 +160,7 @@ def test_faults_raise_their_alerts(
             ill = start_server(
                 repository, "--model-control", "poll", "--poll-seconds", "0.2", "--profiles-dir", str(profiles),
                 "--shadow-fraction", "1", "--max-queue", "1024", "--max-batch", "1", "--threads", "1",
+                "--client-limits", str(tmp_path / "limits"),
             )  # fmt: skip
             try:
                 targets = {"steervit-ill": ill, "steervit-idle": idle}
@@ -173,6 +176,13 @@ def test_faults_raise_their_alerts(
                 shutil.copytree(bundle.folder, version)
                 (version / "dispatch.fp32.onnx").write_bytes(b"")
                 (profiles / "wrong.json").write_text("{")  # a profile folder that is wrong
+                with Client(ill.address, attempts=1, name="greedy") as client:
+                    client.predict(samples["Bag"][:1])
+                    until(lambda: bool(prometheus.query('steervit_client_requests_total{client="greedy"} > 0')), 40)
+                    for _ in range(20):
+                        with pytest.raises(grpc.RpcError, match=r"over the limit of 0\.001 images a second"):
+                            client.predict(samples["Bag"][:1])
+                (tmp_path / "limits").write_text("{")
                 with Client(ill.address) as client:
                     for _ in range(12):  # another head usage than the evaluation says
                         client.predict(samples["Bag"], profile="elsewhere")

@@ -243,3 +243,27 @@ def test_a_port_that_is_taken() -> None:
             transport.Server([("grpc.so_reuseport", 0)]).add_insecure_port(f"127.0.0.1:{running.port}")
     finally:
         running.close()
+
+
+def test_calls_that_no_handler_gets_are_reported() -> None:
+    """Not one that is cancelled while its message is on its way."""
+    reported: list[tuple[str, str, str]] = []
+
+    def unserved(why: str, method: str, context: Any) -> None:
+        reported.append((why, method, dict(context.invocation_metadata()).get("say", context.peer())))
+
+    running = Running(lambda options: transport.Server(options, unserved))
+    try:
+        named = {"timeout": 10, "metadata": (("say", "who"),)}
+        for path, message in (("/test.Calls/echo", bytes(1001)), ("/test.Calls/nothing", b""), ("/test", bytes(5000))):
+            refused(lambda path=path, message=message: running.channel.unary_unary(path)(message, **named))
+        halfway = running.channel.stream_unary("/test.Calls/echo").future(iter(lambda: time.sleep(5) or b"", None))
+        time.sleep(0.2)
+        halfway.cancel()
+        assert running.call("echo", timeout=10) == b"hello in 10 s"
+    finally:
+        running.close()
+    assert reported == [
+        ("oversized", "/test.Calls/echo", "who"), ("unknown_method", "/test.Calls/nothing", "who"),
+        ("unknown_method", "/test", "who"),
+    ]  # fmt: skip

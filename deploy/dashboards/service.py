@@ -129,18 +129,25 @@ TRAFFIC = [
 ]  # fmt: skip
 
 LATENCY = [
-    (8, limits(quantiles(
+    (6, limits(quantiles(
         "Latency of calls with images",
         "From the start of a call in the server to its answer. Read from histogram buckets, so between their bounds it "
         f"is a guess. Line: {LATE:g} s, in which {PROMISED.latency.objective:g}% are to be answered.",
         "steervit_request_duration_seconds", IMAGES,
     ), (None, "transparent"), (LATE, "red"))),
-    (8, quantiles(
+    (6, quantiles(
         "Time in the queue",
         "From the arrival of a call's images to the start of their batch.",
         "steervit_queue_duration_seconds", MODEL,
     )),
-    (8, lines(
+    (6, lines(
+        "p95 latency by kind of profile",
+        "Of calls with images: without steering (none), with terms of their own (custom), or with a profile of a "
+        "class, of a context or a selective one.", "s",
+        ("histogram_quantile(0.95, sum by (profile_group, le) "
+         f"(rate(steervit_profile_request_duration_seconds_bucket{{{MODEL}}}{STEP})))", "{{profile_group}}"),
+    )),
+    (6, lines(
         "Parts of a call", "Means: decoding and queue of a call, inference of a batch.", "s",
         *(
             (
@@ -195,6 +202,31 @@ SATURATION = [
     )),
 ]  # fmt: skip
 
+CLIENTS = [
+    (6, stacked(lines(
+        "Calls refused by a limit of their client",
+        "Calls a second that --client-limits refuses, by client (`other`: those that the file does not name) and "
+        "limit: its models, images a second (rate), calls or images in flight.", "reqps",
+        (f'sum by (client, outcome) (rate(steervit_client_requests_total{{{JOB}, outcome!="admitted"}}{STEP}))',
+         "{{client}} {{outcome}}"),
+    ))),
+    (6, stacked(lines(
+        "Images by client", "Images a second that were admitted, with --client-limits.", "cps",
+        (f"sum by (client) (rate(steervit_client_images_total{{{JOB}}}{STEP}))", "{{client}}"),
+    ))),
+    (6, lines(
+        "Calls that reach no handler",
+        "Calls a second of methods that do not exist (unknown_method), or with a message over --max-message-mb "
+        "(oversized). They are in no other panel.", "reqps",
+        (f"sum by (reason) (rate(steervit_calls_unserved_total{{{JOB}}}{STEP}))", "{{reason}}"),
+    )),
+    (6, lines(
+        "Message sizes", "95% of the calls with images had messages of at most this size.", "bytes",
+        (quantile(0.95, "steervit_request_size_bytes", MODEL), "requests"),
+        (quantile(0.95, "steervit_response_size_bytes", MODEL), "answers"),
+    )),
+]  # fmt: skip
+
 PROCESS = [
     (8, lines(
         "Memory", "Resident memory of each server.", "bytes",
@@ -244,6 +276,7 @@ BOARD = dashboard(
         ("Latency", 8, LATENCY),
         ("Batches", 8, BATCHES),
         ("Saturation", 8, SATURATION),
+        ("Clients and their calls", 7, CLIENTS),
         ("Process", 7, PROCESS),
         ("Models", 7, MODELS),
     ],

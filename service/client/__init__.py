@@ -112,13 +112,15 @@ class Client:
         timeout: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
         attempts: int = 4,
+        name: str = "",
     ):
         """address: host:port, or dns:///name:port for all servers of a name. timeout: seconds a call, with all its
-        attempts (1 to 5). credentials: grpc.ssl_channel_credentials(...) for a server with TLS."""
+        attempts (1 to 5). credentials: grpc.ssl_channel_credentials(...) for a server with TLS. name: of this client,
+        for the server's access log and its limits by client."""
         self._channel = opened(grpc, address, credentials, attempts)
         self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._repository = GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._timeout = timeout
+        self._timeout, self._name = timeout, name
 
     def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """top_k: classes to return; 0: five."""
@@ -156,7 +158,8 @@ class Client:
             request.page_token = page.next_page_token
 
     def _ask(self, call: Callable[..., Any], request: Message, asked: Asked) -> Any:
-        return call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
+        timeout = asked.get("timeout", self._timeout)
+        return call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     def close(self) -> None:
         """Close the channel. Calls under way are cancelled."""
@@ -178,9 +181,10 @@ class AsyncClient:
         timeout: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
         attempts: int = 4,
+        name: str = "",
     ):
         self._open = partial(opened, grpc.aio, address, credentials, attempts)
-        self._timeout = timeout
+        self._timeout, self._name = timeout, name
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None
         self._stubs: tuple[Any, Any] = (None, None)
@@ -236,7 +240,8 @@ class AsyncClient:
             request.page_token = page.next_page_token
 
     async def _ask(self, call: Callable[..., Awaitable[Answer]], request: Message, asked: Asked) -> Answer:
-        return await call(request, timeout=asked.get("timeout", self._timeout), metadata=metadata(asked))
+        timeout = asked.get("timeout", self._timeout)
+        return await call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     async def close(self) -> None:
         """Close the channel of the running loop, if there is one. Calls under way are cancelled."""
@@ -294,10 +299,12 @@ def unit(text: str) -> pb.Unit:
     return pb.Unit(block=int(block), **{"head" if kind == "h" else "mlp_group": int(number)})
 
 
-def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:
-    """A call's gRPC metadata: its request ID as x-request-id, if it has one; and the application's active span of
-    OpenTelemetry, if there is one, as traceparent."""
+def metadata(asked: Asked, client: str = "") -> tuple[tuple[str, str], ...]:
+    """A call's gRPC metadata: its request ID as x-request-id and its client's name as x-client-name, if it has them;
+    and the application's active span of OpenTelemetry, if there is one, as traceparent."""
     named = {"x-request-id": asked["request_id"]} if "request_id" in asked else {}
+    if client:
+        named["x-client-name"] = client
     if "opentelemetry.trace" in sys.modules:  # otherwise no span can be active
         from opentelemetry.propagate import inject
 

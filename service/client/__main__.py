@@ -105,6 +105,7 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
         server("--model", default="", metavar="NAME", help="needed when several models are served")
         server("--version", default="", metavar="VERSION", help="number or label (default: the one that is served)")
     server("--timeout", type=float, default=30.0, metavar="X", help="seconds for a call (default: %(default)g)")
+    server("--client-name", default="", metavar="NAME", help="of this client, for the server's limits and its log")
     server("--tls-ca", type=Path, metavar="PATH", help="connect with TLS; PEM file with the server's authority")
     server("--tls-certificate", type=Path, metavar="PATH", help="PEM file with a certificate of yours")
     server("--tls-key", type=Path, metavar="PATH", help="PEM file with its key")
@@ -170,7 +171,7 @@ def _load(options: argparse.Namespace) -> int:
     load = Load(
         options.concurrency, options.seconds, options.images_per_call, tuple(options.profile or [""]),
         options.model, options.version, options.rate, options.timeout, options.budget,
-        options.min_budget, options.within_ms / 1000,
+        options.min_budget, options.within_ms / 1000, options.client_name,
     )  # fmt: skip
     report = asyncio.run(run(options.address, images, load, credentials=_credentials(options)))
     print(report.to_json() if options.json else f"{report}")
@@ -179,7 +180,7 @@ def _load(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace) -> int:
     listed = {"profiles": _profiles, "models": _models, "dial": _dial}
-    with Client(options.address, options.timeout, _credentials(options)) as client:
+    with Client(options.address, options.timeout, _credentials(options), name=options.client_name) as client:
         print(listed.get(options.command, _of_images)(client, options))
     return 0
 

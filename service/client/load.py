@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
-from service.client import opened
+from service.client import metadata, opened
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
@@ -40,6 +40,8 @@ class Load:
     """That a busy server may lower it to; None: the server's setting."""
     within: float = 0.0
     """Seconds that an answer may take to count as in time; 0: nobody counts."""
+    client_name: str = ""
+    """Of every call."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,19 @@ async def run(
         if load.min_budget is not None:
             request.min_budget = load.min_budget
         requests.append(request)
-    following = itertools.cycle(requests)
+    following, named = itertools.cycle(requests), metadata({}, load.client_name)
     latencies: list[float] = []
     failed: list[float] = []
     errors: Counter[str] = Counter()
     async with opened(grpc.aio, address, credentials, attempts=1) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
         for request in requests[: len(load.profiles)]:  # connected, and the right kind of image and profiles
-            await stub.Predict(request, timeout=load.timeout)
+            await stub.Predict(request, timeout=load.timeout, metadata=named)
         begun = time.perf_counter()
 
         async def call(due: float) -> None:
             try:
-                await stub.Predict(next(following), timeout=load.timeout)
+                await stub.Predict(next(following), timeout=load.timeout, metadata=named)
                 latencies.append(time.perf_counter() - due)
             except grpc.aio.AioRpcError as error:
                 failed.append(time.perf_counter() - due)

@@ -1,5 +1,6 @@
 """What deploy/kubernetes says of the server is so: settings, ports, paths, times, names of metrics, generated files."""
 
+import json
 import os
 import re
 import shutil
@@ -25,9 +26,12 @@ from service.catalogue import scan
 from service.config import Settings
 from service.delivery.push import push
 from service.delivery.reference import Reference
+from service.limits import Limits
 from service.metrics import Metrics
 from service.pb import steering_pb2 as pb
 from service.profiles import ProfileFolder
+from service.server import METHODS, SERVICES
+from training.fields import read
 
 ADAPTER = KUBERNETES / "components" / "autoscaling" / "adapter.yaml"
 
@@ -105,12 +109,38 @@ def test_folders_that_settings_name_are_mounted_read_only_or_are_in_the_image(
         before = {mount["name"] for init in pod.spec.get("initContainers", ()) for mount in init["volumeMounts"]}
         assert {mount["name"] for mount in mounts.values()} | before == volumes
         of_server = settings_of(pod, found, monkeypatch)
-        for path in (of_server.profiles_dir, of_server.tls_certificate, of_server.tls_key, of_server.repository):
+        for path in (
+            of_server.profiles_dir,
+            of_server.client_limits,
+            of_server.tls_certificate,
+            of_server.tls_key,
+            of_server.repository,
+        ):
             if path is None or (path == of_server.repository and str(path) not in mounts):
                 continue  # /models is in the image, /mnt/models is mounted by KServe
             (mount,) = (mount for folder, mount in mounts.items() if path.is_relative_to(folder))
             assert mount["readOnly"]
         assert of_server.repository == Path("/mnt/models" if "kserve" in target else "/models")
+
+
+def test_the_gateway_routes_every_call_but_those_that_change_models() -> None:
+    (route,) = of_kind(objects("components/gateway"), "GRPCRoute")
+    methods = [match["method"] for rule in route["spec"]["rules"] for match in rule["matches"]]
+    routed = {name for name in METHODS for m in methods if name.startswith(f"/{m['service']}/{m.get('method', '')}")}
+    assert {name.rpartition("/")[2] for name in set(METHODS) - routed} == {
+        "RepositoryModelLoad", "RepositoryModelUnload",
+    }  # fmt: skip
+    assert {m["service"] for m in methods} == set(SERVICES)
+
+
+def test_the_example_of_limits_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = objects("components/client-limits")
+    (pod,) = pods(found)
+    of_server = settings_of(pod, found, monkeypatch)
+    (example,) = (each for each in of_kind(found, "ConfigMap") if each["metadata"]["name"] == "steervit-client-limits")
+    limits = read(Limits, json.loads(example["data"][of_server.client_limits.name]), ValueError)
+    for limit in (limits.default, *limits.clients.values()):
+        assert of_server.max_images <= limit.images_in_flight < of_server.max_queue
 
 
 @pytest.mark.parametrize("target", TARGETS)

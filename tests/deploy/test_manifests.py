@@ -12,7 +12,9 @@ import pytest
 import yaml
 from cloudcoil.models.keda import v1alpha1 as keda
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from jsonschema import Draft202012Validator, ValidationError
 from manifests import BUILDS, KUBERNETES, TARGETS, Object, objects, of_kind, pods
+from processes import ROOT
 
 from deploy.kubernetes.tools import CHECKOV, KSERVE
 
@@ -22,7 +24,10 @@ NEWER = {"components/model-image": "1.31"}
 """Of Kubernetes, the first that knows what a target needs."""
 OPERATORS = {"monitoring.coreos.com/v1": prometheus_operator, "keda.sh/v1alpha1": keda}
 """Models of their objects, by apiVersion."""
-CUSTOM = {*OPERATORS, "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1"}
+CUSTOM = {*OPERATORS, "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1", "gateway.networking.k8s.io/v1"}
+OF_GATEWAYS: dict[str, Object] = json.loads((ROOT / "tests" / "deploy" / "gateway_schemas.json").read_text())
+"""By kind: the schemas in the CRDs of the Gateway API 1.6.1 and Envoy Gateway 1.9.0, without descriptions and without
+larger fields that are not used here. An unknown field is an error, as it is for kubectl."""
 
 
 def unknown_to_kserve(value: Any, model: str, path: str = "") -> list[str]:
@@ -97,6 +102,20 @@ def test_objects_of_kserve_have_only_fields_that_its_client_knows(target: str) -
     runtime = next(each for each in found if each["kind"] == "ServingRuntime")
     runtime["spec"]["securityContext"] = {}  # as one would think: pods have it, runtimes do not
     assert unknown_to_kserve(runtime, models["ServingRuntime"]) == [".spec.securityContext"]
+
+
+def test_the_route_and_the_example_for_a_gateway_fit_the_schemas_of_their_resources() -> None:
+    example = (KUBERNETES / "components" / "gateway" / "envoy-gateway.yaml").read_text()
+    found = [*of_kind(objects("components/gateway"), "GRPCRoute"), *yaml.safe_load_all(example)]
+    assert {each["kind"] for each in found} == set(OF_GATEWAYS)
+    for each in found:
+        Draft202012Validator(OF_GATEWAYS[each["kind"]]).validate(each)
+    (route,) = of_kind(found, "GRPCRoute")
+    for policy in of_kind(found, "SecurityPolicy", "BackendTrafficPolicy"):
+        assert [target["name"] for target in policy["spec"]["targetRefs"]] == [route["metadata"]["name"]]
+    route["spec"]["rules"][0]["timeouts"] = {"request": "5s"}  # as one would think: HTTPRoutes have it
+    with pytest.raises(ValidationError, match="'timeouts' was unexpected"):
+        Draft202012Validator(OF_GATEWAYS["GRPCRoute"]).validate(route)
 
 
 def test_the_policy_scanner_finds_nothing_but_the_exceptions_that_have_a_reason() -> None:
