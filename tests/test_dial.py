@@ -1,6 +1,7 @@
 """The dial: biases that rise with the budget, knots that spend what they say, curves from budgets to positions."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_models import images, model_of, small
 
 from training.data.pixels import Split
 from training.dial import ALL_OPEN, Dial, DialError, Point, check_curve, position
-from training.evaluation.dial import asked, at_positions, curve
+from training.evaluation.dial import ROUNDS, asked, at_positions, curve, fine_curve
 from training.model.dial import KNOTS, LOWEST, LearnedDial
 from training.model.gated_vit import GatedVit, keep_all, keep_positive
 from training.model.inference import Outcome, answers
@@ -164,3 +165,27 @@ def test_curves_are_made_monotone_and_say_what_was_measured() -> None:
     assert [point.compute_fraction for point in points] == pytest.approx([0.875, 0.875, 1.0])
     assert [point.accuracy for point in points] == pytest.approx([2 / 3, 2 / 3, 2 / 3])
     assert [point.measured_accuracy for point in points] == [1.0, 0.5, 0.5]
+
+
+def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own() -> None:
+    """1,000 images that open their only unit, 0.6 of the compute, between positions 0.86 and 0.88, one after the
+    other."""
+    macs, images = Macs(1000, (600,)), 1000
+    thresholds = torch.linspace(0.86, 0.88, images)
+
+    def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
+        opened = [(thresholds < place).reshape(images, 1, 1) for place in positions]
+        return [Outcome(torch.zeros(images, 2), gate, gate.float(), 1) for gate in opened]
+
+    budgets = np.linspace(0.4, 1.0, 9)
+    labels = torch.zeros(images, dtype=torch.int64)
+    coarse, fine = curve(budgets, at(budgets), labels, macs), fine_curve(budgets, at, labels, macs)
+
+    def distance(points: list[Point]) -> float:
+        spent = [float(o.compute_fraction(macs).mean()) for o in at([position(b, points) for b in budgets])]
+        return float(np.abs(spent - budgets).max())
+
+    check_curve(fine, "fine")
+    assert distance(coarse) > 0.2
+    assert distance(fine) < 0.01
+    assert len(fine) < 9 * (1 + ROUNDS)

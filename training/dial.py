@@ -112,9 +112,9 @@ def position(budget: float, curve: Sequence[Point]) -> float:
     point, the highest.
     """
     spent = np.array([point.compute_fraction for point in curve])
-    places = np.array([point.budget for point in curve])
-    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # of each stretch
-    return float(np.interp(budget, spent[last], places[last]))
+    above = int(np.searchsorted(spent, max(budget, spent[0]), side="right"))
+    left, right = above - 1, min(above, len(curve) - 1)
+    return float(np.interp(budget, spent[[left, right]], [curve[left].budget, curve[right].budget]))
 
 
 def check_curve(curve: Sequence[Point], name: str) -> None:

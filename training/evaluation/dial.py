@@ -6,7 +6,7 @@ test split the same budgets are then asked for: what is spent there is how far t
 Under a profile its own images are measured: those of its classes, which it is for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,10 @@ from training.steering import SteeringProfile
 
 DRAWS = 3
 """Of random units."""
+FINE = 0.02
+"""Compute fraction: a budget between two points of a curve that lie further apart gets a point of its own."""
+ROUNDS = 4
+"""In which it does."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
@@ -85,7 +89,7 @@ def measure_dial(
     curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
         own = of_classes(data.selection, of.classes)
-        curves[of.name] = curve(budgets, at(own, of.steer, budgets), own.classes, macs)
+        curves[of.name] = fine_curve(budgets, partial(at, own, of.steer), own.classes, macs)
         own, points = of_classes(data.test, of.classes), curves[of.name]
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
         outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
@@ -114,7 +118,8 @@ class Unsteered:
 def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> Unsteered:
     """Measure the dial of a model without steering."""
     budgets, test = knots.budget[::2], data.test
-    points = curve(budgets, at_positions(knots, model, data.selection, None, budgets), data.selection.classes, macs)
+    selection = data.selection
+    points = fine_curve(budgets, partial(at_positions, knots, model, selection, None), selection.classes, macs)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
     tested = [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
@@ -158,6 +163,35 @@ def at_positions(
     """The answers at each position of the dial."""
     biases = torch.from_numpy(dial.at(np.asarray(positions, np.float64))).to(model.device)
     return [answers(model, split, steer, gate_bias=bias) for bias in biases]
+
+
+def fine_curve(
+    budgets: Sequence[float] | np.ndarray,
+    at: Callable[[Sequence[float] | np.ndarray], list[Outcome]],
+    classes: Tensor,
+    macs: Macs,
+) -> list[Point]:
+    """The curve through the positions `budgets` and, where it is steep, through those at which it reaches the budgets:
+    units that are closed for almost every image open at about the same position. at: the answers at positions."""
+    measured = dict(zip(map(float, budgets), at(budgets), strict=True))
+
+    def through() -> list[Point]:
+        return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs)
+
+    for _ in range(ROUNDS):
+        points = through()
+        spent = np.array([point.compute_fraction for point in points])
+        right = np.searchsorted(spent, budgets)
+        steep = [
+            budget
+            for budget, end in zip(budgets, right, strict=True)
+            if 0 < end < len(spent) and spent[end] - spent[end - 1] > FINE
+        ]
+        places = sorted({round(position(budget, points), 6) for budget in steep} - measured.keys())
+        if not places:
+            break
+        measured |= zip(places, at(places), strict=True)
+    return through()
 
 
 def curve(
