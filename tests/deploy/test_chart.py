@@ -224,6 +224,22 @@ def test_values_that_kustomize_leaves_to_patches() -> None:
         kubernetes_validate.validate(each, "1.37", strict=True)
 
 
+def test_a_model_of_a_store_is_pinned_by_the_bundles_digest_and_pulled_by_an_image_that_reads_stores() -> None:
+    pull = {
+        "reference": "s3://bucket/fashion_mnist/3", "digest": "0123456789012345", "storeSecret": "aws",
+        "image": "registry.example.com/steervit:0.1.0-delivery", "to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}],
+    }  # fmt: skip
+    more = {"initContainers": [{"name": "mine", "image": "mine"}]}
+    spec = pod_spec(rendered({"models": {"pull": pull}, "gpu": {"enabled": True}, "podSpec": more}))
+    first, second = spec["initContainers"]
+    assert first["image"] == pull["image"]
+    assert first["command"][-2:] == ["--digest", pull["digest"]]
+    assert second == more["initContainers"][0]
+    assert spec["containers"][0]["image"].endswith("-cuda")
+    (credentials,) = (volume for volume in spec["volumes"] if volume["name"] == "credentials")
+    assert [source["secret"]["name"] for source in credentials["projected"]["sources"]] == ["steervit-registry", "aws"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -237,6 +253,11 @@ def test_values_that_kustomize_leaves_to_patches() -> None:
         ({"autoscaling": {"by": "hpa"}}, "autoscaling/by"),
         ({"models": {"claim": {"size": "10Gi"}, "volume": {"emptyDir": {}}}}, "models"),
         ({"models": {"claim": {"storageClassName": "fast"}}}, "claim"),
+        ({"models": PULL["models"] | {"volume": {"emptyDir": {}}}}, "models"),
+        ({"models": {"pull": {"reference": "registry.example.com/models/mine:3"}}}, "reference"),
+        ({"models": {"pull": {"reference": "s3://bucket/mine/3"}}}, "pull/to"),
+        ({"gateway": {"enabled": True}}, "gateway/parentRefs"),
+        ({"clientLimits": {"clients": {"shop": {"images_per_minute": 5}}}}, "images_per_minute"),
         ({"fullnameOverride": "vision"}, "fullnameOverride"),
         ({"podSpec": {"containers": []}}, "containers"),
         ({"profiles": {"mine.yaml": "{}"}}, "profiles"),
