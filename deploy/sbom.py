@@ -1,4 +1,4 @@
-"""The Python packages of an image as a CycloneDX bill of materials: python -m deploy.sbom cpu|cuda|demo > FILE
+"""The Python packages of an image as a CycloneDX bill of materials: python -m deploy.sbom cpu|cuda|delivery|demo > FILE
 
 Made of the image's lock, so without building it: versions, hashes of the wheels, and which package needs which. Syft,
 Grype, Trivy and Dependency-Track read it. Debian's packages and Python itself, which the base image brings, are in the

@@ -56,14 +56,14 @@ def _rendered(target: str) -> str:
 
 
 def objects(target: str) -> list[Object]:
-    """Of the base, an overlay, a component, `everything`, or several components: components/a+b."""
+    """Of the base, an overlay, a component, or `everything`."""
     return [found for found in yaml.load_all(_rendered(target), yaml.CSafeLoader) if found]
 
 
 def _folder(target: str) -> os.PathLike[str]:
     if target == "base" or target.startswith("overlays/"):
         return KUBERNETES / target
-    components = list(TOGETHER) if target == "everything" else target.removeprefix("components/").split("+")
+    components = list(TOGETHER) if target == "everything" else [target.removeprefix("components/")]
     for name in components:
         if name in AFTER and AFTER[name] not in components:
             components.insert(components.index(name), AFTER[name])

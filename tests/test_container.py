@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from processes import ROOT, SAMPLES
 
+from deploy.sbom import TARGETS
+
 DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
 
@@ -32,7 +34,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     tool("hadolint", "--failure-threshold", "style", "deploy/Dockerfile")
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda", "demo"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_each_target_runs_without_a_shell_as_a_numeric_user_that_is_not_root(target: str) -> None:
     steps = rehearsal.stages()[target]
     assert rehearsal.last(steps, "USER") == "65532:65532"
@@ -53,11 +55,10 @@ def test_bases_are_pinned_and_all_that_is_copied_is_in_the_context(tmp_path: Pat
             assert stage in stages if stage else any(source.glob(name)), f"COPY {name}: not there, or ignored"
 
 
-@pytest.mark.parametrize(
-    ("name", "runtime"), [("cpu", "onnxruntime"), ("demo", "onnxruntime"), ("cuda", "onnxruntime-gpu")]
-)
-def test_a_lock_meets_pyproject_and_brings_no_torch(name: str, runtime: str) -> None:
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_lock_meets_pyproject_and_brings_no_torch(name: str) -> None:
     found = rehearsal.locked(name)
+    runtime = "onnxruntime-gpu" if name == "cuda" else "onnxruntime"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in map(Requirement, project["dependencies"]):
         wanted = runtime if requirement.name.startswith("onnxruntime") else canonicalize_name(requirement.name)
@@ -66,13 +67,15 @@ def test_a_lock_meets_pyproject_and_brings_no_torch(name: str, runtime: str) -> 
     assert any(package.startswith("nvidia-") for package in found) == (name == "cuda")
 
 
-def test_the_demo_is_the_cpu_image_with_what_the_playground_needs() -> None:
-    cpu, demo = rehearsal.locked("cpu"), rehearsal.locked("demo")
-    assert cpu.items() <= demo.items()
+@pytest.mark.parametrize(("name", "extra"), [("demo", "playground"), ("delivery", "delivery")])
+def test_an_image_is_the_cpu_image_with_what_an_extra_needs(name: str, extra: str) -> None:
+    cpu, more = rehearsal.locked("cpu"), rehearsal.locked(name)
+    assert cpu.items() <= more.items()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in map(Requirement, extras["playground"]):
-        assert requirement.specifier.contains(demo[requirement.name]), f"{requirement}: make lock"
-    assert not {"starlette", "uvicorn", "jinja2"} & cpu.keys()
+    for requirement in map(Requirement, extras[extra]):
+        package = canonicalize_name(requirement.name)
+        assert requirement.specifier.contains(more[package]), f"{requirement}: make lock"
+        assert package not in cpu
 
 
 def test_compose_is_valid_and_the_scanner_finds_nothing_serious() -> None:

@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from processes import ROOT
 
+from deploy.sbom import TARGETS
 from export.bundle import Bundle
 from service.cli_page import page
 from service.demo import NEXT
@@ -203,7 +204,7 @@ def test_the_tags_of_images_have_the_projects_version() -> None:
     tags = {str(path): re.findall(r"(?:newTag: |\bsteervit:)([\w.-]+)", path.read_text()) for path in files}
     assert sum(map(len, tags.values())) >= 8
     for path, found in tags.items():
-        assert set(found) <= {f"{version}-{target}" for target in ("cpu", "cuda", "demo")}, path
+        assert set(found) <= {f"{version}-{target}" for target in TARGETS}, path
     built = subprocess.run(["make", "-n", "image"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f" -t steervit:{version}-cpu " in built
 

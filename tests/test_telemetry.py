@@ -15,6 +15,8 @@ import rehearsal
 import strace
 from processes import ROOT, run_module
 
+from deploy.sbom import TARGETS
+
 CACHES = [Path.home() / ".cache" / "matplotlib", Path.home() / ".config", Path.home() / ".cache"]
 """What SECURITY.md names: Matplotlib's, with the folders that it makes for it."""
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -115,7 +117,7 @@ def test_every_package_that_imports_onnxruntime_turns_telemetry_off_before() -> 
         assert done.stdout == "1\n", f"{package}: {done.stderr}"
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda", "demo"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_telemetry_is_off_in_the_image(target: str) -> None:
     """For other programs in it than ours, too."""
     assert rehearsal.environment(rehearsal.stages()[target])["ORT_DISABLE_TELEMETRY"] == "1"

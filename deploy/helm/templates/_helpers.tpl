@@ -21,8 +21,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* Not empty, unless the models are those of the image. */}}
+{{- define "steervit.models" -}}
+{{- with .Values.models }}{{ if or .claim .pull.reference .volume }}mounted{{ end }}{{ end -}}
+{{- end -}}
+
 {{- define "steervit.image" -}}
-{{- $flavour := ternary "cuda" (ternary "cpu" "demo" (or .Values.models.claim .Values.models.volume | not | not)) .Values.gpu.enabled -}}
+{{- $flavour := ternary "cuda" (include "steervit.models" . | eq "" | ternary "demo" "cpu") .Values.gpu.enabled -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
@@ -42,6 +47,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- if .Values.gpu.enabled }}{{ $_ := set $all "STEERVIT_PROVIDER" "cuda" }}{{ end -}}
 {{- if or .Values.models.claim .Values.models.volume.persistentVolumeClaim }}{{ $_ := set $all "STEERVIT_MODEL_CONTROL" "poll" }}{{ end -}}
 {{- if .Values.profiles }}{{ $_ := set $all "STEERVIT_PROFILES_DIR" "/etc/steervit/profiles" }}{{ end -}}
+{{- if .Values.clientLimits }}{{ $_ := set $all "STEERVIT_CLIENT_LIMITS" "/etc/steervit/client-limits/limits.json" }}{{ end -}}
 {{- if .Values.tls.secretName -}}
 {{- $_ := set $all "STEERVIT_TLS_CERTIFICATE" "/etc/steervit/tls/tls.crt" -}}
 {{- $_ := set $all "STEERVIT_TLS_KEY" "/etc/steervit/tls/tls.key" -}}
@@ -64,6 +70,21 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
   persistentVolumeClaim:
     claimName: {{ $name }}-models
     readOnly: true
+{{- else if .pull.reference }}
+- name: models
+  emptyDir:
+    sizeLimit: 10Gi
+- name: credentials
+  projected:
+    sources:
+      - secret:
+          name: {{ .pull.registrySecret }}
+          optional: true
+          items:
+            - {key: .dockerconfigjson, path: config.json}
+      - secret:
+          name: {{ .pull.storeSecret }}
+          optional: true
 {{- else if .volume }}
 - name: models
   {{- toYaml .volume | nindent 2 }}
@@ -73,6 +94,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 - name: profiles
   configMap:
     name: {{ $name }}-profiles
+{{- end }}
+{{- if .Values.clientLimits }}
+- name: client-limits
+  configMap:
+    name: {{ $name }}-client-limits
 {{- end }}
 {{- with .Values.tls.secretName }}
 - name: tls
@@ -89,11 +115,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{- define "steervit.mounts" -}}
-{{- if or .Values.models.claim .Values.models.volume }}
+{{- if include "steervit.models" . }}
 - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
 {{- if .Values.profiles }}
 - {name: profiles, mountPath: /etc/steervit/profiles, readOnly: true}
+{{- end }}
+{{- if .Values.clientLimits }}
+- {name: client-limits, mountPath: /etc/steervit/client-limits, readOnly: true}
 {{- end }}
 {{- if .Values.tls.secretName }}
 - {name: tls, mountPath: /etc/steervit/tls, readOnly: true}
