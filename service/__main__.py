@@ -18,7 +18,7 @@ from pydantic_settings import CliApp
 from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
-from service.config import PREFIX, Settings, source, unknown_in_environment
+from service.config import PREFIX, Settings, problems, source, unknown_in_environment
 from service.loaded import EngineError
 from service.server import Server
 
@@ -35,11 +35,7 @@ def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments), cli_settings_source=source(prog))
     except ValidationError as error:
-        for problem in error.errors():
-            name = "-".join(map(str, problem["loc"])).replace("_", "-")
-            value = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            shown = f"--{name} is {value}: {problem['msg']}" if name else problem["msg"]
-            print(shown.removeprefix("Value error, "), file=sys.stderr)
+        print("\n".join(problems(error)), file=sys.stderr)
         return 2
     if unknown := unknown_in_environment(os.environ):
         names = ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)

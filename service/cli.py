@@ -58,7 +58,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             extras=("train", "export"),
         ),
         "verify": Command(
-            "Check that a bundle is complete and gives the recorded answers.",
+            "Check that a bundle is complete and its answers are right.",
             "export.__main__:main",
             "export.__main__:verify_parser",
             ("verify",),
@@ -71,6 +71,16 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "service.playground.__main__:main",
             "service.playground.__main__:parser",
             extras=("playground",),
+        ),
+        "profiles check": Command(
+            "Check a folder of profiles before a server reads it.",
+            "service.check_profiles:main",
+            "service.check_profiles:parser",
+        ),
+        "doctor": Command(
+            "Report what support would ask for, and what is wrong.",
+            "service.doctor:main",
+            "service.config:doctor_parser",
         ),
     },
     "Ask a running server": {
@@ -108,10 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] not in COMMANDS:
+    name = _command(words)
+    if name not in COMMANDS:
         parser().parse_args(words)  # ends the process: --help, --version, or no such command
     try:
-        status = _run(*words)
+        status = _run(name, words[len(name.split()) :])
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -121,7 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(name: str, *rest: str) -> int:
+def _command(words: Sequence[str]) -> str:
+    """The command that these words begin with, which may be two of them; the first word if there is none."""
+    both = " ".join(words[:2])
+    return both if both in COMMANDS else "".join(words[:1])
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     command = COMMANDS[name]
     help_alone = bool(command.parser) and not {"-h", "--help"}.isdisjoint(rest)
     if not help_alone and (missing := _missing(command.extras)):
@@ -141,7 +158,8 @@ def _run(name: str, *rest: str) -> int:
 
 
 def parser(own: str = "") -> argparse.ArgumentParser:
-    """Of `steervit` itself. It knows the flags of one command at most. own: that command's name."""
+    """Of `steervit` itself. It knows the flags of one command at most, and of those under it, such as `profiles check`
+    under `profiles`. own: that command's name."""
     from importlib.metadata import version
 
     width = max(map(len, COMMANDS))
@@ -159,10 +177,17 @@ def parser(own: str = "") -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version(PROJECT)}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name)
-        if name == own and command.parser:
-            commands.choices[name] = parser_of(name)
+    for name in COMMANDS:
+        if " " not in name:
+            commands.add_parser(name)
+    if own in COMMANDS and COMMANDS[own].parser:
+        commands.choices[own] = parser_of(own)
+        longer = [name for name in COMMANDS if name.startswith(f"{own} ")]
+        if longer:
+            under = commands.choices[own].add_subparsers()
+            for name in longer:
+                under.add_parser(name.split()[1])
+                under.choices[name.split()[1]] = parser_of(name)
     return parser
 
 

@@ -15,7 +15,8 @@ HEAD = """# Command line
 One command, `steervit`, for everything; in a checkout, `pip install -e .` installs it (so do `make demo` and the other
 targets, as `.venv/bin/steervit`). `steervit --help` lists the commands, and `steervit COMMAND --help` the flags of one.
 The packages' own commands take the same flags: `python -m training STEP` (`train`, `evaluate`, `report`),
-`python -m training.reproduce`, `python -m export`, `python -m export verify`, `python -m service` (`serve`), and
+`python -m training.reproduce`, `python -m export`, `python -m export verify`, `python -m service` (`serve`),
+`python -m service.check_profiles` (`profiles check`), `python -m service.doctor`, and
 `python -m service.client COMMAND` for those that ask a server.
 
 If a package is missing, the error names it and the `pip install` command for it.

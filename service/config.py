@@ -7,12 +7,16 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from training.terminal import HelpFormatter, make_readable
 
 PREFIX = "STEERVIT_"
+DOCTOR = """Report versions, machine, settings, models, profiles, certificates, and the state of a server that runs with
+the same settings. Loads nothing and changes nothing. Lines that begin with `!` are problems; they make the exit
+status 1. Takes the server's flags and STEERVIT_* in the environment."""
+Source = CliSettingsSource[argparse.ArgumentParser]
 
 
 class Settings(BaseSettings):
@@ -177,15 +181,26 @@ def unknown_in_environment(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
-def source(prog: str = "python -m service") -> CliSettingsSource[argparse.ArgumentParser]:
-    """The command line as a source of Settings. prog: what a user types."""
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong with settings, a line for each: the flag, its value, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        name = "-".join(map(str, problem["loc"])).replace("_", "-")
+        value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+        shown = f"--{name} is {value}: {problem['msg']}" if name else problem["msg"]
+        lines.append(shown.removeprefix("Value error, "))
+    return lines
+
+
+def source(prog: str = "python -m service", does: str = Settings.__doc__ or "") -> Source:
+    """The command line as a source of Settings. prog: what a user types. does: what that does with them."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s --repository FOLDER [--SETTING VALUE ...]",
-        description=Settings.__doc__,
+        description=does,
         formatter_class=HelpFormatter,
     )
-    filled: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
+    filled: Source = CliSettingsSource(Settings, root_parser=parser)
     make_readable(parser)
     return filled
 
@@ -193,3 +208,8 @@ def source(prog: str = "python -m service") -> CliSettingsSource[argparse.Argume
 def parser(prog: str = "python -m service") -> argparse.ArgumentParser:
     """Of the settings, as source."""
     return source(prog).root_parser
+
+
+def doctor_parser(prog: str = "python -m service.doctor") -> argparse.ArgumentParser:
+    """Of service.doctor, which has the server's flags."""
+    return source(prog, DOCTOR).root_parser

@@ -159,7 +159,9 @@ def _contents(folder: Path) -> tuple[tuple[Path, bytes], ...] | str:
         for path in paths:
             check_inside(path, folder)
         return tuple((path, path.read_bytes()) for path in paths)
-    except (OSError, BundleError) as error:
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except BundleError as error:
         return str(error)
 
 

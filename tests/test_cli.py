@@ -47,7 +47,7 @@ def test_every_help_fits_80_columns(columns: str, monkeypatch: pytest.MonkeyPatc
     for name, command in COMMANDS.items():
         assert f"\n  {name} " in whole
         if command.parser:
-            done = run_main(main, name, "--help")
+            done = run_main(main, *name.split(), "--help")
             assert done.returncode == 0
             assert done.stdout.startswith(f"usage: steervit {name} ")
             whole += done.stdout
@@ -65,7 +65,7 @@ def test_a_help_imports_little() -> None:
         "except SystemExit: pass\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
-        "for name, command in COMMANDS.items(): command.parser and main([name, '--help'])\n"
+        "for name, command in COMMANDS.items(): command.parser and main([*name.split(), '--help'])\n"
         "assert main(['train', '--out', 'run', '--vit.dim', 'x']) == 2\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
@@ -161,6 +161,9 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         (1, "BundleError: ", ("verify", "nowhere")),
         (1, "NOT_FOUND: steering.profile is 'Shoe'", ("predict", "--profile", "Shoe", *at, SHIRTS[0])),
         (1, "has no dial", ("dial", *at)),
+        (1, "nowhere: No such file or directory", ("profiles", "check", "nowhere", "--bundle", "deploy/models")),
+        (2, "steervit profiles check: error: the following arguments are required: FOLDER", ("profiles", "check")),
+        (2, "--port is 'many': ", ("doctor", "--repository", "deploy/models", "--port", "many")),
     ):
         done = run_main(main, *arguments)
         assert (done.returncode, done.stdout) == (status, ""), arguments
@@ -237,6 +240,9 @@ COMPLETED = {
     "steervit serve --provider ": {"auto", "cpu", "cuda"},
     "steervit evaluate --sae.la": {"--sae.latents"},
     "steervit verify deploy/mod": {"deploy/models/"},
+    "steervit profiles che": {"check"},
+    "steervit profiles check --bun": {"--bundle"},
+    "steervit profiles --add": {"--address"},
 }
 BASH = """
 eval "$(steervit completion bash)"

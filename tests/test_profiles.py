@@ -241,7 +241,7 @@ def test_a_folder_is_checked_without_a_server(bundle: Bundle, tmp_path: Path) ->
         return done.returncode, done.stdout, done.stderr.splitlines()
 
     file, model = tmp_path / "a.json", f"{bundle.manifest.name} {bundle.manifest.version}"
-    assert checked() == (1, "\n", [f"{tmp_path} has no .json file"])
+    assert checked() == (1, "", [f"{tmp_path} has no .json file"])
     file.write_text(content(bundle, profile("night"), profile("dusk")))
     assert checked("--default-profile", "dusk") == (0, f"{file}: night, dusk; for {model}\n", [])
     code, _, (problem,) = checked("--default-profile", "dawn")
