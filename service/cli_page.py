@@ -45,7 +45,7 @@ def _section(name: str) -> Iterator[str]:
         yield f"{command.summary} `steervit {name} --help` lists its flags.{_extras(command)}"
         return
     parser = parser_of(name)
-    yield f"```\n{parser.format_usage().removeprefix('usage: ').strip()}\n```"
+    yield f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```"
     yield f"\n{_escaped(parser.description or command.summary)}{_extras(command)}"
     for group in parser._action_groups:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 import pytest
+from documented import queries
 from numpy.typing import NDArray
-from processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
+from processes import MODELS, ServerProcess, start_server, stop_server, until
 from prometheus import JOB, RULE_FILES, Prometheus, alerts, dashboard, filled_in, panels, promtool, running
 
 from export.bundle import Bundle
@@ -206,10 +207,19 @@ def test_panels_tell_servers_apart_where_the_runbook_compares_them(run: Run, bun
 
 
 def test_the_documented_query_tells_models_and_versions_apart(run: Run) -> None:
-    expr = (ROOT / "docs" / "serving.md").read_text().partition("## Metrics")[2].split("```")[1]
+    (expr,) = queries("docs/serving.md")
     found = run.prometheus.query(expr)
     wanted = {"model", "version", "profile", "block", "head"}
     assert {frozenset(dict(labels)) for labels in found} == {frozenset(wanted)}
+
+
+EMPTY = ("brownout", "load_failed", "certificate", "images_dropped")
+"""Parts of queries that a healthy server without TLS, and with a model without a dial, has no data for."""
+
+
+def test_the_queries_of_the_runbook_are_answered_with_data(run: Run) -> None:
+    for expr in queries("deploy/RUNBOOK.md"):
+        assert run.prometheus.query(expr) or any(part in expr for part in EMPTY), expr
 
 
 def rules(run: Run) -> list[dict[str, str]]:

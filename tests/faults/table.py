@@ -29,7 +29,8 @@ those that take seconds.
 - **Faults**, what a client sees of each: faults/, listed below; with brownout on by
   `STEERVIT_TARGET_LATENCY_MS=60000 python -m pytest tests/faults`. **Kills and soaks**: test_crash_safety.py,
   faults/sigterm.py, perf/soak.py. **Benches**: perf/; what they rest on: test_perf.py
-- **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py
+- **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py;
+  what the documentation tells people to type: test_documented.py
 
 | module | its tests |
 |---|---|
