@@ -2,8 +2,8 @@
 
 Also python -m service.check_profiles.
 
-For CI, before a ConfigMap is rolled out. Stricter than a server in two things: a file that is for none of the bundles
-and a folder without files are wrong too.
+For CI, before a ConfigMap is rolled out. Stricter than a server in two ways: a file that is for none of the bundles is
+an error, and so is a folder without files.
 """
 
 import argparse
@@ -18,7 +18,7 @@ PROG = "python -m service.check_profiles"
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """Of the command line. prog: what a user types."""
+    """The parser of the command line. prog: what a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s FOLDER --bundle DIR [OPTION ...]",

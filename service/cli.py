@@ -25,11 +25,11 @@ class Command:
     """`module:function` of the arguments and of what the user typed before them; it returns the exit status."""
     parser: str
     """`module:function` of what the user typed; it returns the ArgumentParser. The module imports little. Empty: main
-    is a program of its own, which takes its arguments alone and answers --help."""
+    takes only its arguments, and answers --help itself."""
     arguments: tuple[str, ...] = ()
-    """For main, before those of the user."""
+    """Arguments of main before those of the user."""
     extras: tuple[str, ...] = ()
-    """Those of pyproject.toml that it needs."""
+    """The extras of pyproject.toml that it needs."""
 
 
 def _training(summary: str, *step: str) -> Command:
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command that these words begin with, which may be two of them; the first word if there is none."""
+    """The command, of one or two words, at the start of these words; the first word if there is no such command."""
     both = " ".join(words[:2])
     return both if both in COMMANDS else "".join(words[:1])
 
@@ -158,8 +158,8 @@ def _run(name: str, rest: Sequence[str]) -> int:
 
 
 def parser(own: str = "") -> argparse.ArgumentParser:
-    """Of `steervit` itself. It knows the flags of one command at most, and of those under it, such as `profiles check`
-    under `profiles`. own: that command's name."""
+    """The parser of `steervit` itself. It knows the flags of at most one command and of those under it, such as
+    `profiles check` under `profiles`. own: that command's name."""
     from importlib.metadata import version
 
     width = max(map(len, COMMANDS))
@@ -192,13 +192,13 @@ def parser(own: str = "") -> argparse.ArgumentParser:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Of one command. Raises ModuleNotFoundError where something that its flags need is not installed."""
+    """The parser of one command. Raises ModuleNotFoundError if something that its flags need is not installed."""
     parser: argparse.ArgumentParser = _resolve(COMMANDS[name].parser)(f"{PROJECT} {name}")
     return parser
 
 
 def completion_parser(prog: str = f"{PROJECT} completion") -> argparse.ArgumentParser:
-    """Of `completion`. prog: what a user types."""
+    """The parser of `completion`. prog: what a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s SHELL",
@@ -213,7 +213,7 @@ def completion_parser(prog: str = f"{PROJECT} completion") -> argparse.ArgumentP
 
 
 def print_completion(arguments: Sequence[str], prog: str) -> int:
-    """Print the shell's script, which asks this program; returns 0. arguments: the shell's name."""
+    """Print the shell's completion script, which calls this program; returns 0. arguments: the shell's name."""
     shell = completion_parser(prog).parse_args(arguments).shell
     from argcomplete.shell_integration import shellcode
 
@@ -222,7 +222,7 @@ def print_completion(arguments: Sequence[str], prog: str) -> int:
 
 
 def _complete() -> None:
-    """Answer a shell that asks how its line goes on, and end the process."""
+    """Answer a shell's completion request, and end the process."""
     import argcomplete
 
     _, own, *_ = [*os.environ.get("COMP_LINE", "").split(), "", ""]
@@ -230,7 +230,7 @@ def _complete() -> None:
 
 
 def _missing(extras: Sequence[str]) -> list[str]:
-    """The distributions of these extras that are not installed."""
+    """The distributions in these extras that are not installed."""
     if not extras:
         return []
     import re
@@ -262,7 +262,7 @@ def _refuse(name: str, missing: Sequence[str]) -> int:
 
 
 def _resolve(reference: str) -> Any:
-    """What a `module:function` names."""
+    """The object that a `module:function` names."""
     import pkgutil
 
     return pkgutil.resolve_name(reference)

@@ -69,7 +69,7 @@ def _invocation(action: argparse.Action) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As Markdown: what is not between backticks stands as it is."""
+    """Escaped for Markdown; code between backticks is left as it is."""
     parts = " ".join(text.split()).split("`")
     for index in range(0, len(parts), 2):
         for character in "<*_|":

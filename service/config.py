@@ -139,8 +139,8 @@ class Settings(BaseSettings):
     """json: one object a line, for the whole log."""
     otlp_endpoint: str = Field("", pattern=r"^(https?://[^\s?#]+)?$")
     """URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://collector:4318, for a trace of each
-    call; also exemplars at /metrics. Needs the extra `otel`. What else there is to set has OpenTelemetry's variables,
-    such as OTEL_TRACES_SAMPLER."""
+    call; also exemplars at /metrics. Needs the extra `otel`. OpenTelemetry's own variables, such as
+    OTEL_TRACES_SAMPLER, set everything else."""
     revision: str = "unknown"
     """Revision of the source, for steervit_build_info; the image sets it."""
 
@@ -163,7 +163,7 @@ class Settings(BaseSettings):
 
     @property
     def url_host(self) -> str:
-        """In front of a port."""
+        """The host as in a URL, before the port."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @model_validator(mode="after")
@@ -176,7 +176,7 @@ class Settings(BaseSettings):
 
 
 def unknown_in_environment(names: Iterable[str]) -> list[str]:
-    """Names that begin like a setting and are none: a mistyped one would go unnoticed."""
+    """Names that begin like a setting but are none: typing errors that would otherwise go unnoticed."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)
 
@@ -206,10 +206,10 @@ def source(prog: str = "python -m service", does: str = Settings.__doc__ or "") 
 
 
 def parser(prog: str = "python -m service") -> argparse.ArgumentParser:
-    """Of the settings, as source."""
+    """The parser of the settings, as in `source`."""
     return source(prog).root_parser
 
 
 def doctor_parser(prog: str = "python -m service.doctor") -> argparse.ArgumentParser:
-    """Of service.doctor, which has the server's flags."""
+    """The parser of service.doctor, which has the server's flags."""
     return source(prog, DOCTOR).root_parser

@@ -34,7 +34,7 @@ PACKAGES = (
     "pydantic-settings", "uvloop",
 )  # fmt: skip
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-"""Those that decide which kernels onnxruntime has."""
+"""The flags that decide which kernels onnxruntime uses."""
 LIMITS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/memory.max")
 VARIABLES = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "GRPC_VERBOSITY")
 Lines = Iterator[str]
@@ -103,7 +103,7 @@ def _settings(settings: Settings) -> Lines:
 
 
 def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
-    """Adds the bundles."""
+    """The models of the repository. Adds their bundles to `bundles`."""
     try:
         catalogue = scan(settings.repository)
     except (BundleError, OSError) as error:
@@ -147,8 +147,8 @@ def _certificates(settings: Settings) -> Lines:
 
 
 def _server(settings: Settings) -> Lines:
-    """The state of the server at the metrics port, and what it counts of failures."""
-    host = settings.host if settings.host.strip("0.:") else "localhost"  # 0.0.0.0 and ::, where it listens everywhere
+    """The state of the server at the metrics port, and its counts of failures."""
+    host = settings.host if settings.host.strip("0.:") else "localhost"  # 0.0.0.0 and :: mean all addresses
     try:
         for path in ("/livez", "/readyz"):
             status, text = _page(host, settings.metrics_port, path)
@@ -166,7 +166,7 @@ def _server(settings: Settings) -> Lines:
 
 
 def _page(host: str, port: int, path: str) -> tuple[int, str]:
-    """Status and text of an HTTP page; without the proxies of the environment."""
+    """Status and text of an HTTP page, requested without the proxies of the environment."""
     connection = http.client.HTTPConnection(host, port, timeout=10)
     try:
         connection.request("GET", path)
@@ -177,7 +177,7 @@ def _page(host: str, port: int, path: str) -> tuple[int, str]:
 
 
 def _read(path: str) -> str:
-    """The text of a file of the system; "" without one."""
+    """The text of a file of the system; "" if there is none."""
     try:
         return Path(path).read_text()
     except OSError:

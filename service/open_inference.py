@@ -1,4 +1,4 @@
-"""The servicer of the Open Inference Protocol: tensors in, tensors out. Its calls mean here:
+"""The servicer of the Open Inference Protocol: tensors in, tensors out. What its calls mean here:
 
 - Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] or
   [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and `steering_latent` INT64, `steering_scale` FP32 and
@@ -157,7 +157,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         return response(request_id, model, steering, answer, asked.outputs)
 
     def _most(self, model: Model) -> dict[str, int]:
-        """The most elements of each input: no more than these become Python objects."""
+        """Limit of the elements of each input, and so of the Python objects made of them."""
         images, terms = self._settings.max_images, self._settings.max_terms
         manifest = model.bundle.manifest
         steering = dict.fromkeys(STEERING, images * terms)
