@@ -1,4 +1,5 @@
-"""What kubectl makes of deploy/kubernetes: every overlay, every component on the base, and all of them together."""
+"""The objects that kubectl builds from deploy/kubernetes: every overlay, every component on the base, and all
+together."""
 
 import copy
 import functools
@@ -20,13 +21,13 @@ ON_BASE = tuple(name for name in COMPONENTS if name != "kserve")
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
 TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in ON_BASE), "everything")
 KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy"}
-"""Fields of a predictor that are not its pods'."""
+"""Fields of a predictor that do not belong to its pods."""
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pod:
-    """Pods of a workload, as they will run."""
+    """The pods of a workload."""
 
     owner: str
     labels: dict[str, str]

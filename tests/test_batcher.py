@@ -169,7 +169,7 @@ def test_residuals_of_some_batches_are_no_residuals_of_a_call(
     assert len(residual) == 4
 
 
-async def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(parts: Parts) -> None:
+async def test_calls_beyond_the_queues_limit_are_refused_and_the_rest_answered(parts: Parts) -> None:
     first = await parts.held(8)
     waiting = parts.submit(20)
     await asyncio.sleep(0)
@@ -214,7 +214,7 @@ async def test_cancelled_and_expired_calls_are_dropped_before_inference(parts: P
     assert [stats.images for stats in parts.batches] == [8, 1]
 
 
-async def test_an_expired_call_is_dropped_though_no_other_ends(parts: Parts) -> None:
+async def test_an_expired_call_is_dropped_even_if_no_other_call_ends(parts: Parts) -> None:
     first = await parts.held(8)
     late = parts.submit(2, 1, time.monotonic() + 0.01)
     await asyncio.sleep(0.05)
@@ -300,7 +300,7 @@ async def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_o
     assert parts.batcher.queued == 0
 
 
-async def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
+async def test_a_failed_batch_is_run_call_by_call_and_only_the_cause_fails(
     parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     parts.engine.fails_from = 4
@@ -320,7 +320,7 @@ async def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_
     assert parts.batcher.alive
 
 
-async def test_close_answers_what_waits_and_refuses_what_comes(
+async def test_close_answers_waiting_calls_and_refuses_new_ones(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     parts = Parts(engine, steerings, sample_pixels, delay=0.01)
@@ -356,7 +356,7 @@ async def test_one_engine_is_busy_and_another_one_answers(pair: Parts) -> None:
 @pytest.mark.parametrize(
     ("patience", "contended", "batches"), [(30.0, 0.0, [4, 4]), (0.01, 0.0, [4, 1, 3]), (30.0, 1e9, [4, 1, 3])]
 )
-async def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
+async def test_an_engine_waits_for_callers_who_were_just_answered(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch,
     patience: float, contended: float, batches: list[int],
 ) -> None:  # fmt: skip

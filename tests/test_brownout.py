@@ -149,7 +149,7 @@ def test_levels_by_size_worked_out_by_hand() -> None:
 
 
 @given(st.lists(calls(near=True), min_size=1, max_size=20), costs, engines, st.floats(0.05, 3))
-def test_a_size_with_no_more_than_its_share_is_not_lowered_and_a_second_look_lowers_no_further(
+def test_a_size_within_its_share_is_not_lowered_however_often_it_is_checked(
     waiting: list[Waiting], cost: Cost, of: Engines, target: float
 ) -> None:
     levels = needed(waiting, cost, of, 0.0, target)
@@ -171,7 +171,7 @@ def test_each_size_has_a_level_of_its_own() -> None:
     assert levels.highest(0.4 * RECOVERY) == 1
 
 
-def test_a_full_queue_worked_out_by_hand() -> None:
+def test_a_full_queue_by_hand() -> None:
     """0.75 s of the second may be filled."""
     waits = Waits()
 
@@ -319,7 +319,7 @@ def test_a_flood_of_large_calls_does_not_take_the_budget_of_small_ones() -> None
 
 
 @pytest.mark.parametrize("load", [1.2, 2.0])
-def test_calls_that_allow_brownout_are_not_served_later_and_not_refused_more_often(load: float) -> None:
+def test_allowing_brownout_makes_no_call_later_or_refused_more_often(load: float) -> None:
     arrivals = steady(load, 60)
     outcome = serve(arrivals, MACHINE, BROWNOUT, seed=0, permitted=0.5)
     may = np.random.default_rng(0).random(len(arrivals)) < 0.5

@@ -74,7 +74,7 @@ def test_answers_are_not_overwritten_by_the_next_batch(
     np.testing.assert_array_equal(first, kept)
 
 
-def test_a_capture_waits_for_the_device_and_has_it_alone() -> None:
+def test_a_capture_waits_for_exclusive_use_of_the_device() -> None:
     quiet, order = Quiet(), []
     inside, leave = threading.Event(), threading.Event()
 
@@ -142,7 +142,7 @@ def test_options_of_the_provider_are_those_of_a_server() -> None:
 
 
 @pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
-def test_a_graph_that_cannot_be_captured_runs_without_and_the_log_says_why(
+def test_a_graph_that_cannot_be_captured_runs_uncaptured_and_the_reason_is_logged(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On the CPU: the session that is opened for capturing fails, and the next one, which is not, serves."""

@@ -414,7 +414,7 @@ def test_the_dial_is_told_and_printed(
     assert main(["load", *flags, "--budget", "0.5", "--seconds", "0.2", str(picture)]) == 0
 
 
-def test_the_open_inference_protocol_has_budgets_and_biases_a_row(
+def test_the_open_inference_protocol_has_budgets_and_biases_per_row(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
     stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The command `steervit`: its help, what it imports, its exit statuses, and what it prints of a running server."""
+"""The command `steervit`: its help, imports, exit statuses, and its output for a running server."""
 
 import json
 import os
@@ -34,7 +34,7 @@ COLOUR = re.compile(r"\033\[\d*m")
 
 
 def steervit(*arguments: str, python: Sequence[str] = (), **environment: str) -> "subprocess.CompletedProcess[str]":
-    """As a process. python: options of Python."""
+    """Run the command in a process. python: options of Python."""
     command = [sys.executable, *python, "-c", SCRIPT, *arguments]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
@@ -56,8 +56,8 @@ def test_every_help_fits_80_columns(columns: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_help_imports_little() -> None:
-    """The list of commands: the standard library; the flags of a command, and settings of a training that are wrong:
-    nothing that an extra installs, and not what computes."""
+    """The list of commands needs only the standard library. The flags of a command, and errors in training settings,
+    need nothing that an extra installs, and none of the packages that compute."""
     code = (
         "import sys\n"
         "from service.cli import COMMANDS, main\n"
@@ -79,8 +79,8 @@ def test_a_help_imports_little() -> None:
 
 
 def alone(folder: Path | None, *names: str) -> dict[str, str]:
-    """The environment of a process that, with Python's option -S, has these distributions alone, linked into the
-    folder; or all, without a folder."""
+    """The environment of a process that, with Python's option -S, sees only these distributions, linked into the
+    folder; without a folder, all."""
     site = Path(str(distribution("numpy").locate_file("")))
     for name in names:
         (found,) = Distribution.discover(name=name, path=[str(site)])  # not the metadata beside the sources
@@ -108,7 +108,7 @@ def test_the_client_needs_grpc_protobuf_and_numpy_alone(server: ServerProcess, t
         [sys.executable, "-S", "-c", users], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    imported = {name for name in done.stdout.split() if "cython" not in name}  # what Cython puts beside a module of its
+    imported = {name for name in done.stdout.split() if "cython" not in name}  # added by Cython
     assert imported == {"__main__", "service", "grpc", "google", "numpy", "typing_extensions"}
     done = steervit("predict", "--address", server.address, *SHIRTS, python=["-S"], **environment)
     assert done.returncode == 0, done.stderr
@@ -179,7 +179,7 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
 
 
 def test_units_are_drawn_in_colour_on_a_terminal_alone(server: ServerProcess, client: Client) -> None:
-    """The colours are extra: without them the text is the same."""
+    """Without colours the text is the same."""
 
     def on_a_terminal(**environment: str) -> str:
         ours, theirs = pty.openpty()
@@ -211,7 +211,7 @@ def test_units_are_drawn_in_colour_on_a_terminal_alone(server: ServerProcess, cl
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux's way to say that the other end is closed
+    except OSError:  # on Linux: the other end is closed
         return b""
 
 
@@ -255,7 +255,7 @@ for COMP_LINE in "$@"; do
     echo "${COMPREPLY[@]}"
 done
 """
-"""What bash does at the tab key, for each line."""
+"""What bash does for the tab key, for each line."""
 
 
 def test_bash_completes_commands_flags_choices_and_files(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
     assert names == [profile.name for profile in client.profiles()]
 
 
-def test_what_the_client_is_given_by_mistake_is_no_plausible_answer(
+def test_wrong_arguments_of_the_client_give_an_error_and_no_plausible_answer(
     client: Client, sample_pixels: NDArray[np.uint8]
 ) -> None:
     image = sample_pixels[0]
@@ -195,7 +195,7 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
     assert any("grpc on port" in line["message"] for line in lines)
 
 
-def test_calls_are_taken_while_clients_hear_that_the_server_goes(samples: dict[str, list[bytes]]) -> None:
+def test_calls_are_accepted_until_clients_know_that_the_server_stops(samples: dict[str, list[bytes]]) -> None:
     """The client follows the health service, and would go to another server; a bare channel goes on."""
     server = start_server(MODELS, "--drain-delay-seconds", "3")
     with Client(server.address, attempts=1) as client, grpc.insecure_channel(server.address) as channel:

@@ -89,7 +89,7 @@ def test_an_effect_is_what_happens_without_the_latent(
             np.testing.assert_allclose(latent.gate_effects, change, atol=2e-3)
 
 
-def test_what_a_model_says_of_itself_is_all_that_a_client_needs(server: ServerProcess, bundle: Bundle) -> None:
+def test_getmodel_has_all_that_a_client_needs(server: ServerProcess, bundle: Bundle) -> None:
     """Pixels of the right shape, a term of each site's last latent, and what the answer's numbers mean."""
     stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
     model = stub.GetModel(pb.GetModelRequest(), timeout=10)

@@ -33,7 +33,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "demo"])
-def test_each_target_runs_without_a_shell_as_a_numeric_user_that_is_not_root(target: str) -> None:
+def test_each_target_runs_without_a_shell_as_a_numeric_user_other_than_root(target: str) -> None:
     steps = rehearsal.stages()[target]
     assert rehearsal.last(steps, "USER") == "65532:65532"
     assert rehearsal.last(steps, "ENTRYPOINT").startswith("[")

@@ -41,7 +41,7 @@ def raw(address: str, requests: list[oi.ModelInferRequest]) -> list[list[bytes]]
         return [list(call(request, timeout=30).raw_output_contents) for request in requests]
 
 
-def test_the_same_request_has_the_same_answer_again_and_of_another_process(
+def test_the_same_request_gets_the_same_answer_again_and_from_another_process(
     server: ServerProcess, sample_pixels: NDArray[np.uint8]
 ) -> None:
     requests = [infer(sample_pixels[:count], profile) for count in (1, 5, 64) for profile in ("", "Shirt")]
@@ -118,7 +118,7 @@ def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8], profil
     return row if abs(logits[gate]) < NEAR_THRESHOLD else None
 
 
-def test_rows_do_not_depend_on_their_neighbours_and_gates_that_could_are_counted(
+def test_rows_do_not_depend_on_their_neighbours_and_borderline_gates_are_counted(
     engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], record_property: Callable[[str, object], None]
 ) -> None:
     """Half of the rows sit on the edge, which chance would hardly find; neighbours go to extremes."""
@@ -151,7 +151,7 @@ def test_rows_do_not_depend_on_their_neighbours_and_gates_that_could_are_counted
     assert counts["near"] > 100, "rows on the edge are among them"
 
 
-def test_gates_on_the_edge_are_told_in_the_answer_and_in_the_metrics(
+def test_borderline_gates_are_reported_in_the_answer_and_the_metrics(
     server: ServerProcess, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]
 ) -> None:
     def counted() -> float:

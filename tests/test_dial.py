@@ -60,7 +60,7 @@ def test_excess_by_hand() -> None:
     assert training.excess(spent[:1], asked_for[:1]).item() == 0
 
 
-def test_excess_does_not_mind_how_far_images_of_a_budget_lie_apart() -> None:
+def test_excess_does_not_depend_on_the_spread_of_images_with_one_budget() -> None:
     """Their mean is right, each is 0.2 away: the square of a batch's mean would be 0.04 / 12 on average."""
     generator = torch.Generator().manual_seed(0)
     found = [

@@ -21,7 +21,7 @@ from service.cli import COMMANDS, main, parser_of
 from service.exposition import FAMILIES
 
 CI = ".ci/run"
-FOLDER_OF_IMAGES = "test_journeys.py::test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone"
+FOLDER_OF_IMAGES = "test_journeys.py::test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone"
 EVERY_GRAPH = "test_export.py::test_every_graph_of_a_bundle_serves_the_same_answers"
 PLAYGROUND = "test_playground.py::test_from_an_upload_to_a_changed_map_of_the_heads"
 RUN_ELSEWHERE = {

@@ -149,7 +149,7 @@ def test_links_are_followed_and_circles_and_dangling_links_are_named(
         read(root)
 
 
-def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
+def test_a_test_image_that_is_also_in_training_is_refused_dropped_or_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split_folders(tmp_path)
@@ -175,7 +175,7 @@ def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
     )
 
 
-def test_copies_in_a_folder_without_splits_are_refused_dropped_or_warned_of(tmp_path: Path) -> None:
+def test_copies_in_a_folder_without_splits_are_refused_dropped_or_reported(tmp_path: Path) -> None:
     label_folders(tmp_path)
     plain = read(tmp_path)
     for name in ("0 - Copy.png", "0 (1).png"):

@@ -100,7 +100,7 @@ def test_neutral_steering_equals_no_steering_exactly(model: GatedVit) -> None:
     assert torch.equal(plain[1]["gate_logit"], steered[1]["gate_logit"])
 
 
-def test_straight_through_decides_hard_and_learns_soft() -> None:
+def test_straight_through_gates_are_hard_forwards_and_soft_backwards() -> None:
     logit = torch.tensor([[-1.0, 0.5]], requires_grad=True)
     gate = straight_through(temperature=2.0)(0, logit)
     assert gate.tolist() == [[0.0, 1.0]]

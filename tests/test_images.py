@@ -150,7 +150,7 @@ def test_the_first_of_several_pictures_in_a_file_is_read() -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "progressive"])
-def test_broken_metadata_leave_colours_and_orientation_as_they_are(mode: str) -> None:
+def test_broken_metadata_do_not_change_colours_or_orientation(mode: str) -> None:
     """Of CMYK, whether its inks are inverted stands in Adobe's segment, which is kept."""
     image = picture(41, 29, "RGB", 1).convert("RGB" if mode == "progressive" else mode)
     turned = Image.Exif()

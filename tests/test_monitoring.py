@@ -1,4 +1,4 @@
-"""Both dashboards and every rule, asked of a real Prometheus that watched a real run."""
+"""Both dashboards and every rule, evaluated by a real Prometheus that watched a real run."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ from training.steering import SteeringTerm, profiles_to_json
 
 pytestmark = pytest.mark.slow
 SECONDS = 8.0
-"""Of load."""
+"""Duration of the load."""
 MAY_BE_RAISED = {
     "SteervitLatencyBudgetBurnsFast": "a busy machine is slow",
     "SteervitLatencyBudgetBurnsSlowly": "likewise",
@@ -37,10 +37,10 @@ MAY_BE_EMPTY = {"Agreement under brownout": "needs a model with a dial: tests/te
 
 @dataclass
 class Received:
-    """What the clients of the run got."""
+    """What the clients of the run received."""
 
     masks: dict[str, list[NDArray[np.bool_]]] = field(default_factory=lambda: defaultdict(list))
-    """By profile, each (gated blocks, units)."""
+    """Masks by profile, each (gated blocks, units)."""
     rejected: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Since before the first scrape."""
+        """Time since before the first scrape."""
         return time.time() - self.begun
 
 

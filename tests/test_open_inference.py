@@ -265,7 +265,7 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
     assert bundle.manifest.labels[int(logits.argmax())] == "Bag"
 
 
-def test_what_is_large_comes_as_raw_contents() -> None:
+def test_large_inputs_must_be_raw_contents() -> None:
     """Typed contents would keep the event loop."""
     shape = (400, 28, 28, 1)
     with serving(MODELS, "--max-images", "400") as server, grpc.insecure_channel(server.address) as channel:

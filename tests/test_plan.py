@@ -1,4 +1,4 @@
-"""Which versions are tried, served and let go, by hand."""
+"""Which versions are loaded, served and unloaded, by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,7 +106,7 @@ numbers = st.sets(st.integers(1, 6))
 def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
     on_shelf: set[int], before: set[int], failed: set[int], policy: str
 ) -> None:
-    """Whatever lies on the shelf, and however loading went."""
+    """For any versions in the folder, and any result of loading them."""
     of_model = shelf(*on_shelf)
     now, instead = tries(policy, of_model, {})
     assert {*now, *instead} <= on_shelf

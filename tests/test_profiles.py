@@ -197,7 +197,7 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
 
 
 @fault("process: file change", "a file that is wrong at the start: NOT_SERVING until it is corrected")
-def test_a_folder_that_is_wrong_at_the_start_keeps_the_server_from_being_ready(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_invalid_profile_folder_at_the_start_keeps_the_server_not_ready(bundle: Bundle, tmp_path: Path) -> None:
     """Its default profile is in the folder too."""
     (tmp_path / "a.json").write_text(content(bundle, profile("night")))
     (tmp_path / "b.json").write_text("{")

@@ -146,7 +146,7 @@ INSTEAD = {
     r"what is said of|taken to hang|hangs on|who wants": "a sentence that needs no second reading",
     r"(?:found|wanted|told|have) = ": "a noun: results, spec, payload",
 }
-"""What people would stumble over, by what to write."""
+"""Words that readers would stumble over, with what to write instead."""
 
 
 def test_the_wording_of_what_people_read_is_plain() -> None:
@@ -197,7 +197,7 @@ def test_the_architecture_page_names_only_files_that_exist() -> None:
 
 
 def test_the_tags_of_images_have_the_projects_version() -> None:
-    """What nodes have pulled they keep (IfNotPresent), so a tag must not be moved to another version."""
+    """Nodes keep a pulled image (IfNotPresent), so a tag must not move to another version."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     files = [path for path in (ROOT / "deploy").rglob("*") if path.suffix == ".yaml" or path.name == "Dockerfile"]
     tags = {str(path): re.findall(r"(?:newTag: |\bsteervit:)([\w.-]+)", path.read_text()) for path in files}

@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowed(limit: int) -> None:
+def test_jobs_run_after_their_dependencies_within_the_limit_of_processes(limit: int) -> None:
     jobs, most = jobs_of(2), 0
     started: list[Job] = []
     ended: list[Job] = []
@@ -60,7 +60,7 @@ def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowe
         assert started == [*steps, Job(0, "report"), Job(1, "report")]
 
 
-def test_a_failed_job_ends_the_others_and_names_those_that_wait_for_it() -> None:
+def test_a_failed_job_ends_the_others_and_names_the_waiting_ones() -> None:
     started: list[Job] = []
     cancelled: list[Job] = []
 
@@ -149,7 +149,7 @@ if sys.argv[1] == "evaluate":
 
 
 @pytest.mark.slow
-def test_one_command_starts_a_process_for_each_job_and_writes_the_table(
+def test_one_command_runs_every_job_in_a_process_and_writes_the_table(
     reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The processes find another `training` in the working directory, which says how it was started."""

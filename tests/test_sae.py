@@ -289,7 +289,7 @@ def test_fidelity_by_hand(tmp_path: Path) -> None:
     assert found["gate_agreement_clear"] == 2 / 3
 
 
-def test_everything_is_recovered_by_the_residual_and_nothing_by_its_mean(tmp_path: Path) -> None:
+def test_the_residual_recovers_everything_and_its_mean_nothing(tmp_path: Path) -> None:
     _, data, model = small(tmp_path)
     model.vit.head.weight *= 1000  # sure of itself, and right: the classes are its own answers
     images = data.selection.images

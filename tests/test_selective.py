@@ -64,7 +64,7 @@ def of_latent(steered: SteeredVit, latent: int) -> Examples:
     return replace(found, split=Split(pixels, (~own).long()))
 
 
-def test_the_search_closes_heads_of_its_images_and_moves_no_other(steered: SteeredVit) -> None:
+def test_the_search_closes_heads_of_its_images_and_leaves_others_unchanged(steered: SteeredVit) -> None:
     known, macs = of_latent(steered, 0), count(steered.model)  # active on 43 of the 240
     own, others = drawn(known, (0,), 20, seed=0)
     fewer, _ = drawn(known, (0,), 5, seed=0)
@@ -123,7 +123,7 @@ def test_profiles_without_a_kind_are_of_a_class_or_a_context() -> None:
     assert profiles_from_json(profiles_to_json(old)) == old
 
 
-def test_the_effect_of_a_latent_is_predicted_where_it_is_proportional(steered: SteeredVit) -> None:
+def test_the_effect_of_a_latent_is_predicted_if_it_is_proportional(steered: SteeredVit) -> None:
     """Of a gate that is linear (no norm, logits far below the bound) the effect of a latent is a number times z."""
     model, sae = copy.deepcopy(steered.model), steered.sae
     for gate in model.gates:

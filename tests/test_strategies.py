@@ -55,7 +55,7 @@ def test_class_mean_takes_the_most_active() -> None:
     assert class_mean(STATS, (0,), 2) == {0: (SteeringTerm(0, 2.0), SteeringTerm(3, 2.0))}
 
 
-def test_selectivity_takes_those_that_tell_the_class_and_none_that_tell_its_absence() -> None:
+def test_selectivity_takes_latents_of_the_class_and_none_of_its_absence() -> None:
     assert latents(selectivity(STATS, (0,), 4)) == [3, 1]
 
 

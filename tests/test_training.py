@@ -122,7 +122,7 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
+def test_a_run_continues_only_with_the_images_and_labels_it_began_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An added image moves the split, so that images of the training would be in the test."""

@@ -123,7 +123,7 @@ def test_a_face_that_lacks_a_character_or_draws_two_alike_is_left_out(tmp_path: 
     assert typefaces.outline(tmp_path / "alike.ttf") == ("Liberation Serif", None)
 
 
-def test_letters_that_differ_in_size_alone_are_one_class_of_the_merged_labels() -> None:
+def test_letters_that_differ_only_in_size_share_a_merged_label() -> None:
     labels, class_of = typefaces.classes(merged=True)
     assert "".join(labels) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"  # EMNIST ByMerge
     of = {character: labels[index] for character, index in zip(typefaces.CHARACTERS, class_of.tolist(), strict=True)}
@@ -171,7 +171,7 @@ def test_a_drawing_depends_on_seed_epoch_and_row_alone(data: Data) -> None:
     assert torch.equal(images[index], images[index])
 
 
-def test_training_draws_anew_in_each_epoch_and_a_resumed_one_draws_the_same(data: Data, settings: DataSettings) -> None:
+def test_each_epoch_draws_anew_and_a_resumed_training_draws_the_same(data: Data, settings: DataSettings) -> None:
     small = Data(data.labels, data.spec, data.train.take(torch.arange(0, 620, 10)), data.selection, data.test)
     whole = dict(training_batches(small, settings, 31, 3, seed=9))
     assert len(whole) == 6
@@ -200,7 +200,7 @@ def test_the_factors_are_those_of_the_images(name: str, data: Data) -> None:
     assert torch.corrcoef(torch.stack([rough[alone], of["noise"][alone]]))[0, 1] > 0.2
 
 
-def test_a_few_features_explain_what_they_hold_on_images_that_they_were_not_chosen_on() -> None:
+def test_a_few_features_explain_factors_on_held_out_images() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 30, generator=generator).double()
     held, noise = 3 * features[:, 3] + 5, torch.randn(400, generator=generator).double()

@@ -147,9 +147,7 @@ def flood(address: str, count: int) -> contextlib.ExitStack:
 
 
 @fault("process: connection flood", "answers, as before, on old and new connections")
-def test_two_thousand_idle_connections_hold_up_nobody(
-    undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]
-) -> None:
+def test_two_thousand_idle_connections_delay_nobody(undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]) -> None:
     """The process starts with 1,024 descriptors and raises that to what the system lets it have."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 5000:
@@ -169,7 +167,7 @@ def test_two_thousand_idle_connections_hold_up_nobody(
     "process: connection flood",
     "no descriptor left: answers on connections that are there; UNAVAILABLE or a wait on new ones until the flood ends",
 )
-def test_without_a_descriptor_left_the_connected_are_answered_and_the_others_afterwards(
+def test_connected_clients_are_answered_while_no_descriptor_is_left_and_others_later(
     undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]
 ) -> None:
     few = quiet(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
@@ -193,7 +191,7 @@ def answers(client: Client, images: NDArray[np.uint8]) -> bool:
 
 @fault("process: port in use", "nothing: the server exits with 1 and says `--port is ...: cannot bind 127.0.0.1:...`")
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
-def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
+def test_a_port_in_use_is_reported_and_its_owner_is_not_disturbed(
     flag: str, server: ServerProcess, undisturbed: Undisturbed
 ) -> None:
     taken = {"--port": server.address, "--metrics-port": server.metrics_url.removesuffix("/metrics")}[flag].split(":")[

@@ -127,7 +127,7 @@ def test_calls_with_every_profile_share_batches_and_get_their_own_answers(
     "steering: profile store swapped while in use",
     "the old profile or the new one, as the receipt's steering_digest says; never neither, nor a mixture",
 )
-def test_a_profile_that_changes_while_it_is_used_is_the_old_or_the_new_one(
+def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
     tmp_path: Path, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], undisturbed: Undisturbed
 ) -> None:
     versions = [bundle.profiles["Shirt"].terms, bundle.profiles["Bag"].terms]
