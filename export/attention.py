@@ -8,7 +8,7 @@ All give the same numbers, up to rounding. Each saves work in three ways. A numb
 not change the softmax, so the keys need no bias unless they are normed. The softmax weights add up to 1, so the bias of
 the values of open heads passes through to the output. Scales are multiplied into weights.
 
-Letters: B batch, R images whose gate of the head at hand is open, N tokens, Q tokens that leave the block, D residual
+Letters: B batch, R images for which a head's gate is open, N tokens, Q tokens that leave the block, D residual
 width, H heads, E head width.
 """
 

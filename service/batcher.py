@@ -235,7 +235,7 @@ class Batcher:
             steering = stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch])
             inference = time.monotonic()
             outputs = engine.run(pixels, steering, any(piece.call.residual for piece in batch), digest)
-        except Exception as error:  # whatever the provider raises is the answer to its calls; the thread goes on
+        except Exception as error:  # whatever the provider raises is the answer to its calls; the thread continues
             if len(batch) == 1:
                 self._answer(index, [(batch[0].call, error)])
                 return

@@ -92,7 +92,7 @@ class Tracing:
 
 
 def _attributes(record: Record, path: str, code: str, request_id: str, context: Any) -> dict[str, str | int | float]:
-    """The attributes of a call's span: what is known of the call."""
+    """The attributes of a call's span."""
     peer = PEER.fullmatch(unquote(context.peer()))
     known = {
         "rpc.system.name": "grpc",

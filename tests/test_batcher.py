@@ -270,7 +270,7 @@ async def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(parts: Part
     await asyncio.sleep(0)
     kept = parts.submit(20)
     await asyncio.sleep(0)
-    assert not kept.done(), "the batch before is under way still"
+    assert not kept.done(), "the previous batch is still running"
     parts.engine.open.set()
     assert len((await kept).outputs.logits) == 20
     assert len((await first).outputs.logits) == 8

@@ -1,4 +1,4 @@
-"""Brownout in the batcher and the server: who is lowered, by how much, what they are told, and that it ends."""
+"""Brownout in the batcher and the server: who is lowered, by how much, what their receipts say, and that it ends."""
 
 import asyncio
 import math

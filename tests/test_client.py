@@ -196,7 +196,7 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
 
 
 def test_calls_are_accepted_until_clients_know_that_the_server_stops(samples: dict[str, list[bytes]]) -> None:
-    """The client follows the health service, and would go to another server; a bare channel goes on."""
+    """The client follows the health service, and would go to another server; a bare channel keeps calling."""
     server = start_server(MODELS, "--drain-delay-seconds", "3")
     with Client(server.address, attempts=1) as client, grpc.insecure_channel(server.address) as channel:
         client.predict(samples["Bag"])

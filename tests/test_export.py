@@ -224,7 +224,7 @@ def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path
     terms = {p.name: p.terms for p in profiles_from_json(json.loads((run / "profiles.json").read_text()))}
 
     def export(digests: dict[str, str]) -> str:
-        """What is said of an export for a profile that is not there, which is looked at later than evaluations."""
+        """The error of an export for a missing profile, which is checked after the evaluations."""
         for entry in results["profiles"]:
             entry["digest"] = digests[entry["name"]]
         (run / "results.json").write_text(json.dumps(results))

@@ -226,7 +226,7 @@ def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, now: list[floa
             assert page.lines("steervit_heads_kept_total", 'profile="Shirt"') == 30
     served.use({"Bag": bundle.profiles["Bag"]})
     served.answered("Shirt", answers(bundle, 2))
-    assert page.value("steervit_images_total", profile="other") == 2, "its call was under way"
+    assert page.value("steervit_images_total", profile="other") == 2, "its call was in progress"
     now[0] += 120
     assert page.lines('profile="Shirt"') == 0
 

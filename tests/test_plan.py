@@ -115,7 +115,7 @@ def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
         works = {version for version in instead if version not in failed}
     served, labels, failures = outcome(policy, of_model, works | before, {}, dict.fromkeys(failed & on_shelf, "bad"))
     assert served <= works | before
-    assert bool(served) == bool(works | before), "who served something goes on serving"
+    assert bool(served) == bool(works | before), "who served something keeps serving"
     assert works & {*selected(policy, of_model)} <= served
     assert labels == {}
     assert {*selected(policy, of_model)} <= served | {*failures} | (on_shelf - failed)

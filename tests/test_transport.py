@@ -177,7 +177,7 @@ def test_refusals(running: Running) -> None:
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
     error = refused(lambda: running.channel.unary_unary("/test.Calls/echo")(b"x" * 1001))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert running.call("echo") == b"hello", "and the server goes on"
+    assert running.call("echo") == b"hello", "and the server continues"
 
 
 def test_a_call_that_its_client_leaves_is_cancelled(running: Running) -> None:

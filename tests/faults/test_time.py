@@ -193,7 +193,7 @@ def test_large_calls_do_not_hold_up_small_ones(
         assert [len(each.result().predictions) for each in calls] == [300] * large
         batch = (time.monotonic() - start) / (large * 300 / BATCH)
     assert len(waits) >= 3
-    assert max(waits) < 3 * (large + 1) * batch, "a batch of each and the one under way, thrice for a noisy machine"
+    assert max(waits) < 3 * (large + 1) * batch, "a batch of each and the running one, thrice for a noisy machine"
 
 
 @fault("time: priority inversion", "a call of one file waits for one image of each large call to be decoded at most")
@@ -213,7 +213,7 @@ def test_large_photographs_do_not_hold_up_small_files(
         assert [len(each.result().predictions) for each in calls] == [photographs] * large
         one = (time.monotonic() - start) / (large * photographs)
     assert len(waits) >= 3
-    assert max(waits) < 3 * (large + 1) * one, "one of each and those under way, thrice for a noisy machine"
+    assert max(waits) < 3 * (large + 1) * one, "one of each and the running ones, thrice for a noisy machine"
 
 
 @fault(
@@ -242,7 +242,7 @@ def test_large_answers_do_not_hold_up_small_calls(slow: ServerProcess, many: NDA
 
 
 def holding(server: ServerProcess, calls: int, images: int) -> "subprocess.Popen[str]":
-    """A client process with calls under way."""
+    """A client process with calls in progress."""
     script = Path("tests") / "clients" / "holding.py"
     command = [sys.executable, str(script), server.address, str(calls), str(images)]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)

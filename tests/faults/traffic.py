@@ -38,7 +38,7 @@ class Traffic:
 
     def check(self) -> None:
         """Wait for answers to questions asked from now on; all so far must be right."""
-        enough = self.answered + 3  # one may be under way, one of each protocol is not
+        enough = self.answered + 3  # one may be in flight already; one of each protocol is new
         until(lambda: self.answered >= enough or bool(self.problems), 30)
         assert self.problems == []
 

@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass
 class Disturbances:
-    """Each of its coroutines goes on until it is cancelled."""
+    """Each of its coroutines runs until it is cancelled."""
 
     address: str
     pid: int

@@ -262,7 +262,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> list[Row]:
     ):
         for number in range(options.rounds):
             for cell in cells:
-                # twice as long as a server takes for all calls that are under way
+                # twice as long as a server takes for all calls in progress
                 seconds = max(options.seconds, 2 * cell.calls * cell.images / subject.rate)
                 first = number % len(servers)
                 for server in servers[first:] + servers[:first]:

@@ -192,7 +192,7 @@ async def disturbed(
     honest = asyncio.create_task(ask(running.address, alone, kinds, until(60 * minutes), None, at_a_time))
     await asyncio.wait((others, honest), return_when=asyncio.FIRST_COMPLETED)
     if others.done():
-        others.result()  # it goes on until it is cancelled, or fails
+        others.result()  # it runs until it is cancelled, or fails
     others.cancel()
     return await honest
 
@@ -214,7 +214,7 @@ def soak(
         profiles.mkdir()
         put_version(bundle, repository, 1)
         flags = (*flags, "--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
-        with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log tells of the disturbances
+        with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log is full of the disturbances
             disturbances = Disturbances(running.address, running.pid, bundle, repository, profiles)
             seen = asyncio.run(disturbed(running, disturbances, alone, kinds, minutes, at_a_time))
         held = {**disturbances.held(), "disturbances": dict(disturbances.counts)}
