@@ -34,7 +34,7 @@ class HeldEngine:
         self.open.set()
         self.entered = threading.Event()
         self.fails_from = math.inf
-        """Images in a batch that are too many for it."""
+        """Number of images in a batch from which the engine fails."""
 
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
@@ -61,11 +61,11 @@ class Parts:
         )  # fmt: skip
 
     def submit(self, images: int, steering: int = 0, deadline: float = math.inf) -> "asyncio.Task[Answer]":
-        """A call with so many of the images."""
+        """Submit a call with this many images."""
         return asyncio.create_task(self.batcher.submit(self.pixels[:images], self.steerings[steering], deadline))
 
     async def held(self, images: int) -> "asyncio.Task[Answer]":
-        """A call that the engine runs until it is opened."""
+        """Submit a call that occupies the engine until its door opens."""
         self.engine.open.clear()
         call = self.submit(images)
         await asyncio.to_thread(self.engine.entered.wait, 30)
@@ -160,7 +160,7 @@ async def test_a_call_larger_than_a_batch_is_split_and_put_together(parts: Parts
 def test_residuals_of_some_batches_are_no_residuals_of_a_call(
     engine: Engine, sample_pixels: NDArray[np.uint8], steerings: list[Steering]
 ) -> None:
-    """A call without residuals shares one of its two batches with a call that asks for them."""
+    """A call without residuals shares one of its two batches with a call that requests them."""
     with_, without = (engine.run(sample_pixels[:2], stack([steerings[3]], [2]), residual) for residual in (True, False))
     assert joined([with_, without]).residual is None
     assert joined([with_, without]).rows(np.array([3])).logits.shape[0] == 1
@@ -376,7 +376,7 @@ async def test_an_engine_waits_for_callers_who_were_just_answered(
 
 async def test_calls_that_meet_no_others_run_on_the_lone_engine(pair: Parts) -> None:
     async def alone(calls: int) -> bool:
-        """Whether the last of so many calls, one after the other, ran on the lone engine."""
+        """Whether the last of this many successive calls ran on the lone engine."""
         for _ in range(calls):
             pair.lone.entered.clear()
             await pair.submit(1)
@@ -390,11 +390,11 @@ async def test_calls_that_meet_no_others_run_on_the_lone_engine(pair: Parts) -> 
 
 @dataclass
 class Costs:
-    """Graphs for some steerings: a batch takes as long as each image, and a start."""
+    """Graphs for some steerings, in which a batch costs a start and a time per image."""
 
     specialised: set[str]
     image: float
-    """Of an image in them; 1 in the general graph."""
+    """Cost of an image in these graphs; 1 in the general graph."""
     start: float = 0.0
 
     def seconds(self, rows: int, digest: str = "") -> float:

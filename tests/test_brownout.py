@@ -33,7 +33,7 @@ from tests.perf.brownout_sim import Machine, Policy, flood, main, serve
 from training.steering import SteeringArrays
 
 TARGET = 1 / HEADROOM
-"""So that images are due 1 s after they arrive."""
+"""Images are due 1 s after they arrive."""
 COST = Cost(0.0, 0.1)
 ONE = Engines(1, 4)
 fractions = st.floats(0.05, 1.0)
@@ -41,7 +41,7 @@ fractions = st.floats(0.05, 1.0)
 
 @st.composite
 def calls(draw: st.DrawFn, near: bool = False) -> Waiting:
-    """near: some with a deadline."""
+    """A waiting call. near: it may have a deadline."""
     own = draw(fractions)
     floor = own * draw(st.one_of(st.just(1.0), st.floats(0.1, 0.9)))
     arrived = draw(st.floats(-2, 0))
@@ -56,7 +56,7 @@ engines = st.builds(Engines, st.integers(1, 4), st.integers(1, 16), st.floats(0,
 
 
 def at_level(waiting: list[Waiting], level: float | dict[int, float]) -> list[Waiting]:
-    """Their own budgets lowered. level: or one by size."""
+    """The calls with budgets lowered to the level, or to that of their size."""
     return [
         call._replace(own=call.own - of * (call.own - call.floor))
         for call in waiting
@@ -70,7 +70,7 @@ def alike(*waiting: Waiting) -> list[Waiting]:
 
 
 def level_of(waiting: list[Waiting], cost: Cost, of: Engines, now: float, target: float) -> float:
-    """Of calls of one size."""
+    """The level for calls of one size."""
     return needed(waiting, cost, of, now, target).get(0, 0.0)
 
 
@@ -172,7 +172,7 @@ def test_each_size_has_a_level_of_its_own() -> None:
 
 
 def test_a_full_queue_by_hand() -> None:
-    """0.75 s of the second may be filled."""
+    """0.75 of the second may be filled."""
     waits = Waits()
 
     def full(call: Waiting, levels: dict[int, float]) -> bool:

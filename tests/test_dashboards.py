@@ -1,4 +1,4 @@
-"""The dashboards as files: in step with the Python that writes them, whole, asking only for metrics that there are."""
+"""The dashboards' files: up to date with the Python that writes them, complete, and with existing metrics only."""
 
 import itertools
 import re
@@ -108,7 +108,7 @@ NOT_WATCHED = {
     "steervit_queue_images": "steervit_queue_work_images fills the queue",
     "steervit_build_info": "the dashboards list jobs and servers by it",
 }
-"""Families in no panel and no rule, and why."""
+"""Families in no panel and no rule, with the reason."""
 
 
 def test_every_metric_is_in_a_panel_or_a_rule_or_exempt() -> None:
