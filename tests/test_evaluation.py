@@ -70,7 +70,7 @@ def test_mcnemar_counts_only_what_changed() -> None:
 
 
 def test_non_inferiority_of_a_published_trial() -> None:
-    """Tango 1998: of 44 patients one is right under the old treatment alone; margin 0.1: Z = 1.709."""
+    """Tango 1998: one of 44 patients is right only under the old treatment; margin 0.1: Z = 1.709."""
     before, after = right((44, True)), right((43, True), (1, False))
     # 88 q^2 - 9.9 q + 0.11 = 0, so q = 0.1, and Z = (-1 + 4.4) / sqrt(44 (0.2 - 0.11))
     assert significance.non_inferiority(before, after, 0.1) == pytest.approx(norm.sf(3.4 / math.sqrt(3.96)))
@@ -262,7 +262,7 @@ def test_units_close_in_the_order_of_loss_per_cost_if_losses_add_up(units: list[
 
 
 def test_a_unit_is_measured_again_after_others_are_closed() -> None:
-    """Two do the same: without one of them nothing is lost, without both everything. The third adds 1, the fourth 2."""
+    """Two units do the same: without one nothing is lost, without both everything. The third adds 1, the fourth 2."""
     asked = []
 
     def loss(kept: NDArray[np.bool_]) -> float:
@@ -343,7 +343,8 @@ def test_rivals_are_compared_with_the_profile_image_by_image() -> None:
 
 
 def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
-    """Six images by 0.4 worse, one by 0.6 better: 1.8 in all. Which of the 128 choices of signs are as far off?"""
+    """Six images are 0.4 worse, one is 0.6 better: 1.8 in total. How many of the 128 choices of signs are as far
+    off?"""
     profile, rival = np.array([1.0] * 6 + [0.0]), np.array([0.6] * 6 + [0.6])
     sums = [sum(signs) for signs in itertools.product(*([(0.4, -0.4)] * 6), (0.6, -0.6))]
     expected = sum(abs(total) >= 1.8 - 1e-9 for total in sums) / len(sums)

@@ -1,4 +1,4 @@
-"""Folders as people have them: names of splits, what is skipped and said, links, copies, file names, labels files."""
+"""Real folders: names of splits, skipped files and their report, links, copies, file names, labels files."""
 
 import os
 import shlex
@@ -201,7 +201,7 @@ def test_files_that_are_as_long_and_end_alike_are_no_copies(tmp_path: Path) -> N
 
 
 def test_settings_remember_copies_only_where_they_matter() -> None:
-    """Finished runs were made without the setting; an export reads the data as the run did."""
+    """Earlier runs have no such setting; an export reads the data as the run did."""
     assert "copies" not in DataSettings().model_dump(mode="json")
     assert DataSettings(**DataSettings(copies="keep").model_dump(mode="json")).copies == "keep"
 

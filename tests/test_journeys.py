@@ -134,7 +134,7 @@ def test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone
 
 
 def test_the_committed_bundle_has_the_accuracy_that_its_manifest_states(bundle: Bundle) -> None:
-    """10,000 test images through onnxruntime alone; one image may fall the other way by rounding."""
+    """10,000 test images through onnxruntime alone; rounding may change the answer for one image."""
     test = load(DataSettings(), 0).test
     engine = Engine(bundle, "auto", 0)
     profile = bundle.profiles["Shirt"]

@@ -39,7 +39,7 @@ def triton_python() -> Path:
 
 @pytest.fixture(scope="session")
 def triton(server: ServerProcess, triton_python: Path) -> dict[str, Any]:
-    """What the client saw."""
+    """The results of the client."""
     script = ROOT / "tests" / "clients" / "triton.py"
     done = subprocess.run(
         [str(triton_python), str(script), server.address, str(SAMPLES / "Shirt")],
@@ -140,7 +140,7 @@ def test_statistics_count_calls_and_batches_as_triton_does() -> None:
 
 
 def counts(stats: pb.InferStatistics) -> set[int]:
-    """Of the calls that were answered, and of each part of them."""
+    """The counts of answered calls and of each of their parts."""
     parts = (stats.success, stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
     return {part.count for part in parts}
 
@@ -266,7 +266,7 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
 
 
 def test_large_inputs_must_be_raw_contents() -> None:
-    """Typed contents would keep the event loop."""
+    """Typed contents would occupy the event loop."""
     shape = (400, 28, 28, 1)
     with serving(MODELS, "--max-images", "400") as server, grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]

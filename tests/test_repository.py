@@ -25,7 +25,7 @@ POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
 
 
 def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """A bundle under another name and version; it appears as a whole."""
+    """Write a bundle under another name and version; it appears only when complete."""
     folder, part = repository / name / str(version), repository / f".{name}.{version}"
     shutil.copytree(bundle.folder, part)
     manifest = json.loads((part / "manifest.json").read_text()) | {"name": name, "version": version}
@@ -73,7 +73,7 @@ def ready(server: ServerProcess) -> set[tuple[str, str]]:
 
 
 def statistics_of(server: ServerProcess, version: str) -> list[str]:
-    """The versions that there are statistics of."""
+    """The versions with statistics."""
     with grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.ModelStatisticsRequest(name="fashion_mnist", version=version)
@@ -127,7 +127,7 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
         "profiles",
         "profile_expected_head_usage",
     )
-    for name in gauges:  # what a retired version counted stays, what described it goes
+    for name in gauges:  # counts of a retired version are retained, its descriptions are not
         lines = [line for line in polling.page().splitlines() if line.startswith(f"steervit_{name}{{")]
         assert lines
         assert all('version="3"' in line for line in lines), name

@@ -1,6 +1,6 @@
 """Traces: spans that a collector receives over OTLP, and exemplars that a Prometheus scrapes.
 
-The collector here is the receiving end of the protocol alone: HTTP, and the messages of opentelemetry-proto.
+The collector here is only the receiving end of the protocol: HTTP, and the messages of opentelemetry-proto.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ EXEMPLARS = "--enable-feature=exemplar-storage"
 
 
 class Collector:
-    """Receives spans over OTLP; `spans` are all so far, with their attributes as a dict of Python values."""
+    """Receives spans over OTLP. `spans` has all so far, with their attributes as a dict of Python values."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -93,7 +93,7 @@ def collecting() -> Iterator[tuple[Collector, str]]:
 
 
 def application() -> Any:
-    """The tracer of an application that calls the server. It sends its own spans nowhere."""
+    """The tracer of an application that calls the server. It does not send its own spans."""
     return TracerProvider(shutdown_on_exit=False).get_tracer("application")
 
 
@@ -223,7 +223,7 @@ def test_traces_and_exemplars_of_every_kind_of_call(samples: dict[str, list[byte
 
 
 def test_a_stopping_server_does_not_wait_for_a_missing_collector(samples: dict[str, list[bytes]]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and answers nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts connections and never answers
         server = start_server(SMALL, "--otlp-endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with Client(server.address) as client:
             assert client.model().model == "small"
@@ -233,7 +233,7 @@ def test_a_stopping_server_does_not_wait_for_a_missing_collector(samples: dict[s
 
 
 def test_without_the_flag_nothing_of_opentelemetry_is_imported(samples: dict[str, list[bytes]]) -> None:
-    """By the server, or by a client whose application has no spans."""
+    """Neither by the server nor by a client whose application has no spans."""
     code = (
         "import asyncio, sys; from service.config import Settings; from service.server import Server\n"
         "async def main():\n"

@@ -1,4 +1,4 @@
-"""Typefaces: splits that share no design, drawings that depend on their key alone, factors that are true."""
+"""Typefaces: splits that share no design, drawings that depend only on their key, correct factors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def pixels(data: Data) -> DegradedPixels:
 
 
 def factors(**changes: float) -> torch.Tensor:
-    """Of one image: white on black, as large as its outline, sharp; with these changes."""
+    """The factors of one image: white on black, as large as its outline, sharp, with these changes."""
     neutral = dict.fromkeys(DEGRADATIONS, 0.0) | {
         "size": 1.0, "stretch": 1.0, "blur across": 0.1, "blur down": 0.1, "contrast": 1.0, "brightness": 0.5,
         "left gap": NO_NEIGHBOUR, "right gap": NO_NEIGHBOUR,
@@ -50,7 +50,7 @@ def factors(**changes: float) -> torch.Tensor:
 
 
 def squares(*places: tuple[int, int] | None) -> torch.Tensor:
-    """Three outlines, each with a white 4 x 4 square so far right of and below the middle, or empty."""
+    """Three outlines, each empty or with a white 4 x 4 square this far right of and below the middle."""
     outlines = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
     for outline, place in zip(outlines[0], places, strict=True):
         if place:
@@ -186,7 +186,7 @@ def test_each_epoch_draws_anew_and_a_resumed_training_draws_the_same(data: Data,
 
 @pytest.mark.parametrize("name", ["selection", "test"])
 def test_the_factors_are_those_of_the_images(name: str, data: Data) -> None:
-    """Most pixels are ground: their level, and the noise on it, are what contrast, brightness and noise say."""
+    """Most pixels are background: contrast, brightness and noise determine its level and noise."""
     split = getattr(data, name)
     assert isinstance(split.images, torch.Tensor)
     of = dict(zip(typefaces.FACTORS, split.factors.T, strict=True))
@@ -216,7 +216,8 @@ def test_a_few_features_explain_factors_on_held_out_images() -> None:
 
 
 def test_dictionaries_are_probed_for_the_known_factors_across_designs(data: Data) -> None:
-    """Of a network with random weights, on the images of the small preset: polarity is plain to see, and few look."""
+    """For a network with random weights, on the images of the small preset: polarity is easy to read from few
+    latents."""
     assert data.test.factors is not None
     torch.manual_seed(0)
     settings = Settings(step="evaluate", out=Path("unused"), preset="typefaces-small")

@@ -75,7 +75,7 @@ class Shown:
 
 
 class Collector:
-    """A plugin that keeps the marks of the collected tests."""
+    """A plugin that records the marks of the collected tests."""
 
     def __init__(self) -> None:
         self.shown: set[Shown] = set()
@@ -89,7 +89,7 @@ class Collector:
 
 
 def collected() -> set[Shown]:
-    """From the files that mark anything."""
+    """The marks in all files that have some."""
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "fault(" in path.read_text()]
     collector, output = Collector(), io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -100,7 +100,7 @@ def collected() -> set[Shown]:
 
 
 def missing(shown: set[Shown]) -> list[str]:
-    """Faults, with their protocols, that no test shows."""
+    """Faults, with their protocols, without a test."""
     there = {(entry.fault, entry.protocol) for entry in shown}
     wanted = [(name, protocol) for name, protocols in FAULTS.items() for protocol in protocols]
     return [" ".join(pair).strip() for pair in wanted if pair not in there]
