@@ -420,7 +420,7 @@ def new_folder(repository: Path, name: str, version: int) -> Path:
 
 
 def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
-    """Write a new bundle; it appears under its name only when it is complete. Returns its folder.
+    """Write a new bundle; it appears under its name only when it is whole. Returns its folder.
 
     manifest.files is filled in here. One writer of a model at a time: others wait. Raises BundleError when that version
     exists.
@@ -432,9 +432,9 @@ def write_bundle(repository: Path, manifest: Manifest, files: Mapping[str, bytes
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when a writer dies
-        new_folder(repository, manifest.name, manifest.version)  # another writer may have written it meanwhile
-        for abandoned in folder.parent.glob(f".{folder.name}.*"):  # left by a writer that was killed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when a writer dies
+        new_folder(repository, manifest.name, manifest.version)  # not written by another one meanwhile
+        for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a writer that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
         temporary = folder.parent / f".{folder.name}.{os.getpid()}"
         temporary.mkdir()

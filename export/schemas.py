@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 def main(folder: Path) -> None:
     """Write both schemas into the folder, with the docstrings of fields as descriptions."""
     for name, kind in FILES.items():
-        kind.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # here alone: it reads the source
+        kind.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # not in the server: it reads the source
         schema = {"$schema": GenerateJsonSchema.schema_dialect, **TypeAdapter(kind).json_schema()}
         (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=2) + "\n")
 

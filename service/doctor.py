@@ -103,7 +103,7 @@ def _settings(settings: Settings) -> Lines:
 
 
 def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
-    """The models of the repository. Adds their bundles to `bundles`."""
+    """Adds the bundles."""
     try:
         catalogue = scan(settings.repository)
     except (BundleError, OSError) as error:

@@ -314,7 +314,7 @@ class Model:
 
 
 def _record(images: int, steering: Steering) -> None:
-    """Record what a call asks for."""
+    """Note what a call asks for."""
     record = current()
     record.images, record.budget = images, steering.budget
     record.profile = steering.profile or ("custom" if steering.custom else "")

@@ -157,7 +157,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         return response(request_id, model, steering, answer, asked.outputs)
 
     def _most(self, model: Model) -> dict[str, int]:
-        """Limit of the elements of each input, and so of the Python objects made of them."""
+        """The most elements of each input: no more than these become Python objects."""
         images, terms = self._settings.max_images, self._settings.max_terms
         manifest = model.bundle.manifest
         steering = dict.fromkeys(STEERING, images * terms)

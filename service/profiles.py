@@ -22,7 +22,7 @@ from training.steering import SteeringError, SteeringProfile, profiles_from_json
 
 log = logging.getLogger("steervit.profiles")
 Profiles = Mapping[str, SteeringProfile]
-"""Profiles by name."""
+"""By name."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ProfileFolder:
         return sum(len(file.profiles) for file in self._files if file.made_for not in known)
 
     def check_default(self, bundle: Bundle) -> None:
-        """Raise BundleError unless the bundle, as it was loaded, has the default profile or gets it from the folder.
-        While the folder is pending, the profile may still come; refresh checks that."""
+        """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here. While the
+        folder is pending it may still come, and refresh checks that."""
         try:
             if not self.pending:
                 _check_default(bundle, self.of(bundle), self._default)
@@ -101,8 +101,7 @@ class ProfileFolder:
         return True
 
     async def watch(self, seconds: float, bundles: Callable[[], list[Bundle]], changed: Callable[[], None]) -> None:
-        """Read the folder at this interval, in seconds, until cancelled. Calls `changed` when there are new
-        profiles."""
+        """Read the folder every so many seconds until cancelled; `changed` is called when there are new profiles."""
         loop = asyncio.get_running_loop()
         while self._folder is not None:
             await asyncio.sleep(seconds)
@@ -114,8 +113,8 @@ class ProfileFolder:
 
 
 def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[list[str], list[str]]:
-    """A line for each valid file, and a list of what is wrong: every reason why a server of these bundles would reject
-    the folder, and files that are for none of the bundles. default: as in ProfileFolder."""
+    """A line for each file that a server of these bundles would take, and what is wrong: every reason for which it
+    would not take the folder, and files that are for none of the bundles. default: as of ProfileFolder."""
     contents = _contents(folder)
     if isinstance(contents, str):
         return [], [contents]
@@ -135,7 +134,7 @@ def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[l
             problems.append(f"{path}: gates_sae_digest is {file.made_for!r}, which no bundle has; allowed: {allowed}")
         models = ", ".join(f"{bundle.manifest.name} {bundle.manifest.version}" for bundle in fitting) or "no model"
         lines.append(f"{path}: {', '.join(profile.name for profile in file.profiles) or 'no profile'}; for {models}")
-    if not problems:  # then problems of the files together
+    if not problems:  # of the files together
         for bundle in bundles:
             try:
                 _check_default(bundle, _for(bundle, files), default)

@@ -21,7 +21,7 @@ ON_BASE = tuple(name for name in COMPONENTS if name != "kserve")
 OVERLAYS = tuple(sorted(f"overlays/{folder.name}" for folder in (KUBERNETES / "overlays").iterdir()))
 TARGETS = ("base", *OVERLAYS, *(f"components/{name}" for name in ON_BASE), "everything")
 KSERVE_OWN = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "deploymentStrategy"}
-"""Fields of a predictor that do not belong to its pods."""
+"""Fields of a predictor that are not its pods'."""
 Object = dict[str, Any]
 
 

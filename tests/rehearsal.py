@@ -84,7 +84,7 @@ def context(folder: Path) -> Path:
 
 
 def build(target: str, source: Path, folder: Path) -> None:
-    """Run the RUN lines that the target's COPY lines depend on; files that they put below PREFIX go into the folder."""
+    """Run the RUN lines that the target's COPY lines depend on; what they put below PREFIX goes into the folder."""
     folder.mkdir()
     os.chown(folder, *map(int, BUILDER.split(":")))
     for stage, sources, destination in copies(stages()[target]):

@@ -147,8 +147,6 @@ INSTEAD = {
     r"goes? on|went on": "continues, resumes, keeps",
     r"under way": "in progress, in flight",
     r"of late": "recently",
-    r"let go": "released",
-    r"is whole": "is complete",
     r"as one would": "plausibly, usually",
     r"(?:found|wanted|told|have) = ": "a noun: results, spec, payload",
 }

@@ -295,8 +295,8 @@ def unit(text: str) -> pb.Unit:
 
 
 def metadata(asked: Asked) -> tuple[tuple[str, str], ...]:
-    """A call's gRPC metadata: its request ID, if any, as x-request-id; and the application's active OpenTelemetry span,
-    if any, as traceparent."""
+    """A call's gRPC metadata: its request ID as x-request-id, if it has one; and the application's active span of
+    OpenTelemetry, if there is one, as traceparent."""
     named = {"x-request-id": asked["request_id"]} if "request_id" in asked else {}
     if "opentelemetry.trace" in sys.modules:  # otherwise no span can be active
         from opentelemetry.propagate import inject

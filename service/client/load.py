@@ -39,7 +39,7 @@ class Load:
     min_budget: float | None = None
     """The lowest budget that a busy server may apply; None: the server's setting."""
     within: float = 0.0
-    """Seconds within which an answer counts as in time; 0: not counted."""
+    """Seconds that an answer may take to count as in time; 0: nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ async def run(
     errors: Counter[str] = Counter()
     async with opened(grpc.aio, address, credentials, attempts=1) as channel:
         stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
-        for request in requests[: len(load.profiles)]:  # connects, and checks images and profiles
+        for request in requests[: len(load.profiles)]:  # connected, and the right kind of image and profiles
             await stub.Predict(request, timeout=load.timeout)
         begun = time.perf_counter()
 
