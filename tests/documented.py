@@ -14,7 +14,7 @@ PAGES = (
     "README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
     "deploy/RUNBOOK.md", "deploy/CAPACITY.md", "deploy/kubernetes/README.md",
 )  # fmt: skip
-LANGUAGES = {"sh", "python", "promql", "mermaid", "text"}
+LANGUAGES = {"sh", "python", "promql", "yaml", "json", "mermaid", "text"}
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 MARK = "not run here"
 

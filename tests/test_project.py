@@ -138,7 +138,7 @@ INSTEAD = {
     r"served no more": "unloaded",
     r"gets on": "makes progress",
     r"worked out": "computed",
-    r"(?:tell|tells|told) of": "log, report",
+    r"(?:tell|told) of": "log, report",
     r"waits? already|are \d+ to run": "queue full: N queued + M new > limit L",
     r"nobody waits for": "cancelled, expired",
     r"(?:listened on|be bound)": "cannot bind",
