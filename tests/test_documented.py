@@ -7,18 +7,23 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import grpc
 import pytest
 import yaml
 from documented import FENCED, LANGUAGES, PAGES, Block, Command, commands, examples, queries, text
+from google.protobuf import json_format
+from google.protobuf.message_factory import GetMessageClass
 from processes import MODELS, ROOT, ServerProcess, run_main, serving
 from prometheus import RULE_FILES, promtool
 
 from export.bundle import Bundle
 from service.cli import COMMANDS, main, parser_of
 from service.exposition import FAMILIES
+from service.pb import steering_pb2
+from service.pb.steering_pb2_grpc import SteeringServiceStub
 
 CI = ".ci/run"
 FOLDER_OF_IMAGES = "test_journeys.py::test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone"
@@ -41,6 +46,7 @@ RUN_ELSEWHERE = {
 """Commands, whole or by how they begin: by which test, with images, folders or flags of its own; or by the script of
 continuous integration."""
 SERVER = "127.0.0.1:8001"
+SERVICE = steering_pb2.DESCRIPTOR.services_by_name["SteeringService"]
 ASKS_A_SERVER = {"predict", "compare", "explain", "profiles", "models", "dial", "load"}
 
 
@@ -109,6 +115,31 @@ def test_every_command_of_steervit_has_flags_that_there_are(command: Command) ->
     given = words(typed(command))
     name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
     parser_of(name).parse_args(given[len(name.split()) :])
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.program == "make"], ids=typed)
+def test_every_target_of_make_can_be_made(command: Command) -> None:
+    subprocess.run(["make", "-n", *words(command.text)], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_server_answers_what_grpcurl_would_send(server: ServerProcess) -> None:
+    """grpcurl is not here: a function of the shell prints its arguments, and Python sends the message."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
+        for command in (command for command in commands() if command.program == "grpcurl"):
+            shell = f"grpcurl() {{ printf '%s\\0' \"$@\"; }}; {command.text}"
+            done = subprocess.run(["bash", "-c", shell], cwd=ROOT, check=True, capture_output=True, text=True)
+            plaintext, *given, _ = done.stdout.split("\0")
+            assert plaintext == "-plaintext"
+            if "describe" in given:
+                assert given == [SERVER, "describe", SERVICE.full_name]
+            else:
+                message, address, method = given[1:]
+                assert (given[0], address) == ("-d", SERVER)
+                service, _, name = method.partition("/")
+                assert service == SERVICE.full_name
+                request = json_format.Parse(message, GetMessageClass(SERVICE.methods_by_name[name].input_type)())
+                assert getattr(stub, name)(request, timeout=10).ByteSize() > 100
 
 
 @pytest.mark.parametrize("example", [e for e in examples() if "tritonclient" not in e.text], ids=lambda e: e.page)
