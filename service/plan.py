@@ -8,7 +8,7 @@ from service.catalogue import Fingerprint, Shelf
 
 
 class Tries(NamedTuple):
-    """The versions of a model that are to be loaded."""
+    """Versions of a model to load, and substitutes to try."""
 
     now: list[int]
     """New or changed versions that the policy selects, the newest first."""

@@ -157,7 +157,7 @@ class Server:
 
     @property
     def ready(self) -> bool:
-        """Whether calls are accepted, and the profile folder has been valid since the start."""
+        """Whether calls are accepted, and the profile folder has been valid at least once."""
         return self._taking and not self._profiles.pending
 
     @property
