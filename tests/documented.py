@@ -54,8 +54,8 @@ def commands(*pages: str) -> list[Command]:
     """Every command, in the order of the pages."""
     found = []
     for block in blocks("sh", *pages):
-        for line in re.findall(r".*<<EOF\n(?s:.*?)\nEOF$|(?:.*\\\n)*.+", block.text, re.MULTILINE):
-            command, _, comment = re.sub(r"\\\n *", "", line).partition(" #")
+        for line in re.findall(r".*<<EOF\n(?s:.*?)\nEOF$|(?:.*[\\|]\n)*.+", block.text, re.MULTILINE):
+            command, _, comment = re.sub(r"(\\|(?<=\|))\n *", " ", line).partition(" #")
             if not line.startswith("#"):
                 command = command.strip()
                 named = command.split()[0] in not_run(block.page)
