@@ -23,7 +23,7 @@ from training.steering import profiles_to_json
 
 PATHS = ("/steering.v1.SteeringService/Predict", "/inference.GRPCInferenceService/ModelInfer")
 REFUSALS = {"INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
-"""Statuses of garbage."""
+"""Of garbage."""
 
 
 HELD = ("resident_mb", "descriptors", "threads")
@@ -119,7 +119,7 @@ class Disturbances:
         self.samples.append(Sample(loop.time(), resident / 1024, descriptors, threads))
 
     def held(self) -> dict[str, Any]:
-        """The slope of the memory over the second half, by least squares, and the resources held in each quarter."""
+        """Over the second half: the slope of the memory by least squares, and what is held in each quarter."""
         half = self.samples[len(self.samples) // 2 :]
         seconds, memory = np.array([s.seconds for s in half]), np.array([s.resident_mb for s in half])
         slope = float(np.polyfit(seconds - seconds[0], memory, 1)[0])
