@@ -13,6 +13,8 @@ NAME := $(subst -,_,$(DATA))
 WORKERS := -n 2 --dist loadscope --no-loadscope-reorder -p no:cloudcoil
 TEST_SYSTEM_PACKAGES := dataset-fashion-mnist bubblewrap prometheus strace jq fonts-dustin fonts-eurofurence fonts-liberation chromium chromium-driver docker-registry skopeo
 TYPEFACES = $(shell grep -v '^\#' training/data/typefaces.txt)
+# The major release that MkDocs Material is made for.
+MERMAID := 11.17.2
 TARGET ?= cpu
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 COMPILE = $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
@@ -74,8 +76,8 @@ typefaces:  ## Install the Debian packages of the data set `typefaces` (140 MB)
 export: .venv/.dev  ## Write runs/fm/seed-0 as the next version of deploy/models/fashion_mnist
 	$(RUN) -m export runs/fm/seed-0 deploy/models --name fashion_mnist
 
-docs: .venv/.docs  ## README and docs as a site in build/docs, with every link checked
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+docs: build/mermaid-$(MERMAID).js  ## README and docs as a site in build/docs, with every link checked
+	MERMAID=$(abspath $<) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 
 bench: .venv/.bench  ## What closed heads save, as wall time, into build/bench (QUICK=1: a minute)
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m tests.perf.heads $(if $(QUICK),--quick)
@@ -167,6 +169,13 @@ clean:  ## Remove .venv and caches (not runs/)
 .venv/.docs: .venv/.dev
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
+
+# From npm, by the npm in .venv: diagrams are drawn without a network.
+build/mermaid-$(MERMAID).js: .venv/.docs
+	mkdir -p build
+	cd build && PATH="$(abspath .venv/bin):$$PATH" npm pack --silent mermaid@$(MERMAID)
+	tar -xzOf build/mermaid-$(MERMAID).tgz package/dist/mermaid.min.js > $@.part
+	mv $@.part $@
 
 .venv/.bench: .venv/.dev
 	$(if $(QUICK),,$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[bench]')

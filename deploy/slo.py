@@ -28,7 +28,7 @@ WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 FAST, SLOW = ((14.4, "1h", "5m"), (6, "6h", "30m")), ((3, "1d", "2h"), (1, "3d", "6h"))
 """How many times faster than allowed the budget is spent, over a long window and still in a short one."""
 ENOUGH = 10
-"""Bad calls in the long window; so few or fewer raise no alert."""
+"""Alerts need more bad calls than this in the long window."""
 
 
 STRICT = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class Availability:
-    """The share of the calls that the server does not fail."""
+    """Objective for the share of calls that do not fail on the server's side."""
 
     objective: Annotated[float, Field(gt=0, lt=100)]
 
@@ -50,7 +50,8 @@ class Availability:
 
 @dataclass(frozen=True, config=STRICT)
 class Latency:
-    """The share of the calls that are answered in time. Exact, unlike a quantile, as the limit is a bucket's bound."""
+    """Objective for the share of calls that are answered in time. Exact, unlike a quantile, as the limit is a bucket's
+    bound."""
 
     objective: Annotated[float, Field(gt=0, lt=100)]
     seconds: float
@@ -63,7 +64,7 @@ class Latency:
         return seconds
 
     def bad(self, model: str, window: str, function: str = "rate") -> str:
-        """As of Availability."""
+        """As in Availability."""
         le = f'le="{floatToGoString(self.seconds)}"'
         total = self.total(model, window, function)
         duration = "steervit_request_duration_seconds"
@@ -75,7 +76,7 @@ class Latency:
 
 @dataclass(frozen=True, config=STRICT)
 class Instead:
-    """What a model promises instead of what all others do."""
+    """The objectives of one model, in place of those of all others."""
 
     availability: Availability | None = None
     latency: Latency | None = None
@@ -83,7 +84,7 @@ class Instead:
 
 @dataclass(frozen=True, config=STRICT)
 class Slo:
-    """deploy/slo.yaml."""
+    """The content of deploy/slo.yaml."""
 
     days: Annotated[int, Field(gt=0)]
     availability: Availability
@@ -92,12 +93,12 @@ class Slo:
 
 
 def read(path: Path = SOURCE) -> Slo:
-    """The promises. Raises ValueError with what is wrong."""
+    """The objectives in the file. Raises ValueError with what is wrong."""
     return fields.read(Slo, yaml.safe_load(path.read_text()), ValueError, f"{path}: ")
 
 
 def rules(slo: Slo) -> str:
-    """The rule file: for each promise its recording rules, and an alert that wakes somebody and one that does not."""
+    """The rule file: for each objective its recording rules, an alert that pages somebody and one that does not."""
     groups = [
         *_groups(
             "availability", "SteervitErrorBudget", slo.availability,
@@ -122,7 +123,7 @@ def _groups(
     promises = {others: of_all, **{f', model="{model}"': promise for model, promise in of_models.items()}}
 
     def of_each(expr: Any) -> str:
-        """An expression for each promise, together."""
+        """The expressions for all objectives, joined."""
         return "\n  or\n".join(expr(matcher, promise) for matcher, promise in promises.items()) + "\n"
 
     def record(series: str, expr: str, **more: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _groups(
     ]  # fmt: skip
 
     def spent(factor: float, long: str, short: str) -> str:
-        """Faster than by the factor in both windows, and by more than a handful of calls."""
+        """Spent faster than by the factor in both windows, and by more than ENOUGH calls."""
         limit = f"ignoring (sloth_window) ({factor} * slo:error_budget:ratio{selector})"
         enough = " or ".join(promise.bad(matcher, long, "increase") for matcher, promise in promises.items())
         return (

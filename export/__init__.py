@@ -1,3 +1,4 @@
-"""From a finished training run to a bundle: graphs that are compared with PyTorch, and all else that serving needs."""
+"""Turns a finished training run into a bundle: graphs, compared with PyTorch, and everything else that serving
+needs."""
 
 import training  # noqa: F401  # turns telemetry off

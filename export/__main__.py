@@ -1,5 +1,5 @@
-"""python -m export <run> <repository> --name <model>     a finished training run becomes a bundle
-python -m export verify <bundle>                         is a bundle whole, and right?  (no torch)"""
+"""python -m export <run> <repository> --name <model>     write a finished training run as a bundle
+python -m export verify <bundle>                         check that a bundle is complete and right  (no torch)"""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str], prog: str = COMMANDS) -> int:
 
 
 def verify_parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
-    """Of `verify`. prog: what a user types, with or without that word."""
+    """The parser of `verify`. prog: what a user types, with or without that word."""
     parser = argparse.ArgumentParser(
         prog=f"{prog.removesuffix(' verify')} verify",
         usage="%(prog)s BUNDLE",
@@ -53,7 +53,7 @@ def _verify(arguments: Sequence[str], prog: str) -> Bundle:
 
 
 def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
-    """Of an export. prog: what a user types."""
+    """The parser of an export. prog: what a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s RUN REPOSITORY --name NAME [OPTION ...]",
@@ -119,7 +119,7 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
 
 def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
     options = parser(prog).parse_args(with_names(arguments, "--compact-for", "--specialise"))
-    from export.certify import ExportError  # torch: not before it is needed
+    from export.certify import ExportError  # imports torch, so not before it is needed
     from export.write import ExportSettings, write
     from training.checkpoint import Run, RunError
     from training.data.splits import DataError

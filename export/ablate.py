@@ -1,8 +1,8 @@
 """python -m export.ablate deploy/models/fashion_mnist/3 --out runs/ablation [--split test]
 
-What the class profiles of a bundle owe to the latents' activations, and to the class that they are told
-(training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. By estimate 15 minutes on
-one core of an AMD EPYC for what is learned, kept in --out, and 10 for the test split.
+Measures what the class profiles of a bundle owe to the latents' activations, and to knowing the class
+(training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. Takes an estimated 15
+minutes on one core of an AMD EPYC for the learned parts, which are kept in --out, and 10 for the test split.
 """
 
 import argparse
@@ -25,7 +25,10 @@ from training.terminal import print_anything
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 1 with the reason on standard error. arguments: those after the program's name."""
+    """Run; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name.
+    """
     print_anything()
     parser = argparse.ArgumentParser(prog="python -m export.ablate", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")

@@ -1,14 +1,14 @@
 """How an ONNX graph closes a head.
 
 `masked`    every head is computed and multiplied by its gate. The reference; any execution provider.
-`dispatch`  a head is computed for the images whose gate is open only: a closed head costs nothing.
+`dispatch`  a head is computed only for the images whose gate is open: a closed head costs nothing.
 `compact`   as masked, for a model with heads that are always closed and not in the graph (compact.py).
 
-All give the same numbers, up to rounding. Each saves work in three ways. The softmax does not change when a number is
-added to all scores of a query, so the keys need no bias unless they are normed. Its weights add up to 1, so the bias of
-the values passes through to the output, without that of closed heads. Scales are multiplied into weights.
+All give the same numbers, up to rounding. Each saves work in three ways. A number added to all scores of a query does
+not change the softmax, so the keys need no bias unless they are normed. The softmax weights add up to 1, so the bias of
+the values of open heads passes through to the output. Scales are multiplied into weights.
 
-Letters: B batch, R images whose gate of the head at hand is open, N tokens, Q tokens that leave the block, D residual
+Letters: B batch, R images for which a head's gate is open, N tokens, Q tokens that leave the block, D residual
 width, H heads, E head width.
 """
 
@@ -80,13 +80,13 @@ def dispatch(
     leaving: int | None,
     name: str,
 ) -> str:
-    """As masked, of each head's own images."""
+    """As masked, but each head runs only on its own images."""
     heads = closing.units if closing else tuple(range(len(w.query)))
     total = _with_biases(g, w, x, closing, heads, name)
     if not heads:
         return total
     entered = arithmetic.enter(g, y, f"{name}/attention/in")
-    if closing is None:  # every head open: one by one, which is faster on a CPU than all at once
+    if closing is None:  # every head is open: one after the other is faster on a CPU than all at once
         all_mixed = [_mixed(g, arithmetic, w, entered, leaving, head, f"{name}/head{head}") for head in heads]
         mixed = g.op("Concat", *all_mixed, name=f"{name}/mixed", axis=-1)
         operand = arithmetic.enter(g, mixed, f"{name}/attention/mixed")

@@ -1,6 +1,6 @@
-"""Writes an ONNX graph node by node, with names that a person can read in Netron.
+"""Writes an ONNX graph node by node, with names that people can read in Netron.
 
-A value is its name. A node bears the name of its first output, a path such as `block3/head2/query`.
+A value is represented by its name. A node has the name of its first output, a path such as `block3/head2/query`.
 """
 
 import logging
@@ -24,14 +24,14 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 EXTERNAL_FROM = 1_900_000_000
-"""Bytes of weights from which they go into a file beside the graph: a protobuf message has at most 2 GiB."""
+"""Weights of this many bytes or more go into a file beside the graph: a protobuf message has at most 2 GiB."""
 
 _PARTS: MutableMapping[nn.Module, dict[str, onnx.GraphProto]] = WeakKeyDictionary()
-"""By model and name, what the exporter has written of it."""
+"""Graphs that the exporter has written, by model and name of the part."""
 
 
 class Builder:
-    """The nodes, weights and outputs of a graph, until `finish` makes a model of them.
+    """Collects the nodes, weights and outputs of a graph, until `finish` makes a model of them.
 
     Every method that names something raises ValueError when the name is taken.
     """
@@ -55,7 +55,7 @@ class Builder:
         return names
 
     def weight(self, name: str, array: ArrayLike | Tensor, dtype: Any = None) -> str:
-        """A constant with its own name. dtype: by default that of the tokens."""
+        """Add a constant with a name of its own. dtype: by default that of the tokens."""
         value = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
         self._take(name)
         self._weights[name] = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype or self._real)), name)
@@ -91,13 +91,13 @@ class Builder:
             self._names.add(name)
 
     def affine(self, norm: nn.LayerNorm, name: str, dtype: Any = None) -> tuple[str, str]:
-        """The constants <name>.weight and <name>.bias of a norm, 1 and 0 where it has none; dtype: as of weight."""
+        """The constants <name>.weight and <name>.bias of a norm, 1 and 0 if it has none. dtype: as for `weight`."""
         weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
         bias = torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias
         return self.weight(f"{name}.weight", weight, dtype), self.weight(f"{name}.bias", bias, dtype)
 
     def norm(self, norm: nn.Module, value: str, example: Tensor, name: str, dtype: Any = None) -> str:
-        """A norm of the last axis; other kinds than LayerNorm through the exporter. dtype: as of weight."""
+        """A norm of the last axis; kinds other than LayerNorm go through the exporter. dtype: as for `weight`."""
         if not isinstance(norm, nn.LayerNorm):
             return self.call(norm, value, example, name)
         parameters = self.affine(norm, name, dtype)
@@ -118,8 +118,8 @@ class Builder:
     def call(self, module: nn.Module, value: str, example: Tensor, name: str, of: nn.Module | None = None) -> str:
         """A module of one input and one output, with the batch on axis 0, as PyTorch's exporter writes it.
 
-        It computes in float32; the output has the type of the tokens. of: the model that the module is a part of, where
-        all graphs of the model have this part: the exporter takes seconds, so it writes it once for all of them.
+        It computes in float32; the output has the type of the tokens. of: the model that the module is a part of, if
+        all graphs of the model share this part: the exporter takes seconds, so it writes the part only once.
         """
         parts = {} if of is None else _PARTS.setdefault(of, {})
         if name not in parts:
@@ -160,7 +160,7 @@ class Builder:
 
 
 def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """A model of the graph without the exporter's notes (stack traces, local paths); valid by onnx's checker."""
+    """A model of the graph without the exporter's notes (stack traces, local paths), validated by onnx's checker."""
     parts: list[onnx.GraphProto | onnx.NodeProto | onnx.ValueInfoProto | TensorProto]
     parts = [graph, *graph.node, *graph.value_info, *graph.initializer]
     for part in parts:
@@ -176,7 +176,7 @@ def checked(graph: onnx.GraphProto, metadata: Mapping[str, str]) -> onnx.ModelPr
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the weights in the model itself, without those in a file beside it."""
+    """Size of the weights within the model, in bytes, without those in a file beside it."""
     return sum(
         math.prod(weight.dims) * helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
         for weight in model.graph.initializer
@@ -197,7 +197,7 @@ def save(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM)
 
 def exported(module: nn.Module, example: Tensor) -> onnx.GraphProto:
     """The graph of one module in evaluation mode. example (batch, ...), any batch."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every node that it does not convert
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every node that it leaves unconverted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # internal to the exporter; certify.py checks the result
         program = torch.onnx.export(

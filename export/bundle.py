@@ -44,12 +44,12 @@ VERSION = re.compile(r"[1-9][0-9]{0,17}")
 INPUTS = ("image", "steering_latent", "steering_scale", "steering_shift")
 OUTPUTS = ("logits", "head_gate", "gate_logit", "residual")
 GATE_BIAS = "gate_bias"
-"""A further input, float32 (B, gated blocks, units): added to the gate logits. Manifest.takes_biases: which graphs have
-it."""
+"""Another input, float32 (B, gated blocks, units), that is added to the gate logits. Manifest.takes_biases tells which
+graphs have it."""
 MLP_GATE = "mlp_gate"
-"""A further output of models with MLP groups, bool (B, gated blocks, MLP groups)."""
+"""Another output of models with MLP groups, bool (B, gated blocks, MLP groups)."""
 MAX_KNOT = 1000.0
-"""Of a dial's gate biases: far above what opens or closes a unit, far below what forces it (service/dial.py)."""
+"""Limit of a dial's gate biases: far above what opens or closes a unit, far below what forces it (service/dial.py)."""
 
 FileName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Attention = Annotated[str, read_as(Literal[ATTENTIONS])]
@@ -57,7 +57,7 @@ Precision = Annotated[str, read_as(Literal[PRECISIONS])]
 
 
 class BundleError(Exception):
-    """A bundle that cannot be used; the message names the file or field, the value and what is allowed."""
+    """The bundle cannot be used; the message names the file or field, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,23 @@ class Graph:
 
 @dataclass(frozen=True)
 class Specialised:
-    """A graph for one profile: its terms are in it, and units that its classes almost never keep are not. Its only
-    input is the image; the units that are not in it report 0."""
+    """A graph for one profile: it contains the profile's terms, and omits units that the profile's classes almost never
+    keep. Its only input is the image; omitted units report 0."""
 
     file: str
     precision: Precision
     profile: str
     digest: str
-    """Of the profile's terms (training/steering.py): the graph answers for these alone."""
+    """Digest of the profile's terms (training/steering.py), the only ones that the graph is for."""
     kept: tuple[tuple[Natural, ...], ...]
-    """The units that are left of each gated block: heads from 0 on, MLP groups after them."""
+    """The remaining units of each gated block: heads from 0 on, MLP groups after them."""
     threshold: Number
-    """Units that a smaller share of the classes' images kept were left out."""
+    """Units kept by a smaller share of the classes' images than this are omitted."""
     before: Mapping[str, Any]
-    """What the profile does on held-out images with all units, and `after` with those that are left."""
+    """Effect of the profile on held-out images with all units; `after`: with the remaining ones."""
     after: Mapping[str, Any]
     certificate: Mapping[str, Any]
-    """As of Graph."""
+    """As in Graph."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Macs:
     """Multiply-accumulates per image, by the counter of training/model/macs.py."""
 
     dense: Count
-    """Every unit open."""
+    """With every unit open."""
     per_head: tuple[Natural, ...]
-    """What one head costs, by gated block."""
+    """Cost of one head, by gated block."""
     per_mlp_group: tuple[Natural, ...] = ()
-    """What one MLP group costs, by gated block; empty in a model without MLP groups."""
+    """Cost of one MLP group, by gated block; empty in a model without MLP groups."""
 
     def spent(self, head_gate: NDArray[np.bool_], mlp_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Gates (B, gated blocks, heads) and (B, gated blocks, MLP groups) -> MACs spent (B,)."""
@@ -123,7 +123,7 @@ class Macs:
 
 @dataclass(frozen=True)
 class Knot:
-    """Of the dial: a budget and the gate biases that reach it (training/dial.py)."""
+    """A knot of the dial: a budget and the gate biases that reach it (training/dial.py)."""
 
     budget: Number
     gate_bias: tuple[tuple[Number, ...], ...]
@@ -141,7 +141,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is read of a model's evaluation; there may be more in it."""
+    """The part of a model's evaluation that is read; it may have more fields."""
 
     head_usage: Number = 0.0
     warnings: tuple[str, ...] = ()
@@ -158,30 +158,30 @@ class Manifest:
     image: ImageSpec
     gated_blocks: Annotated[tuple[Count, ...], Field(min_length=1)]
     heads: Count
-    """A block."""
+    """Heads of each block."""
     dim: Count
     """Width of the residual stream."""
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
     macs: Macs
     graphs: Annotated[tuple[Graph, ...], Field(min_length=1)]
-    """The first is the default."""
+    """The first one is the default."""
     evaluation: Annotated[Mapping[str, Any], checked_as(Measured)]
-    """Of the unsteered model on the test split, not in a compact bundle; and the `warnings` of its run, if any."""
+    """Evaluation of the unsteered model on the test split (not in a compact bundle), and the `warnings` of its run."""
     compact: Mapping[str, Any] | None
-    """Of a compact bundle: its profile, the units that are left, and what leaving out the others did on held-out
+    """For a compact bundle: its profile, the remaining units, and the effect of omitting the others on held-out
     images."""
     gates_sae_digest: str
-    """Of the weights that give a steering term its meaning; profiles are bound to it."""
+    """Digest of the weights that give a steering term its meaning; profiles are bound to it."""
     files: Mapping[FileName, FileEntry]
     """Every file but the manifest itself."""
     specialised: tuple[Specialised, ...] = ()
-    """Not in older bundles."""
+    """Graphs for one profile each. Not in older bundles."""
     mlp_groups: Natural = 0
-    """A gated block; 0: heads alone have gates, as in every bundle before version 3."""
+    """MLP groups of each gated block; 0: only heads have gates, as in every bundle before schema version 3."""
     dial: tuple[Knot, ...] = ()
-    """Of a model that takes a budget."""
+    """The dial of a model that takes budgets; else empty."""
     dials: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
-    """What the dial did on the selection slice: "" without steering, and by profile."""
+    """Measurements of the dial on the selection slice, by profile; "": without steering."""
 
     @property
     def units(self) -> int:
@@ -190,8 +190,8 @@ class Manifest:
 
     @property
     def takes_biases(self) -> bool:
-        """Whether its graphs, but specialised ones, have the input GATE_BIAS. Older graphs have not, nor has a compact
-        one, where a bias could open a unit that is not there."""
+        """Whether its graphs, except for specialised ones, have the input GATE_BIAS. Older and compact graphs do not
+        have it: in a compact graph, a bias could open a unit that does not exist."""
         return self.schema_version >= 3 and self.compact is None
 
     @property
@@ -200,24 +200,25 @@ class Manifest:
         return tuple(site.latents for site in self.sites)
 
     def to_json(self) -> dict[str, Any]:
-        """The value of manifest.json, which from_json reads."""
+        """The content of manifest.json, which from_json reads."""
         value = asdict(self)
         for name in ("specialised", "mlp_groups", "dial", "dials"):
             if not value[name]:
-                del value[name]  # as bundles were before there was such a field
+                del value[name]  # as in bundles from before this field
         if not self.macs.per_mlp_group:
             del value["macs"]["per_mlp_group"]
         return value
 
     @classmethod
     def from_json(cls, value: Any) -> "Manifest":
-        """Raises BundleError, naming the field, when the manifest is not one that this program reads."""
+        """The manifest in a JSON value. Raises BundleError, naming the field, when it is not a manifest that is read
+        here."""
         manifest = read(cls, value, BundleError, "manifest.json: ")
         manifest._validate()
         return manifest
 
     def _validate(self) -> None:
-        """What fields say of each other."""
+        """Check that the fields agree with each other."""
 
         def require(condition: bool, field: str, value: object, allowed: str) -> None:
             if not condition:
@@ -275,7 +276,7 @@ class Manifest:
 
 
 def read_dial(knots: Sequence[Knot]) -> Dial | None:
-    """The dial with these knots; None without any. Raises BundleError when they are not a dial."""
+    """The dial with these knots; None if there are none. Raises BundleError when they are not a dial."""
     try:
         return Dial.from_json([vars(knot) for knot in knots]) if knots else None
     except DialError as error:
@@ -283,7 +284,8 @@ def read_dial(knots: Sequence[Knot]) -> Dial | None:
 
 
 def specialised_file(index: int, precision: str) -> str:
-    """The file name of a specialised graph. index: its place in Manifest.specialised; precision: one of PRECISIONS."""
+    """The file name of a specialised graph. index: its position in Manifest.specialised; precision: one of
+    PRECISIONS."""
     return f"specialised-{index}.{precision}.onnx"
 
 
@@ -294,21 +296,21 @@ class Bundle:
     folder: Path
     manifest: Manifest
     profiles: Mapping[str, SteeringProfile]
-    """By name."""
+    """Profiles by name."""
     digest: str
     """SHA-256 of manifest.json, which names the SHA-256 of everything else; 16 hexadecimal digits."""
     dial: Dial | None = None
-    """Of a model that takes a budget."""
+    """The dial of a model that takes budgets."""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
-    """Manifest.dials: of these profiles as they are here."""
+    """Manifest.dials for the profiles in this bundle."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs of a few rows and the outputs expected of them: for fp32 PyTorch's, else the graph's own at export."""
+    """Inputs of a few rows and their expected outputs: PyTorch's for fp32, else the graph's own at export."""
 
     inputs: Mapping[str, NDArray[Any]]
-    """By INPUTS, and GATE_BIAS where graphs take biases."""
+    """Inputs by the names in INPUTS, and GATE_BIAS if graphs take biases."""
     outputs: Mapping[str, NDArray[Any]]
     """logits and gate_logit."""
     tolerance: float
@@ -364,7 +366,7 @@ def check_profile(profile: SteeringProfile, manifest: Manifest, where: str) -> N
 
 
 def load_golden(folder: Path, key: str) -> Golden:
-    """Of the graphs of one precision, or of a specialised graph, by its file name.
+    """The golden rows of the graphs of one precision, or of a specialised graph. key: precision or file name.
 
     Raises BundleError when golden.npz cannot be read or has no rows.
     """
@@ -383,7 +385,8 @@ def load_golden(folder: Path, key: str) -> Golden:
 
 
 def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
-    """golden.npz, by precision, and by file name for specialised graphs; all of them have the same inputs."""
+    """The bytes of golden.npz. golden: by precision, and for specialised graphs by file name; all have the same
+    inputs."""
     arrays: dict[str, NDArray[Any]] = dict(next(iter(golden.values())).inputs)
     for key, rows in golden.items():
         arrays |= {f"{key}.{name}": value for name, value in rows.outputs.items()}
@@ -396,11 +399,11 @@ def golden_bytes(golden: Mapping[str, Golden]) -> bytes:
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder has a manifest.json. Its content is not read."""
-    return os.path.isfile(folder / "manifest.json")  # False too where the folder may not be read
+    return os.path.isfile(folder / "manifest.json")  # also False if the folder may not be read
 
 
 def versions(model_folder: Path) -> list[int]:
-    """The versions in a model's folder, rising. Only folders whose name is a positive integer count."""
+    """The versions in a model's folder, in ascending order. Only folders named by a positive integer count."""
     names = [path.name for path in model_folder.iterdir() if os.path.isdir(path)] if model_folder.is_dir() else []
     return sorted(int(name) for name in names if VERSION.fullmatch(name))
 
@@ -470,7 +473,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int]) -> str:
-    """Of the gate and autoencoder weights and the blocks they belong to: 16 hexadecimal digits."""
+    """Digest of the gate and autoencoder weights and the blocks they belong to: 16 hexadecimal digits."""
     sha = hashlib.sha256(json.dumps(list(blocks)).encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
@@ -480,7 +483,7 @@ def gates_sae_digest(tensors: Mapping[str, NDArray[Any]], blocks: Sequence[int])
 
 
 def check_inside(path: Path, root: Path | None) -> None:
-    """Raise BundleError when the path, links followed, leads out of `root`. Links within it are fine."""
+    """Raise BundleError when the path leads out of `root` once links are followed. Links within it are fine."""
     real = os.path.realpath(path)
     if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
         raise BundleError(f"{path} resolves to {real}, outside {os.path.realpath(root)}")

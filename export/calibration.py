@@ -1,4 +1,4 @@
-"""The ranges of the inputs of linear layers on real images under real steerings, for the scales of int8."""
+"""Ranges of the inputs of linear layers on real images under real steerings, for the scales of int8."""
 
 from collections.abc import Iterable
 
@@ -11,8 +11,8 @@ from training.image_spec import ImageSpec
 
 
 def calibrate(steered: SteeredVit, spec: ImageSpec, batches: Iterable[Arrays]) -> dict[str, Range]:
-    """batches: inputs of the graph, with gate biases or without. Returns, by the key of precision.Operand, the lowest
-    and the highest value."""
+    """The lowest and the highest value by the key of precision.Operand. batches: inputs of the graph, with or without
+    gate biases."""
     graph = build(steered, spec, "masked", {}, Float(observe=True), gate_bias=True)
     session = open_session(graph.SerializeToString())
     names = [output.name for output in session.get_outputs() if output.name.startswith("observed/")]

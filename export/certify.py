@@ -22,7 +22,7 @@ class ExportError(Exception):
 
 
 class ShapeError(ExportError):
-    """An output has another shape or type than the contract says."""
+    """An output has a shape or type that differs from the contract."""
 
 
 class NotFinite(ExportError):
@@ -58,19 +58,19 @@ class Limits:
     """
 
     logit: float
-    """Of rows whose gates decide alike."""
+    """Limit of a logit difference, in rows whose gates decide alike."""
     gate_margin: float
     """|gate logit| above which a gate must decide alike, unless a gate of an earlier block did not."""
     flipped: float
-    """Share of gates that may decide differently."""
+    """Largest share of gates that may decide differently."""
     gate_logit: float
-    """Of a gate logit, -4 to 4, up to the first block of a row in which a gate decides differently."""
+    """Limit of a gate logit's difference, up to the first block of a row in which a gate decides differently."""
     residual: float
-    """Of the same blocks: length of the difference, as a share of the length in PyTorch."""
+    """Limit for a residual in the same blocks: length of the difference relative to the length in PyTorch."""
     neighbour: float
-    """Of a logit, between batches; for rows whose gates decide alike."""
+    """Limit of a logit's difference between batches, in rows whose gates decide alike."""
     accuracy: float
-    """Share of images that may change from right to wrong."""
+    """Largest loss of accuracy, as a share of the images."""
 
 
 LIMITS = {
@@ -84,8 +84,8 @@ LIMITS = {
         logit=1.0, gate_margin=0.5, flipped=2e-2, gate_logit=2.0, residual=0.4, neighbour=2e-3, accuracy=5e-3
     ),
 }
-"""By precision. The largest differences seen with the committed model, the preset `smoke` and the small models of the
-tests, in the same order: gate logit 1.4e-5, 0.05 and 1.1; residual 1.7e-6, 0.004 and 0.22."""
+"""Limits by precision. The largest differences seen with the committed model, the preset `smoke` and the small models
+of the tests, in the same order: gate logit 1.4e-5, 0.05 and 1.1; residual 1.7e-6, 0.004 and 0.22."""
 CURES = {
     "fp32": ". Train longer (--vit.joint-epochs): gate logits move away from 0. If the model is trained, the graph is "
     "wrong: please report it. The limits are LIMITS in export/certify.py",
@@ -94,11 +94,11 @@ CURES = {
 }
 """What to do about a graph that exceeds its limits, by precision."""
 OWN_INT8 = 2.0
-"""How far an int8 graph's own golden answers may differ on another machine, in multiples of their difference from
+"""How much an int8 graph's own golden answers may differ on another machine, in multiples of their difference from
 PyTorch."""
 BATCH_SIZES = (1, 7, 64)
 STEERINGS = 40
-"""Steerings of each image; if there are more, they are distributed over the images."""
+"""Limit of the steerings per image; if there are more, they are distributed over the images."""
 
 
 @dataclass(frozen=True)
@@ -106,34 +106,34 @@ class Certificate:
     """The result of the comparison."""
 
     rows: int
-    """Image x steering."""
+    """Number of compared rows: images x steerings."""
     steerings: int
     batch_sizes: tuple[int, ...]
     max_logit_difference: float
-    """Over rows whose gates decide alike."""
+    """In rows whose gates decide alike."""
     max_gate_logit_difference: float
     """Up to the first block of a row in which a gate decides differently."""
     max_residual_difference: float
-    """Over the same blocks: of the residual's length in PyTorch."""
+    """In the same blocks, relative to the residual's length in PyTorch."""
     gates: int
     flipped_gates: int
-    """Decided differently."""
+    """Number of gates that decided differently."""
     max_flip_distance: float
     """Largest |gate logit| in PyTorch of a gate that decided differently, in the first such block of its row."""
     max_neighbour_difference: float
-    """Of a logit: a row alone and the same row in a mixed batch."""
+    """Largest difference of a logit between a row alone and the same row in a mixed batch."""
     images: int
-    """Labelled images for the accuracies, without steering; for a specialised graph under its profile."""
+    """Labelled images for the accuracies; without steering, or for a specialised graph under its profile."""
     accuracy: float
     accuracy_of_model: float
-    """In PyTorch."""
+    """Accuracy in PyTorch."""
     logit_tolerance: float
     gate_margin: float
     biases: int = 0
-    """Gate biases, each on every image; 0: rows have none."""
+    """Number of gate biases tried, each on every image; 0: none."""
 
     def to_json(self) -> dict[str, Any]:
-        """The value of Graph.certificate in the manifest; without `biases` where there are none."""
+        """The value of Graph.certificate in the manifest, without `biases` if there are none."""
         return {name: value for name, value in asdict(self).items() if name != "biases" or value}
 
     def __str__(self) -> str:
@@ -166,7 +166,7 @@ class _Differences:
             self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
         )  # fmt: skip
         of_block = flips.any(2)
-        reached = np.cumsum(of_block, 1) - of_block == 0  # (B, G): up to the first block that differs at all
+        reached = np.cumsum(of_block, 1) - of_block == 0  # (B, G): up to the first block with a difference
         first = flips & reached[:, :, None]
         self.flip_distance = max(self.flip_distance, float(np.abs(expected["gate_logit"])[first].max(initial=0)))
         self.gate_logit = max(self.gate_logit, _worst(outputs, expected, "gate_logit", reached))
@@ -179,7 +179,7 @@ class _Differences:
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
 
     def check(self, limits: Limits, cure: str) -> None:
-        """Raises LogitMismatch, GateMismatch, ResidualMismatch or NeighbourMismatch past the limits."""
+        """Raise LogitMismatch, GateMismatch, ResidualMismatch or NeighbourMismatch if a limit is exceeded."""
         if not self.flip_distance <= limits.gate_margin:
             raise GateMismatch(
                 f"a gate with logit {self.flip_distance:.4g} decides differently; allowed: {limits.gate_margin}{cure}"
@@ -204,13 +204,14 @@ class _Differences:
 
 @torch.no_grad()
 def run_torch(steered: SteeredVit, inputs: Arrays) -> Arrays:
-    """PyTorch's outputs, by OUTPUTS and MLP_GATE. inputs: by INPUTS and GATE_BIAS. The model must be on the CPU."""
+    """PyTorch's outputs, by the names in OUTPUTS and MLP_GATE. inputs: by the names in INPUTS and GATE_BIAS. The model
+    must be on the CPU."""
     outputs = steered(*(torch.from_numpy(inputs[name]) for name in (*INPUTS, GATE_BIAS) if name in inputs))
     return {name: value.numpy() for name, value in zip((*OUTPUTS, MLP_GATE), outputs, strict=False)}
 
 
 def steerings(profiles: Sequence[Terms], latents: Sequence[int]) -> list[Terms]:
-    """Neutral, every profile, and extremes of each kind."""
+    """The steerings to compare: neutral, every profile, and extremes of each kind."""
     strongest = [at_strength(terms, 4.0) for terms in profiles[:3]] + [
         at_strength(terms, -2.0) for terms in profiles[:3]
     ]
@@ -240,7 +241,8 @@ class Reference:
         each = min(self.steerings, max(STEERINGS, -(-self.steerings // len(images))))
 
         def compared(each: int, biases: Sequence[NDArray[np.float32]]) -> list[tuple[Arrays, Arrays]]:
-            """Batches of `each` rows an image, which take the steerings and the biases in turn: inputs and outputs."""
+            """Inputs and outputs of batches with `each` rows per image, which take the steerings and the biases in
+            turn."""
             batches: list[tuple[Arrays, Arrays]] = []
             rows = range(each * len(images))
             while rows:
@@ -267,8 +269,8 @@ class Reference:
         return float((logits.argmax(1) == self.classes).mean())
 
     def certify(self, graph: bytes | Path, attention: str, precision: str) -> Certificate:
-        """Raises ShapeError or NotFinite, and past LIMITS[precision] LogitMismatch, GateMismatch, ResidualMismatch,
-        NeighbourMismatch or AccuracyLoss."""
+        """Compare a graph. Raises ShapeError or NotFinite and, if it exceeds LIMITS[precision], LogitMismatch,
+        GateMismatch, ResidualMismatch, NeighbourMismatch or AccuracyLoss."""
         limits, session = LIMITS[precision], open_session(graph, attention)
         worst = self._differences(session)
         cure = CURES["fp32" if precision == "fp32" else "other"]
@@ -288,7 +290,7 @@ class Reference:
         )  # fmt: skip
 
     def _differences(self, session: InferenceSession) -> "_Differences":
-        """Raises ShapeError, NotFinite or GateMismatch."""
+        """The differences over all batches. Raises ShapeError, NotFinite or GateMismatch."""
         worst = _Differences()
         for inputs, expected in (*self.batches, *self.biased):
             outputs = run_onnx(session, inputs)
@@ -302,12 +304,13 @@ class Reference:
         return worst
 
     def golden(self, graphs: Mapping[str, bytes | Path], count: int = 12) -> dict[str, Golden]:
-        """By precision: `count` rows of several steerings, those whose gates are furthest from their thresholds.
+        """Golden rows by precision: `count` rows of several steerings, those whose gates are furthest from their
+        thresholds.
 
         The answers are PyTorch's for fp32, and the graph's own for others, which only another machine can change. Sums
         of 8-bit products are exact, so with int8 a correct machine differs in a few roundings (measured: 0.1 to 0.55 of
-        the graph's difference from PyTorch in these rows). OWN_INT8 times that difference is allowed. More is another
-        arithmetic, as of a CPU without VNNI, which saturates (measured: 0.9 to 32 times).
+        the graph's difference from PyTorch in these rows). OWN_INT8 times that difference is allowed. More
+        means another arithmetic, such as that of a CPU without VNNI, which saturates (measured: 0.9 to 32 times).
         """
         names = list(INPUTS)
         inputs = {name: _joined([batch[name] for batch, _ in self.batches], name) for name in names}

@@ -1,6 +1,6 @@
-"""The gates of a block in a graph, as what they close reads them: heads (attention.py) and MLP groups (mlp.py).
+"""The gates of a block in a graph, in the form that heads (attention.py) and MLP groups (mlp.py) read.
 
-Letters: B batch, U units of a block that are in the graph, R images whose gate of the unit at hand is open.
+Letters: B batch, U units of a block that are in the graph, R images for which a unit's gate is open.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ class Closing:
     """The gates of a block's heads, or of its MLP groups."""
 
     units: tuple[int, ...]
-    """Those that are in the graph."""
+    """The units that are in the graph."""
     number: str
-    """(B, 1, 1, U): 0 or 1, as the tokens are."""
+    """(B, 1, 1, U): 0 or 1, in the type of the tokens."""
     rows: Sequence[str]
-    """Of a dispatch graph, by unit: int64 (R, 1), the images whose gate is open."""
+    """For a dispatch graph, by unit: int64 (R, 1), the images whose gate is open."""
 
 
 def closings(
     g: Builder, open_: str, heads: Sequence[int], groups: Sequence[int], dispatch: bool, name: str
 ) -> tuple[Closing, Closing]:
-    """For the heads and the MLP groups of a block.
+    """The gates of the heads and of the MLP groups of a block.
 
     open_: bool (B, 1, 1, U), the gates of its units in the graph: heads, then groups.
     """
@@ -44,7 +44,7 @@ def closings(
 
 
 def _open_rows(g: Builder, open_: str, units: Sequence[str], name: str) -> Sequence[str]:
-    """By unit, the images whose gate is open, int64 (R, 1). One NonZero gives the open (unit, image) pairs, ordered by
+    """The images whose gate is open, by unit: int64 (R, 1). One NonZero gives the open (unit, image) pairs, ordered by
     unit. units: the paths of their nodes."""
     by_unit = g.op("Transpose", open_, name=f"{name}/gate", perm=[3, 0, 1, 2])  # (U, B, 1, 1)
     pairs = g.op("NonZero", by_unit, name=f"{name}/pairs")  # (4, pairs): unit, image, 0, 0

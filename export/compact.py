@@ -28,7 +28,7 @@ class Compact:
     """The remaining units of each gated block: heads first, then MLP groups, numbered on from the heads."""
     threshold: float
     before: Effect
-    """Of the profile on the selection images."""
+    """Effect of the profile on the selection images."""
     after: Effect
 
     def to_json(self) -> dict[str, Any]:

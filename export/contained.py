@@ -1,4 +1,4 @@
-"""Checks that the weights of an ONNX file are in the file or in another file of the manifest.
+"""Checks that the weights of an ONNX file are in that file or in another file of the manifest.
 
 A tensor may name any path for its values, so a graph from outside could make the runtime read files without a checksum.
 The file is read with protobuf's generic reader, as the server has no onnx package; the numbers are those of onnx.proto.
@@ -23,13 +23,14 @@ NESTED = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {},
 }
-"""By message, the fields through which a tensor can be reached."""
+"""The fields through which a tensor can be reached, by message."""
 TENSOR_NAME, EXTERNAL_DATA = 8, 13
 KEY, VALUE = 1, 2
 
 
 def check_contained(path: Path, files: Collection[str]) -> None:
-    """Raise BundleError, naming the tensor, when a tensor of an ONNX file has its values in another one than these."""
+    """Raise BundleError, naming the tensor, when a tensor of an ONNX file has its values in a file that is not
+    listed."""
     try:
         for name, location in _elsewhere("Model", path.read_bytes()):
             if location not in files:

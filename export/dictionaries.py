@@ -1,9 +1,9 @@
 """python -m export.dictionaries deploy/models/fashion_mnist/3 --out runs/dictionaries
 
-The autoencoders of a bundle's residuals beside principal components: FVU and gate agreement over k, stability over
-seeds, and how well each latent's effect on each gate is predicted (training/evaluation/dictionaries.py); of typefaces,
+Compares the autoencoders of a bundle with principal components: FVU and gate agreement over k, stability over seeds,
+and how well each latent's effect on each gate is predicted (training/evaluation/dictionaries.py). For typefaces also:
 how well a few latents tell what an image was made from (training/evaluation/probing.py). Reads training and selection
-images; writes <out>/dictionaries.json. Some three minutes of one core of an AMD EPYC.
+images; writes <out>/dictionaries.json. Takes about three minutes on one core of an AMD EPYC.
 """
 
 import argparse
@@ -28,11 +28,14 @@ from training.sae.fit import Fitting
 from training.terminal import print_anything
 
 TRAIN, HELD_OUT = 12_000, 3_000
-"""Images, the same share of every class."""
+"""Numbers of images, with the same share of every class."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 1 with the reason on standard error. arguments: those after the program's name."""
+    """Run; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name.
+    """
     print_anything()
     parser = argparse.ArgumentParser(prog="python -m export.dictionaries", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _print_probing(probing: Mapping[str, Any]) -> None:
-    """R2, mean over the factors, of each number of latents; then of each factor, with one latent."""
+    """Print the mean R2 over the factors for each number of latents, then R2 of each factor with one latent."""
     of_kinds = probing["r2"]
     print(f"{'R2 of factors':>20}" + "".join(f"{name:>16}" for name in of_kinds) + f"{'whole residual':>16}")
     for row, k in enumerate(probing["k"]):

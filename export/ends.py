@@ -1,4 +1,5 @@
-"""The inputs of graphs; and the two ends of a model, which timm varies, as modules for PyTorch's exporter."""
+"""The inputs of graphs, and the two ends of a model, which differ between timm's models, as modules for PyTorch's
+exporter."""
 
 from onnx import TensorProto
 from timm.models.vision_transformer import VisionTransformer

@@ -1,12 +1,12 @@
-"""The graph for GPUs: the same model, in few and large operations.
+"""The graph for GPUs: the same model in a few large operations.
 
 Time on a GPU depends on the number of kernels and the bytes between them. So the queries, keys and values of a block
 are one product, attention is one operator, and residual additions are fused with the norm that follows them
 (onnxruntime's MultiHeadAttention, SkipLayerNormalization, BiasGelu). A closed head is multiplied by 0: a GPU cannot
-leave it out without asking the host. Nothing depends on data or runs on the host, so the graph can be captured as a
-CUDA graph: tests/test_fused.py holds it to a list of operators.
+skip it without asking the host. Nothing depends on data or runs on the host, so the graph can be captured as a
+CUDA graph: tests/test_fused.py checks its operators against a list.
 
-Patches, tokens, and all weights that meet them are `real`; gates, steering (fused_gates.py) and the classifier float32.
+Patches, tokens, and the weights they meet are `real`; gates, steering (fused_gates.py) and the classifier are float32.
 
 Letters: B batch, H heads, E head width, N tokens, Q tokens that leave the block, D residual width.
 """
@@ -33,8 +33,8 @@ from training.model.sae import Sae
 from training.steering import Terms
 
 GREY = 128
-"""Subtracted from every pixel: float16 represents -128 to 127 exactly, and sums of their products round less than
-those of 0 to 255."""
+"""Subtracted from every pixel: float16 represents -128 to 127 exactly, and sums of products with these values round
+less than with 0 to 255."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def build_fused(
 ) -> onnx.ModelProto:
     """A graph of the model, checked by onnx.
 
-    kept, gate_bias: as for export.graph.build. terms: for a graph for one steering alone. They are then constants, and
+    kept, gate_bias: as for export.graph.build. terms: of a graph for one steering. They are then constants, and
     the graph's only input is the image.
     """
     vit = model.vit
@@ -81,7 +81,7 @@ def build_fused(
             residual = g.float32(residual, f"{name}/residual/float32")
             residuals.append(residual)
             opened = ""
-            if decides := left[site] or (0,) * (site == 0 and not any(left)):  # at least one, for the outputs' shape
+            if decides := left[site] or (0,) * (site == 0 and not any(left)):  # one at least: outputs need a shape
                 product = gate_product(g, cast(Gate, model.gates[site]), residual, steering, site, decides, name)
                 products.append(product)
                 opened = thresholds.exceeded(product, site, decides, name)
@@ -104,8 +104,8 @@ def build_fused(
 
 
 def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
-    """The tokens that enter the first block, and an example of them. Made by PyTorch's exporter, in float32, unless the
-    patches are a plain product and the positions are added."""
+    """The tokens that enter the first block, and an example of them. Unless the patches are a plain product and the
+    positions are added, PyTorch's exporter writes this part, in float32."""
     vit, pixels = model.vit, torch.zeros(2, *spec.shape, dtype=torch.uint8)
     with torch.no_grad():
         tokens = model.embed(pixels)
@@ -137,7 +137,7 @@ def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
 
 
 def _plain_patches(patch: nn.Module) -> bool:
-    """Whether patches do not overlap and all go through the same linear layer."""
+    """Whether the patches do not overlap and all pass through the same linear layer."""
     if type(patch) is not PatchEmbed or patch.grid_size is None:
         return False
     proj = patch.proj
@@ -239,8 +239,8 @@ def _by_head_norm(g: Builder, norm: nn.Module, part: str, shape: tuple[int, int]
 def _mlp(
     g: Builder, block: Block, y: str, tokens: Tensor, groups: Gated | None, model: GatedVit, name: str
 ) -> tuple[str | None, Tensor | None]:
-    """The output without its bias, and the bias. Two linear layers with a GELU between; timm's other kinds through the
-    exporter, in float32."""
+    """The output without its bias, and the bias. For two linear layers with a GELU between; timm's other kinds go
+    through the exporter, in float32."""
     w = mlp_weights(block)
     if w is None:
         return g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, name, model.vit), None

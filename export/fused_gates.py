@@ -23,7 +23,7 @@ from training.steering import GATE_BOUND, Terms
 
 
 class Steering:
-    """Sae.steer of all latents: x + ((scale - 1) z + shift) through the decoder, where scale - 1 and shift are 0 for a
+    """Sae.steer for all latents: x + ((scale - 1) z + shift) through the decoder, where scale - 1 and shift are 0 for a
     latent without a term. What does not depend on the residual is computed for all sites at once."""
 
     def __init__(self, g: Builder, sae: Sae):
@@ -64,10 +64,10 @@ class Steering:
 
 
 class FixedSteering:
-    """The same terms for every image: products with the named latents alone; constants are added up at export.
+    """The same terms for every image: products with the named latents only; constants are added up at export.
 
     With amount = scale - 1 and constant = amount bias + shift, the change of a latent is amount product + constant
-    where it is active, else shift. So it is constant, plus amount product where it is active, else - amount bias.
+    where it is active, else shift. So it is constant, plus amount product where active and minus amount bias elsewhere.
     """
 
     def __init__(self, g: Builder, sae: Sae, terms: Terms):
@@ -108,7 +108,7 @@ class Gated:
     """bool (B, 1, units); None: all are open."""
 
     def closed(self, g: Builder, value: str, width: int, name: str) -> str:
-        """value (B, Q, width), an equal part of it of each unit, with the parts of closed units 0."""
+        """value (B, Q, width), in which each unit has an equal part, with the parts of closed units set to 0."""
         if self.open is None:
             return value
         of_unit = g.op("Reshape", value, g.integers(0, 0, len(self.units), width // len(self.units)),
@@ -119,7 +119,7 @@ class Gated:
 
 
 def by_kind(g: Builder, open_: str, units: Sequence[int], model: GatedVit, name: str) -> tuple[Gated, Gated | None]:
-    """The heads and, of a model with MLP groups, the groups among the units of a block. open_: bool (B, 1, units)."""
+    """The heads and, in a model with MLP groups, the groups among the units of a block. open_: bool (B, 1, units)."""
     heads = tuple(unit for unit in units if unit < model.heads)
     groups = tuple(unit - model.heads for unit in units[len(heads) :])
     of_heads = of_groups = open_
@@ -130,9 +130,9 @@ def by_kind(g: Builder, open_: str, units: Sequence[int], model: GatedVit, name:
 
 
 class GateThresholds:
-    """What the product of an open gate exceeds, where tanh(product + bias) + gate_bias / GATE_BOUND is 0. With gate
-    biases it is computed once for all blocks: atanh(-b) - bias, where atanh(-b) is log((1 - b) / (1 + b)) / 2, which is
-    infinite from -1 and 1 on."""
+    """The thresholds that the products of open gates exceed: where tanh(product + bias) + gate_bias / GATE_BOUND is 0.
+    With gate biases it is computed once for all blocks: atanh(-b) - bias, where atanh(-b) is log((1 - b) / (1 + b)) /
+    2, which is infinite from -1 and 1 on."""
 
     def __init__(self, g: Builder, model: GatedVit, gate_bias: bool):
         self._g, self._units = g, model.heads + model.mlp_groups

@@ -1,7 +1,8 @@
 """The ONNX graphs of a gated ViT and its autoencoders: pixels and steering terms in, logits and gates out.
 
-attention.py and mlp.py write how units are closed, precision.py the linear layers. The rest is here, the same for all
-graphs. Parts that timm varies (patches, positions, classifier, unusual norms and MLPs) go through PyTorch's exporter.
+attention.py and mlp.py write how units are closed, precision.py the linear layers. The rest, the same in all graphs, is
+here. Parts that differ between timm's models (patches, positions, classifier, unusual norms and MLPs) go through
+PyTorch's exporter.
 
 Letters: B batch, S sites, T terms, G gated blocks, H heads, U units (heads, then MLP groups), N tokens, D residual
 width.
@@ -49,7 +50,7 @@ class SteeredVit(nn.Module):
     ) -> tuple[Tensor, ...]:
         """image uint8 (B, height, width, channels); terms (B, S, T), int64 and float32; gate_bias float32 (B, G, U).
 
-        Returns logits (B, classes), head_gate bool (B, G, H), gate_logit (B, G, U), residual (B, S, D) and, of a model
+        Returns logits (B, classes), head_gate bool (B, G, H), gate_logit (B, G, U), residual (B, S, D) and, for a model
         with MLP groups, mlp_gate bool (B, G, M).
         """
 
@@ -119,7 +120,7 @@ def build(
         if weights := mlp_weights(block):
             closing = groups if model.mlp_groups else None
             x = MLP[attention](g, arithmetic, weights, x, y, closing, model.mlp_groups, name)
-        else:  # timm's other kinds through the exporter, in float32
+        else:  # timm's other kinds go through the exporter, in float32
             x = g.op("Add", x, g.call(nn.Sequential(block.mlp, block.ls2), y, tokens, f"{name}/mlp", vit), name=name)
     logits = g.call(Classifier(vit), x, tokens, "classifier", vit)
     g.output(g.float32(logits, "classifier/logits"), OUTPUTS[0], ["batch", vit.num_classes])
@@ -132,7 +133,8 @@ def build(
 
 
 def _gate_outputs(g: Builder, model: GatedVit, gates: Sequence[str], residuals: Sequence[str]) -> None:
-    """gates: of each gated block logit / GATE_BOUND, (B, 1, 1, U); residuals: (B, 1, 1, D) each."""
+    """Add the outputs of the gates. gates: logit / GATE_BOUND of each gated block, (B, 1, 1, U); residuals: (B, 1, 1,
+    D) each."""
     scaled = g.op("Concat", *gates, name="gates/scaled", axis=1)  # (B, G, 1, U)
     scaled = g.op("Squeeze", scaled, g.integers(2), name="gates/tanh")
     logit = g.op("Mul", scaled, g.number(GATE_BOUND), name="gates/logit")
@@ -142,14 +144,14 @@ def _gate_outputs(g: Builder, model: GatedVit, gates: Sequence[str], residuals: 
 
 
 def _biases(g: Builder, blocks: int) -> Sequence[str]:
-    """Of each gated block gate_bias / GATE_BOUND, (B, 1, 1, U): dividing by it is exact."""
+    """gate_bias / GATE_BOUND for each gated block, (B, 1, 1, U); the division is exact."""
     scaled = g.op("Mul", GATE_BIAS, g.number(1 / GATE_BOUND), name="biases/scaled")
     scaled = g.op("Unsqueeze", scaled, g.integers(2), name="biases")  # (B, G, 1, U)
     return g.ops("Split", scaled, names=[f"biases/{site}" for site in range(blocks)], axis=1, num_outputs=blocks)
 
 
 class _Steering:
-    """Sae.steer of every site, for the named latents only. There are few terms, so the number of nodes determines the
+    """Sae.steer for every site, with the named latents only. There are few terms, so the number of nodes determines the
     time. What does not depend on the residual is computed for all sites at once, and biases are multiplied out:
     z = W_enc x + (b_enc - W_enc b_dec)."""
 
@@ -212,7 +214,8 @@ def _gate(g: Builder, gate: Gate, residual: str, name: str) -> str:
 def _closings(
     g: Builder, gate: str, units: Sequence[int], model: GatedVit, dispatch: bool, name: str
 ) -> tuple[Closing, Closing]:
-    """gate: (B, 1, 1, U), above 0 for an open unit. units: those that are in the graph."""
+    """The gates as heads and MLP groups read them. gate: (B, 1, 1, U), above 0 for an open unit. units: those in the
+    graph."""
     if len(units) < model.heads + model.mlp_groups:
         gate = g.op("Gather", gate, g.integers(*units), name=f"{name}/gate/kept", axis=3)
     open_ = g.op("Greater", gate, g.number(0), name=f"{name}/gate/open")

@@ -1,7 +1,7 @@
-"""How an ONNX graph closes an MLP group, an equal slice of the hidden neurons: as a head is closed (attention.py).
+"""How an ONNX graph closes an MLP group, an equal slice of the hidden neurons, like a head (attention.py).
 
 `masked`    every group is computed and multiplied by its gate.
-`dispatch`  a group is computed for the images whose gate is open, and for no other.
+`dispatch`  a group is computed only for the images whose gate is open.
 
 The bias of the second layer is always added.
 
@@ -19,8 +19,8 @@ from export.weights import MlpWeights
 def masked(
     g: Builder, arithmetic: Arithmetic, w: MlpWeights, x: str, y: str, closing: Closing | None, of: int, name: str
 ) -> str:
-    """x (B, Q, D) plus the MLP of y (B, Q, D). closing: None for an MLP without gates; of: the groups of the block, in
-    the graph or not."""
+    """x (B, Q, D) plus the MLP of y (B, Q, D). closing: None for an MLP without gates; of: the number of the
+    block's groups, omitted ones included."""
     at, kept = f"{name}/mlp", w.groups(of, closing.units) if closing else w
     if closing and not closing.units:
         return _with_bias(g, w, x, name)
@@ -39,7 +39,7 @@ def masked(
 def dispatch(
     g: Builder, arithmetic: Arithmetic, w: MlpWeights, x: str, y: str, closing: Closing | None, of: int, name: str
 ) -> str:
-    """As masked, of each group's own images."""
+    """As masked, but each group runs only on its own images."""
     if closing is None:
         return masked(g, arithmetic, w, x, y, None, of, name)
     total, at = _with_bias(g, w, x, name), f"{name}/mlp"

@@ -27,10 +27,10 @@ class Operand:
 
     value: str
     key: str
-    """Names its scale: every value with this key is quantised alike."""
+    """The key of its scale: values with the same key are quantised alike."""
 
     def through(self, value: str) -> "Operand":
-        """The same numbers, some of them."""
+        """An operand with some of the same numbers."""
         return replace(self, value=value)
 
 
@@ -40,23 +40,23 @@ class Arithmetic(Protocol):
     real: type[np.floating[Any]]
     """The type of the tokens."""
     observed: list[tuple[str, str]]
-    """(key, value) of the values that become outputs of the graph too."""
+    """(key, value) of the values that also become outputs of the graph."""
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
-        """Prepare a value of the tokens' kind for linear layers.
+        """Prepare a value of the tokens' type for linear layers.
 
-        at: the path of the nodes, where several values share a key.
+        at: the path of the nodes, if several values share a key.
         """
         ...
 
     def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
-        """(..., out) = x (..., in) @ weight (in, out) + bias (out,), of the tokens' kind."""
+        """(..., out) = x (..., in) @ weight (in, out) + bias (out,), of the tokens' type."""
         ...
 
 
 @dataclass
 class Float:
-    """float32 or float16, as the tokens are."""
+    """Linear layers in float32 or float16, like the tokens."""
 
     real: type[np.floating[Any]] = np.float32
     observe: bool = False
@@ -64,13 +64,13 @@ class Float:
     observed: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(self, g: Builder, value: str, key: str, at: str | None = None) -> Operand:
-        """The value as it is. With `observe` it is added to `observed`."""
+        """The value, unchanged. With `observe` it is added to `observed`."""
         if self.observe:
             self.observed.append((key, value))
         return Operand(value, key)
 
     def linear(self, g: Builder, x: Operand, weight: Tensor, bias: Tensor | None, name: str) -> str:
-        """As Arithmetic.linear; the result is as the tokens are."""
+        """As Arithmetic.linear; the result has the type of the tokens."""
         stored = g.weight(f"{name}.weight", weight)
         if bias is None:
             return g.op("MatMul", x.value, stored, name=name)
@@ -83,7 +83,7 @@ class Int8:
     """8-bit integers within linear layers, float32 between them."""
 
     ranges: Mapping[str, Range]
-    """By key."""
+    """Ranges of the operands, by key."""
     real: type[np.floating[Any]] = np.float32
     observed: list[tuple[str, str]] = field(default_factory=list)
     _scales: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """A bundle's model and autoencoders in PyTorch, for questions that its graphs have no input for.
 
 The weights are those of `dispatch.fp32.onnx` and `sae.safetensors`. Export multiplied batch norms into convolutions,
-left out the bias of keys and put that of values behind the output projection; the model here gives the same answers
-with other parameters.
+dropped the bias of the keys and moved that of the values behind the output projection; the model here gives the same
+answers with other parameters.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def _state(model: GatedVit, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             state[name[name.index("vit.") :]] = value
     state = {name: value for name, value in state.items() if name in model.state_dict()}
     for name, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):  # the convolution before it has its factor; its shift is left
+        if isinstance(norm, nn.BatchNorm2d):  # its factor is in the convolution before it; its shift remains
             before, _, number = name.rpartition(".")
             shift = weights[f"stem/model.{before}.{int(number) - 1}.weight_bias"]
             state[f"{name}.bias"] = shift
@@ -82,14 +82,14 @@ def _block(model: GatedVit, weights: Mapping[str, Tensor], index: int) -> dict[s
         return torch.stack([weights[f"block{index}/head{head}/{part}"] for head in range(model.heads)])
 
     def mlp(part: str, neurons: int) -> Tensor:
-        """neurons: the dimension of the hidden neurons, whose groups are put together."""
+        """A weight of the MLP, its groups joined. neurons: the dimension of the hidden neurons."""
         groups = [f"group{group}/" for group in range(model.mlp_groups)] if index in model.gated_blocks else []
         return torch.cat([weights[f"block{index}/mlp/{group}{part}"] for group in groups or [""]], neurons)
 
-    scale = (model.dim // model.heads) ** -0.5  # is in the queries
+    scale = (model.dim // model.heads) ** -0.5  # the graph's queries contain it
     query, key, value = heads("query.weight") / scale, heads("key.weight"), heads("value.weight")  # each (H, D, E)
     query_bias = heads("query.bias").flatten() / scale
-    value_bias = torch.zeros_like(query_bias)  # of block 0: in the bias of its output
+    value_bias = torch.zeros_like(query_bias)  # in block 0 it is in the bias of the output
     if index in model.gated_blocks:
         output = heads("output.weight")  # (H, E, D)
         added = weights[f"block{index}/value.bias"]  # (H, D): a head's bias behind its output projection

@@ -1,7 +1,7 @@
 """python -m export.schemas [folder]: writes manifest.schema.json and profiles.schema.json into docs/schemas.
 
-JSON Schemas (2020-12) of a bundle's two JSON files, from the classes that read them. What fields say of each other is
-not in them.
+JSON Schemas (2020-12) of a bundle's two JSON files, from the classes that read them. They do not contain the conditions
+between fields.
 """
 
 import json
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 
 
 def main(folder: Path) -> None:
-    """Write both into the folder, with the docstrings of fields as their descriptions."""
+    """Write both schemas into the folder, with the docstrings of fields as descriptions."""
     for name, kind in FILES.items():
         kind.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # not in the server: it reads the source
         schema = {"$schema": GenerateJsonSchema.schema_dialect, **TypeAdapter(kind).json_schema()}

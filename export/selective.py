@@ -1,11 +1,11 @@
 """python -m export.selective deploy/models/fashion_mnist/3 --out runs/selective [--split test]
 
-Selective profiles for a bundle: one for all traffic, which cuts the compute of a context's images and leaves the others
-alone (training/profiles/selective.py), beside rivals found from the same images. Prints a table and writes
-<out>/selective.<split>.json; <out>/selective.profiles.json has the profiles for --profiles-dir of the server.
+Finds selective profiles for a bundle: for all traffic, they cut the compute of a context's images and leave other
+images alone (training/profiles/selective.py). Compares them with rivals from the same images, prints a table, and
+writes <out>/selective.<split>.json; <out>/selective.profiles.json has the profiles for --profiles-dir of the server.
 
-What is found, and the strength chosen on the selection slice, is kept in --out: an interrupted run goes on from there.
-By estimate 20 minutes of one core of an AMD EPYC, with --classes 10 more.
+Results, and the strengths chosen on the selection slice, are kept in --out, so that an interrupted run resumes there.
+Takes an estimated 20 minutes on one core of an AMD EPYC, and 10 more with --classes.
 """
 
 import argparse
@@ -54,22 +54,22 @@ from training.terminal import print_anything
 LATENTS, PROBE, PCA, FROZEN = "SAE latents", "linear probe, bias", "PCA", "frozen decoder"
 SPLITS = ("selection", "test")
 SERVED = 50
-"""Examples of the profiles that are written for the server, composed, and found for single classes."""
+"""Number of examples of the profiles that are written for the server, composed, or found for single classes."""
 POOL = 8000
-"""Training images that examples and background are drawn from, the same share of every class."""
+"""Number of training images from which examples and background are drawn, with the same share of every class."""
 CHOOSING = 3000
-"""Selection images that strengths are chosen on."""
+"""Number of selection images on which strengths are chosen."""
 FROZEN_EPOCHS = 30
-"""Of the frozen decoder's encoder, over the pool's residuals."""
+"""Epochs of the encoder for the frozen decoder, over the pool's residuals."""
 MEASURED = ("compute_before", "saved", "moved", "accuracy_change", "verdict")
-"""What a profile's evaluation keeps of its record."""
+"""The fields of a record that a profile's evaluation keeps."""
 Key = tuple[str, int, str]
 """(context, examples, method)"""
 
 
 @dataclass
 class Search:
-    """Everything that methods are found with, and what has been found so far."""
+    """Everything that the search for methods needs, and its results so far."""
 
     bundle: Bundle
     network: GatedVit
@@ -85,7 +85,7 @@ class Search:
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entry(self, key: Key) -> dict[str, Any]:
-        """What was found for a key: its strength, the trials, and its terms or the tensors of its probe."""
+        """The result for a key: its strength, the trials, and its terms or the tensors of its probe."""
         context, images, method = key
         name, target = f"{context}/{images}/{method}", self.targets[context]
         entry = self.found.setdefault(name, {})
@@ -97,7 +97,7 @@ class Search:
                 if method == PROBE
                 else terms_to_json(selective(task, self.dictionaries[method], name))
             )
-        if entry.get("strengths") != list(STRENGTHS):  # chosen among others, or not yet
+        if entry.get("strengths") != list(STRENGTHS):  # chosen among other strengths, or not yet chosen
             of_method = self._method(method, entry["value"])
             known = entry.get("tried", ())
             strength, tried = chosen(self.network, self.macs, self.selection, target, of_method, known)
@@ -108,7 +108,7 @@ class Search:
         return entry
 
     def measure(self, key: Key, split: str, images: Examples) -> dict[str, Any]:
-        """What a key does on a split; its strength chosen before."""
+        """The effect of a key's method on a split, at the strength chosen before."""
         entry, target = self.entry(key), self.targets[key[0]]
         if split not in entry:
             method = self.method(key)
@@ -122,16 +122,16 @@ class Search:
         Run(self.folder).write_json("selective.found.json", self.stamped())
 
     def method(self, key: Key) -> Method:
-        """As found."""
+        """The method of a key, as found."""
         return self._method(key[2], self.entry(key)["value"])
 
     def terms(self, key: Key) -> Terms:
-        """Of a key whose method has terms, at the chosen strength."""
+        """The terms of a key whose method has some, at the chosen strength."""
         entry = self.entry(key)
         return at_strength(terms_from_json(entry["value"]), entry["strength"])
 
     def stamped(self) -> dict[str, Any]:
-        """The content of the file of what was found."""
+        """The content of the file of results."""
         return {"digest": self.bundle.manifest.gates_sae_digest, "settings": vars(self.settings), "found": self.found}
 
     def _method(self, method: str, value: dict[str, Any]) -> Method:
@@ -142,7 +142,10 @@ class Search:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 1 with the reason on standard error. arguments: those after the program's name."""
+    """Run; returns the exit status: 0, or 1 with the reason on standard error.
+
+    arguments: those after the program's name.
+    """
     print_anything()
     parser = argparse.ArgumentParser(prog="python -m export.selective", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
@@ -199,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _keys(contexts: Sequence[str], sizes: Sequence[int], labels: Sequence[str]) -> Iterator[Key]:
-    """What is found, in the order of its weight in the report."""
+    """The keys to search, the most important ones for the report first."""
     for size in sizes:
         yield from itertools.product(contexts, (size,), (LATENTS, PROBE))
     yield from itertools.product(contexts, (SERVED,), (PCA, FROZEN))
@@ -212,7 +215,7 @@ def _record(key: Key, strength: float, values: dict[str, Any]) -> dict[str, Any]
 
 
 def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> list[dict[str, Any]]:
-    """The profiles of every two contexts as one, each found from its own images alone."""
+    """The profiles of every two contexts combined, each found from its own images only."""
     records = []
     for pair in itertools.combinations(contexts, 2):
         terms = composed([search.terms((context, SERVED, LATENTS)) for context in pair])
@@ -228,7 +231,7 @@ def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> 
 def _write_profiles(
     search: Search, contexts: Sequence[str], run: Run, records: Sequence[dict[str, Any]], split: str
 ) -> None:
-    """The contexts' profiles, for --profiles-dir of the server."""
+    """Write the contexts' profiles for --profiles-dir of the server."""
     profiles = []
     for context in contexts:
         record = next(r for r in records if (r["context"], r["images"], r["method"]) == (context, SERVED, LATENTS))
@@ -245,7 +248,8 @@ def _write_profiles(
 
 
 def _dictionaries(folder: Path, sae: Sae, pool: Examples, settings: Settings) -> dict[str, Sae]:
-    """The bundle's, and those of the rivals, as sparse on the pool. The frozen decoder is kept in the folder."""
+    """The bundle's dictionary and those of the rivals, equally sparse on the pool. The frozen decoder is kept in the
+    folder."""
     active = torch.stack([(sae.encode(s, x) > 0).float().mean() for s, x in enumerate(pool.residuals)]).mean().item()
     path = folder / "frozen.safetensors"
     if not path.is_file():

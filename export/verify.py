@@ -20,7 +20,7 @@ GATES = ("head_gate", MLP_GATE)
 
 
 def verify(folder: Path) -> Bundle:
-    """Raises BundleError, naming the file and what is wrong with it."""
+    """Check a bundle and return it. Raises BundleError, naming the file and what is wrong with it."""
     bundle = load_bundle(folder)
     kinds = [(graph.file, graph.attention, graph.precision) for graph in bundle.manifest.graphs]
     kinds += [(graph.file, "fused", graph.file) for graph in bundle.manifest.specialised]
@@ -41,8 +41,8 @@ def verify(folder: Path) -> Bundle:
 def check_golden(run: Run, golden: Golden, path: Path) -> float:
     """Run the golden rows, one alone and all together. Returns the largest difference of a logit.
 
-    Raises BundleError when an output is not a finite number, a gate decides otherwise than its logit or golden.npz, a
-    gate logit differs by more than the margin or a logit by more than the tolerance. (Residuals are not in golden.npz:
+    Raises BundleError when an output is not a finite number, a gate disagrees with its logit or with golden.npz, a gate
+    logit differs by more than the margin or a logit by more than the tolerance. (Residuals are not in golden.npz:
     they are compared at export.)
     """
     if wrong := not_finite(dict(golden.outputs)):
@@ -75,7 +75,7 @@ def check_golden(run: Run, golden: Golden, path: Path) -> float:
 
 
 def unit_gates(outputs: Arrays) -> NDArray[np.bool_]:
-    """The gates of all units (B, gated blocks, units): of the heads and, in a model with them, the MLP groups."""
+    """The gates of all units (B, gated blocks, units): of the heads and, if the model has them, the MLP groups."""
     gates = [outputs[name] for name in GATES if name in outputs]
     return np.concatenate(gates, 2)
 

@@ -25,14 +25,14 @@ class HeadWeights:
     key: Tensor
     key_bias: Tensor | None
     value: Tensor
-    """(H, D, E), without its bias, which is in `added`."""
+    """(H, D, E); its bias is in `added`."""
     value_bias: Tensor | None
     output: Tensor
     """(H, E, D)"""
     added: Tensor | None
-    """(H, D): what the bias of the values adds to the output of an open head."""
+    """(H, D): what the bias of the values adds to the output, by open head."""
     bias: Tensor | None
-    """(D,) of the output."""
+    """(D,): bias of the output."""
     query_norm: nn.Module
     key_norm: nn.Module
 
@@ -45,7 +45,7 @@ class MlpWeights:
     """(D, F)"""
     first_bias: Tensor | None
     approximate: str
-    """Of the GELU: none or tanh."""
+    """Approximation of the GELU: none or tanh."""
     second: Tensor
     """(F, D)"""
     second_bias: Tensor | None

@@ -1,4 +1,4 @@
-"""A run folder in, a bundle out."""
+"""Turns a run folder into a bundle."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ from training.vit.fit import check_images, load_vit
 
 CALIBRATION_IMAGES = 256
 SPECIALISED_IMAGES = 200
-"""On which a graph for one profile is compared."""
+"""Number of images on which a graph for one profile is compared."""
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -66,14 +66,14 @@ class ExportSettings:
 
     name: str
     version: int | None = None
-    """None: the next one."""
+    """Version of the bundle; None: the next one."""
     attentions: tuple[str, ...] = ("dispatch", "masked")
     precisions: tuple[str, ...] = ("fp32",)
     compact_for: str | None = None
     compact_threshold: float = 0.01
-    """Of compact and specialised graphs."""
+    """Compact and specialised graphs omit units that a smaller share of the images keeps."""
     specialise: tuple[str, ...] | None = ()
-    """Profiles that get a graph of their own; None: every one."""
+    """Profiles that get a graph of their own; None: all."""
     verify_images: int = 40
     accuracy_images: int = 2000
 
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def terms(self) -> list[Terms]:
-        """Of each profile."""
+        """The terms of each profile."""
         return [profile.terms for profile in self.profiles]
 
 
@@ -109,7 +109,7 @@ def write(run: Run, repository: Path, settings: ExportSettings) -> Bundle:
 
 
 def write_source(source: Source, repository: Path, settings: ExportSettings) -> Bundle:
-    """As `write`, of contents at hand."""
+    """As `write`, from contents in memory."""
     version = _version(repository, settings)
     model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
     metadata = {"model": settings.name, "version": str(version), "labels": json.dumps(source.labels)}
@@ -181,7 +181,7 @@ def _read(run: Run, settings: ExportSettings) -> Source:
 
 
 def _dial(made: Mapping[str, Any], results: Mapping[str, Any]) -> tuple[tuple[Knot, ...], dict[str, tuple[Point, ...]]]:
-    """The dial that the stage `vit` made, if it did, and its curves, which `evaluate` measured; by profile.
+    """The dial of the stage `vit`, if it made one, and the dial's curves by profile, which `evaluate` measured.
 
     Raises BundleError when they cannot be read.
     """
@@ -217,7 +217,7 @@ def _graphs(
             arithmetic: Arithmetic = Int8(ranges) if ranges else Float(FLOATS[precision])
             kept = source.compacted.kept if source.compacted else None
             path = folder / f"{kind}.{precision}.onnx"
-            biases = source.compacted is None  # which Manifest.takes_biases says
+            biases = source.compacted is None  # as in Manifest.takes_biases
             save(build(source.steered, source.spec, kind, metadata, arithmetic, kept, biases), path)
             certificate = reference.certify(path, kind, precision)
             print(f"{path.name}: {certificate}", flush=True)
@@ -228,7 +228,7 @@ def _graphs(
 
 
 def _with_biases(golden: Mapping[str, Golden], steered: SteeredVit, graphs: Mapping[str, Path]) -> dict[str, Golden]:
-    """The same rows; in each third one gate biases open half of the units and close the others."""
+    """The same rows, with gate biases in every third one that open half of the units and close the others."""
     model = steered.model
     shape = len(model.gated_blocks), model.heads + model.mlp_groups
     biased = {}
@@ -245,7 +245,8 @@ def _with_biases(golden: Mapping[str, Golden], steered: SteeredVit, graphs: Mapp
 
 
 def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
-    """The attentions with graphs of a precision: float16 is for GPUs, so not dispatch; fused operators have no int8."""
+    """The attentions that have graphs of a precision. float16 is for GPUs, so not for dispatch; fused operators have no
+    int8."""
     if precision == "fp16":
         return [attention for attention in attentions if attention != "dispatch"] or ["masked"]
     return [attention for attention in attentions if (attention, precision) != ("fused", "int8")]
@@ -293,7 +294,8 @@ def _specialised(
 
 
 def _ranges(source: Source) -> dict[str, Range]:
-    """For int8: held-out images, without steering and under every profile in turn, half of them at some budget."""
+    """The ranges for int8, from held-out images without steering and under every profile in turn, half of them at some
+    budget."""
     images = source.selection.images[_spread(len(source.selection), CALIBRATION_IMAGES)].numpy()
     tried = [{}, *source.terms]
     rows = [tried[index % len(tried)] for index in range(len(images))]
@@ -312,7 +314,7 @@ def _ranges(source: Source) -> dict[str, Range]:
 
 
 def _spread(of: int, count: int) -> torch.Tensor:
-    """`count` indices, evenly over all `of`."""
+    """`count` indices, evenly spread over 0 to `of`."""
     return torch.linspace(0, of - 1, min(count, of)).long()
 
 
@@ -335,7 +337,7 @@ def _show(compacted: Compact, profile: SteeringProfile, units: int, how: str = "
 def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProfile]) -> list[SteeringProfile]:
     """The profiles with what `evaluate` measured of them on the test split.
 
-    Raises RunError when a profile's terms are not those that were measured. (Older runs do not say which were.)
+    Raises RunError when a profile's terms are not those that were measured. (Older runs do not record them.)
     """
     measured = {entry["name"]: entry for entry in results["profiles"]}
     for profile in profiles:

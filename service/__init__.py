@@ -2,6 +2,6 @@
 
 import os
 
-# onnxruntime's telemetry, before it is imported; training/__init__.py says more. No import, so that service.client
-# needs nothing of training.
+# Turns off onnxruntime's telemetry before it is imported; see training/__init__.py. Repeated here instead of imported,
+# so that service.client needs nothing from training.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

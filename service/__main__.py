@@ -18,13 +18,13 @@ from pydantic_settings import CliApp
 from pythonjsonlogger.json import JsonFormatter
 
 from export.bundle import BundleError
-from service.config import PREFIX, Settings, source, unknown_in_environment
+from service.config import PREFIX, Settings, problems, source, unknown_in_environment
 from service.limits import LimitsError
 from service.loaded import EngineError
 from service.server import Server
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Of mallopt(3)."""
+"""Parameters of mallopt(3)."""
 
 
 def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
@@ -36,11 +36,7 @@ def main(arguments: Sequence[str], prog: str = "python -m service") -> int:
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments), cli_settings_source=source(prog))
     except ValidationError as error:
-        for problem in error.errors():
-            name = "-".join(map(str, problem["loc"])).replace("_", "-")
-            value = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            shown = f"--{name} is {value}: {problem['msg']}" if name else problem["msg"]
-            print(shown.removeprefix("Value error, "), file=sys.stderr)
+        print("\n".join(problems(error)), file=sys.stderr)
         return 2
     if unknown := unknown_in_environment(os.environ):
         names = ", ".join(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)
@@ -98,7 +94,7 @@ async def serve(settings: Settings) -> None:
     loop.add_signal_handler(signal.SIGHUP, reload)
     await server.start()
     gc.collect()
-    gc.freeze()  # these objects are permanent: later collections skip them
+    gc.freeze()  # what exists now is permanent: later collections skip it
     where = f"http://{settings.url_host}:{server.metrics_port}/metrics"
     try:
         state = "ready" if server.ready else "not ready"
@@ -123,8 +119,8 @@ async def serve(settings: Settings) -> None:
 
 
 def _set_malloc() -> None:
-    """Let all threads share two heaps: unloaded models would leave fragments in each thread's own. And let the heaps
-    retain freed memory: returning it to the system costs a large message more than everything else together."""
+    """Let all threads share two heaps, because unloaded models leave fragments in a thread's own heap. Let the heaps
+    retain freed memory: for a large message, returning it to the system costs more than everything else together."""
     with contextlib.suppress(AttributeError):  # of C libraries other than glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_ARENA_MAX, 2)
@@ -133,7 +129,7 @@ def _set_malloc() -> None:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many connections as the system lets this process have."""
+    """Raise the limit of open files, and so of connections, to what the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

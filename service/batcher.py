@@ -1,8 +1,8 @@
 """A bounded queue of images, and the threads that run them in batches. Images with different steering share a batch.
 
-A batch starts as soon as an engine is free; images that arrive meanwhile make the next one. Each engine takes its equal
+A batch starts as soon as an engine is free; images that arrive meanwhile form the next one. Each engine takes an equal
 share of all images in play: those that wait, those that run, and those expected from callers who have just been
-answered (patience.py), for which it waits. Which images make a batch: calls.py.
+answered (patience.py), for which it waits. calls.py chooses the images of a batch.
 """
 
 import asyncio
@@ -45,13 +45,13 @@ class BatchStats:
     images: int
     seconds: float
     queue_seconds: tuple[float, ...]
-    """How long each call that this batch completes has waited."""
+    """Waiting times of the calls that this batch completes."""
     specialised: bool = False
     """Whether a graph for the images' profile alone ran."""
 
 
 LONE_AFTER = 3
-"""After so many images in a row that met no others, the lone engine runs the next ones."""
+"""The lone engine takes over after this many consecutive images that met no others."""
 HANGS_AFTER = 300.0
 """Seconds after which a batch counts as hanging."""
 
@@ -90,7 +90,7 @@ class Batcher:
             brownout.waits if brownout else None,
         )
         self._seconds_per_work = 0.0
-        """Of an image at budget 1, a recent mean over all engines: predicts how long the queue takes."""
+        """Recent mean time of an image at budget 1, over all engines: predicts how long the queue takes."""
         self._lock = threading.Lock()
         self._free = [threading.Condition(self._lock) for _ in engines]
         """Wakes the thread of each engine."""
@@ -100,7 +100,7 @@ class Batcher:
         self._wake_scheduled = False
         self._closed = False
         self._running = [0] * len(engines)
-        """Images in the batch of each engine."""
+        """Images in the current batch of each engine."""
         self._patience = Patience()
         self._timed = 0
         """Threads that wait with a time limit."""
@@ -122,12 +122,12 @@ class Batcher:
 
     @property
     def work(self) -> float:
-        """The same in images at full budget: each counts as its budget, or as its floor in brownout."""
+        """Images waiting, at full budget: each counts as its budget, or as its floor in brownout."""
         return self._queue.work
 
     @property
     def level(self) -> float:
-        """Of brownout: 0 to 1."""
+        """The level of brownout, 0 to 1."""
         return self._brownout.level(time.monotonic()) if self._brownout else 0.0
 
     @property
@@ -235,7 +235,7 @@ class Batcher:
             steering = stack([piece.call.steering.rows(piece.rows) for piece in batch], [piece.size for piece in batch])
             inference = time.monotonic()
             outputs = engine.run(pixels, steering, any(piece.call.residual for piece in batch), digest)
-        except Exception as error:  # any exception of the provider answers its calls; the thread goes on
+        except Exception as error:  # whatever the provider raises is the answer to its calls; the thread continues
             if len(batch) == 1:
                 self._answer(index, [(batch[0].call, error)])
                 return

@@ -1,4 +1,4 @@
-"""Brownout: how far to lower the budgets of requests that allow it, so that those that wait finish within a target.
+"""Brownout: how far to lower the budgets of requests that allow it, so that waiting ones finish within a target.
 
 Pure functions and small values: no server and no clock, so that tests/perf/brownout_sim.py simulates what is served.
 
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MEMORY = 32.0
-"""Batches after which the cost model has forgotten most of what it measured."""
+"""Number of batches after which older measurements hardly count in the cost model."""
 SURPRISE = 2.0
-"""A batch counts as at most so many times as long as expected, or as short."""
+"""An outlier counts as at most this many times the expected duration, and at least as its inverse."""
 TRUST = 0.05
-"""Variance of work, as a share of its mean squared, at which the slope measured counts as much as the one before."""
+"""Relative variance of work at which the measured slope counts as much as the previous one."""
 HEADROOM = 0.75
-"""The share of the target that is planned with: for levels, and for how much may wait at the floors of all budgets. The
-rest is for what is not known: later calls, slower batches."""
+"""The share of the target that planning uses, for levels and for how much may wait with all budgets at their floors.
+The rest is a reserve for later calls and slower batches."""
 LONGEST = 0.3
 """The longest batch, as a share of the target: a new call waits for those that run."""
 RECOVERY = 1.0
@@ -42,33 +42,33 @@ class Cost(NamedTuple):
     per_image: float
 
     def seconds(self, work: float) -> float:
-        """The duration of a batch of so much work."""
+        """The duration of a batch with this much work."""
         return self.overhead + self.per_image * work
 
 
 class CostModel:
     """Learns the cost of a batch from the batches that run. Not thread-safe.
 
-    A line through the mean of recent batches, by least squares with exponential forgetting. Batches of the same work do
-    not tell its slope: as far as their work does not vary, overhead and slope keep their proportion. An outlier counts
+    A line through the mean of recent batches, by least squares with exponential forgetting. Batches of equal work say
+    nothing about its slope: as long as work does not vary, overhead and slope keep their proportion. An outlier counts
     as at most SURPRISE times the expected duration, so one batch moves an estimate by a few percent.
     """
 
     def __init__(self, runs: Iterable[tuple[float, float]] = ()):
         """runs: work and seconds of batches that ran already, such as those of the start."""
         self._batches = 0.0
-        """So many that the model remembers."""
+        """Effective number of batches in the means below."""
         self._work = self._seconds = 0.0
         """Means."""
         self._variance = self._covariance = 0.0
-        """Of work; of work and seconds."""
+        """Variance of work; covariance of work and seconds."""
         self._cost = Cost(0.0, 0.0)
         for work, seconds in runs:
             self.ran(work, seconds)
 
     @property
     def cost(self) -> Cost:
-        """The present estimate; 0 before the first batch."""
+        """The current estimate; 0 before the first batch."""
         return self._cost
 
     def ran(self, work: float, seconds: float) -> None:
@@ -96,7 +96,7 @@ class CostModel:
 
 
 def size_of(images: int) -> int:
-    """The size of a call: 0 of one image, 1 of two, 2 of up to four, 3 of up to eight, and so on."""
+    """The size of a call: 0 for one image, 1 for two, 2 for up to four, 3 for up to eight, and so on."""
     return (images - 1).bit_length()
 
 
@@ -106,27 +106,27 @@ class Waiting(NamedTuple):
     images: int
     arrived: float
     own: float
-    """The compute fraction that each would spend at its own budget."""
+    """The compute fraction that each image would spend at its own budget."""
     floor: float
-    """The compute fraction that it may be lowered to; `own`: it may not."""
+    """The compute fraction that an image may be lowered to; equal to `own` if it may not be."""
     deadline: float = math.inf
     turns: int = 0
-    """Batches that images of the call were in."""
+    """Number of batches that had images of the call."""
     size: int = 0
-    """Of the call when it came, by `size_of`."""
+    """The size of the whole call, by `size_of`."""
 
 
 @dataclass(frozen=True)
 class Engines:
-    """What runs the batches."""
+    """The engines that run the batches."""
 
     count: int
     max_batch: int
     busy: float = 0.0
-    """Engine seconds until the batches that run now end, of all engines together."""
+    """Engine seconds until the current batches end, summed over the engines."""
 
     def seconds(self, images: int, work: float, cost: Cost) -> float:
-        """How long until so many images, so much work together, have run after what runs now."""
+        """How long until these images, with this much work in total, have run after the current batches."""
         rounds = math.ceil(images / (self.count * self.max_batch))
         return (self.busy + cost.per_image * work) / self.count + rounds * cost.overhead
 
@@ -139,8 +139,8 @@ def needed(
 
     waiting: in the order of their turns. A call that is larger than a batch takes several turns, and has the target for
     each of them, so a large call alone lowers nobody. A deadline nearer than the target takes its place, unless it
-    cannot be met at any level. others: sizes that count as if some waited, such as those of calls that waited just now,
-    which made others late.
+    cannot be met at any level. others: sizes that count as if calls of them waited, such as those that waited just now
+    and made others late.
     """
     # Images of a round run at the same time on all engines, and finish together. With less work, by x, that is at
     # now + busy + rounds * overhead + each * (work - x). Work and what may be saved of it: up to and with the round.
@@ -196,7 +196,7 @@ class _Turn(NamedTuple):
 
 
 def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iterable[list[_Turn]]:
-    """What runs at the same time, a batch on each engine."""
+    """The images that run at the same time, a batch on each engine."""
     turns = deque((call, call.images, HEADROOM * target * (call.turns + 1)) for call in waiting)
     room, of_round = engines.count * engines.max_batch, list[_Turn]()
     while turns:
@@ -215,7 +215,7 @@ def _rounds(waiting: Sequence[Waiting], engines: Engines, target: float) -> Iter
 
 
 def full(images: int, least: float, cost: Cost, engines: Engines, target: float) -> bool:
-    """Whether so many images would run too late even with all budgets at their floors. least: their work then."""
+    """Whether these images would run too late even with all budgets at their floors. least: their work then."""
     return engines.seconds(images, least, cost) > HEADROOM * target
 
 
@@ -228,7 +228,7 @@ def largest_batch(cost: Cost, target: float, max_batch: int) -> int:
 
 @dataclass(slots=True)
 class _Sum:
-    """Of the calls of a size that wait."""
+    """Sums over the waiting calls of a size."""
 
     calls: int = 0
     images: int = 0
@@ -237,13 +237,13 @@ class _Sum:
 
 
 class Waits:
-    """What waits, added up by the size of the calls. Not thread-safe."""
+    """Sums over the waiting images, by the size of their calls. Not thread-safe."""
 
     def __init__(self) -> None:
         self._sums: dict[int, _Sum] = {}
 
     def count(self, size: int, calls: int, images: int, own: float, floor: float) -> None:
-        """Add calls of a size and so many of their images, or subtract them; own, floor: as of Waiting."""
+        """Add calls of a size with some of their images, or subtract them. own, floor: as in Waiting."""
         total = self._sums.setdefault(size, _Sum())
         total.calls += calls
         total.images += images
@@ -259,8 +259,8 @@ class Waits:
 
     def full(self, call: Waiting, level: Callable[[int], float], cost: Cost, engines: Engines, target: float) -> bool:
         """Whether a new call would be late even with the budgets of its size at their floors. Not while its size has no
-        more than an equal share. level: of the other sizes, which keep it. Of each call the next turn counts: others do
-        not wait for more."""
+        more than an equal share. level: of the other sizes, which keep it. Only the next turn of each call counts,
+        since others do not wait for more."""
         images = min(call.images, engines.max_batch)
         least = images * call.floor
         all_images, all_work, sizes = 0, 0.0, 1
@@ -290,11 +290,11 @@ class Level:
         self._level, self._since = 0.0, -math.inf
 
     def at(self, now: float) -> float:
-        """The level, if nothing is needed since it was last raised."""
+        """The level, if none was needed since it was last raised."""
         return max(0.0, self._level - (now - self._since) / self._recovery)
 
     def raised(self, needed: float, now: float) -> float:
-        """The level from now on: as needed, or more while it falls."""
+        """Record the level needed; returns the level from now on, which is higher while it still falls."""
         self._level, self._since = max(needed, self.at(now)), now
         return self._level
 
@@ -329,7 +329,7 @@ class Levels:
 
 
 def lowered(own: float, floor: float, level: float) -> float:
-    """The budget at a level, between floor and own."""
+    """The budget at a level: from own, at 0, to floor, at 1."""
     if not level or floor >= own:
         return own
     budget = own - level * (own - floor)

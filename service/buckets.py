@@ -1,4 +1,4 @@
-"""Runs batches in a few fixed shapes: a power of two of rows, and one number of terms.
+"""Runs batches in a few fixed shapes: powers of two for the rows, and one number of terms.
 
 On a GPU each new shape costs time, and a CUDA graph replays a captured run at the same addresses. So each shape has its
 inputs and outputs on the device, allocated and bound once, and a batch is copied into them. Unused rows and terms have
@@ -40,7 +40,7 @@ class Buckets:
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, largest: int, terms: int, gpu: cuda.Gpu | None):
-        """largest: minimum rows of the largest shape; terms: of each row and site; gpu: None for the CPU."""
+        """largest: the least number of rows of the largest shape; terms: per row and site; gpu: None for the CPU."""
         self._session, self._gpu = session, gpu
         self.terms = sizes(terms)[-1]
         self._thread = ThreadPoolExecutor(1, "buckets") if gpu else None
@@ -52,7 +52,7 @@ class Buckets:
         return list(self._buckets)
 
     def run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        """The outputs of those names. A batch that fits no shape runs in its own, more slowly."""
+        """The named outputs. A batch that fits no shape runs in a shape of its own, more slowly."""
         count = len(inputs[INPUTS[0]])
         width = inputs[INPUTS[1]].shape[2]
         bucket = self._buckets.get(sizes(count)[-1])
@@ -68,11 +68,11 @@ class Buckets:
             self._call(bucket.again)
 
     def again(self, rows: int) -> None:
-        """Run the shape of so many rows again, on its present inputs."""
+        """Run the shape with this many rows again, on its current inputs."""
         self._call(self._buckets[rows].again)
 
     def _call(self, work: Callable[..., R], *arguments: Any) -> R:
-        """Call `work`, in the thread if there is one."""
+        """Call `work`, in the GPU's thread if there is one."""
         return self._thread.submit(work, *arguments).result() if self._thread else work(*arguments)
 
     def _at_its_own_shape(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
@@ -130,7 +130,7 @@ class _Bucket:
             for name, staged in self._staged.items():
                 value = inputs[name]
                 if name in (INPUTS[0], GATE_BIAS):
-                    staged[:count] = value  # other rows keep earlier values, which have no effect on these
+                    staged[:count] = value  # the other rows keep earlier values, which do not affect these
                 else:
                     width = value.shape[2]
                     staged[:count, :, :width] = value

@@ -1,7 +1,7 @@
-"""The calls that wait for inference, and which of their images make the next batch.
+"""The calls that wait for inference, and the choice of images for the next batch.
 
-Calls take turns: of a call that is larger than a batch, one batch runs, and the rest joins the end of the queue. So a
-small call waits for at most one batch of each call before it, however large they are.
+Calls take turns: a call that is larger than a batch runs one batch, and its rest joins the end of the queue. So a small
+call waits for at most one batch of each call before it, however large those calls are.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from service.steering import Steering
 
 
 class Specialists(Protocol):
-    """Graphs that answer for one steering alone."""
+    """Graphs that are specialised for one steering each."""
 
     @property
     def specialised(self) -> Collection[str]:
-        """The digests of those steerings."""
+        """The digests of these steerings."""
         ...
 
     def seconds(self, rows: int, digest: str = "") -> float:
-        """The duration of a batch; digest: in the graph for that steering."""
+        """The duration of a batch. digest: of the steering whose graph runs it; "": the general graph."""
         ...
 
 
@@ -38,9 +38,9 @@ class Lowered(NamedTuple):
     """What brownout did to a call."""
 
     budget: float
-    """Applied to its images."""
+    """The budget that applies to its images."""
     own: float
-    """The compute fraction that each would have been expected to spend."""
+    """The compute fraction that each image was expected to spend without brownout."""
 
 
 class Ran(NamedTuple):
@@ -51,9 +51,9 @@ class Ran(NamedTuple):
     inference: float
     """When the inference started."""
     seconds: float
-    """How long that took."""
+    """Duration of the inference."""
     images: int
-    """Of all calls."""
+    """Number of images, those of other calls included."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Answer:
     """The outputs of one call, and how long it waited."""
 
     outputs: Outputs
-    """Of the images of one call; seconds: during which its batches ran, concurrent ones counted once."""
+    """The outputs for the call's images; seconds: time in which its batches ran, concurrent ones counted once."""
     queue_seconds: float
     """From the call's arrival to the start of its last batch."""
     lowered: Lowered | None = None
-    """None: the images have run at their own budget."""
+    """None: the images ran at their own budget."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,16 +84,16 @@ class Call:
     parts: "list[tuple[int, float, Outputs]]" = field(default_factory=list)
     """The answers so far: the position of the first image, when its batch started, and the outputs."""
     answered: int = 0
-    """Images of the parts."""
+    """Number of images in the parts."""
     room: float = 1.0
-    """Of the queue's, for an image: its budget, or the least that brownout may lower it to; without a budget 1."""
+    """Room that an image takes in the queue: its budget, or the lowest that brownout may apply; 1 without a budget."""
     own: float = 1.0
-    """The compute fraction that an image is expected to spend (estimated for brownout alone)."""
+    """The compute fraction that an image is expected to spend; estimated only with brownout."""
     floor: float = 1.0
-    """The least that brownout may make of that."""
+    """The lowest compute fraction that brownout may apply."""
     lowered: Lowered | None = None
     ran: list[Ran] | None = None
-    """The batches that have run images of the call; None: nobody asks."""
+    """The batches that have run images of the call; None: not recorded."""
 
     @property
     def waiting(self) -> int:
@@ -118,7 +118,7 @@ class Call:
 
 
 class Piece(NamedTuple):
-    """Images of a call in a batch."""
+    """The images of a call in a batch."""
 
     call: Call
     first: int
@@ -126,7 +126,7 @@ class Piece(NamedTuple):
 
     @property
     def rows(self) -> slice:
-        """Their rows in the call."""
+        """The rows of these images in the call."""
         return slice(self.first, self.first + self.size)
 
 
@@ -134,7 +134,7 @@ Result = Answer | Exception
 
 
 def settle(results: Sequence[tuple[Call, Result]]) -> None:
-    """Hand results to the event loop, all at once: waking it costs more than an answer."""
+    """Hand results to the event loop, all at once: waking it costs more than sending an answer."""
     if not results:
         return
 
@@ -147,7 +147,7 @@ def settle(results: Sequence[tuple[Call, Result]]) -> None:
             else:
                 call.future.set_result(result)
 
-    with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
+    with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits any more
         results[0][0].future.get_loop().call_soon_threadsafe(set_results)
 
 
@@ -164,7 +164,7 @@ class CallQueue:
         self.images = 0
         """Images that wait."""
         self.work = 0.0
-        """In images at full budget: their room, added up."""
+        """Sum of the room that they take, in images at full budget."""
         self.has_cancelled = False
         """Whether a call was cancelled since the last drop_finished."""
 
@@ -179,7 +179,7 @@ class CallQueue:
         self._count(call, call.waiting, 1)
 
     def fix(self, call: Call, budget: float) -> None:
-        """Set what each image of a call spends from now on. Some may wait."""
+        """Set what each image of a call spends from now on, those in the queue included."""
         waits = self._waits if call.waiting else None
         if waits:
             waits.count(size_of(len(call.images)), -1, -call.waiting, call.own, call.floor)
@@ -192,7 +192,7 @@ class CallQueue:
         return iter(self._calls)
 
     def take(self, most: int) -> list[Piece]:
-        """Remove at most so many images, those of the next call among them. A call is split only if it is larger."""
+        """Remove at most `most` images, those of the next call among them. Only a call larger than that is split."""
         if not self._by_steering(most):
             return self._take_first(self._calls, most)
         key = self._key(self._calls[0])
@@ -203,14 +203,14 @@ class CallQueue:
         return batch
 
     def common_digest(self, batch: Sequence[Piece]) -> str:
-        """The digest that all calls of a batch share, if there is a graph for it alone that can answer; else ""."""
+        """The digest that all calls of a batch share, if a specialised graph can answer them; else ""."""
         if self._specialists is None:
             return ""
         keys = {self._key(piece.call) for piece in batch}
         return keys.pop() if len(keys) == 1 else ""
 
     def drop_finished(self) -> None:
-        """Remove cancelled and expired calls, and those of which a part failed."""
+        """Remove cancelled and expired calls, and calls with a failed part."""
         now, self.has_cancelled = time.monotonic(), False
         if not any(call.deadline <= now or call.future.done() for call in self._calls):
             return
@@ -248,8 +248,8 @@ class CallQueue:
             self._waits.count(size_of(len(call.images)), calls, images, call.own, call.floor)
 
     def _by_steering(self, most: int) -> bool:
-        """Whether the calls with the next one's steering, in the graph for it, take less time an image than the next
-        calls of any steering together."""
+        """Whether a batch of the next call's steering, in the graph for it, takes less time per image than a batch of
+        the next calls of any steering."""
         if self._specialists is None or not (key := self._key(self._calls[0])):
             return False
         mixed = alike = 0
@@ -260,7 +260,7 @@ class CallQueue:
         return self._specialists.seconds(alike, key) / alike < self._specialists.seconds(mixed) / mixed
 
     def _key(self, call: Call) -> str:
-        """The digest of the call's steering, if there is a graph for it alone that can answer; else ""."""
+        """The digest of the call's steering, if a specialised graph can answer it; else ""."""
         digest, biased = call.steering.digest, call.steering.arrays.gate_bias is not None
         specialised = self._specialists is not None and digest in self._specialists.specialised
         return digest if specialised and not biased and not call.residual else ""

@@ -25,11 +25,11 @@ class Command:
     """`module:function` of the arguments and of what the user typed before them; it returns the exit status."""
     parser: str
     """`module:function` of what the user typed; it returns the ArgumentParser. The module imports little. Empty: main
-    is a program of its own, which takes its arguments alone and answers --help."""
+    takes only its arguments, and answers --help itself."""
     arguments: tuple[str, ...] = ()
-    """For main, before those of the user."""
+    """Arguments of main before those of the user."""
     extras: tuple[str, ...] = ()
-    """Those of pyproject.toml that it needs."""
+    """The extras of pyproject.toml that it needs."""
 
 
 def _training(summary: str, *step: str) -> Command:
@@ -58,7 +58,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             extras=("train", "export"),
         ),
         "verify": Command(
-            "Check that a bundle is complete and gives the recorded answers.",
+            "Check that a bundle is complete and its answers are right.",
             "export.__main__:main",
             "export.__main__:verify_parser",
             ("verify",),
@@ -85,6 +85,16 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
             "service.playground.__main__:main",
             "service.playground.__main__:parser",
             extras=("playground",),
+        ),
+        "profiles check": Command(
+            "Check a folder of profiles before a server reads it.",
+            "service.check_profiles:main",
+            "service.check_profiles:parser",
+        ),
+        "doctor": Command(
+            "Report what support would ask for, and what is wrong.",
+            "service.doctor:main",
+            "service.config:doctor_parser",
         ),
     },
     "Ask a running server": {
@@ -122,10 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] not in COMMANDS:
+    name = _command(words)
+    if name not in COMMANDS:
         parser().parse_args(words)  # ends the process: --help, --version, or no such command
     try:
-        status = _run(*words)
+        status = _run(name, words[len(name.split()) :])
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -135,7 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(name: str, *rest: str) -> int:
+def _command(words: Sequence[str]) -> str:
+    """The command, of one or two words, at the start of these words; the first word if there is no such command."""
+    both = " ".join(words[:2])
+    return both if both in COMMANDS else "".join(words[:1])
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     command = COMMANDS[name]
     help_alone = bool(command.parser) and not {"-h", "--help"}.isdisjoint(rest)
     if not help_alone and (missing := _missing(command.extras)):
@@ -155,7 +172,8 @@ def _run(name: str, *rest: str) -> int:
 
 
 def parser(own: str = "") -> argparse.ArgumentParser:
-    """Of `steervit` itself. It knows the flags of one command at most. own: that command's name."""
+    """The parser of `steervit` itself. It knows the flags of at most one command and of those under it, such as
+    `profiles check` under `profiles`. own: that command's name."""
     from importlib.metadata import version
 
     width = max(map(len, COMMANDS))
@@ -173,21 +191,28 @@ def parser(own: str = "") -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version(PROJECT)}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name)
-        if name == own and command.parser:
-            commands.choices[name] = parser_of(name)
+    for name in COMMANDS:
+        if " " not in name:
+            commands.add_parser(name)
+    if own in COMMANDS and COMMANDS[own].parser:
+        commands.choices[own] = parser_of(own)
+        longer = [name for name in COMMANDS if name.startswith(f"{own} ")]
+        if longer:
+            under = commands.choices[own].add_subparsers()
+            for name in longer:
+                under.add_parser(name.split()[1])
+                under.choices[name.split()[1]] = parser_of(name)
     return parser
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Of one command. Raises ModuleNotFoundError where something that its flags need is not installed."""
+    """The parser of one command. Raises ModuleNotFoundError if something that its flags need is not installed."""
     parser: argparse.ArgumentParser = _resolve(COMMANDS[name].parser)(f"{PROJECT} {name}")
     return parser
 
 
 def completion_parser(prog: str = f"{PROJECT} completion") -> argparse.ArgumentParser:
-    """Of `completion`. prog: what a user types."""
+    """The parser of `completion`. prog: what a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s SHELL",
@@ -202,7 +227,7 @@ def completion_parser(prog: str = f"{PROJECT} completion") -> argparse.ArgumentP
 
 
 def print_completion(arguments: Sequence[str], prog: str) -> int:
-    """Print the shell's script, which asks this program; returns 0. arguments: the shell's name."""
+    """Print the shell's completion script, which calls this program; returns 0. arguments: the shell's name."""
     shell = completion_parser(prog).parse_args(arguments).shell
     from argcomplete.shell_integration import shellcode
 
@@ -211,7 +236,7 @@ def print_completion(arguments: Sequence[str], prog: str) -> int:
 
 
 def _complete() -> None:
-    """Answer a shell that asks how its line goes on, and end the process."""
+    """Answer a shell's completion request, and end the process."""
     import argcomplete
 
     _, own, *_ = [*os.environ.get("COMP_LINE", "").split(), "", ""]
@@ -219,7 +244,7 @@ def _complete() -> None:
 
 
 def _missing(extras: Sequence[str]) -> list[str]:
-    """The distributions of these extras that are not installed."""
+    """The distributions in these extras that are not installed."""
     if not extras:
         return []
     import re
@@ -251,7 +276,7 @@ def _refuse(name: str, missing: Sequence[str]) -> int:
 
 
 def _resolve(reference: str) -> Any:
-    """What a `module:function` names."""
+    """The object that a `module:function` names."""
     import pkgutil
 
     return pkgutil.resolve_name(reference)

@@ -15,7 +15,8 @@ HEAD = """# Command line
 One command, `steervit`, for everything; in a checkout, `pip install -e .` installs it (so do `make demo` and the other
 targets, as `.venv/bin/steervit`). `steervit --help` lists the commands, and `steervit COMMAND --help` the flags of one.
 The packages' own commands take the same flags: `python -m training STEP` (`train`, `evaluate`, `report`),
-`python -m training.reproduce`, `python -m export`, `python -m export verify`, `python -m service` (`serve`), and
+`python -m training.reproduce`, `python -m export`, `python -m export verify`, `python -m service` (`serve`),
+`python -m service.check_profiles` (`profiles check`), `python -m service.doctor`, and
 `python -m service.client COMMAND` for those that ask a server.
 
 If a package is missing, the error names it and the `pip install` command for it.
@@ -44,7 +45,7 @@ def _section(name: str) -> Iterator[str]:
         yield f"{command.summary} `steervit {name} --help` lists its flags.{_extras(command)}"
         return
     parser = parser_of(name)
-    yield f"```\n{parser.format_usage().removeprefix('usage: ').strip()}\n```"
+    yield f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```"
     yield f"\n{_escaped(parser.description or command.summary)}{_extras(command)}"
     for group in parser._action_groups:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
@@ -68,7 +69,7 @@ def _invocation(action: argparse.Action) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As Markdown: what is not between backticks stands as it is."""
+    """Escaped for Markdown; code between backticks is left as it is."""
     parts = " ".join(text.split()).split("`")
     for index in range(0, len(parts), 2):
         for character in "<*_|":

@@ -7,12 +7,16 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from training.terminal import HelpFormatter, make_readable
 
 PREFIX = "STEERVIT_"
+DOCTOR = """Report versions, machine, settings, models, profiles, certificates, and the state of a server that runs with
+the same settings. Loads nothing and changes nothing. Lines that begin with `!` are problems; they make the exit
+status 1. Takes the server's flags and STEERVIT_* in the environment."""
+Source = CliSettingsSource[argparse.ArgumentParser]
 
 
 class Settings(BaseSettings):
@@ -138,8 +142,8 @@ class Settings(BaseSettings):
     """json: one object a line, for the whole log."""
     otlp_endpoint: str = Field("", pattern=r"^(https?://[^\s?#]+)?$")
     """URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://collector:4318, for a trace of each
-    call; also exemplars at /metrics. Needs the extra `otel`. What else there is to set has OpenTelemetry's variables,
-    such as OTEL_TRACES_SAMPLER."""
+    call; also exemplars at /metrics. Needs the extra `otel`. OpenTelemetry's own variables, such as
+    OTEL_TRACES_SAMPLER, set everything else."""
     revision: str = "unknown"
     """Revision of the source, for steervit_build_info; the image sets it."""
 
@@ -162,7 +166,7 @@ class Settings(BaseSettings):
 
     @property
     def url_host(self) -> str:
-        """In front of a port."""
+        """The host as in a URL, before the port."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @model_validator(mode="after")
@@ -175,24 +179,40 @@ class Settings(BaseSettings):
 
 
 def unknown_in_environment(names: Iterable[str]) -> list[str]:
-    """Names that begin like a setting and are none: a mistyped one would go unnoticed."""
+    """Names that begin like a setting but are none: typing errors that would otherwise go unnoticed."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     return sorted(name for name in names if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
-def source(prog: str = "python -m service") -> CliSettingsSource[argparse.ArgumentParser]:
-    """The command line as a source of Settings. prog: what a user types."""
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong with settings, a line for each: the flag, its value, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        name = "-".join(map(str, problem["loc"])).replace("_", "-")
+        value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+        shown = f"--{name} is {value}: {problem['msg']}" if name else problem["msg"]
+        lines.append(shown.removeprefix("Value error, "))
+    return lines
+
+
+def source(prog: str = "python -m service", does: str = Settings.__doc__ or "") -> Source:
+    """The command line as a source of Settings. prog: what a user types. does: what that does with them."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s --repository FOLDER [--SETTING VALUE ...]",
-        description=Settings.__doc__,
+        description=does,
         formatter_class=HelpFormatter,
     )
-    filled: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(Settings, root_parser=parser)
+    filled: Source = CliSettingsSource(Settings, root_parser=parser)
     make_readable(parser)
     return filled
 
 
 def parser(prog: str = "python -m service") -> argparse.ArgumentParser:
-    """Of the settings, as source."""
+    """The parser of the settings, as in `source`."""
     return source(prog).root_parser
+
+
+def doctor_parser(prog: str = "python -m service.doctor") -> argparse.ArgumentParser:
+    """The parser of service.doctor, which has the server's flags."""
+    return source(prog, DOCTOR).root_parser

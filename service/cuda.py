@@ -1,5 +1,5 @@
 """CUDA functions that onnxruntime lacks: checking the installation, page-locked memory, memory in use. They call the
-libraries that onnxruntime loads; on a machine without a GPU nothing is loaded."""
+libraries that onnxruntime loads. Nothing is loaded on a machine without a GPU."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ class Gpu:
     """One GPU and how to use it."""
 
     device: int = 0
-    """Its index."""
+    """Index of the GPU."""
     memory_mb: int = 0
     """Limit for all models together, MiB; 0: no limit."""
     graphs: bool = True
@@ -134,8 +134,8 @@ def runtime() -> "ctypes.CDLL | None":
 
 
 def page_locked(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
-    """Zeros in memory that the device reads without an extra copy; in ordinary memory if the driver refuses it. To be
-    released before it is freed."""
+    """Zeros in memory that the device reads without an extra copy; in ordinary memory if the driver refuses it. Call
+    `release` before it is freed."""
     array = np.zeros(shape, kind)
     if array.nbytes and (cuda := runtime()):
         cuda.cudaHostRegister(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
@@ -143,7 +143,7 @@ def page_locked(shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
 
 
 def release(array: NDArray[Any]) -> None:
-    """Unlock memory of `page_locked`. To be called before it is freed."""
+    """Unlock memory of `page_locked`, before it is freed."""
     if array.nbytes and (cuda := runtime()):
         cuda.cudaHostUnregister(ctypes.c_void_p(array.ctypes.data))
 
@@ -158,8 +158,8 @@ def memory(device: int) -> tuple[int, int]:
 
 
 class Quiet:
-    """Lets many threads use the device, or one capture: operations of others during a capture would fail or be
-    captured."""
+    """Lets either many threads use the device or one thread capture: operations of others during a capture would fail
+    or be captured."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -184,7 +184,7 @@ class Quiet:
         """Have exclusive use of the device within the context. Waits until no other thread uses it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._capturing)
-            self._capturing = True  # no new users from now on
+            self._capturing = True  # from now on, others wait
             self._changed.wait_for(lambda: not self._using)
         try:
             yield

@@ -1,7 +1,8 @@
 """From the budget and the forced units of a request to gate biases, which the graph adds to the gate logits.
 
 A budget becomes a position on the model's dial, by the curve of the profile or of the model without steering, so that
-the mean compute spent is the budget. At another strength than 1, with inline terms and with forced units it is near it.
+the mean compute spent is the budget; approximately so at strengths other than 1, with inline terms, and with forced
+units.
 
 Letters: G gated blocks, U units of a block (heads, then MLP groups).
 """
@@ -47,7 +48,7 @@ class Forced:
 
 
 ROUNDING = 1e-6
-"""Of the budgets of a request, whose fields are of single precision."""
+"""Tolerance of the budgets in a request, whose fields have single precision."""
 FREE = Forced()
 """No unit is forced."""
 
@@ -88,8 +89,8 @@ def floor_of(bundle: Bundle, budget: float | None, asked: float | None, default:
 
 
 def steering_bias(bundle: Bundle, gate_bias: GateBias, strength: float, forced: Forced) -> Bias | None:
-    """The gate biases (G, U) of a steering itself: those of its profile at the strength, then forced units. None
-    without any.
+    """The gate biases (G, U) of the steering itself: those of its profile at the strength, then forced units. None if
+    there are none.
 
     Raises Lacking when the model takes no biases, and InvalidRequest when a unit does not exist or is forced both ways.
     """
@@ -119,14 +120,14 @@ def require_biases(bundle: Bundle, given: str) -> None:
 
 
 def as_gate_bias(manifest: Manifest, bias: Bias | None) -> GateBias:
-    """The biases (G, U) by gated block, as a profile has them."""
+    """The biases (G, U) by gated block, as in a profile."""
     if bias is None:
         return UNBIASED
     return dict(zip(manifest.gated_blocks, map(tuple, bias.tolist()), strict=True))
 
 
 def total(*biases: Bias | None) -> Bias | None:
-    """The sum of those that there are; None without any."""
+    """The sum of the given biases; None if there are none."""
     given = [bias for bias in biases if bias is not None]
     return np.sum(given, 0, np.float32) if given else None
 

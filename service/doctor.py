@@ -1,7 +1,8 @@
-"""python -m service.doctor --repository deploy/models: what support would ask for, of this machine and these settings.
+"""steervit doctor --repository deploy/models: what support would ask for, of this machine and these settings.
 
-Takes the flags and the environment of the server, loads nothing and changes nothing. A server that runs with the same
-settings is asked for its state. Lines that begin with `!` are problems; they make the exit status 1.
+Takes the flags and the environment of the server, loads nothing and changes nothing. Also asks a server that runs with
+the same settings for its state. Lines that begin with `!` are problems; they make the exit status 1. Also python -m
+service.doctor, as in the image.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from pydantic_settings import CliApp
 from export.bundle import Bundle, BundleError, load_bundle
 from service import cuda, limits, profiles
 from service.catalogue import scan
-from service.config import Settings
+from service.config import DOCTOR, Settings, problems, source
 from service.engine import usable_cpus
 from service.tls import Certificates
 from training.terminal import print_anything
@@ -33,22 +34,22 @@ PACKAGES = (
     "pydantic-settings", "uvloop",
 )  # fmt: skip
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-"""Those that decide which kernels onnxruntime has."""
+"""The flags that decide which kernels onnxruntime uses."""
 LIMITS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/memory.max")
 VARIABLES = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "GRPC_VERBOSITY")
 Lines = Iterator[str]
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], prog: str = "python -m service.doctor") -> int:
     """Print the report; returns the exit status: 0, 1 if it has a problem, 2 if a setting is wrong.
 
-    arguments: those after the program's name.
+    arguments: those after the program's name, prog.
     """
     print_anything()
     try:
-        settings = CliApp.run(Settings, cli_args=list(arguments))
+        settings = CliApp.run(Settings, cli_args=list(arguments), cli_settings_source=source(prog, DOCTOR))
     except ValidationError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(problems(error)), file=sys.stderr)
         return 2
     bundles: list[Bundle] = []
     sections = {
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str]) -> int:
         "limits by client": _limits(settings, bundles), "certificates": _certificates(settings),
         "server": _server(settings),
     }  # fmt: skip
-    problems = 0
+    failed = 0
     for title, lines in sections.items():
         print(f"{title}")
         for line in lines:
-            problems += line.startswith("!")
+            failed += line.startswith("!")
             print(f"  {line}")
-    return 1 if problems else 0
+    return 1 if failed else 0
 
 
 def _versions(settings: Settings) -> Lines:
@@ -127,9 +128,9 @@ def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
 
 def _profiles(settings: Settings, bundles: list[Bundle]) -> Lines:
     if settings.profiles_dir:
-        lines, problems = profiles.check(settings.profiles_dir, bundles, settings.default_profile)
+        lines, wrong = profiles.check(settings.profiles_dir, bundles, settings.default_profile)
         yield from lines
-        yield from (f"! {problem}" for problem in problems)
+        yield from (f"! {problem}" for problem in wrong)
 
 
 def _limits(settings: Settings, bundles: list[Bundle]) -> Lines:
@@ -164,8 +165,8 @@ def _certificates(settings: Settings) -> Lines:
 
 
 def _server(settings: Settings) -> Lines:
-    """The state of the server at the metrics port, and what it counts of failures."""
-    host = settings.host if settings.host.strip("0.:") else "localhost"  # 0.0.0.0 and ::, where it listens everywhere
+    """The state of the server at the metrics port, and its counts of failures."""
+    host = settings.host if settings.host.strip("0.:") else "localhost"  # 0.0.0.0 and :: mean all addresses
     try:
         for path in ("/livez", "/readyz"):
             status, text = _page(host, settings.metrics_port, path)
@@ -183,7 +184,7 @@ def _server(settings: Settings) -> Lines:
 
 
 def _page(host: str, port: int, path: str) -> tuple[int, str]:
-    """Status and text of an HTTP page; without the proxies of the environment."""
+    """Status and text of an HTTP page, requested without the proxies of the environment."""
     connection = http.client.HTTPConnection(host, port, timeout=10)
     try:
         connection.request("GET", path)
@@ -194,7 +195,7 @@ def _page(host: str, port: int, path: str) -> tuple[int, str]:
 
 
 def _read(path: str) -> str:
-    """The text of a file of the system; "" without one."""
+    """The text of a file of the system; "" if there is none."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -30,7 +30,7 @@ kernels."""
 NEAR_THRESHOLD = 1e-3
 """|gate logit| below which rounding could decide a gate."""
 TERMS = 16
-"""The least number of terms of an image and site that fixed shapes have room for."""
+"""Fixed shapes have room for at least this many terms per image and site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Outputs:
     mlp_gate: NDArray[np.bool_]
     """(B, gated blocks, MLP groups)"""
     gate_logit: NDArray[np.float32]
-    """(B, gated blocks, units): of heads, then of MLP groups."""
+    """(B, gated blocks, units): heads, then MLP groups."""
     head_usage: NDArray[np.float64]
     """(B,)"""
     mlp_usage: NDArray[np.float64]
@@ -59,7 +59,7 @@ class Outputs:
     """Wall time of the inference."""
 
     def rows(self, index: slice | NDArray[np.int64]) -> "Outputs":
-        """The outputs of some images, with the time of all."""
+        """The outputs for some of the images, with the time of the whole batch."""
         return Outputs(
             self.logits[index], self.head_gate[index], self.mlp_gate[index], self.gate_logit[index],
             self.head_usage[index], self.mlp_usage[index], self.macs[index], self.near_threshold[index],
@@ -67,7 +67,7 @@ class Outputs:
         )  # fmt: skip
 
     def ranked(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The classes, the most probable first, and their probabilities: (B, classes) each."""
+        """The classes from the most probable on, and their probabilities: (B, classes) each."""
         ranking = (-self.logits).argsort(1, kind="stable")
         logits = self.logits[np.arange(len(self.logits))[:, None], ranking]
         above = np.exp(logits - logits[:, :1])
@@ -75,7 +75,7 @@ class Outputs:
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
-    """The images of several batches, one after the other; their times added."""
+    """The outputs of several batches, one after the other; their times are added."""
     if len(parts) == 1:
         return parts[0]
     names = [field.name for field in fields(Outputs) if field.name not in ("residual", "seconds")]
@@ -135,7 +135,7 @@ class Engine:
         if bundle.manifest.takes_biases and GATE_BIAS not in self._general.inputs:
             raise BundleError(f"{bundle.folder / self.graph.file}: there is no input {GATE_BIAS}; allowed: one")
         self._specialised: dict[str, Loaded] = {}
-        """By the digest of their terms."""
+        """Graphs for one profile, by the digest of its terms."""
         if specialised or (specialised is None and used):
             for entry in bundle.manifest.specialised:
                 self._specialised[entry.digest] = load(entry.file, "fused")
@@ -183,7 +183,7 @@ class Engine:
             raise BundleError(f"{path}: the rows of golden.npz cannot be run: {error}") from error
 
     def _terms(self, golden: Golden) -> int:
-        """The most terms of an image and site in the profiles and golden rows. Requests may have more."""
+        """The largest number of terms per image and site in profiles and golden rows. Requests may have more."""
         of_profiles = [len(terms) for profile in self.bundle.profiles.values() for terms in profile.terms.values()]
         return max([TERMS, int(golden.inputs[INPUTS[1]].shape[2]), *of_profiles])
 

@@ -1,7 +1,7 @@
-"""What the latents of an image do to its gates. Computed on the host from weights of the bundle.
+"""The effects of an image's latents on its gates, computed on the host from weights of the bundle.
 
 A gate reads x' = x + sum_k (z'_k - z_k) W_dec[k]; its logits are 4 tanh(linear(norm(x')) / 4). The effect of a latent
-is what its share z'_k W_dec[k] of x' adds to the logits: the logits with the share minus those without it.
+is the logits with its share z'_k W_dec[k] of x' minus the logits without it.
 
 Letters: L latents, D residual width, U units (heads, then MLP groups), T terms, K reported latents.
 """
@@ -33,7 +33,7 @@ class Explanation:
     effect: Floats
     """(K, U) on the gate logits."""
     gate_logit: Floats
-    """(U,) of the steered gate, with its biases."""
+    """(U,) of the steered gate, biases included."""
     unsteered_gate_logit: Floats
     """(U,) on the same residual, without biases."""
     active: int

@@ -1,4 +1,4 @@
-"""Encoded images -> the uint8 pixels that a model reads, within limits; by the same functions as training."""
+"""Encoded images -> the uint8 pixels that a model reads, within limits, by the same functions as in training."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from training.image_files import FORMATS, kind, load, resized, to_pixels
 from training.image_spec import MODES, ImageSpec
 
 DRAFT = 2
-"""The least size of a JPEG's draft along each side, in sizes of the resized image: smaller ones blur it."""
-Image.MAX_IMAGE_PIXELS = None  # Limits checks the size
+"""Minimum size of a JPEG's draft along each side, relative to the resized image: a smaller one would blur it."""
+Image.MAX_IMAGE_PIXELS = None  # our own limit applies: Limits.max_pixels
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Limits:
     """Limits of encoded images, and how large JPEGs are decoded."""
 
     max_bytes: int
-    """Of an encoded image."""
+    """Size of an encoded image."""
     max_pixels: int
     """Width x height of an encoded image."""
     jpeg_draft: bool = False
@@ -29,7 +29,7 @@ class Limits:
 
     @staticmethod
     def of(settings: Settings) -> "Limits":
-        """The limits that the settings set."""
+        """The limits in the settings."""
         return Limits(settings.max_image_mb * 2**20, settings.max_pixels, settings.jpeg_draft)
 
 
@@ -61,7 +61,7 @@ def decode(encoded: bytes, spec: ImageSpec, limits: Limits, where: str) -> NDArr
         return to_pixels(load(encoded, check), spec)
     except InvalidRequest:
         raise
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many kinds of exceptions for broken files
         raise InvalidRequest(
             f"{where} is not a readable image ({len(encoded)} bytes, {kind(encoded) or type(error).__name__}); "
             f"allowed: {', '.join(FORMATS)}"

@@ -18,17 +18,17 @@ from service.tensors import RESERVED, TensorHeader, packed, read_headers
 
 OUTPUT_TYPES = dict(zip((*OUTPUTS, MLP_GATE), ("FP32", "BOOL", "FP32", "FP32", "BOOL"), strict=True))
 BY_DEFAULT = OUTPUTS[:3]
-"""And MLP_GATE, of a model with MLP groups."""
+"""Without MLP_GATE, which models with MLP groups add."""
 MAX_CACHED_BYTES = 2048
-"""Size of a request without its raw contents up to which its parsed form is cached."""
+"""Requests up to this size, raw contents excluded, have their parsed form cached."""
 
 
 class Asked(NamedTuple):
-    """A request, without the elements of its tensors."""
+    """A parsed request, without the elements of its tensors."""
 
     tensors: tuple[TensorHeader, ...]
     outputs: Mapping[str, int]
-    """The requested outputs, each with its number of classes; 0: the tensor itself. Empty: those by default."""
+    """The requested outputs, each with its number of classes; 0: the tensor itself. Empty: the default ones."""
     profile: str
     strength: float
     budget: float | None
@@ -82,7 +82,7 @@ def _parameters(
 
 
 def _number(name: str, value: bool | int | float | str | None) -> float:
-    """The number that a parameter is, or says. Raises InvalidRequest."""
+    """A parameter as a number; it may be a string with one. Raises InvalidRequest."""
     try:
         number = math.nan if isinstance(value, bool) or value is None else float(value)
     except ValueError:
@@ -99,7 +99,7 @@ def _value(parameter: pb.InferParameter) -> bool | int | float | str | None:
 
 
 def _requested(request: pb.ModelInferRequest) -> dict[str, int]:
-    """As Asked.outputs."""
+    """The requested outputs, as in Asked.outputs."""
     outputs: dict[str, int] = {}
     for index, output in enumerate(request.outputs):
         where = f"outputs[{index}]"
@@ -117,7 +117,7 @@ def by_default(manifest: Manifest) -> list[str]:
 
 
 def _classes(output: pb.ModelInferRequest.InferRequestedOutputTensor, where: str) -> int:
-    """The output's parameter classification; 0: none."""
+    """The value of the output's parameter `classification`; 0 without it."""
     allowed = ["classification"] if output.name == "logits" else []
     for name in output.parameters:
         if name not in allowed and not RESERVED.fullmatch(name):
@@ -152,7 +152,7 @@ def response(request_id: str, model: Model, steering: Steering, answer: Answer, 
             message.parameters[name].bool_param = True
         elif isinstance(number, float):
             message.parameters[name].double_param = number
-        elif number:  # 0 is left out, as in Receipt
+        elif number:  # 0 is omitted, as in Receipt
             message.parameters[name].int64_param = number
     return _constant_part(origin(model, steering), tuple(tensors)) + message.SerializeToString()
 

@@ -1,4 +1,4 @@
-"""One graph, open and warm: its session, the shapes of its batches, and the duration of a batch."""
+"""One open and warm graph: its session, the shapes of its batches, and how long batches take."""
 
 import logging
 import time
@@ -48,10 +48,10 @@ class Loaded:
         """Durations of batches of 1, 2, 4, ... images."""
         self._session, self._buckets = self._opened(options, bounds)
         self.inputs = {entry.name for entry in self._session.get_inputs()}
-        """Their names."""
+        """Names of the graph's inputs."""
 
     def run(self, names: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
-        """The outputs of those names. Inputs that the graph does not have are ignored."""
+        """The named outputs. Inputs that the graph does not have are ignored."""
         if self._buckets:
             return self._buckets.run(names, inputs)
         own = inputs if len(self.inputs) == len(inputs) else {name: inputs[name] for name in self.inputs}
@@ -59,7 +59,7 @@ class Loaded:
         return outputs
 
     def measure(self, inputs: Arrays, largest: int) -> None:
-        """Time batches of 1, 2, 4, ... images, made of these rows: the fastest of three runs each."""
+        """Time batches of 1, 2, 4, ... images, made from these rows: the fastest of three runs each."""
         for size in sizes(largest):
             rows = np.arange(size) % len(inputs["image"])
             batch = {name: value[rows] for name, value in inputs.items()}
@@ -71,7 +71,7 @@ class Loaded:
             self._seconds.append(min(taken))
 
     def seconds(self, rows: int) -> float:
-        """The measured duration of a batch: of the shape that it runs in on a GPU, else in proportion to the rows."""
+        """The measured duration of a batch: on a GPU, of the shape in which it runs; else in proportion to its rows."""
         upper = min((rows - 1).bit_length(), len(self._seconds) - 1)
         return self._seconds[upper] * (1.0 if self._buckets and rows <= 2**upper else rows / 2**upper)
 
@@ -103,7 +103,7 @@ class Loaded:
         return session, buckets
 
     def _open(self, options: onnxruntime.SessionOptions, capture: bool = False) -> onnxruntime.InferenceSession:
-        """capture: for CUDA graphs."""
+        """Open the session. capture: for CUDA graphs."""
         names: list[Any] = [PROVIDERS["cpu"]]
         if self._gpu:
             names.insert(0, (cuda.PROVIDER, cuda.provider_options(self._gpu, capture)))

@@ -22,7 +22,7 @@ from training.steering import SteeringArrays
 
 
 class Brownout:
-    """What one batcher knows of the cost of its batches, and how far it lowers budgets now."""
+    """The cost of a batcher's batches, as far as it is known, and how far budgets are lowered now."""
 
     def __init__(self, target: float, dense: int, engines: int, max_batch: int, runs: Iterable[tuple[float, float]]):
         """target: seconds; dense: multiply-accumulates of an image with every unit open; runs: work and seconds of
@@ -30,23 +30,23 @@ class Brownout:
         self._target, self._dense, self._max_batch = target, dense, max_batch
         self._model, self._levels = CostModel(runs), Levels(target)
         self.waits = Waits()
-        """What is in the queue, which keeps it up to date."""
+        """Sums over the waiting calls; the queue keeps them up to date."""
         self._spend: dict[str, float] = {}
-        """By profile: the recent mean compute fraction of images without a budget."""
+        """Recent mean compute fraction of images without a budget, by profile."""
         self._ends = [0.0] * engines
         """When each engine's batch is expected to end."""
 
     def level(self, now: float) -> float:
-        """From 0 to 1: how far budgets are lowered to their floors, those of the size that is lowered most."""
+        """The highest level of all sizes, 0 to 1: how far budgets are lowered towards their floors."""
         return self._levels.highest(now)
 
     @property
     def max_batch(self) -> int:
-        """The images of the largest batch that leaves enough of the target to those that wait meanwhile."""
+        """The size of the largest batch that leaves enough of the target to the calls that wait meanwhile."""
         return largest_batch(self._model.cost, self._target, self._max_batch)
 
     def enter(self, call: Call) -> None:
-        """Set what a new call is expected to spend, and the least that it may."""
+        """Set the compute fraction that a new call is expected to spend, and its floor."""
         steering = call.steering
         call.own = self._spend.get(steering.profile, 1.0) if steering.budget is None else steering.budget
         call.floor = min(call.own, steering.permission.floor) if steering.permission else call.own
@@ -59,12 +59,12 @@ class Brownout:
         )
 
     def seconds(self, now: float) -> float:
-        """How long the queue takes at least."""
+        """The least time that the queue takes."""
         images, work = self.waits.least
         return self._engines(now).seconds(images, work, self._model.cost)
 
     def raise_level(self, queue: CallQueue, now: float) -> None:
-        """Before a batch is taken from the queue."""
+        """Raise the level as needed, before a batch is taken from the queue."""
         engines = self._engines(now)
         waiting = [
             Waiting(
@@ -95,7 +95,7 @@ class Brownout:
         self._ends[engine] = now + self._model.cost.seconds(work)
 
     def ended(self, engine: int) -> None:
-        """The batch of an engine has ended."""
+        """Record that an engine's batch has ended."""
         self._ends[engine] = 0.0
 
     def ran(self, batch: Sequence[Piece], outputs: Outputs, seconds: float) -> None:

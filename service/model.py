@@ -1,4 +1,4 @@
-"""A served bundle: images and steering in, answers out, everything counted."""
+"""A served bundle: images and steering in, answers out. Counts everything."""
 
 import asyncio
 import math
@@ -34,9 +34,9 @@ from service.tuning import Surroundings, start
 from training.steering import NEUTRAL, SteeringArrays, Terms
 
 MAX_RESOLVED = 4096
-"""Steerings, profile x strength x budget, that a model caches; the least recently used go first."""
+"""Limit of the steerings (profile x strength x budget) that a model caches; the least recently used go first."""
 SLICE_SECONDS = 0.01
-"""How long a request uses a thread of the pool before it is another's turn."""
+"""How long a request may use a thread of the pool before it is another request's turn."""
 T = TypeVar("T")
 Images = NDArray[np.uint8] | Sequence[Callable[[], NDArray[np.uint8]]]
 """uint8 (B, height, width, channels), or a decoder for each image."""
@@ -55,18 +55,18 @@ class Model:
     ):
         """Loads the graph and checks it. Raises BundleError or EngineError."""
         self.bundle = bundle
-        """With the profiles of the last use()."""
+        """The bundle with the profiles of the last use()."""
         self.own = bundle
-        """As it was loaded, with no profile of the profile folder."""
+        """The bundle as it was loaded, without profiles of the profile folder."""
         self._default = settings.default_profile
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
-        self._explainer = Explainer(bundle.folder)  # now: its file has just been checked
+        self._explainer = Explainer(bundle.folder)  # read now: its file has just been checked
         self.statistics = Statistics()
         self._in_flight = 0
         self._resolved = _resolver(bundle)
         self._gates = [bundle.manifest.gated_blocks.index(site.block) for site in bundle.manifest.sites]
-        """Of each site, the place of its gate among the gated blocks."""
+        """For each site, the index of its block among the gated blocks."""
         self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
         self._target, self._min_budget = settings.target_latency_ms / 1000, settings.min_budget
         self._pool = pool
@@ -75,7 +75,7 @@ class Model:
         )
         counted, statistics = self._metrics, self.statistics
 
-        def count_batch(stats: BatchStats) -> None:  # no method: a cycle would keep the session in memory
+        def count_batch(stats: BatchStats) -> None:  # not a method: a cycle would keep the session in memory
             counted.batch(stats)
             statistics.batch(stats.images, stats.seconds)
 
@@ -97,7 +97,7 @@ class Model:
             settings.max_queue / 2,
             lambda steering, agreed: counted.shadowed_lowered(_label(steering), agreed),
         )
-        batcher = weakref.ref(self.batcher)  # the gauges' cycle must not hold the session
+        batcher = weakref.ref(self.batcher)  # or the gauges would keep the session in memory
 
         def queue() -> tuple[int, float, float]:
             alive = batcher()
@@ -161,7 +161,7 @@ class Model:
         return answer, await self.in_turns([partial(explain, image) for image in range(len(images))])
 
     async def in_turns(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of the calls. Run in the pool, in slices of time: requests take turns, a cancelled one stops."""
+        """The results of the calls, run in the pool in time slices: requests take turns, and a cancelled one stops."""
         loop = asyncio.get_running_loop()
         done: list[T] = []
         while len(done) < len(calls):
@@ -200,7 +200,7 @@ class Model:
         budget: float | None,
         min_budget: float | None = None,
     ) -> Steering:
-        """The steering of tensors, checked; in the pool, as they may be large. terms: or None, then of the profile;
+        """The steering of tensors, checked in the pool, as they may be large. terms: None for those of the profile;
         gate_bias: (B, G, U), added, or None."""
         bundle, loop = self.bundle, asyncio.get_running_loop()
 
@@ -238,7 +238,7 @@ class Model:
         return replace(steering, permission=Permission(floor, without.arrays, bias))
 
     def _brownout(self, engines: int) -> Brownout:
-        """With the cost of a small and of a larger batch, measured now."""
+        """The brownout policy, with the cost of a small and of a larger batch, measured now."""
         dense, shape = self.bundle.manifest.macs.dense, self.bundle.manifest.image.shape
         runs = []
         for images in sorted({1, min(8, self.plan.max_batch)}):
@@ -265,7 +265,7 @@ class Model:
     async def _run(
         self, images: Images, order: Sequence[int], steering: Steering, seconds_left: float | None, residual: bool
     ) -> tuple[Answer, NDArray[np.uint8]]:
-        """Run the images in this order, in which they may occur several times. Returns the pixels that ran, too."""
+        """Run the images in this order, possibly several times each. Also returns the pixels that ran."""
         self._in_flight += 1
         deadline = math.inf if seconds_left is None else time.monotonic() + seconds_left
         record, start, decoded, answer = current(), time.monotonic(), None, None
@@ -341,7 +341,7 @@ def _resolver(bundle: Bundle) -> Callable[[str, float, float | None], Steering]:
 
 
 def _some(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of the first calls, at least one, as many as SLICE_SECONDS allow."""
+    """The results of the first calls: at least one, and as many as SLICE_SECONDS allow."""
     end, done = time.perf_counter() + SLICE_SECONDS, []
     for call in calls:
         done.append(call())

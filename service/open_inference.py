@@ -1,4 +1,4 @@
-"""The servicer of the Open Inference Protocol: tensors in, tensors out. Its calls mean here:
+"""The servicer of the Open Inference Protocol: tensors in, tensors out. What its calls mean here:
 
 - Inputs of ModelInfer: `image` UINT8 [images, height, width, channels], or `encoded_image` BYTES [images] or
   [images, 1] with JPEG, PNG, WebP, BMP or GIF files; and `steering_latent` INT64, `steering_scale` FP32 and

@@ -13,7 +13,7 @@ log = logging.getLogger("steervit.pages")
 
 
 class State(Protocol):
-    """The state that the probes report."""
+    """The server's state, as the probes report it."""
 
     @property
     def alive(self) -> bool:
@@ -22,12 +22,12 @@ class State(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the server takes requests."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why it is not ready, or what is wrong though it is; "" when all is well."""
+        """Why the server is not ready, or what is wrong although it is; "" if nothing is."""
         ...
 
 
@@ -49,7 +49,7 @@ class _Version6(_ThreadingWSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     timeout = 10
-    """Seconds for a request to arrive: a silent connection does not hold a thread for ever."""
+    """Seconds for a request to arrive: a silent connection does not hold a thread forever."""
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -60,8 +60,8 @@ class Pages:
     reason if not)."""
 
     def __init__(self, host: str, port: int, metrics: Callable[[str], tuple[bytes, str]], state: State):
-        """metrics: makes the page of metrics and names its type, given which are accepted. Raises OSError when the port
-        is taken."""
+        """metrics: returns the page of metrics and its content type, given the value of Accept. Raises OSError when the
+        port is taken."""
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             method, path, packed = environ["REQUEST_METHOD"], environ["PATH_INFO"], False
@@ -72,7 +72,7 @@ class Pages:
             elif path == "/metrics":
                 status, (body, kind) = "200 OK", metrics(environ.get("HTTP_ACCEPT", ""))
                 if packed := "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
-                    body = gzip.compress(body, 1)  # a level that costs least; the lock of the interpreter is free
+                    body = gzip.compress(body, 1)  # the cheapest level; it releases the interpreter's lock
             else:
                 known = path in states
                 status = "404 Not Found" if not known else "200 OK" if states[path] else "503 Service Unavailable"

@@ -17,23 +17,23 @@ PATIENCE = 0.01
 SHARE = 0.75
 """The longest wait, as a share of the duration of the last batch."""
 CONTENDED = 1.15
-"""Duration of a batch per CPU time of its thread, above which the CPUs count as shared with other threads."""
+"""Ratio of a batch's duration to its thread's CPU time above which the CPUs count as shared with other threads."""
 FORGET = 0.1
-"""A caller who has not returned for so long is no longer expected."""
+"""Seconds after which a caller who has not returned is no longer expected."""
 
 
 class Patience:
-    """Not thread-safe."""
+    """The callers who have just been answered, and how long to wait for them. Not thread-safe."""
 
     def __init__(self) -> None:
         self._answered: deque[tuple[float, int]] = deque()
         """Callers who have not returned: when they were answered, and their images. Oldest first."""
         self._mean, self._deviation = PATIENCE / 5, 0.0
-        """Of the time that callers take to return."""
+        """Mean and mean deviation of the time that callers take to return."""
         self._contention = 1.0
-        """Recent mean of duration per CPU time."""
+        """Recent mean ratio of a batch's duration to CPU time."""
         self._wait = 0.0
-        """Seconds from a caller's answer; 0: no wait."""
+        """How long to wait for a caller after its answer, seconds; 0: not at all."""
 
     def batch(self, seconds: float, cpu_seconds: float) -> None:
         """Record the duration of a batch and the CPU time of its thread."""
@@ -44,7 +44,7 @@ class Patience:
         self._wait = wait if pays else 0.0
 
     def answered(self, images: Iterable[int], now: float) -> None:
-        """Record that callers were answered: the images of each."""
+        """Record that callers were answered. images: of each of them."""
         self._answered.extend((now, count) for count in images)
 
     def came_back(self, now: float) -> None:

@@ -8,16 +8,16 @@ from service.catalogue import Fingerprint, Shelf
 
 
 class Tries(NamedTuple):
-    """The versions of a model to try to load."""
+    """Versions of a model to load, and substitutes to try."""
 
     now: list[int]
     """New or changed versions that the policy selects, the newest first."""
     instead: list[int]
-    """Other versions, to be tried in turn until one loads: an older version is better than none."""
+    """Substitutes, to be tried in turn until one loads: an older version is better than none."""
 
 
 class Outcome(NamedTuple):
-    """The state of a model after loading."""
+    """The state of a model after the loading."""
 
     served: set[int]
     labels: dict[str, int]
@@ -44,7 +44,7 @@ def tries(policy: str, shelf: Shelf, known: Mapping[int, Fingerprint]) -> Tries:
     """The versions to try. known: the fingerprints of the last attempts."""
     numbers = selected(policy, shelf)
     changed = [v for v in sorted(shelf.versions, reverse=True) if shelf.versions[v].fingerprint != known.get(v)]
-    names_versions = policy[0].isdigit()  # no substitute for a version named by number
+    names_versions = policy[0].isdigit()  # a version named by number has no substitute
     return Tries(
         [version for version in changed if version in numbers],
         [version for version in changed if version not in numbers and not names_versions],
@@ -60,7 +60,7 @@ def outcome(
     kept = {*numbers} & {*shelf.versions} | {*labels.values()}
     if not {*numbers} <= {*loaded}:  # another version substitutes for one that does not load
         kept |= {*shelf.versions}
-    served = {*loaded} & kept or {*loaded}  # a version that was unselected is better than none
+    served = {*loaded} & kept or {*loaded}  # a version that is no longer selected is better than none
     there = ", ".join(map(str, sorted(shelf.versions)))
     missing = {
         version: f"version {version} does not exist; allowed: {there}"
@@ -72,7 +72,7 @@ def outcome(
 
 
 def _labels(shelf: Shelf, loaded: Collection[int], labels: Mapping[str, int]) -> dict[str, int]:
-    """The labels of labels.json. A label without a loaded version is unchanged, as are all if the file is wrong."""
+    """The labels of labels.json. A label without a loaded version is unchanged; all are, if the file is invalid."""
     if shelf.problem:
         return dict(labels)
     return {label: labels[label] for label in shelf.labels if label in labels} | {

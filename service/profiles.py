@@ -42,15 +42,15 @@ class ProfileFolder:
         self._folder, self._metrics, self._default = folder, metrics, default
         self._files: tuple[_File, ...] = ()
         self.pending = folder is not None
-        """Whether no state of the folder has been valid yet: what it is to add is unknown."""
+        """Whether the folder has not been valid yet, so that its profiles are unknown."""
         self.problem = ""
-        """What is wrong with the folder as it is; "" if it is served as it is."""
+        """What is wrong with the folder now; "" if its current state is served."""
         self._seen: tuple[tuple[Path, bytes], ...] | str | None = None
-        """The files of the last read, or why they could not be read."""
+        """The files at the last read, or why they could not be read."""
         self._reading = threading.Lock()
 
     def of(self, bundle: Bundle) -> Profiles:
-        """The profiles for a bundle. Raises SteeringError when one of them does not fit it."""
+        """The profiles for a bundle. Raises SteeringError if one of them does not fit it."""
         return _for(bundle, self._files)
 
     def unused(self, bundles: Iterable[Bundle]) -> int:
@@ -169,7 +169,9 @@ def _contents(folder: Path) -> tuple[tuple[Path, bytes], ...] | str:
         for path in paths:
             check_inside(path, folder)
         return tuple((path, path.read_bytes()) for path in paths)
-    except (OSError, BundleError) as error:
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except BundleError as error:
         return str(error)
 
 

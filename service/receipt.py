@@ -30,7 +30,7 @@ class Measures(NamedTuple):
     mlp_usage: float | None
     """None in a model without MLP groups."""
     budget: float | None
-    """As asked for."""
+    """The requested budget."""
     budget_applied: float | None
     brownout: bool
     """Whether the server lowered the budget under load."""

@@ -46,7 +46,7 @@ class NotServed(grpc.GenericRpcHandler):
         self._unserved = unserved
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        """A handler that answers UNIMPLEMENTED for a method of the Open Inference Protocol; None for any other."""
+        """A handler that answers UNIMPLEMENTED to a method of the Open Inference Protocol; None for other methods."""
         name = details.method
         if not name.startswith("/inference.GRPCInferenceService/"):
             return None
@@ -62,7 +62,7 @@ class NotServed(grpc.GenericRpcHandler):
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's health service. Its watches end when the server stops: they would delay it by drain_seconds."""
+    """gRPC's health service. Its watches end when the server stops; otherwise they would delay it by drain_seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 class Server:
-    """The whole server. `start` returns when it is ready, `stop` when everything accepted is answered."""
+    """The whole server. `start` returns when it is ready, `stop` when all accepted calls are answered."""
 
     def __init__(self, settings: Settings):
         """Loads the repository. Raises BundleError, EngineError or LimitsError."""
@@ -102,7 +102,7 @@ class Server:
             CollectorRegistry(), settings.max_profile_series, settings.revision, settings.head_series
         )
         self._taking = False
-        """Whether calls are taken: started, and not stopping."""
+        """Whether calls are accepted: the server has started and is not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
         self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
         self._repository = Repository(settings, self._metrics, self._profiles)
@@ -160,17 +160,17 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether inference threads and, while calls are taken, the event loop make progress."""
+        """Whether inference threads and, while calls are accepted, the event loop make progress."""
         return self._repository.alive and (not self._taking or time.monotonic() - self._beat < HANGS_AFTER)
 
     @property
     def ready(self) -> bool:
-        """Whether calls are taken, by models with the profiles that they are to have."""
+        """Whether calls are accepted, and the profile folder has been valid at least once."""
         return self._taking and not self._profiles.pending
 
     @property
     def reason(self) -> str:
-        """Why the server is not ready, or what is wrong though it is; "" when all is well."""
+        """Why the server is not ready, or what is wrong although it is; "" if nothing is."""
         if not self._taking:
             return "it starts or stops"
         if not self.alive:
@@ -182,7 +182,7 @@ class Server:
         return ""
 
     def _metrics_page(self, accepted: str) -> tuple[bytes, str]:
-        """The page and its type: OpenMetrics, which has room for exemplars, where there are any and a scraper reads
+        """The page and its content type: OpenMetrics, which has exemplars, if there are traces and the scraper accepts
         it."""
         if self._tracing and "application/openmetrics-text" in accepted:
             of_process = openmetrics.generate_latest(self._process)  # type: ignore[no-untyped-call]
@@ -227,8 +227,8 @@ class Server:
         self._pages.close()
 
     async def _follow_state(self) -> None:
-        """Report NOT_SERVING while the server is not ready, or an inference thread has ended or hangs: calls would wait
-        for it."""
+        """Report NOT_SERVING while the server is not ready, or while an inference thread hangs or has ended, since
+        calls would wait for it."""
         serving = self.ready and self.alive
         while True:
             self._beat = time.monotonic()
@@ -248,7 +248,7 @@ class Server:
 def _tracing(settings: Settings) -> "Tracing | None":
     if not settings.otlp_endpoint:
         return None
-    from service.tracing import Tracing  # the SDK is an extra, and nobody else waits for its import
+    from service.tracing import Tracing  # the SDK is an extra, and slow to import
 
     return Tracing(settings.otlp_endpoint, settings.revision)
 
@@ -259,7 +259,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", size),
         ("grpc.max_send_message_length", -1),  # no limit
         ("grpc.max_concurrent_streams", settings.max_streams),
-        ("grpc.http.overload_protection", 0),  # it also refuses calls within the limit
+        ("grpc.http.overload_protection", 0),  # it would also refuse calls within the limit
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may send keepalive pings too
         ("grpc.keepalive_time_ms", ping),

@@ -1,6 +1,6 @@
-"""What brownout costs: images that it lowered, run at their own budgets too once nothing is lowered any more.
+"""Measures what brownout costs: runs images that it lowered at their own budgets too, once no budgets are lowered.
 
-Later, because more work is what a server in brownout can do without. Of a longer brownout the last images are kept.
+A server in brownout must not get more work, so these images wait. After a long brownout only the last ones are left.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from service.errors import Overloaded, Stopping
 from service.steering import Steering
 
 KEPT = 64
-"""Images at most, until they run."""
+"""Limit of the images that wait."""
 PAUSE = 0.5
-"""Seconds between looks at the level."""
+"""Seconds between checks of the level."""
 
 
 class LoweredShadow:
-    """Used from the event loop."""
+    """Keeps some of the lowered images and runs them later. Used from the event loop."""
 
     def __init__(self, batcher: Batcher, fraction: float, most_work: float, count: Callable[[Steering, bool], None]):
         """fraction: of the lowered images; most_work: in the queue, above which they wait; count(steering, agreed):
@@ -36,7 +36,7 @@ class LoweredShadow:
         self._running: asyncio.Task[None] | None = None
 
     def lowered(self, pixels: NDArray[np.uint8], steering: Steering, outputs: Outputs) -> None:
-        """Keep some images of a lowered call. steering: as the call asked for it."""
+        """Keep some images of a lowered call. steering: as the call requested it."""
         for index, label in enumerate(outputs.logits.argmax(1).tolist()):
             if random.random() < self._fraction:
                 part = slice(index, index + 1)
@@ -45,7 +45,7 @@ class LoweredShadow:
             self._running = asyncio.create_task(self._run())
 
     def close(self) -> None:
-        """Forget what is kept."""
+        """Forget the images."""
         if self._running:
             self._running.cancel()
 

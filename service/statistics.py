@@ -16,26 +16,26 @@ class Duration:
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one with this duration."""
+        """Count one more, with this duration."""
         self.count += 1
         self.seconds += seconds
 
 
 @dataclass
 class Statistics:
-    """Calls are counted by the event loop, batches by the batcher's thread."""
+    """Counts of calls, made on the event loop, and of batches, made in the batcher's threads."""
 
     success: Duration = field(default_factory=Duration)
     """Calls, from their arrival at the model to their answer."""
     fail: Duration = field(default_factory=Duration)
     queue: Duration = field(default_factory=Duration)
-    """This field and the next three: of answered calls."""
+    """This field and the next three count answered calls."""
     decode: Duration = field(default_factory=Duration)
-    """Calls with raw pixels count with 0 s."""
+    """Calls with raw pixels count as 0 s."""
     inference: Duration = field(default_factory=Duration)
-    """Of each call the time of its batches, which it shares with others."""
+    """For each call, the time of its batches, which it shares with other calls."""
     output: Duration = field(default_factory=Duration)
-    """The rest of a call: from inference to its answer."""
+    """The rest of a call, from inference to its answer."""
     batches: dict[int, Duration] = field(default_factory=dict)
     """By size in images."""
     last: float = 0.0
@@ -50,7 +50,7 @@ class Statistics:
         self.queue.add(answer.queue_seconds)
         self.decode.add(decoded)
         self.inference.add(answer.outputs.seconds)
-        # A call of several batches waits for its last one while the first ones run: the parts can exceed the whole.
+        # A call of several batches waits for the last one while the first ones run, so the parts may exceed the whole.
         self.output.add(max(0.0, seconds - decoded - answer.queue_seconds - answer.outputs.seconds))
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ MAX_STRENGTH = 100.0
 
 @dataclass(frozen=True)
 class Permission:
-    """To lower the budget of a call's images under load."""
+    """Permission to lower the budget of a call's images under load."""
 
     floor: float
     """The lowest budget."""
@@ -50,13 +50,13 @@ class Steering:
     """The steering of a call, checked against the bundle that serves it."""
 
     arrays: SteeringArrays
-    """(1, S, T) for all images of the call, or (B, S, T)."""
+    """(1, S, T), the same for all images of the call, or (B, S, T)."""
     profile: str
     """"" for inline terms or none."""
     custom: bool
-    """Inline terms."""
+    """Whether the terms are inline."""
     digest: str
-    """Of the terms, strength included."""
+    """Digest of the terms, strength included."""
     off: bool = False
     """Whether the strength is 0: nothing is steered."""
     budget: float | None = None
@@ -86,8 +86,8 @@ def resolve(
     budget: float | None = None,
     forced: Forced = FREE,
 ) -> Steering:
-    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "". budget: of its
-    images; None: no budget. forced: units, whatever the strength.
+    """The steering of a request. made_for: the gates_sae_digest that its terms were made for, or "". budget: of each
+    image; None: no budget. forced: units, whatever the strength.
 
     Raises InvalidRequest, NotFound, DigestMismatch or Lacking.
     """
@@ -98,7 +98,7 @@ def resolve(
         raise DigestMismatch(
             f"steering.gates_sae_digest is {made_for!r}; allowed: {served!r}, which is served, or none"
         )
-    if not abs(strength) <= MAX_STRENGTH:  # catches NaN too
+    if not abs(strength) <= MAX_STRENGTH:  # false for NaN too
         raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     own = UNBIASED
     if profile:
@@ -127,15 +127,15 @@ def resolve(
 
 
 def with_bias(arrays: SteeringArrays, bias: Bias | None) -> SteeringArrays:
-    """The arrays of one image, or of images that all have these gate biases (G, U)."""
+    """The arrays with these gate biases (G, U) for every image."""
     if bias is None:
         return arrays
     return replace(arrays, gate_bias=np.repeat(bias[None], len(arrays.latent), 0))
 
 
 def named(bundle: Bundle, name: str, field: str) -> SteeringProfile:
-    """The profile of that name. Raises NotFound, with the field and the names that exist; names that differ only in
-    case and spaces come first."""
+    """The profile with this name. Raises NotFound, which names the field and the existing profiles, first those that
+    differ only in case and spaces."""
     profile = bundle.profiles.get(canonical(name))
     if profile is None:
         nearest = sorted(bundle.profiles, key=lambda other: (_folded(other) != _folded(name), other))
@@ -154,8 +154,8 @@ def joined(parts: Sequence[tuple[Steering, int]]) -> Steering:
 
 
 def stack(steerings: Sequence[Steering], counts: Sequence[int]) -> SteeringArrays:
-    """The arrays of a batch with counts[i] rows of steering i: terms padded with the neutral one, and gate biases, 0 in
-    rows without, if any row has some."""
+    """The arrays of a batch with counts[i] rows of steering i. Terms are padded with the neutral one; if any row has
+    gate biases, rows without them get 0."""
     first = steerings[0].arrays
     if len(steerings) == 1 and len(first.latent) == counts[0]:
         return first

@@ -1,4 +1,4 @@
-"""The servicer of steering.v1: protobuf in, protobuf out. Nothing in between knows protobuf."""
+"""The servicer of steering.v1: protobuf in, protobuf out. The code that it calls knows no protobuf."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,7 +31,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Request = pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest
 MAX_LATENTS = 100
 MESSAGES = 2000
-"""Messages of an answer that are made in one turn; takes some milliseconds."""
+"""Number of an answer's messages that are made in one turn, which takes some milliseconds."""
 
 
 class SteeringService(SteeringServiceServicer):
@@ -207,8 +207,8 @@ def _units(units: Sequence[pb.Unit], field: str) -> list[Unit]:
 
 
 async def written(model: Model, images: int, each: int, part: Callable[[slice], Message], end: Message) -> bytes:
-    """The bytes of an answer, the concatenation of its parts. part: makes the part of some images; each: messages in it
-    for an image. A large answer is made in the pool, in turns, so that it delays no other call."""
+    """The bytes of an answer, the concatenation of its parts. part: makes the part of some images; each: number of
+    messages for an image. A large answer is made in the pool, in turns, so that it delays no other call."""
     step = max(1, MESSAGES // each)
     parts = [partial(_bytes_of, part, slice(first, first + step)) for first in range(0, images, step)]
     made = await model.in_turns(parts) if len(parts) > 1 else [parts[0]()]
@@ -225,7 +225,7 @@ def _messages(manifest: Manifest, top_k: int) -> int:
 
 
 def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Prediction]:
-    """One message an image, with its top_k most probable classes and the units that ran."""
+    """One message per image, with its top_k most probable classes and the units that ran."""
     ranking, probability = outputs.ranked()
     rows = ranking[:, :top_k], probability[:, :top_k], outputs.head_gate, outputs.mlp_gate
     columns = (*rows, outputs.head_usage, outputs.mlp_usage, outputs.macs, outputs.near_threshold)
@@ -255,7 +255,7 @@ def predictions(manifest: Manifest, outputs: Outputs, top_k: int) -> list[pb.Pre
 
 
 def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k: int) -> list[pb.Comparison]:
-    """One message an image, from its row of both outputs. head_changes, mlp_changes: the gates that decided
+    """One message per image, from its row in both outputs. head_changes and mlp_changes are the gates that decided
     differently."""
     pairs = zip(predictions(manifest, unsteered, top_k), predictions(manifest, steered, top_k), strict=True)
     messages = []
@@ -286,7 +286,7 @@ def comparisons(manifest: Manifest, unsteered: Outputs, steered: Outputs, top_k:
 
 
 def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteExplanation]:
-    """One message a site. of_image: an image's explanations, by site."""
+    """One message per site. of_image: the explanations of an image, by site."""
     return [
         pb.SiteExplanation(
             site=index,
@@ -315,7 +315,7 @@ def receipt(model: Model, steering: Steering, answer: Answer) -> pb.Receipt:
 
 
 def dial_points(curve: Sequence[Point]) -> list[pb.DialPoint]:
-    """One message a point."""
+    """One message per point."""
     return [
         pb.DialPoint(
             position=point.budget,

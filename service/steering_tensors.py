@@ -30,7 +30,7 @@ from training.steering import (
 )
 
 MAX_VALUE = 1e6
-"""Of a scale or shift, as in SteeringTerm."""
+"""Limit of a scale or shift, as in SteeringTerm."""
 
 
 def from_tensors(
@@ -38,7 +38,7 @@ def from_tensors(
 ) -> Steering:
     """The steering of tensors (B, S, T): terms of each image, padded with neutral ones (any latent, scale 1, shift 0).
 
-    Raises InvalidRequest naming the image, the site and what is wrong with a term, and as budget_bias.
+    Raises InvalidRequest, which names the image, the site and what is wrong with a term, and what budget_bias raises.
     """
     latents = bundle.manifest.latents
     if arrays.latent.shape[1] != len(latents) or arrays.latent.shape[2] < 1:
@@ -111,7 +111,7 @@ def _invalid(arrays: SteeringArrays, terms: NDArray[np.bool_], latents: Sequence
     """(B, S, T): terms that SteeringTerm or check refuses. terms: where terms are not neutral."""
     missing = (arrays.latent < 0) | (arrays.latent >= np.array(latents)[:, None])
     invalid: NDArray[np.bool_] = terms & (missing | _outside(arrays.scale) | _outside(arrays.shift))
-    distinct = np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2]))  # neutral terms repeat no latent
+    distinct = np.where(terms, arrays.latent, -1 - np.arange(terms.shape[2]))  # so that neutral terms repeat no latent
     ordered = np.sort(distinct, 2)
     invalid[:, :, 1:] |= ordered[:, :, 1:] == ordered[:, :, :-1]  # at some term of the image
     return invalid

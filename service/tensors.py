@@ -20,7 +20,7 @@ DTYPES: dict[str, tuple[np.dtype[Any], str]] = {
     "INT64": (np.dtype("<i8"), "int64_contents"),
     "FP32": (np.dtype("<f4"), "fp32_contents"),
 }
-"""The numpy type, and the field of InferTensorContents, of a datatype."""
+"""The numpy type and the field of InferTensorContents, by datatype."""
 STEERING = INPUTS[1:]
 INPUT_TYPES = {
     "image": "UINT8",
@@ -29,9 +29,9 @@ INPUT_TYPES = {
     GATE_BIAS: "FP32",
 }
 MAX_RANK = 4
-"""Sizes in a shape."""
+"""Limit of the dimensions of a tensor."""
 MAX_TYPED = 2**18
-"""Elements of a tensor that are not raw: each becomes a Python object on the event loop (0.02 us a pixel)."""
+"""Limit of the elements of a typed tensor: each becomes a Python object on the event loop (0.02 us a pixel)."""
 RESERVED = re.compile(r"triton_.*|sequence_.*|priority|timeout|headers|binary_data.*|content_type")
 """Parameters of the protocol and of its clients that are ignored here."""
 
@@ -76,8 +76,8 @@ def read_headers(request: pb.ModelInferRequest) -> tuple[TensorHeader, ...]:
 def read_tensors(
     headers: Sequence[TensorHeader], raw: Sequence[bytes], contents: Sequence[Any], most: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """The inputs by name, their sizes checked. raw: the contents of all inputs, or empty; then contents: typed ones.
-    most: elements of each input that is not raw. Raises InvalidRequest."""
+    """The inputs by name, their sizes checked. raw: the contents of all inputs; if it is empty, contents has typed
+    ones. most: limit of the elements of each typed input. Raises InvalidRequest."""
     if raw and len(raw) != len(headers):
         raise InvalidRequest(f"raw_input_contents has {len(raw)} entries; allowed: {len(headers)}, one for each input")
     tensors: dict[str, Tensor] = {}

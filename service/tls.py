@@ -25,7 +25,7 @@ class Certificates:
         self._current = self._read()
 
     def check(self) -> None:
-        """Raises OSError, with the names of the files, if they cannot be used: gRPC gives no reason."""
+        """Raise OSError, with the names of the files, if they cannot be used: gRPC gives no reason."""
         files = f"--tls-certificate {self._certificate}, --tls-key {self._key}"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
@@ -45,8 +45,9 @@ class Certificates:
         )
 
     def expiry(self) -> dict[str, float]:
-        """When the server's certificate and the first of its clients' authorities expire, Unix time, by `certificate`
-        and `client_ca`. Of the files as they are: new connections get those. Empty if they cannot be read."""
+        """When the server's certificate and the first of its clients' authorities expire, as Unix times, by
+        `certificate` and `client_ca`. Reads the current files, which new connections use. Empty if they cannot be
+        read."""
         try:
             certificate = ssl._ssl._test_decode_cert(str(self._certificate))  # type: ignore[attr-defined]
             ends: dict[str, float] = {"certificate": ssl.cert_time_to_seconds(certificate["notAfter"])}
@@ -58,7 +59,7 @@ class Certificates:
         return ends
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """None: unchanged."""
+        """The current files; None if they are unchanged."""
         try:
             files = self._read()
         except OSError as error:

@@ -1,6 +1,6 @@
 """Traces of calls for an OpenTelemetry collector. The only file that knows OpenTelemetry's SDK, which is an extra.
 
-A call's spans are made when it has ended, of the times that its record has: a call under way costs nothing. Names and
+A call's spans are made after its end, from the times in its record: a call in progress costs nothing. Names and
 attributes are those of OpenTelemetry's semantic conventions for gRPC; those of our own begin with `steervit.`.
 """
 
@@ -22,9 +22,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from service.access_log import Course, Record
 
 CLOSE_SECONDS = 3.0
-"""How long the server's end waits for the last spans to be taken."""
+"""How long the stopping server waits for the collector to take the last spans."""
 FAILURES = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
-"""Statuses that the conventions count as errors of a server; the others are errors of its clients."""
+"""Statuses that the conventions count as errors of the server; other errors are those of clients."""
 PEER = re.compile(r"ipv[46]:\[?([^\]]+)\]?:([0-9]+)")
 
 
@@ -63,7 +63,7 @@ class Tracing:
             course.trace_id, course.span_id = format_trace_id(of.trace_id), format_span_id(of.span_id)
 
     def close(self) -> None:
-        """Send what is left, and wait at most CLOSE_SECONDS for that."""
+        """Send the remaining spans, waiting at most CLOSE_SECONDS."""
         sending = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         sending.start()
         sending.join(CLOSE_SECONDS)
@@ -92,7 +92,7 @@ class Tracing:
 
 
 def _attributes(record: Record, path: str, code: str, request_id: str, context: Any) -> dict[str, str | int | float]:
-    """What is known of a call."""
+    """The attributes of a call's span."""
     peer = PEER.fullmatch(unquote(context.peer()))
     known = {
         "rpc.system.name": "grpc",

@@ -2,7 +2,7 @@
 
 grpc.aio wakes the event loop through a socket for each step of each call, four or five times. Here one thread follows
 the completion queue of gRPC's core, takes the steps that need no decision, and wakes the event loop once for all
-messages that have arrived meanwhile. Answers go to the core directly. Measured in NOTES.md, "Instances".
+messages that have arrived meanwhile. Answers go to the core directly. Measurements: NOTES.md, "Instances".
 
 It uses the classes that grpc's own two servers use, grpc._cython.cygrpc, which are not public. `server` returns
 grpc.aio's server where they are missing.
@@ -42,7 +42,7 @@ except ImportError:
 log = logging.getLogger("steervit.transport")
 Metadata = Sequence[tuple[str, str | bytes]]
 PENDING_REQUESTS = 8
-"""Requests for a call that the core holds, one for each call that it may hand over."""
+"""Number of requests for a call that the core always holds, so that it can hand over as many calls at once."""
 FOR_EVER = 1e12
 """Seconds; a later deadline counts as none."""
 FLAGS = 0
@@ -74,7 +74,7 @@ class _Details(NamedTuple):
 
 
 class Context:
-    """The view that a handler has of its call."""
+    """A call, as its handler sees it."""
 
     def __init__(self, call: "_Call"):
         self._call = call
@@ -94,7 +94,7 @@ class Context:
         return peer.decode(errors="replace")
 
     def auth_context(self) -> dict[str, list[bytes]]:
-        """What TLS knows of the client, such as x509_common_name."""
+        """What TLS knows about the client, such as x509_common_name."""
         return {key.decode(): values for key, values in (auth_context(self._call.core) or {}).items()}
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
@@ -146,7 +146,7 @@ class _Call:
             self._server.later(self.oversized, None)
 
     def closed(self, event: Any) -> None:
-        """The call has ended; cancelled if it was not answered."""
+        """Handle the end of the call: it was cancelled if it has not been answered."""
         if event.batch_operations[0].cancelled():
             self._server.later(self.cancel, None)
 
@@ -215,7 +215,7 @@ class _Call:
         self.core.start_server_batch(sent, _nothing)
 
     def _headers(self) -> list[Any]:
-        """The operation that sends the headers, the first time; then none."""
+        """The operation that sends the headers, at the first call; later none."""
         first, self._headers_sent = not self._headers_sent, True
         return [SendInitialMetadataOperation((), FLAGS)] * first
 
@@ -243,9 +243,9 @@ class Server:
         self._core.register_completion_queue(self._queue)
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._arrived: deque[tuple[Callable[[Any], None], Any]] = deque()
-        """Calls to make on the event loop."""
+        """Functions to call on the event loop, with their arguments."""
         self._woken = False
-        """Whether the event loop has been woken for them."""
+        """Whether the event loop has been woken to call them."""
         self._thread = threading.Thread(target=self._follow, name="transport", daemon=True)
         self._stopping = False
         self.loop: asyncio.AbstractEventLoop
@@ -258,11 +258,12 @@ class Server:
         """Does nothing: the generated code adds the same handlers as generic ones."""
 
     def add_insecure_port(self, address: str) -> int:
-        """Returns the port. Raises RuntimeError when it cannot bind it."""
+        """Bind the address; returns the port. Raises RuntimeError when that fails."""
         return _bound(address, self._core.add_http2_port(address.encode()))
 
     def add_secure_port(self, address: str, credentials: grpc.ServerCredentials) -> int:
-        """Returns the port. Raises RuntimeError when it cannot bind it or use the credentials."""
+        """Bind the address; returns the port. Raises RuntimeError when that fails, or the credentials cannot be
+        used."""
         return _bound(address, self._core.add_http2_port(address.encode(), credentials._credentials))  # type: ignore[attr-defined]
 
     async def start(self) -> None:
@@ -287,7 +288,7 @@ class Server:
         await self.loop.run_in_executor(None, self._thread.join)
 
     def later(self, do: Callable[[Any], None], argument: Any) -> None:
-        """Call `do` on the event loop. For the server's thread."""
+        """Call `do` on the event loop. Called from the server's thread."""
         self._arrived.append((do, argument))
         if not self._woken:
             self._woken = True
@@ -301,7 +302,7 @@ class Server:
             do(argument)
 
     def _follow(self) -> None:
-        """The thread: handle the events of the core until the queue is shut down."""
+        """Handle the events of the core, in the server's thread, until the queue is shut down."""
         while True:
             event = self._queue.poll()
             if event.completion_type == CompletionType.queue_shutdown:
@@ -310,12 +311,12 @@ class Server:
                 event.tag(event)
             except Exception:  # one call is lost; the others need the thread
                 log.exception("a call failed and got no answer")
-            del event  # it references its call, and the call the core
+            del event  # it references its call, which references the core
 
     def _called(self, event: Any) -> None:
-        """A call arrives, or the server shuts down."""
+        """Handle a new call, or the shutdown of the server."""
         if not self._stopping:
-            with contextlib.suppress(ValueError):  # it is shutting down
+            with contextlib.suppress(ValueError):  # raised while it shuts down
                 self._core.request_call(self._queue, self._queue, self._called)
         if event.success:
             details = _Details(event.call_details.method.decode("latin1"), event.invocation_metadata)

@@ -37,16 +37,16 @@ SIZES = (2, 8, 16, 32)
 """The batch sizes to choose from; the first for models too large to measure them: their tokens then stay in the second
 cache, which saves a DeiT-S 13 to 20% an image (NOTES.md, "Units")."""
 MAX_BATCH = SIZES[-1]
-"""The batch size when nothing is measured."""
+"""The batch size without a measurement."""
 GPU_MAX_BATCH = 64
 GPU_INSTANCES = 2
-"""While the GPU runs the batch of one, the other assembles, copies and reads back its own."""
+"""While the GPU runs a batch of one instance, the other assembles and copies its next one."""
 TURNS = 2
-"""The least number of turns of each contestant."""
+"""Minimum number of turns for each contestant."""
 WORTH = 1.05
 """How many times as fast an alternative must be to replace the default, so that noise decides nothing."""
 COMPARE_EVERY = 32
-"""Of so many calls that meet no others, one runs on the session that was slower recently."""
+"""One in this many calls that meet no others runs on the session that was slower recently."""
 
 
 Count = Annotated[int, Field(ge=1, le=4096)]
@@ -57,7 +57,7 @@ class Plan:
     """How a model uses the CPUs."""
 
     instances: Count
-    """Batches that run at a time."""
+    """Number of concurrent batches."""
     threads: Count
     """Threads of each batch."""
     wide_threads: Annotated[int, Field(ge=0, le=4096)]
@@ -65,9 +65,9 @@ class Plan:
     spinning: bool
     """Whether the threads of a run spin while they wait for each other."""
     max_batch: Count
-    """Images in a batch at most."""
+    """Limit of the images in a batch."""
     source: str = "default"
-    """flags, measured, cached, or default: neither measured nor cached."""
+    """`flags`, `measured`, `cached`, or `default`: neither measured nor cached."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Saved:
 
 
 class Quickest:
-    """Runs each call on the engine that was fastest recently. For similar calls, one at a time."""
+    """Runs each call on the engine that has been fastest recently. For similar calls, one at a time."""
 
     def __init__(self, *engines: Engine):
         self._engines = engines
@@ -97,7 +97,7 @@ class Quickest:
         chosen = ranked[0 if self._runs % COMPARE_EVERY else 1]
         outputs = self._engines[chosen].run(images, steering, residual, digest)
         off = outputs.seconds - (before := self._seconds[chosen] or outputs.seconds)
-        self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # a delayed run says little about the session
+        self._seconds[chosen] = before + off / (8 if off > 0 else 2)  # a slow run may have other causes
         return outputs
 
 
@@ -108,7 +108,7 @@ class Instances:
     engines: Sequence[Engine]
     """One for each concurrent batch; the same one several times if it has one thread."""
     lone: Quickest | None
-    """For calls of few images that meet no others."""
+    """Runs calls of few images that meet no others."""
     plan: Plan
 
 
@@ -142,7 +142,7 @@ def start(bundle: Bundle, settings: Settings, surroundings: Surroundings) -> Ins
 
 
 def default(settings: Settings, spinning: bool) -> Plan:
-    """The plan without measurements. Its source is `flags` if they leave nothing to choose."""
+    """The plan without measurements. Its source is `flags` if the flags leave nothing to choose."""
     cpus = usable_cpus()
     if resolve_provider(settings.provider) == "cuda":
         threads, max_batch = settings.threads or cpus, settings.max_batch or GPU_MAX_BATCH
@@ -189,12 +189,12 @@ def _engine(bundle: Bundle, settings: Settings, plan: Plan, threads: int) -> Eng
 
 
 def gpu_of(settings: Settings) -> Gpu:
-    """The GPU that the settings name, and how it is to be used."""
+    """The GPU that the settings name, and how to use it."""
     return Gpu(settings.device, settings.gpu_memory_mb, settings.cuda_graphs == "auto", settings.tf32)
 
 
 def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances, dict[str, float]]:
-    """The instances, and the measured milliseconds an image.
+    """The instances, and the measured milliseconds per image.
 
     Measurements that would take too long are left out: they matter less the larger the model is.
     """
@@ -229,8 +229,8 @@ def _measured(bundle: Bundle, settings: Settings, plan: Plan) -> tuple[Instances
 
 
 def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int]], seconds: float) -> dict[str, float]:
-    """Milliseconds an image, by contestant: engines that run at the same time, and the size of their batches. The
-    contestants take TURNS turns or more; the median turn counts."""
+    """Milliseconds per image, by contestant: engines that run at the same time, and the size of their batches. Each
+    contestant has TURNS turns or more, of which the median counts."""
     turns: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(turns[min(turns)]) < TURNS:
@@ -241,7 +241,7 @@ def _raced(golden: Golden, contestants: Mapping[str, tuple[Sequence[Engine], int
 
 
 def _timed(engines: Sequence[Engine], images: NDArray[np.uint8], *terms: NDArray[Any]) -> float:
-    """Seconds an image while each engine runs the batch in its own thread, for 20 ms or once."""
+    """Seconds per image while each engine runs the batch in its own thread, for 20 ms or once."""
     done = [0] * len(engines)
     ready = threading.Barrier(len(engines) + 1)
 

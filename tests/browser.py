@@ -1,4 +1,4 @@
-"""A playground process, and its page in Debian's Chromium as a person meets it."""
+"""A playground process, and its page in Debian's Chromium as a user sees it."""
 
 import json
 import re
@@ -40,7 +40,7 @@ class Page:
         Select(self.one("#profile")).select_by_visible_text(profile)
 
     def press(self, selector: str, key: str, times: int = 1) -> None:
-        """key: as Keys calls it, such as HOME."""
+        """key: its name in Keys, such as HOME."""
         self.one(selector).send_keys(*[getattr(Keys, key)] * times)
 
     def shows(self, words: str, selector: str = "#summary") -> None:
@@ -48,7 +48,7 @@ class Page:
         until(lambda: words in self.text(selector) and self.text("[aria-busy]") == "", 20)
 
     def states(self) -> dict[tuple[str, int], str]:
-        """Of the map: by block and place in its row."""
+        """The states of the units in the map, by block and position in its row."""
         rows = self.driver.execute_script(
             "return [...document.querySelectorAll('.map tbody tr')].map(row => "
             "[row.querySelector('th').innerText, [...row.querySelectorAll('td')].map(cell => cell.dataset.state)])"
@@ -82,7 +82,7 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 @contextmanager
 def playground(driver: webdriver.Chrome, server: str, *flags: str) -> Iterator[Page]:
-    """A process for that server; it must end with 0 when it is told to."""
+    """A playground process for that server; it must exit with 0 when it is stopped."""
     command = [sys.executable, "-m", "service.playground", "--server", server, "--port", "0", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

@@ -20,22 +20,22 @@ from xdist.scheduler import LoadScopeScheduling
 from export.bundle import Bundle, load_bundle, versions
 from service.client import Client
 
-urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # pages of this machine
+urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # local pages need no proxy
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and two tests run side by side
-os.environ.setdefault("STEERVIT_DRAIN_DELAY_SECONDS", "0")  # nobody watches the health of most of these servers
+os.environ.setdefault("STEERVIT_DRAIN_DELAY_SECONDS", "0")  # few clients here watch the health
 os.environ.setdefault("STEERVIT_TUNE", "off")  # measuring takes 2 s a start, and other tests disturb it
 SMOKE_RUN = ("tests/test_export.py", "tests/test_journeys.py", "tests/test_telemetry.py")
 """The files whose tests need the fixture `smoke_run`."""
 SMALL_MODELS = ("tests/test_fused.py", "tests/test_graphs.py", "tests/test_mlp_groups.py")
-"""Those that write graphs of the same small models."""
+"""The files whose tests write graphs of the same small models."""
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):  # the same examples each time; a developer's run draws new ones
     hypothesis.settings.load_profile("ci")
 
 
 class ByServers(LoadScopeScheduling):
-    """A file is dealt to a worker of pytest-xdist as a whole, because its tests share servers; the files that share a
-    run or models as one."""
+    """Gives a worker of pytest-xdist whole files, because the tests of a file share servers; files that share a run or
+    models go to the same worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -65,14 +65,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
+    """Run the longest tests first."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SMOKE_RUN, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    """A server process with the committed bundle, shared by the tests that leave it as it was."""
+    """A server process with the committed bundle, shared by tests that do not change it."""
     with serving(MODELS) as running:
         yield running
 

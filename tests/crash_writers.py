@@ -1,8 +1,7 @@
 """python tests/crash_writers.py: writers for tests/test_crash_safety.py to kill.
 
 For each line on its input, {state|stage|bundle} <folder>, it forks, prints the child's process id, and the child writes
-one thing after the other, the n-th filled with n, until it is killed. (Forked, as importing torch anew would take
-seconds each time.)
+one item after the other, the n-th filled with n, until it is killed. (Forked, because importing torch takes seconds.)
 """
 
 import itertools
@@ -27,7 +26,7 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
 
 
 def state(folder: Path) -> None:
-    """The checkpoint of an interrupted stage, again and again."""
+    """Write the checkpoint of an interrupted stage, again and again."""
     run = Run(folder)
     before = run.read_state("vit", SETTINGS)
     for number in itertools.count(before[1]["number"] + 1 if before else 0):
@@ -35,7 +34,7 @@ def state(folder: Path) -> None:
 
 
 def stage(folder: Path) -> None:
-    """Whole stages, one run folder after the other: states, then the result, then that it is finished."""
+    """Write complete stages, one run folder after the other: states, then the result, then the mark of completion."""
     for number in itertools.count():
         run = Run(folder / str(number))
         if run.finished("vit", SETTINGS):
@@ -47,7 +46,7 @@ def stage(folder: Path) -> None:
 
 
 def bundle(folder: Path) -> None:
-    """One version of a model after the other."""
+    """Write one version of a model after the other."""
     there = [int(path.name) for path in (folder / "fashion_mnist").glob("[0-9]*")]
     for number in itertools.count(max(there, default=0) + 1):
         write_bundle(folder, replace(COMMITTED.manifest, version=number), FILES)

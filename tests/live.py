@@ -1,4 +1,5 @@
-"""A server that is sent what it does not expect: the status and the sentence of each answer, and that it lives on."""
+"""A server that gets unexpected messages: checks the status and the sentence of each answer, and that it still
+works."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ CALLS = {
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
-"""Every call of ours, and the message that it takes."""
+"""Every RPC of ours, and its request message."""
 PREDICT = "/steering.v1.SteeringService/Predict"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -35,7 +36,7 @@ class Said:
 
 class Live:
     def __init__(self, address: str, good: Path, profile: str = ""):
-        """good: an image whose answer, under this profile or that of its class, must stay what it is now."""
+        """good: an image whose answer, under this profile or that of its class, must not change."""
         self.channel = grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)])
         self._good = pb.PredictRequest(
             images=[pb.Image(encoded=good.read_bytes())],

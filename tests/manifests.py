@@ -1,4 +1,5 @@
-"""What kubectl makes of deploy/kubernetes: every overlay, every component on the base, and all of them together."""
+"""The objects that kubectl builds from deploy/kubernetes: every overlay, every component on the base, and all
+together."""
 
 import copy
 import functools
@@ -30,7 +31,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pod:
-    """Pods of a workload, as they will run."""
+    """The pods of a workload."""
 
     owner: str
     labels: dict[str, str]

@@ -1,4 +1,4 @@
-"""Photos that viewers show although their metadata are broken, and files that are photos of kinds that are not read."""
+"""Photos with broken metadata, which viewers show all the same, and photos in formats that are not read."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ TURNED: Mapping[str, bytes] = {
     "unknown type": exif((0x010F, 77, b"abcd"), QUARTER),
     "more entries than there are": exif(QUARTER, count=200),
 }
-"""EXIF with a sound orientation, 6; by what is wrong with the rest."""
+"""EXIF with a valid orientation, 6, by what is wrong with the rest."""
 UPRIGHT: Mapping[str, bytes] = {
     "garbage": bytes(range(255)),
     "header alone": b"II*\0",
@@ -67,7 +67,7 @@ def with_segment(jpeg: bytes, added: bytes) -> bytes:
 
 
 def with_exif(image: Image.Image, kind: str, block: bytes) -> bytes:
-    """Without loss, but for JPEG."""
+    """The image with that EXIF block, lossless except for JPEG."""
     if kind == "JPEG":
         return with_segment(encoded(image, "JPEG", quality=95), segment(0xE1, b"Exif\0\0" + block))
     if kind == "PNG":

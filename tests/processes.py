@@ -19,7 +19,7 @@ MODELS = ROOT / "deploy" / "models"
 SAMPLES = ROOT / "deploy" / "samples"
 SMALL = ROOT / "tests" / "bundles"
 """A repository of a small model, as the exporter wrote it in version 2 of the schema. It is loaded at once."""
-# Clients that are not ours reach the servers here without the proxy that a machine may have.
+# Other clients than ours must reach these servers without a proxy of the machine.
 os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost,::1")))
 
 
@@ -79,7 +79,7 @@ def stop_server(server: ServerProcess) -> int:
 
 @contextlib.contextmanager
 def serving(repository: Path, *flags: str, **options: Any) -> Iterator[ServerProcess]:
-    """A server that must end with 0. options: of start_server."""
+    """A server that must exit with 0. options: of start_server."""
     server = start_server(repository, *flags, **options)
     try:
         yield server
@@ -98,8 +98,8 @@ def run_module(
 
 
 def run_main(main: Callable[[list[str]], int], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """What `python -m` of that main's package would do with these arguments, in this process: for refusals, of which a
-    process that imports torch takes most of the time."""
+    """Run the main of a package in this process, like `python -m` with these arguments. Faster where a process of its
+    own would spend most of its time importing torch."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             code = main(list(arguments))
@@ -109,7 +109,7 @@ def run_main(main: Callable[[list[str]], int], *arguments: str) -> "subprocess.C
 
 
 def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something to come true."""
+    """Wait until something holds."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come true in time"

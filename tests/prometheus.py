@@ -21,7 +21,7 @@ ALERTS = ROOT / "deploy" / "alerts"
 DASHBOARDS = ROOT / "deploy" / "dashboards"
 RULE_FILES = [ALERTS / f"{name}.yaml" for name in ("recording", "slo", "alerts")]
 JOB = "prod/steervit"
-"""As the PodMonitor of deploy/kubernetes makes it of the namespace."""
+"""The job label that the PodMonitor of deploy/kubernetes gives in the namespace `prod`."""
 Labels = frozenset[tuple[str, str]]
 
 
@@ -31,7 +31,7 @@ class Prometheus:
     config: Path
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer of the HTTP API; an error is a failed assertion with Prometheus's words."""
+        """The `data` of an answer of the HTTP API. An error fails the test with Prometheus's message."""
         query = urllib.parse.urlencode(parameters)
         try:
             with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
@@ -40,7 +40,7 @@ class Prometheus:
             raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
 
     def query(self, expr: str) -> dict[Labels, float]:
-        """An instant query: values by labels, without those that are no number."""
+        """An instant query: values by labels, without NaN."""
         result = self.get("query", query=expr)
         samples = [result["result"]] if result["resultType"] == "scalar" else [s["value"] for s in result["result"]]
         labels = [{}] if result["resultType"] == "scalar" else [s["metric"] for s in result["result"]]
@@ -60,7 +60,7 @@ class Prometheus:
         return {of["alertname"] for of in found if labels.items() <= of.items()}
 
     def watch(self, targets: Mapping[str, str]) -> None:
-        """Scrape these: job -> host:port. (Prometheus takes up to 5 seconds to look.)"""
+        """Scrape these targets: job -> host:port. (Prometheus takes up to 5 seconds to notice.)"""
         content = [{"targets": [address], "labels": {"job": job}} for job, address in targets.items()]
         part = self.config.with_name("targets.part")
         part.write_text(json.dumps(content))
@@ -69,7 +69,7 @@ class Prometheus:
 
 @contextmanager
 def running(folder: Path, targets: Mapping[str, str], *flags: str) -> Iterator[Prometheus]:
-    """Scrapes and evaluates every second; keeps its data in the folder."""
+    """A Prometheus that scrapes and evaluates every second and keeps its data in the folder."""
     config = folder / "prometheus.yml"
     scraped = {"job_name": "none", "file_sd_configs": [{"files": ["targets.json"], "refresh_interval": "1s"}]}
     config.write_text(
@@ -109,7 +109,7 @@ def _ready(url: str) -> bool:
 
 
 def promtool(*arguments: str, given: str | None = None) -> None:
-    """It has to find nothing."""
+    """Run promtool, which must find no problem."""
     done = subprocess.run(["promtool", *arguments], input=given, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -125,12 +125,13 @@ def dashboard(name: str) -> Any:
 
 
 def panels(name: str) -> list[Any]:
-    """Those with queries."""
+    """The panels with queries."""
     return [panel for panel in dashboard(name)["panels"] if panel["type"] != "row"]
 
 
 def filled_in(expr: str, profile: str, seconds: float) -> str:
-    """An expression with the variables as Grafana fills them in: a job, a profile, a time range; `All` of the rest."""
+    """An expression with its variables filled in as by Grafana: a job, a profile, a time range, and `All` for the
+    rest."""
     values = {
         "__range": f"{seconds:.0f}s", "__rate_interval": "4s",
         "job": JOB, "instance": ".*", "model": "fashion_mnist", "version": ".*", "profile": profile,

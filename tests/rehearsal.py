@@ -1,8 +1,8 @@
-"""What a container engine would do with deploy/Dockerfile, done with bubblewrap: no image, no daemon.
+"""Does with bubblewrap what a container engine would do with deploy/Dockerfile, without an image or a daemon.
 
-The base image is played by this machine's /usr and Python. RUN lines run as an unprivileged user with the build context
+This machine's /usr and Python stand in for the base image. RUN lines run as an unprivileged user with the build context
 read-only; the ENTRYPOINT runs as process 1 and the Dockerfile's user, without capabilities, on a read-only root with a
-network of its own. Of COPY, what comes from another stage must stay at its path.
+network of its own. COPY from another stage must keep the path.
 """
 
 import json
@@ -24,7 +24,7 @@ from processes import ROOT
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 PREFIX = "/opt/steervit"
 BUILDER = "65534:65534"
-"""Not the user of the image, who must not own its files."""
+"""Another user than that of the image, who must not own its files."""
 Instructions = list[tuple[str, str]]
 SERVED_ON = {
     "sys_platform": "linux",
@@ -36,7 +36,7 @@ SERVED_ON = {
 
 
 def stages() -> dict[str, Instructions]:
-    """By name, each with the instructions of the stages that it builds on. `FROM` keeps its own value."""
+    """The stages by name, each with the instructions of the stages that it builds on. `FROM` keeps its own value."""
     parser = DockerfileParser(fileobj=BytesIO(DOCKERFILE.read_bytes()))
     found: dict[str, Instructions] = {}
     current: Instructions = []
@@ -64,7 +64,7 @@ def copies(instructions: Instructions) -> list[tuple[str, list[str], str]]:
 
 
 def environment(instructions: Instructions) -> dict[str, str]:
-    """With this machine's Python in the place of the base image's."""
+    """The environment, with this machine's Python in place of the base image's."""
     pairs = [pair for name, value in instructions if name == "ENV" for pair in shlex.split(value)]
     found = {"PATH": "/usr/local/bin:/usr/bin:/bin", **dict(pair.split("=", 1) for pair in pairs)}
     return found | {"PATH": found["PATH"].replace("/usr/local/bin", f"{sys.base_prefix}/bin")}
@@ -109,12 +109,12 @@ class Container:
 
     process: "subprocess.Popen[str]"
     pid: int
-    """Of its process 1, as seen from outside."""
+    """ID of its process 1, as seen from outside."""
     instructions: Instructions
     variables: dict[str, str]
 
     def execute(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        """As `docker exec` would."""
+        """Run a command like `docker exec`."""
         user = _as_user(last(self.instructions, "USER"))
         variables = [f"{name}={value}" for name, value in self.variables.items()]
         inside = ["nsenter", f"--target={self.pid}", "--mount", "--net", "--pid", "--ipc", "--uts"]
@@ -122,7 +122,7 @@ class Container:
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     def from_outside(self, *arguments: str) -> "subprocess.Popen[str]":
-        """This test's own Python, on the container's network."""
+        """Run this test's own Python on the container's network."""
         command = ["nsenter", f"--target={self.pid}", "--net", sys.executable, *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -134,21 +134,22 @@ class Container:
         os.kill(self.pid, getattr(signal, last(self.instructions, "STOPSIGNAL")))
 
     def wait(self) -> int:
-        """The exit status; killed when it does not end."""
+        """The exit status. Kills the container if it does not end."""
         try:
             return self.process.wait(60)
         finally:
             self.kill()
 
     def kill(self) -> str:
-        """Process 1, and so all of it: killing bubblewrap would leave it running. Returns what it logged last."""
+        """Kill process 1, and so the whole container; killing bubblewrap would leave it running. Returns the last log
+        lines."""
         if self.process.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
         return self.process.communicate()[1]
 
 
 def run(target: str, folder: Path, models: Path, *flags: str, **variables: str) -> Container:
-    """As `docker run --read-only --cap-drop ALL --security-opt no-new-privileges -v models:/models:ro` would."""
+    """Like `docker run --read-only --cap-drop ALL --security-opt no-new-privileges -v models:/models:ro`."""
     steps = stages()[target]
     read, write = os.pipe()
     mounts = ["--unshare-pid", "--as-pid-1", "--unshare-net", "--info-fd", str(write)]

@@ -32,7 +32,7 @@ small = partial(VisionTransformer, img_size=16, patch_size=4, embed_dim=24, dept
 
 
 def gated_mlp() -> VisionTransformer:
-    """In its last block: the exporter takes a second for each."""
+    """A gated MLP in the last block only: the exporter takes a second for each."""
     vit = small(init_values=0.5)
     vit.blocks[-1].mlp = SwiGLU(24, 96)
     return vit
@@ -71,7 +71,7 @@ def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2), mlp
 
 
 def dial_of(steered: SteeredVit) -> Dial:
-    """Made up: from budget 0.3 on one unit after the other opens, the last ones first."""
+    """An invented dial: from budget 0.3 on, one unit after the other opens, the last ones first."""
     shape = len(steered.model.gated_blocks), steered.model.heads + steered.model.mlp_groups
     budget = np.linspace(0.3, 1.0, 8)
     start = np.linspace(0.8, 0.2, math.prod(shape)).reshape(shape)
@@ -81,7 +81,7 @@ def dial_of(steered: SteeredVit) -> Dial:
 def curve_of(
     steered: SteeredVit, dial: Dial, images: NDArray[np.uint8], terms: Terms, own: GateBias
 ) -> tuple[Point, ...]:
-    """What the dial does to the images under the terms and biases, by PyTorch. The accuracies are made up."""
+    """The dial's curve on the images under the terms and biases, by PyTorch. The accuracies are invented."""
     macs, places = count(steered.model), np.linspace(dial.lowest, 1.0, 15)
     bias = np.zeros(dial.gate_bias.shape[1:], np.float32)
     for block, of_block in own.items():
@@ -98,7 +98,7 @@ def curve_of(
 
 
 def source_of(steered: SteeredVit, profiles: Sequence[SteeringProfile], dial: Dial | None = None) -> Source:
-    """What a bundle of the model is written from (export/write.py): with the dial, measured on its own images."""
+    """The source of a bundle of the model (export/write.py), with the dial measured on the model's own images."""
     selection = Split(torch.from_numpy(images(64, 5)), torch.arange(64) % 5)
     macs = count(steered.model)
     knots: tuple[Knot, ...] = ()
@@ -121,12 +121,13 @@ def _vit(kind: str) -> VisionTransformer:
 
 @cache
 def of_kind(kind: str, mlp_groups: int = 0) -> SteeredVit:
-    """Models of a kind share its ViT: its parts go through PyTorch's exporter once for all tests. Not to be changed."""
+    """Models of a kind share its ViT: its parts go through PyTorch's exporter once for all tests. Do not change
+    them."""
     return model_of(_vit(kind), mlp_groups=mlp_groups)
 
 
 def with_other_gates(model: GatedVit) -> GatedVit:
-    """The same model, with gates of its own that may be changed; what else it is made of is shared."""
+    """The same model with gates of its own, which may be changed; everything else is shared."""
     return copy.deepcopy(model, {id(model.vit): model.vit})
 
 
@@ -139,7 +140,7 @@ def rows(count: int, seed: int = 0) -> Arrays:
 
 
 def assert_same(found: Arrays, expected: Arrays) -> None:
-    """The same to float rounding, in every row."""
+    """Assert that all rows are equal to within float rounding."""
     np.testing.assert_array_equal(found["head_gate"], expected["head_gate"])
     for name in ("logits", "gate_logit", "residual"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=2e-5, err_msg=name)

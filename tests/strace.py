@@ -1,4 +1,4 @@
-"""What a command connects to and writes, as strace sees it: threads, child processes and libraries in C included."""
+"""What a command connects to and writes, seen by strace: threads, child processes and libraries in C included."""
 
 import re
 import shutil
@@ -19,25 +19,25 @@ LOOPBACK = re.compile(r"(::ffff:)?127\.[\d.]+|::1?")
 @dataclass(frozen=True)
 class Traced:
     remote: frozenset[str]
-    """Addresses that are not of this machine, and name servers wherever they are, as `address:port`."""
+    """Addresses outside this machine, and name servers anywhere, as `address:port`."""
     written: frozenset[Path]
-    """Files opened for writing, and folders made."""
+    """Files opened for writing, and created folders."""
 
     def written_outside(self, *folders: Path) -> list[str]:
-        """Of what lasts: neither devices nor temporary files, which belong to the run, nor compiled modules."""
+        """Lasting files outside of the folders: no devices, no temporary files, no compiled modules."""
         own = (*folders, Path("/dev"), Path("/proc"), Path(tempfile.gettempdir()))
         lasting = {path for path in self.written if path.parent.name != "__pycache__" and path.name != "__pycache__"}
         return sorted(str(path) for path in lasting if not any(path.is_relative_to(folder) for folder in own))
 
 
 def prefix(log: Path) -> Sequence[str]:
-    """A command in front of another one; empty where there is no strace. With a filter in the kernel, so that calls
-    that are not recorded cost nothing."""
+    """A prefix for a command; empty without strace. It filters in the kernel, so that other system calls cost
+    nothing."""
     calls = "trace=connect,sendto,open,openat,creat,mkdir,mkdirat,mknod,mknodat"
     found = shutil.which("strace")
     if not found:
         return ()
-    # Without CI and with what this process was given, as a user's shell has it: either may turn telemetry off.
+    # As in a user's shell: CI and variables of this process might turn telemetry off.
     return ("env", "-u", "CI", "-u", "ORT_DISABLE_TELEMETRY", "-u", "HF_HUB_DISABLE_TELEMETRY",
             found, "-f", "-y", "--seccomp-bpf", "-qq", "-s", "4096", "-e", calls, "-o", str(log))  # fmt: skip
 

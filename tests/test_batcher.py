@@ -34,7 +34,7 @@ class HeldEngine:
         self.open.set()
         self.entered = threading.Event()
         self.fails_from = math.inf
-        """Images in a batch that are too many for it."""
+        """Number of images in a batch from which the engine fails."""
 
     def run(
         self, images: NDArray[np.uint8], steering: SteeringArrays, residual: bool = False, digest: str = ""
@@ -61,11 +61,11 @@ class Parts:
         )  # fmt: skip
 
     def submit(self, images: int, steering: int = 0, deadline: float = math.inf) -> "asyncio.Task[Answer]":
-        """A call with so many of the images."""
+        """Submit a call with this many images."""
         return asyncio.create_task(self.batcher.submit(self.pixels[:images], self.steerings[steering], deadline))
 
     async def held(self, images: int) -> "asyncio.Task[Answer]":
-        """A call that the engine runs until it is opened."""
+        """Submit a call that occupies the engine until its door opens."""
         self.engine.open.clear()
         call = self.submit(images)
         await asyncio.to_thread(self.engine.entered.wait, 30)
@@ -160,7 +160,7 @@ async def test_a_call_larger_than_a_batch_is_split_and_put_together(parts: Parts
 def test_residuals_of_some_batches_are_no_residuals_of_a_call(
     engine: Engine, sample_pixels: NDArray[np.uint8], steerings: list[Steering]
 ) -> None:
-    """A call without residuals shares one of its two batches with a call that asks for them."""
+    """A call without residuals shares one of its two batches with a call that requests them."""
     with_, without = (engine.run(sample_pixels[:2], stack([steerings[3]], [2]), residual) for residual in (True, False))
     assert joined([with_, without]).residual is None
     assert joined([with_, without]).rows(np.array([3])).logits.shape[0] == 1
@@ -169,7 +169,7 @@ def test_residuals_of_some_batches_are_no_residuals_of_a_call(
     assert len(residual) == 4
 
 
-async def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(parts: Parts) -> None:
+async def test_calls_beyond_the_queues_limit_are_refused_and_the_rest_answered(parts: Parts) -> None:
     first = await parts.held(8)
     waiting = parts.submit(20)
     await asyncio.sleep(0)
@@ -214,7 +214,7 @@ async def test_cancelled_and_expired_calls_are_dropped_before_inference(parts: P
     assert [stats.images for stats in parts.batches] == [8, 1]
 
 
-async def test_an_expired_call_is_dropped_though_no_other_ends(parts: Parts) -> None:
+async def test_an_expired_call_is_dropped_even_if_no_other_call_ends(parts: Parts) -> None:
     first = await parts.held(8)
     late = parts.submit(2, 1, time.monotonic() + 0.01)
     await asyncio.sleep(0.05)
@@ -270,7 +270,7 @@ async def test_a_cancelled_call_leaves_its_room_in_the_queue_at_once(parts: Part
     await asyncio.sleep(0)
     kept = parts.submit(20)
     await asyncio.sleep(0)
-    assert not kept.done(), "the batch before is under way still"
+    assert not kept.done(), "the previous batch is still running"
     parts.engine.open.set()
     assert len((await kept).outputs.logits) == 20
     assert len((await first).outputs.logits) == 8
@@ -300,7 +300,7 @@ async def test_calls_take_turns_so_a_small_one_waits_for_a_batch_of_each_large_o
     assert parts.batcher.queued == 0
 
 
-async def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_fails(
+async def test_a_failed_batch_is_run_call_by_call_and_only_the_cause_fails(
     parts: Parts, engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     parts.engine.fails_from = 4
@@ -320,7 +320,7 @@ async def test_a_batch_that_fails_is_run_call_by_call_and_only_the_one_to_blame_
     assert parts.batcher.alive
 
 
-async def test_close_answers_what_waits_and_refuses_what_comes(
+async def test_close_answers_waiting_calls_and_refuses_new_ones(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8]
 ) -> None:
     parts = Parts(engine, steerings, sample_pixels, delay=0.01)
@@ -356,7 +356,7 @@ async def test_one_engine_is_busy_and_another_one_answers(pair: Parts) -> None:
 @pytest.mark.parametrize(
     ("patience", "contended", "batches"), [(30.0, 0.0, [4, 4]), (0.01, 0.0, [4, 1, 3]), (30.0, 1e9, [4, 1, 3])]
 )
-async def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
+async def test_an_engine_waits_for_callers_who_were_just_answered(
     engine: Engine, steerings: list[Steering], sample_pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch,
     patience: float, contended: float, batches: list[int],
 ) -> None:  # fmt: skip
@@ -376,7 +376,7 @@ async def test_an_engine_waits_with_patience_for_the_callers_it_has_answered(
 
 async def test_calls_that_meet_no_others_run_on_the_lone_engine(pair: Parts) -> None:
     async def alone(calls: int) -> bool:
-        """Whether the last of so many calls, one after the other, ran on the lone engine."""
+        """Whether the last of this many successive calls ran on the lone engine."""
         for _ in range(calls):
             pair.lone.entered.clear()
             await pair.submit(1)
@@ -390,11 +390,11 @@ async def test_calls_that_meet_no_others_run_on_the_lone_engine(pair: Parts) -> 
 
 @dataclass
 class Costs:
-    """Graphs for some steerings: a batch takes as long as each image, and a start."""
+    """Graphs for some steerings, in which a batch costs a start and a time per image."""
 
     specialised: set[str]
     image: float
-    """Of an image in them; 1 in the general graph."""
+    """Cost of an image in these graphs; 1 in the general graph."""
     start: float = 0.0
 
     def seconds(self, rows: int, digest: str = "") -> float:

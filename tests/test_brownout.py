@@ -33,7 +33,7 @@ from tests.perf.brownout_sim import Machine, Policy, flood, main, serve
 from training.steering import SteeringArrays
 
 TARGET = 1 / HEADROOM
-"""So that images are due 1 s after they arrive."""
+"""Images are due 1 s after they arrive."""
 COST = Cost(0.0, 0.1)
 ONE = Engines(1, 4)
 fractions = st.floats(0.05, 1.0)
@@ -41,7 +41,7 @@ fractions = st.floats(0.05, 1.0)
 
 @st.composite
 def calls(draw: st.DrawFn, near: bool = False) -> Waiting:
-    """near: some with a deadline."""
+    """A waiting call. near: it may have a deadline."""
     own = draw(fractions)
     floor = own * draw(st.one_of(st.just(1.0), st.floats(0.1, 0.9)))
     arrived = draw(st.floats(-2, 0))
@@ -56,7 +56,7 @@ engines = st.builds(Engines, st.integers(1, 4), st.integers(1, 16), st.floats(0,
 
 
 def at_level(waiting: list[Waiting], level: float | dict[int, float]) -> list[Waiting]:
-    """Their own budgets lowered. level: or one by size."""
+    """The calls with budgets lowered to the level, or to that of their size."""
     return [
         call._replace(own=call.own - of * (call.own - call.floor))
         for call in waiting
@@ -70,7 +70,7 @@ def alike(*waiting: Waiting) -> list[Waiting]:
 
 
 def level_of(waiting: list[Waiting], cost: Cost, of: Engines, now: float, target: float) -> float:
-    """Of calls of one size."""
+    """The level for calls of one size."""
     return needed(waiting, cost, of, now, target).get(0, 0.0)
 
 
@@ -149,7 +149,7 @@ def test_levels_by_size_worked_out_by_hand() -> None:
 
 
 @given(st.lists(calls(near=True), min_size=1, max_size=20), costs, engines, st.floats(0.05, 3))
-def test_a_size_with_no_more_than_its_share_is_not_lowered_and_a_second_look_lowers_no_further(
+def test_a_size_within_its_share_is_not_lowered_however_often_it_is_checked(
     waiting: list[Waiting], cost: Cost, of: Engines, target: float
 ) -> None:
     levels = needed(waiting, cost, of, 0.0, target)
@@ -171,8 +171,8 @@ def test_each_size_has_a_level_of_its_own() -> None:
     assert levels.highest(0.4 * RECOVERY) == 1
 
 
-def test_a_full_queue_worked_out_by_hand() -> None:
-    """0.75 s of the second may be filled."""
+def test_a_full_queue_by_hand() -> None:
+    """0.75 of the second may be filled."""
     waits = Waits()
 
     def full(call: Waiting, levels: dict[int, float]) -> bool:
@@ -319,7 +319,7 @@ def test_a_flood_of_large_calls_does_not_take_the_budget_of_small_ones() -> None
 
 
 @pytest.mark.parametrize("load", [1.2, 2.0])
-def test_calls_that_allow_brownout_are_not_served_later_and_not_refused_more_often(load: float) -> None:
+def test_allowing_brownout_makes_no_call_later_or_refused_more_often(load: float) -> None:
     arrivals = steady(load, 60)
     outcome = serve(arrivals, MACHINE, BROWNOUT, seed=0, permitted=0.5)
     may = np.random.default_rng(0).random(len(arrivals)) < 0.5

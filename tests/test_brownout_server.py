@@ -1,4 +1,4 @@
-"""Brownout in the batcher and the server: who is lowered, by how much, what they are told, and that it ends."""
+"""Brownout in the batcher and the server: who is lowered, by how much, what their receipts say, and that it ends."""
 
 import asyncio
 import math
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = ExportSettings("dial", attentions=("masked",), verify_images=8, accuracy_images=8)
 PIXELS = images(16, 5)
 SECONDS = 0.02
-"""Of an image at budget 1, where engines are slow."""
+"""Time of an image at budget 1 on a slow engine."""
 TARGET = 1.0
 COUNTS = [8] * 30 + [1] * 6
 
@@ -57,7 +57,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 class SlowEngine:
-    """The real engine, as slow as the compute that it spends."""
+    """The real engine, slowed down in proportion to the compute that it spends."""
 
     def __init__(self, engine: Engine):
         self.engine, self.dense = engine, engine.bundle.manifest.macs.dense
@@ -81,7 +81,7 @@ def steering_of(bundle: Bundle, budget: float | None, floor: float | None) -> St
 
 def test_a_flood_is_lowered_and_not_refused(bundle: Bundle) -> None:
     """60 images at once are 1.2 s of work; with permission for most of them they are answered within the target.
-    Of calls without it some are refused. A call of 64 images lowers nobody, and others wait for a batch of it."""
+    Some calls without permission are refused. A call of 64 images lowers nobody; others wait for one batch of it."""
     engine = SlowEngine(Engine(bundle, "cpu", 1))
     runs = [(work, SECONDS * work) for work in (1.0, 8.0)]
     brownout = Brownout(TARGET, engine.dense, 1, 8, runs)
@@ -157,7 +157,7 @@ def test_a_flood_of_large_calls_is_lowered_and_refused_and_small_ones_are_not(bu
 
 
 def test_the_queue_is_bounded_by_work(bundle: Bundle) -> None:
-    """An image at half of the budget takes half of an image's room; where brownout may lower it, its floor."""
+    """An image with budget 0.5 takes half of an image's room; if brownout may lower it, only that of its floor."""
     engine, opened, entered = SlowEngine(Engine(bundle, "cpu", 1)), threading.Event(), threading.Event()
 
     class Held(SlowEngine):
@@ -214,7 +214,7 @@ def test_lowered_images_run_at_their_own_budget_afterwards(bundle: Bundle, monke
         return found
 
     async def flood(model: Model) -> int:
-        """Lowered answers with the label that the image has at its own budget."""
+        """The number of lowered answers with the label of the image's own budget."""
         steering = model.steering("", NEUTRAL, 1.0, min_budget=0.3)
         own = int((await model.predict(PIXELS[:1], steering, None)).outputs.logits.argmax())
         calls = (model.predict(PIXELS[:1], steering, None) for _ in range(300))

@@ -1,4 +1,4 @@
-"""Batches of fixed shapes, on the CPU as on a GPU; and the error for a GPU that is not there."""
+"""Batches of fixed shapes, on the CPU as on a GPU; and the error for a missing GPU."""
 
 import sys
 import threading
@@ -45,7 +45,7 @@ def test_shapes_are_powers_of_two(buckets: Buckets) -> None:
 def test_what_was_in_a_shape_before_changes_nothing(
     buckets: Buckets, bundle: Bundle, sample_pixels: NDArray[np.uint8], data: st.DataObject
 ) -> None:
-    """Batches of 1 to 11 images, 1 to 20 terms, one after the other: also those that fit no shape."""
+    """Successive batches of 1 to 11 images with 1 to 20 terms, some of which fit no shape."""
     session, sites = buckets._session, len(bundle.manifest.sites)
 
     def batch() -> Arrays:
@@ -74,7 +74,7 @@ def test_answers_are_not_overwritten_by_the_next_batch(
     np.testing.assert_array_equal(first, kept)
 
 
-def test_a_capture_waits_for_the_device_and_has_it_alone() -> None:
+def test_a_capture_waits_for_exclusive_use_of_the_device() -> None:
     quiet, order = Quiet(), []
     inside, leave = threading.Event(), threading.Event()
 
@@ -108,7 +108,7 @@ def test_a_capture_waits_for_the_device_and_has_it_alone() -> None:
 
 
 def test_models_that_load_side_by_side_leave_standard_output_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen: two engines swapped it for nothing at the same time, and the server never said that it was ready."""
+    """Happened: two engines replaced it at the same time, and the server never printed that it was ready."""
     before, calls = sys.stdout, []
 
     def preload() -> None:
@@ -142,10 +142,10 @@ def test_options_of_the_provider_are_those_of_a_server() -> None:
 
 
 @pytest.mark.skipif(cuda.has_device(), reason="there is a GPU")
-def test_a_graph_that_cannot_be_captured_runs_without_and_the_log_says_why(
+def test_a_graph_that_cannot_be_captured_runs_uncaptured_and_the_reason_is_logged(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On the CPU: the session that is opened for capturing fails, and the next one, which is not, serves."""
+    """On the CPU: the session that is opened for capture fails, and the next one, without capture, serves."""
     graph = bundle.manifest.graphs[0]
     opened: list[bool] = []
 

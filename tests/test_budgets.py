@@ -65,7 +65,7 @@ FROM_FOLDER = (
     SteeringProfile("night", ("b", "c"), "by hand", {}, gate_bias={1: (3.0, -3.0, 0.0, 2.0, -2.0, 4.0, -4.0)}),
     SteeringProfile("replaced", ("d",), "by hand", STEERED),
 )
-"""Of --profiles-dir: nobody has measured what the dial does under them."""
+"""Profiles of --profiles-dir, for which the dial has no measurements."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_wrong_dial_is_refused(name: str, bundle: Bundle, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def server(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """With the bundle and, beside it, the one of version 2."""
+    """A server with the bundle and one of schema version 2."""
     repository = bundle.folder.parents[1]
     shutil.copytree(SMALL / "small", repository / "small")
     content = {**profiles_to_json(FROM_FOLDER), "gates_sae_digest": bundle.manifest.gates_sae_digest}
@@ -149,7 +149,7 @@ def client(server: ServerProcess) -> Iterator[Client]:
 
 
 PIXELS = images(64, 5)
-"""Those that the curves were measured on."""
+"""The images on which the curves were measured."""
 FORCED: Asked = {"open": ["1/h2", "2/m0"], "closed": ["1/m3", "2/h0"]}
 ASKED: tuple[Asked, ...] = (
     {},
@@ -170,7 +170,8 @@ ASKED: tuple[Asked, ...] = (
 
 
 def expected(bundle: Bundle, steered: SteeredVit, pixels: NDArray[np.uint8], asked: Asked) -> Arrays:
-    """By hand and PyTorch: the terms at the strength, and for each unit the dial's bias, the profile's and 1e4."""
+    """PyTorch's answers with hand-made inputs: the terms at the strength, and for each unit the biases of the dial, the
+    profile and forced units (1e4)."""
     served = {**bundle.profiles, **{profile.name: profile for profile in FROM_FOLDER}}
     profile, strength = served.get(asked.get("profile", "")), asked.get("strength", 1.0)
     terms = at_strength(profile.terms if profile else asked.get("terms", NEUTRAL), strength)
@@ -202,7 +203,7 @@ def masks(predictions: Sequence[pb.Prediction]) -> NDArray[np.bool_]:
 async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
-    """And both are what PyTorch gives."""
+    """Both equal PyTorch's answers."""
     before = server.count("steervit_batch_size_images_count", model="dial")
     macs = count(steered.model)
     async with AsyncClient(server.address) as other:
@@ -234,7 +235,7 @@ async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_request
 
 @pytest.mark.parametrize("profile", ["", "b", "own"])
 def test_the_mean_compute_spent_is_the_budget(profile: str, client: Client, bundle: Bundle) -> None:
-    """As far as the curve reaches, on the images that it was measured on."""
+    """Within the curve's range, on the images on which it was measured."""
     spent = [point.compute_fraction for point in bundle.curves[profile]]
     for budget in np.linspace(0.3, 1.0, 9):
         receipt = client.predict(list(PIXELS), model="dial", profile=profile, budget=budget).receipt
@@ -356,7 +357,7 @@ def test_compare_and_explain_are_at_the_budget(client: Client, bundle: Bundle, s
 
 
 def test_units_and_budgets_are_counted(server: ServerProcess, client: Client) -> None:
-    """By block and unit, under the profile; and the compute that they save."""
+    """Counts by block and unit, under the profile; and the compute that is saved."""
 
     def counts() -> NDArray[np.float64]:
         def of(name: str, **labels: str) -> float:
@@ -414,7 +415,7 @@ def test_the_dial_is_told_and_printed(
     assert main(["load", *flags, "--budget", "0.5", "--seconds", "0.2", str(picture)]) == 0
 
 
-def test_the_open_inference_protocol_has_budgets_and_biases_a_row(
+def test_the_open_inference_protocol_has_budgets_and_biases_per_row(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
     stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
@@ -456,7 +457,7 @@ def test_the_open_inference_protocol_has_budgets_and_biases_a_row(
 def infer_request(
     model: str, parameters: dict[str, oi.InferParameter], **tensors: NDArray[Any]
 ) -> oi.ModelInferRequest:
-    """For the first four images."""
+    """A request for the first four images."""
     request = oi.ModelInferRequest(model_name=model, parameters=parameters)
     for name, value in {"image": PIXELS[:4], **tensors}.items():
         request.inputs.add(name=name, datatype="UINT8" if name == "image" else "FP32", shape=value.shape)

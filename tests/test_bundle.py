@@ -1,4 +1,5 @@
-"""A bundle is whole and right, or it is refused with the reason; a graph that does not match PyTorch is not written."""
+"""A bundle that is incomplete or wrong is refused with the reason; a graph that does not match PyTorch is not
+written."""
 
 import hashlib
 import json
@@ -56,7 +57,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:
-    """The manifest goes with it."""
+    """Replace a file and its entry in the manifest."""
     (folder / name).write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -134,7 +135,7 @@ def test_what_is_not_json_is_refused(copy: Path) -> None:
         load_bundle(copy)
 
 
-def test_of_many_writers_of_one_version_one_writes_it_and_the_others_are_told(bundle: Bundle, tmp_path: Path) -> None:
+def test_of_many_writers_of_a_version_one_succeeds_and_the_others_get_an_error(bundle: Bundle, tmp_path: Path) -> None:
     files = {name: (bundle.folder / name).read_bytes() for name in bundle.manifest.files}
     start = threading.Barrier(4)
 
@@ -176,7 +177,7 @@ def test_the_engine_refuses_a_graph_that_does_not_reproduce_the_golden_rows(copy
         Engine(changed, "cpu", 1)
 
 
-def test_golden_rows_lie_away_from_the_threshold_and_at_several_steerings(bundle: Bundle) -> None:
+def test_golden_rows_have_clear_gates_and_several_steerings(bundle: Bundle) -> None:
     golden = load_golden(bundle.folder, "fp32")
     assert np.abs(golden.outputs["gate_logit"]).min() > golden.margin
     changed = (golden.inputs["steering_scale"] != 1) | (golden.inputs["steering_shift"] != 0)

@@ -1,4 +1,4 @@
-"""The command `steervit`: its help, what it imports, its exit statuses, and what it prints of a running server."""
+"""The command `steervit`: its help, imports, exit statuses, and its output for a running server."""
 
 import json
 import os
@@ -34,7 +34,7 @@ COLOUR = re.compile(r"\033\[\d*m")
 
 
 def steervit(*arguments: str, python: Sequence[str] = (), **environment: str) -> "subprocess.CompletedProcess[str]":
-    """As a process. python: options of Python."""
+    """Run the command in a process. python: options of Python."""
     command = [sys.executable, *python, "-c", SCRIPT, *arguments]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
@@ -47,7 +47,7 @@ def test_every_help_fits_80_columns(columns: str, monkeypatch: pytest.MonkeyPatc
     for name, command in COMMANDS.items():
         assert f"\n  {name} " in whole
         if command.parser:
-            done = run_main(main, name, "--help")
+            done = run_main(main, *name.split(), "--help")
             assert done.returncode == 0
             assert done.stdout.startswith(f"usage: steervit {name} ")
             whole += done.stdout
@@ -56,8 +56,8 @@ def test_every_help_fits_80_columns(columns: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_help_imports_little() -> None:
-    """The list of commands: the standard library; the flags of a command, and settings of a training that are wrong:
-    nothing that an extra installs, and not what computes."""
+    """The list of commands needs only the standard library. The flags of a command, and errors in training settings,
+    need nothing that an extra installs, and none of the packages that compute."""
     code = (
         "import sys\n"
         "from service.cli import COMMANDS, main\n"
@@ -65,7 +65,7 @@ def test_a_help_imports_little() -> None:
         "except SystemExit: pass\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
-        "for name, command in COMMANDS.items(): command.parser and main([name, '--help'])\n"
+        "for name, command in COMMANDS.items(): command.parser and main([*name.split(), '--help'])\n"
         "assert main(['train', '--out', 'run', '--vit.dim', 'x']) == 2\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(roots - sys.stdlib_module_names), file=sys.stderr)\n"
@@ -79,8 +79,8 @@ def test_a_help_imports_little() -> None:
 
 
 def alone(folder: Path | None, *names: str) -> dict[str, str]:
-    """The environment of a process that, with Python's option -S, has these distributions alone, linked into the
-    folder; or all, without a folder."""
+    """The environment of a process that, with Python's option -S, sees only these distributions, linked into the
+    folder; without a folder, all."""
     site = Path(str(distribution("numpy").locate_file("")))
     for name in names:
         (found,) = Distribution.discover(name=name, path=[str(site)])  # not the metadata beside the sources
@@ -108,7 +108,7 @@ def test_the_client_needs_grpc_protobuf_and_numpy_alone(server: ServerProcess, t
         [sys.executable, "-S", "-c", users], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    imported = {name for name in done.stdout.split() if "cython" not in name}  # what Cython puts beside a module of its
+    imported = {name for name in done.stdout.split() if "cython" not in name}  # added by Cython
     assert imported == {"__main__", "service", "grpc", "google", "numpy", "typing_extensions"}
     done = steervit("predict", "--address", server.address, *SHIRTS, python=["-S"], **environment)
     assert done.returncode == 0, done.stderr
@@ -161,6 +161,9 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         (1, "BundleError: ", ("verify", "nowhere")),
         (1, "NOT_FOUND: steering.profile is 'Shoe'", ("predict", "--profile", "Shoe", *at, SHIRTS[0])),
         (1, "has no dial", ("dial", *at)),
+        (1, "nowhere: No such file or directory", ("profiles", "check", "nowhere", "--bundle", "deploy/models")),
+        (2, "steervit profiles check: error: the following arguments are required: FOLDER", ("profiles", "check")),
+        (2, "--port is 'many': ", ("doctor", "--repository", "deploy/models", "--port", "many")),
     ):
         done = run_main(main, *arguments)
         assert (done.returncode, done.stdout) == (status, ""), arguments
@@ -176,7 +179,7 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
 
 
 def test_units_are_drawn_in_colour_on_a_terminal_alone(server: ServerProcess, client: Client) -> None:
-    """The colours are extra: without them the text is the same."""
+    """Without colours the text is the same."""
 
     def on_a_terminal(**environment: str) -> str:
         ours, theirs = pty.openpty()
@@ -208,7 +211,7 @@ def test_units_are_drawn_in_colour_on_a_terminal_alone(server: ServerProcess, cl
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux's way to say that the other end is closed
+    except OSError:  # on Linux: the other end is closed
         return b""
 
 
@@ -237,6 +240,9 @@ COMPLETED = {
     "steervit serve --provider ": {"auto", "cpu", "cuda"},
     "steervit evaluate --sae.la": {"--sae.latents"},
     "steervit verify deploy/mod": {"deploy/models/"},
+    "steervit profiles che": {"check"},
+    "steervit profiles check --bun": {"--bundle"},
+    "steervit profiles --add": {"--address"},
 }
 BASH = """
 eval "$(steervit completion bash)"
@@ -249,7 +255,7 @@ for COMP_LINE in "$@"; do
     echo "${COMPREPLY[@]}"
 done
 """
-"""What bash does at the tab key, for each line."""
+"""What bash does for the tab key, for each line."""
 
 
 def test_bash_completes_commands_flags_choices_and_files(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
     assert names == [profile.name for profile in client.profiles()]
 
 
-def test_what_the_client_is_given_by_mistake_is_no_plausible_answer(
+def test_wrong_arguments_of_the_client_give_an_error_and_no_plausible_answer(
     client: Client, sample_pixels: NDArray[np.uint8]
 ) -> None:
     image = sample_pixels[0]
@@ -143,7 +143,7 @@ def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[
         assert report["errors"] == {}
         assert report["images"] == 2 * report["calls"]
         assert 0 < report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"]
-        for profile in ("Shirt", "Coat", "none"):  # one call more: the first, which is not timed
+        for profile in ("Shirt", "Coat", "none"):  # one more call: the first one, which is not timed
             counted = server.count("steervit_images_total", profile=profile)
             assert report["images"] / 3 - 2 <= counted <= report["images"] / 3 + 4
         if how[0] == "--rate":
@@ -198,8 +198,8 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
     assert any("grpc on port" in line["message"] for line in lines)
 
 
-def test_calls_are_taken_while_clients_hear_that_the_server_goes(samples: dict[str, list[bytes]]) -> None:
-    """The client follows the health service, and would go to another server; a bare channel goes on."""
+def test_calls_are_accepted_until_clients_know_that_the_server_stops(samples: dict[str, list[bytes]]) -> None:
+    """The client follows the health service and would switch to another server; a bare channel keeps calling."""
     server = start_server(MODELS, "--drain-delay-seconds", "3")
     with Client(server.address, attempts=1) as client, grpc.insecure_channel(server.address) as channel:
         client.predict(samples["Bag"])
@@ -225,7 +225,7 @@ def end(*_):
 signal.signal(signal.SIGUSR2, end)
 sys.exit(main(sys.argv[1:]))
 """
-"""The server, whose inference threads end at SIGUSR2 (when they next have something to do)."""
+"""The server, with inference threads that end at SIGUSR2, when they next have work."""
 
 
 def test_clients_hear_that_an_inference_thread_is_gone(samples: dict[str, list[bytes]]) -> None:

@@ -51,7 +51,7 @@ def test_compare_gives_both_answers_and_their_differences(
 def test_explain_says_what_the_graph_computes(
     client: Client, bundle: Bundle, samples: dict[str, list[bytes]], sample_pixels: NDArray[np.uint8]
 ) -> None:
-    """Gate logits on the host equal those of the graph; the terms of the profile are applied as the contract says."""
+    """Gate logits computed on the host equal the graph's; the profile's terms are applied as documented."""
     engine = Engine(bundle, "cpu", 1)
     terms = at_strength(bundle.profiles["Shirt"].terms, 0.5)
     files = samples["Shirt"][:4]
@@ -79,7 +79,7 @@ def test_explain_says_what_the_graph_computes(
 def test_an_effect_is_what_happens_without_the_latent(
     client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
-    """Turning a latent off by a term of its own (scale 0) moves the gates of its site by minus its effect."""
+    """A term that turns a latent off (scale 0) moves the gates of its site by minus the latent's effect."""
     (plain,) = client.explain(samples["Bag"][:1], latents=3).explanations
     for site in plain.sites:
         for latent in site.latents:
@@ -89,8 +89,8 @@ def test_an_effect_is_what_happens_without_the_latent(
             np.testing.assert_allclose(latent.gate_effects, change, atol=2e-3)
 
 
-def test_what_a_model_says_of_itself_is_all_that_a_client_needs(server: ServerProcess, bundle: Bundle) -> None:
-    """Pixels of the right shape, a term of each site's last latent, and what the answer's numbers mean."""
+def test_getmodel_has_all_that_a_client_needs(server: ServerProcess, bundle: Bundle) -> None:
+    """It suffices for pixels of the right shape, a term of each site's last latent, and to understand the answer."""
     stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
     model = stub.GetModel(pb.GetModelRequest(), timeout=10)
     assert (model.model, model.bundle_digest) == ("fashion_mnist", bundle.digest)

@@ -1,4 +1,4 @@
-"""The image and compose.yaml, read by their own tools. deploy/test_image.py rehearses the image."""
+"""The image and compose.yaml, checked by existing tools. deploy/test_image.py rehearses the image."""
 
 import os
 import re
@@ -22,7 +22,7 @@ COMPOSE = DEPLOY / "compose.yaml"
 
 
 def tool(*command: str) -> str:
-    """A command line tool of the development environment, or of the system; it must end with 0."""
+    """Run a command line tool of the development environment or the system, which must exit with 0."""
     path = os.environ["PATH"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
@@ -35,7 +35,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_each_target_runs_without_a_shell_as_a_numeric_user_that_is_not_root(target: str) -> None:
+def test_each_target_runs_without_a_shell_as_a_numeric_user_other_than_root(target: str) -> None:
     steps = rehearsal.stages()[target]
     assert rehearsal.last(steps, "USER") == "65532:65532"
     assert rehearsal.last(steps, "ENTRYPOINT").startswith("[")
@@ -79,7 +79,7 @@ def test_an_image_is_the_cpu_image_with_what_an_extra_needs(name: str, extra: st
 
 
 def test_compose_is_valid_and_the_scanner_finds_nothing_serious() -> None:
-    """What it reports below `high`: images pinned by tags (digests are the user's to choose) and no limit of CPUs."""
+    """Below `high` it reports images pinned by tags (users choose digests) and no limit of CPUs."""
     tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
     tool("compose-lint", "check", "--fail-on", "high", str(COMPOSE))
 

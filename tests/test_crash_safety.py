@@ -1,4 +1,4 @@
-"""Every writer, killed at any moment: what is found afterwards is the old or the new, whole, and never a mixture.
+"""Kills every writer at random moments: afterwards the old or the new content is there, complete, never a mixture.
 
 CRASH_ROUNDS kills of each (8; `make crash`: 50). The writers run in processes of their own: tests/crash_writers.py.
 """
@@ -27,7 +27,7 @@ ROUNDS = int(os.environ.get("CRASH_ROUNDS", "8"))
 SETTINGS = {"steps": 100}
 SEEDS = {"state": 1, "stage": 2, "bundle": 3}
 LONGEST = {"state": 0.2, "stage": 0.3, "bundle": 0.5}
-"""Seconds that a writer lives at most: several times what it needs."""
+"""Longest life of a writer, seconds: several times what it needs."""
 
 
 Killer = Callable[[str, Path], Callable[[], None]]
@@ -61,7 +61,7 @@ def killer() -> Iterator[Killer]:
 
 
 def whole(tensors: dict[str, torch.Tensor], number: int) -> bool:
-    """Whether it is all of the n-th and of no other."""
+    """Whether all of it belongs to the n-th item."""
     return len(tensors) == 4 and all(bool((tensor == number).all()) for tensor in tensors.values())
 
 

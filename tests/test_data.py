@@ -1,4 +1,4 @@
-"""Data: the same pixels from every source and store, batches that depend on seed and step alone, errors that name."""
+"""Data: the same pixels from every source and store, batches that depend only on seed and step, errors with names."""
 
 import gzip
 import hashlib
@@ -149,7 +149,7 @@ def test_what_was_found_is_the_same_wherever_it_lies_until_an_image_or_label_is_
     found = load(of_folder(), 0).digests
     assert list(found) == ["training images"]
     assert found["training images"].startswith("24 with the digest ")
-    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with other modification times
     for changes in ({"memory": "lazy"}, {"memory": "map"}, {"root": tmp_path / "copy"}, {"image_size": 12}):
         assert load(of_folder(**changes), 1).digests == found, changes
     added = folder / "a" / "new.png"
@@ -257,10 +257,10 @@ def test_hugging_face_data_sets_are_read_from_a_local_folder(tmp_path: Path) -> 
     assert_same(data, load(DataSettings(dataset=f"hfids/{saved}", download=True, **common), 0))
 
 
-def test_cifar100_is_read_lazily_where_its_resized_pixels_outgrow_the_limit(
+def test_cifar100_is_read_lazily_if_its_resized_pixels_exceed_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the format on disk of torch/cifar100, with the checksums of these files in the place of the real ones."""
+    """In torch/cifar100's format on disk, with the checksums of these files in place of the real ones."""
     base = tmp_path / "cifar-100-python"
     base.mkdir()
     names = [f"label {index:02}" for index in range(100)]
@@ -296,7 +296,7 @@ def test_cifar100_is_read_lazily_where_its_resized_pixels_outgrow_the_limit(
 
 
 def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:
-    """torch/fashion_mnist wants the files unpacked."""
+    """torch/fashion_mnist needs the files unpacked."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for path in DEBIAN_FASHION_MNIST.glob("*.gz"):
@@ -313,7 +313,7 @@ def test_a_data_set_of_timm_is_read_as_our_own(tmp_path: Path) -> None:
 
 
 def test_labels_of_imagenet_are_told_apart(tmp_path: Path) -> None:
-    """In the format on disk of torch/imagenet: names of a class are synonyms, and two classes may share the first."""
+    """In torch/imagenet's format on disk: names of a class are synonyms, and two classes may share the first one."""
     names = {"n1": ("crane",), "n2": ("maillot",), "n3": ("crane",), "n4": ("ox", "cattle")}
     torch.save((names, []), tmp_path / "meta.bin")
     for split in ("train", "val"):
@@ -645,7 +645,7 @@ def test_a_missing_package_is_named_with_its_cure(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_are_settings_that_batches_can_be_made_with(name: str) -> None:
-    """Of the presets for real photographs: their augmentation runs on their image size."""
+    """Presets for real photographs: their augmentation runs on their image size."""
     settings = DataSettings(**PRESETS[name].get("data", {})).model_copy(update={"workers": 0})
     size, channels = settings.image_size, settings.channels
     data = in_memory(torch.randint(0, 256, (4, size, size, channels), dtype=torch.uint8), torch.arange(4) % 2)

@@ -1,7 +1,7 @@
-"""The same request gives the same answer: again, after a restart, under load, and whatever it shares a batch with.
+"""The same request gives the same answer: again, after a restart, under load, and in any batch.
 
-To the bit where the batch is the same; within the manifest's tolerance where it is not, as sums may then be made in
-another order. Only a gate so near its threshold that this can decide it may flip: those are counted and reported.
+Equal to the bit in the same batch; in another batch within the manifest's tolerance, since sums may be made in another
+order. Only gates so near their threshold that this decides them may flip: those are counted and reported.
 """
 
 import json
@@ -35,13 +35,13 @@ def infer(images: NDArray[np.uint8], profile: str) -> oi.ModelInferRequest:
 
 
 def raw(address: str, requests: list[oi.ModelInferRequest]) -> list[list[bytes]]:
-    """The outputs of each, as they came."""
+    """The raw outputs of each request."""
     with grpc.insecure_channel(address) as channel:
         call = channel.unary_unary(INFER, oi.ModelInferRequest.SerializeToString, oi.ModelInferResponse.FromString)
         return [list(call(request, timeout=30).raw_output_contents) for request in requests]
 
 
-def test_the_same_request_has_the_same_answer_again_and_of_another_process(
+def test_the_same_request_gets_the_same_answer_again_and_from_another_process(
     server: ServerProcess, sample_pixels: NDArray[np.uint8]
 ) -> None:
     requests = [infer(sample_pixels[:count], profile) for count in (1, 5, 64) for profile in ("", "Shirt")]
@@ -99,7 +99,7 @@ def run(engine: Engine, rows: list[Row]) -> Outputs:
 
 
 def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8], profile: str) -> Row | None:
-    """The image at a strength at which a gate is as near its threshold as bisection brings it, if one changes."""
+    """The image with a strength at which a gate is as near its threshold as bisection gets, if any gate changes."""
 
     def at(strength: float) -> tuple[Row, NDArray[np.float32]]:
         row = Row(image, resolve(bundle, profile, NEUTRAL, strength))
@@ -118,10 +118,10 @@ def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8], profil
     return row if abs(logits[gate]) < NEAR_THRESHOLD else None
 
 
-def test_rows_do_not_depend_on_their_neighbours_and_gates_that_could_are_counted(
+def test_rows_do_not_depend_on_their_neighbours_and_borderline_gates_are_counted(
     engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], record_property: Callable[[str, object], None]
 ) -> None:
-    """Half of the rows sit on the edge, which chance would hardly find; neighbours go to extremes."""
+    """Half of the rows have a gate at its threshold, which chance would hardly find; their neighbours are extreme."""
     graph = bundle.manifest.graphs[0]
     tolerance, margin = graph.certificate["logit_tolerance"], graph.certificate["gate_margin"]
     usual = [Row(image, resolve(bundle, "Shirt", NEUTRAL, 1.0)) for image in sample_pixels[::10]]
@@ -151,14 +151,14 @@ def test_rows_do_not_depend_on_their_neighbours_and_gates_that_could_are_counted
     assert counts["near"] > 100, "rows on the edge are among them"
 
 
-def test_gates_on_the_edge_are_told_in_the_answer_and_in_the_metrics(
+def test_borderline_gates_are_reported_in_the_answer_and_the_metrics(
     server: ServerProcess, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]
 ) -> None:
     def counted() -> float:
         return server.count("steervit_gates_near_threshold_total", profile="Shirt")
 
     def bisected(image: NDArray[np.uint8], client: Client) -> tuple[int, int]:
-        """Gates that an answer and its receipt call near."""
+        """The numbers of gates that an answer and its receipt report as near."""
         low, high = 0.0, 1.0
         first = client.predict([image], profile="Shirt", strength=low).predictions[0].head_mask[2].kept[1]
         for _ in range(25):

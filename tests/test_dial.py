@@ -1,4 +1,4 @@
-"""The dial: biases that rise with the budget, knots that spend what they say, curves from budgets to positions."""
+"""The dial: biases that rise with the budget, knots that spend their budgets, curves from budgets to positions."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def learned(seed: int, sites: int = 2, units: int = 5, reference: float = 0.5) -
 
 @pytest.fixture(scope="module")
 def model() -> GatedVit:
-    """Random weights and a dial whose units open in no particular order."""
+    """A model with random weights and a dial that opens units in random order."""
     steered = model_of(small(), mlp_groups=2)
     steered.model.dial = learned(3).requires_grad_(False)
     return steered.model
@@ -61,8 +61,8 @@ def test_excess_by_hand() -> None:
     assert training.excess(spent[:1], asked_for[:1]).item() == 0
 
 
-def test_excess_does_not_mind_how_far_images_of_a_budget_lie_apart() -> None:
-    """Their mean is right, each is 0.2 away: the square of a batch's mean would be 0.04 / 12 on average."""
+def test_excess_does_not_depend_on_the_spread_of_images_with_one_budget() -> None:
+    """Their mean is right, but each is 0.2 away: the square of a batch's mean would be 0.04 / 12 on average."""
     generator = torch.Generator().manual_seed(0)
     found = [
         training.excess(0.5 + 0.2 * torch.randn(12, generator=generator), torch.full((12,), 0.5)).item()
@@ -91,7 +91,7 @@ def test_the_finished_dial_spends_what_its_knots_say(model: GatedVit, split: Spl
     dial = training.calibrate(model, split, macs)
     outcomes = at_positions(dial, model, split, None, dial.budget)
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
-    # where the compute of random weights jumps, nothing spends what lies between
+    # the compute of random weights jumps, and nothing spends a value between
     assert np.median(abs(spent - dial.budget)) < 0.001
     assert np.mean(abs(spent - dial.budget) < 0.005) > 0.7
     plain = answers(model, split, decide=keep_all)

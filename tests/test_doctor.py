@@ -11,7 +11,7 @@ from export.bundle import Bundle
 from service import doctor
 
 
-def test_the_doctor_tells_what_there_is_and_what_is_wrong(
+def test_the_doctor_reports_the_facts_and_the_problems(
     server: ServerProcess, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEERVIT_REPOSITORY", str(MODELS))

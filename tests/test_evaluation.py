@@ -70,7 +70,7 @@ def test_mcnemar_counts_only_what_changed() -> None:
 
 
 def test_non_inferiority_of_a_published_trial() -> None:
-    """Tango 1998: of 44 patients one is right under the old treatment alone; margin 0.1: Z = 1.709."""
+    """Tango 1998: one of 44 patients is right only under the old treatment; margin 0.1: Z = 1.709."""
     before, after = right((44, True)), right((43, True), (1, False))
     # 88 q^2 - 9.9 q + 0.11 = 0, so q = 0.1, and Z = (-1 + 4.4) / sqrt(44 (0.2 - 0.11))
     assert significance.non_inferiority(before, after, 0.1) == pytest.approx(norm.sf(3.4 / math.sqrt(3.96)))
@@ -128,7 +128,7 @@ def test_a_loss_of_the_margin_is_rejected_by_the_normal_approximation() -> None:
     assert significance.not_below(np.full(5, -0.01), 0.01) == 1.0
 
 
-def test_hierarchical_intervals_in_the_cases_that_can_be_worked_out() -> None:
+def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
     rng = np.random.default_rng(1)
     plain = rng.choice([-1.0, 0.0, 0.0, 1.0, 1.0], 500)
     # one seed: the plain bootstrap of its images
@@ -251,9 +251,7 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
 @given(
     units=st.lists(st.tuples(st.integers(1, 50), st.integers(-20, 20)), min_size=1, max_size=12), usage=st.floats(0, 1)
 )
-def test_units_close_in_the_order_of_loss_for_cost_where_losses_add_up(
-    units: list[tuple[int, int]], usage: float
-) -> None:
+def test_units_close_in_the_order_of_loss_per_cost_if_losses_add_up(units: list[tuple[int, int]], usage: float) -> None:
     costs, added = np.array(units, float).T
     order = greedy_order(costs, lambda kept: float(added[~kept].sum()), usage)
     assert sorted(order.tolist()) == list(range(len(units)))
@@ -263,8 +261,8 @@ def test_units_close_in_the_order_of_loss_for_cost_where_losses_add_up(
     assert not len(gone) or gone.max() <= (added / costs)[order[:kept]].min(initial=np.inf) + 1e-12
 
 
-def test_a_unit_is_measured_again_once_others_have_gone() -> None:
-    """Two do the same: without one of them nothing is lost, without both everything. The third adds 1, the fourth 2."""
+def test_a_unit_is_measured_again_after_others_are_closed() -> None:
+    """Two units do the same: without one nothing is lost, without both everything. The third adds 1, the fourth 2."""
     asked = []
 
     def loss(kept: NDArray[np.bool_]) -> float:
@@ -283,7 +281,7 @@ def test_a_unit_is_measured_again_once_others_have_gone() -> None:
     assert rival.decide(0, torch.zeros(1, 3)).tolist() == (1 - torch.eye(3)[least : least + 1]).tolist()
 
 
-def test_what_the_class_adds_is_the_profiles_mean_beyond_one_steering_for_all() -> None:
+def test_the_class_adds_the_profiles_mean_minus_that_of_one_steering_for_all() -> None:
     torch.manual_seed(0)
     classes = torch.arange(90) % 3
     one, *under = (Outcome(torch.randn(90, 3), torch.rand(90, 1, 2) > 0.5, torch.ones(90, 1, 2), 2) for _ in range(4))
@@ -305,9 +303,7 @@ def test_what_the_class_adds_is_the_profiles_mean_beyond_one_steering_for_all() 
 
 @settings(max_examples=50)
 @given(heads=st.integers(1, 6), blocks=st.integers(1, 5), usage=st.floats(0, 1), seed=st.integers(0, 99))
-def test_random_units_come_as_near_to_the_usage_as_one_unit_can(
-    heads: int, blocks: int, usage: float, seed: int
-) -> None:
+def test_random_units_reach_the_usage_to_within_one_unit(heads: int, blocks: int, usage: float, seed: int) -> None:
     of_heads, of_both = Macs(1, (5,) * blocks), Macs(1, (5,) * blocks, (30,) * (blocks - 1) + (1,), 2)
     logit = torch.zeros(1, heads)
     kept = random_units(of_heads, heads, usage, [seed]).decide
@@ -318,7 +314,7 @@ def test_random_units_come_as_near_to_the_usage_as_one_unit_can(
     assert of_both.usage(gate.double()).item() == pytest.approx(usage, abs=largest / 2 + 1e-9)
 
 
-def test_what_is_learned_once_is_weakened_to_the_usage_that_is_compared() -> None:
+def test_one_learned_bias_is_scaled_down_to_the_compared_usage() -> None:
     """Gate logits 4 tanh(bias / 4) of 1.85, 2.54 and 3.39, by head: which bias leaves half of them open?"""
     torch.manual_seed(0)
     spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
@@ -347,7 +343,8 @@ def test_rivals_are_compared_with_the_profile_image_by_image() -> None:
 
 
 def test_a_mean_of_draws_is_tested_by_the_signs_of_the_images() -> None:
-    """Six images by 0.4 worse, one by 0.6 better: 1.8 in all. Which of the 128 choices of signs are as far off?"""
+    """Six images are 0.4 worse, one is 0.6 better: 1.8 in total. How many of the 128 choices of signs are as far
+    off?"""
     profile, rival = np.array([1.0] * 6 + [0.0]), np.array([0.6] * 6 + [0.6])
     sums = [sum(signs) for signs in itertools.product(*([(0.4, -0.4)] * 6), (0.6, -0.6))]
     expected = sum(abs(total) >= 1.8 - 1e-9 for total in sums) / len(sums)
@@ -377,7 +374,7 @@ def test_shift_terms_ignore_the_image_and_scale_terms_need_an_active_latent() ->
     assert torch.equal(scale(0, residual)[silent], residual[silent])
 
 
-def test_variants_are_compared_under_the_own_class_and_under_each_class() -> None:
+def test_variants_are_compared_under_the_images_class_and_under_every_class() -> None:
     """Three classes of 4, 4 and 12 images; the profile of class c keeps 1, 2 or all 3 heads of every image."""
     torch.manual_seed(2)
     spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))

@@ -1,4 +1,5 @@
-"""python -m export on a run that was trained here: every kind of graph, compact bundles, the server's choice."""
+"""python -m export on a run that was trained here: every kind of graph, compact bundles, and which one the server
+uses."""
 
 import asyncio
 import json
@@ -68,8 +69,8 @@ def test_every_graph_of_a_bundle_serves_the_same_answers(smoke_models: Path, sam
 async def test_a_graph_for_one_profile_answers_for_its_batches(
     smoke_models: Path, sample_pixels: NDArray[np.uint8]
 ) -> None:
-    """As on a GPU: heads that the profile does not use are not in the graph, and the others answer as in the general
-    one; whatever is asked for together, each call has the answer that it has alone."""
+    """As on a GPU: the graph omits heads that the profile does not use, and the others answer as in the general graph.
+    In any mix of calls, each gets the answer that it gets alone."""
     bundle = load_bundle(smoke_models / "smoke" / "1")
     entries = bundle.manifest.specialised
     assert [(entry.profile, entry.precision) for entry in entries] == [("Shirt", "fp16"), ("Bag", "fp16")]
@@ -224,7 +225,7 @@ def test_an_evaluation_of_other_terms_is_not_joined_to_a_profile(smoke_run: Path
     terms = {p.name: p.terms for p in profiles_from_json(json.loads((run / "profiles.json").read_text()))}
 
     def export(digests: dict[str, str]) -> str:
-        """What is said of an export for a profile that is not there, which is looked at later than evaluations."""
+        """The error of an export for a missing profile, which is checked after the evaluations."""
         for entry in results["profiles"]:
             entry["digest"] = digests[entry["name"]]
         (run / "results.json").write_text(json.dumps(results))
@@ -300,7 +301,7 @@ def test_a_name_of_a_graph_is_given_once() -> None:
 
 
 def test_weights_of_a_large_model_lie_beside_it(bundle: Bundle, tmp_path: Path) -> None:
-    """As past 2 GB, where the limit is set lower."""
+    """As for models over 2 GB, with a lower limit."""
     model = onnx.load(bundle.folder / bundle.manifest.graphs[0].file)
     size, path = weight_bytes(model), tmp_path / "dispatch.fp32.onnx"
     assert save(model, path, external_from=1_000_000) == [path, tmp_path / "dispatch.fp32.onnx.data"]

@@ -1,4 +1,4 @@
-"""Folders as people have them: names of splits, what is skipped and said, links, copies, file names, labels files."""
+"""Real folders: names of splits, skipped files and their report, links, copies, file names, labels files."""
 
 import os
 import shlex
@@ -149,7 +149,7 @@ def test_links_are_followed_and_circles_and_dangling_links_are_named(
         read(root)
 
 
-def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
+def test_a_test_image_that_is_also_in_training_is_refused_dropped_or_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     split_folders(tmp_path)
@@ -175,7 +175,7 @@ def test_a_test_image_that_is_in_training_is_refused_dropped_or_warned_of(
     )
 
 
-def test_copies_in_a_folder_without_splits_are_refused_dropped_or_warned_of(tmp_path: Path) -> None:
+def test_copies_in_a_folder_without_splits_are_refused_dropped_or_reported(tmp_path: Path) -> None:
     label_folders(tmp_path)
     plain = read(tmp_path)
     for name in ("0 - Copy.png", "0 (1).png"):
@@ -201,7 +201,7 @@ def test_files_that_are_as_long_and_end_alike_are_no_copies(tmp_path: Path) -> N
 
 
 def test_settings_remember_copies_only_where_they_matter() -> None:
-    """Finished runs were made without the setting; an export reads the data as the run did."""
+    """Earlier runs have no such setting; an export reads the data as the run did."""
     assert "copies" not in DataSettings().model_dump(mode="json")
     assert DataSettings(**DataSettings(copies="keep").model_dump(mode="json")).copies == "keep"
 

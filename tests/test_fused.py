@@ -1,4 +1,5 @@
-"""The graphs for GPUs, on the CPU: against PyTorch, for the kinds of timm models; and that a GPU can capture them."""
+"""The graphs for GPUs, run on the CPU: against PyTorch, for the kinds of timm models; and whether a GPU can capture
+them."""
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ CAPTURED = {
 }  # fmt: skip
 """Operators that a GPU has and whose shapes depend on no data: neither NonZero nor Shape, If or Loop."""
 AS_EXPORTED = {"registers and layer scale", "gated MLP", "normed queries and keys", "pre-norm without biases"}
-"""Kinds of which a part goes through PyTorch's exporter, with its own operators."""
+"""Kinds with a part that goes through PyTorch's exporter, with its own operators."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

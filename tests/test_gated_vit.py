@@ -35,7 +35,7 @@ GREY = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
 
 @pytest.fixture(scope="module", params=[0, 8], ids=["heads", "heads and MLP groups"])
 def model(request: pytest.FixtureRequest) -> GatedVit:
-    """Small, with gates that really decide: about half of the units are closed."""
+    """A small model with gates that really decide: about half of the units are closed."""
     torch.manual_seed(0)
     settings = VitSettings(dim=32, depth=3, heads=4)
     model = GatedVit(create_vit(settings, GREY, 10), (1, 2), GREY, request.param)
@@ -100,7 +100,7 @@ def test_neutral_steering_equals_no_steering_exactly(model: GatedVit) -> None:
     assert torch.equal(plain[1]["gate_logit"], steered[1]["gate_logit"])
 
 
-def test_straight_through_decides_hard_and_learns_soft() -> None:
+def test_straight_through_gates_are_hard_forwards_and_soft_backwards() -> None:
     logit = torch.tensor([[-1.0, 0.5]], requires_grad=True)
     gate = straight_through(temperature=2.0)(0, logit)
     assert gate.tolist() == [[0.0, 1.0]]
@@ -159,7 +159,7 @@ def test_unit_usage_by_hand() -> None:
 
 @given(images=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_unit_usage_of_heads_alone_is_head_usage_exactly(images: int, seed: int) -> None:
-    """With its gradient; and over images, which bisections compare."""
+    """Its gradient too, and its value by image, which bisections compare."""
     gate = torch.rand(images, 2, 3, generator=torch.Generator().manual_seed(seed))
     one, other = gate.clone().requires_grad_(), gate.clone().requires_grad_()
     usage, mean = Macs(1000, (10, 4)).usage(one), other.mean((1, 2))
@@ -174,7 +174,7 @@ def test_unit_usage_of_heads_alone_is_head_usage_exactly(images: int, seed: int)
 
 
 def test_a_group_is_multiplied_after_its_activation() -> None:
-    """At 0 and 1 it would be the same before it; what half a gate gives is what training learns from."""
+    """At 0 and 1 the order would not matter, but training learns from gates in between."""
     module, x = Mlp(8, 16), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     closed, half, open_ = (mlp(module, x, torch.full((2, 4), gate)) for gate in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half, (closed + open_) / 2)
@@ -280,7 +280,7 @@ def test_models_that_cannot_be_gated_are_refused(make: object, message: str) -> 
 
 
 def test_weights_come_from_a_local_file(tmp_path: Path) -> None:
-    """Those of a classifier of another size and of colour images, as a download would bring them."""
+    """Weights of a classifier with other classes, for colour images, as a download would have them."""
     torch.manual_seed(3)
     name = "vit_tiny_patch16_224"
     spec = ImageSpec(32, 32, 1, 32, "bicubic", (0.5,), (0.5,))

@@ -1,4 +1,4 @@
-"""The graphs against PyTorch, for the kinds of timm models, for any gates and batch; and what is in a graph."""
+"""The graphs against PyTorch, for the kinds of timm models, any gates and any batch; and the contents of a graph."""
 
 from collections.abc import Callable
 from functools import partial
@@ -99,7 +99,7 @@ def test_all_heads_off_and_all_heads_on(bias: float) -> None:
 
 
 def test_a_closed_head_is_not_computed(graphs: dict[str, bytes], steered: SteeredVit) -> None:
-    """Seen in the graph itself: with the outputs of each head's query added, only open rows come out."""
+    """Shown by the graph: with each head's queries as outputs, only open rows come out."""
     model = onnx.load_from_string(graphs["dispatch"])
     names = [f"block{b}/head{h}/query" for b in (1, 2) for h in range(3)]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
@@ -138,7 +138,7 @@ def test_int8_stays_close_and_its_rows_are_independent(steered: SteeredVit, atte
 
 
 class MatMulIntegerToFloat(OpRun):
-    """uint8 x int8, exactly: what it should be."""
+    """uint8 x int8, exact, as it should be."""
 
     op_domain = "com.microsoft"
 
@@ -155,7 +155,7 @@ class MatMulIntegerToFloat(OpRun):
 
 
 class Saturating(MatMulIntegerToFloat):
-    """As a CPU with AVX2 and without VNNI has it: two products are added in 16 bits (VPMADDUBSW)."""
+    """As on a CPU with AVX2 but no VNNI: two products are added in 16 bits (VPMADDUBSW)."""
 
     op_domain = "com.microsoft"
 

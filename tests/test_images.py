@@ -1,4 +1,4 @@
-"""Pixels are those of timm's transform for evaluation, exactly, in training and in the server."""
+"""Pixels equal those of timm's transform for evaluation exactly, in training and in the server."""
 
 import io
 import math
@@ -27,7 +27,7 @@ def spec(size: int, resize: int, channels: int, interpolation: str) -> ImageSpec
 
 
 def by_timm(image: Image.Image, wanted: ImageSpec) -> NDArray[np.uint8]:
-    """An image that is upright already, (height, width, channels)."""
+    """The pixels of an upright image by timm: (height, width, channels)."""
     transform = create_transform(
         (wanted.channels, wanted.height, wanted.width),
         is_training=False,
@@ -72,7 +72,8 @@ def test_pixels_equal_the_evaluation_transform(
 
 
 def test_both_resize_alike_for_every_size_and_crop() -> None:
-    """A gradient: another resize shows in every pixel. Of the sizes and fractions, all that give another resize."""
+    """A gradient shows any difference of the resize in every pixel. All sizes and fractions that give another
+    resize."""
     ramp = Image.linear_gradient("L").resize((61, 47))
     specs = {
         image_spec(DataSettings(image_size=size, crop_fraction=fraction / 100))
@@ -141,7 +142,7 @@ def test_metadata_never_make_a_photo_unreadable(kind: str, change: Change) -> No
 
 
 def test_the_first_of_several_pictures_in_a_file_is_read() -> None:
-    """As phones write them (MPO); and when the second one is cut short."""
+    """As phones write them (MPO), also with a truncated second picture."""
     image = picture(41, 29, "RGB", 1)
     file = encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)])
     first = file[: file.index(b"\xff\xd8\xff", 2)]
@@ -150,8 +151,8 @@ def test_the_first_of_several_pictures_in_a_file_is_read() -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "progressive"])
-def test_broken_metadata_leave_colours_and_orientation_as_they_are(mode: str) -> None:
-    """Of CMYK, whether its inks are inverted stands in Adobe's segment, which is kept."""
+def test_broken_metadata_do_not_change_colours_or_orientation(mode: str) -> None:
+    """For CMYK, Adobe's segment tells whether the inks are inverted; it is kept."""
     image = picture(41, 29, "RGB", 1).convert("RGB" if mode == "progressive" else mode)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -177,7 +178,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_photo_that_is_cut_short_stays_refused(kind: str) -> None:
-    """Its missing pixels would be made up."""
+    """Its missing pixels would be invented."""
     file = encoded(picture(41, 29, "RGB", 1), kind)
     name = {"WEBP": "WebP"}.get(kind, kind)
     with pytest.raises(InvalidRequest, match=rf"photo is not a readable image \(.* bytes, a broken {name}\); allowed"):
@@ -222,7 +223,8 @@ def test_raw_pixels_must_have_the_models_size() -> None:
 
 
 def test_drafts_are_near_and_only_of_large_jpegs() -> None:
-    """A photo of 1600 x 1200 for 224 pixels is decoded at half its size; what is small, or no JPEG, is not touched."""
+    """A photo of 1600 x 1200 for 224 pixels is decoded at half its size; small images and other formats are not
+    affected."""
     wanted, coarse = spec(224, 256, 3, "bicubic"), picture(1600, 1200, "RGB", 1)
     limits, drafts = Limits(10**7, 10**7), Limits(10**7, 10**7, jpeg_draft=True)
     photo = coarse.resize((800, 600)).resize((1600, 1200))  # without noise from pixel to pixel, as a photo

@@ -107,7 +107,7 @@ def coloured_shapes(root: Path, count: int = 80) -> None:
             image.save(root / label / f"{index:03d}.jpg", quality=92)
 
 
-def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: Path) -> None:
+def test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone(tmp_path: Path) -> None:
     coloured_shapes(tmp_path / "shapes")
     data = ["--data.dataset", "folder", "--data.root", str(tmp_path / "shapes"), "--data.image-size", "32"]
     shape = ["--vit.unpadded", "0", "--vit.mlp-ratio", "4", "--profiles.steps", "10"]
@@ -134,7 +134,7 @@ def test_a_folder_of_colour_images_goes_the_whole_way_by_flags_alone(tmp_path: P
 
 
 def test_the_committed_bundle_has_the_accuracy_that_its_manifest_states(bundle: Bundle) -> None:
-    """10,000 test images through onnxruntime alone; one image may fall the other way by rounding."""
+    """10,000 test images through onnxruntime alone; rounding may change the answer for one image."""
     test = load(DataSettings(), 0).test
     engine = Engine(bundle, "auto", 0)
     profile = bundle.profiles["Shirt"]

@@ -42,7 +42,7 @@ def test_the_cache_gives_the_logits_of_the_full_forward(gated: tuple[int, ...], 
 
 @pytest.mark.parametrize("groups", [0, 4])
 def test_a_last_block_takes_the_place_of_the_model(groups: int) -> None:
-    """Same logits, gates and gradients, steered and not, for any rows of several splits."""
+    """The same logits, gates and gradients, steered and unsteered, for any rows of several splits."""
     torch.manual_seed(2)
     model = GatedVit(create_vit(VitSettings(dim=32, depth=3, heads=4), SPEC, 5), (2,), SPEC, groups)
     nn.init.normal_(model.gates[0].linear.weight)

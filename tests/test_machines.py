@@ -1,4 +1,4 @@
-"""Machines as they are: folders of other users, terminals that go away, no home, proxies, other encodings."""
+"""Real machines: folders of other users, terminals that close, no home folder, proxies, other encodings."""
 
 import asyncio
 import contextlib
@@ -124,7 +124,7 @@ def test_more_files_than_a_call_takes_are_sent_in_several(server: ServerProcess,
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle) -> Iterator[ServerProcess]:
-    """A profile whose name ASCII lacks."""
+    """A profile whose name is not ASCII."""
     folder = tmp_path_factory.mktemp("profiles")
     profiles = profiles_to_json([replace(bundle.profiles["Shirt"], name="café")])
     content = {**profiles, "gates_sae_digest": bundle.manifest.gates_sae_digest}

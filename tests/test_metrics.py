@@ -1,4 +1,4 @@
-"""The series that the metrics page has, as models and profiles come and go, and as threads count at once."""
+"""The series of the metrics page, while models and profiles come and go and threads count concurrently."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -90,10 +90,10 @@ def test_the_measures_of_a_receipt_by_hand(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(("kept", "series"), [("all", 15 * 30), ("top", 10 * 30 + 5), ("none", 15)])
-def test_heads_have_series_for_all_profiles_or_for_the_busiest_or_for_none(
+def test_head_series_are_kept_for_all_the_busiest_or_no_profiles(
     kept: Literal["all", "top", "none"], series: int, bundle: Bundle
 ) -> None:
-    """Of 13 profiles, none and custom; what is summed over heads is the same."""
+    """13 profiles, none and custom. Sums over heads are the same in every mode."""
     page = Page(head_series=kept)
     served = page.serve(bundle)
     for images, name in enumerate(bundle.profiles, 1):
@@ -105,7 +105,7 @@ def test_heads_have_series_for_all_profiles_or_for_the_busiest_or_for_none(
         assert page.lines("steervit_heads_kept_total{", f'profile="{name}"', 'head="5"') == 5 * by_head
 
 
-def test_series_of_an_unloaded_version_are_retained_and_then_go_by_themselves(bundle: Bundle, now: list[float]) -> None:
+def test_series_of_an_unloaded_version_are_retained_for_a_while(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     first = page.serve(of_version(bundle, 1))
     of_one = page.lines('version="1"')
@@ -132,7 +132,7 @@ def test_series_do_not_grow_with_swaps_that_nobody_scrapes(bundle: Bundle, now: 
     assert page.lines(f'model="{bundle.manifest.name}"') == of_one
 
 
-def test_counts_go_on_when_a_version_is_loaded_again_in_time(bundle: Bundle, now: list[float]) -> None:
+def test_counts_continue_when_a_version_is_soon_loaded_again(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     for images, seconds in ((3, 100), (6, 221), (3, 400)):
         served = page.serve(bundle)
@@ -171,7 +171,7 @@ def test_the_digest_of_profiles_follows_what_they_do(bundle: Bundle) -> None:
         first = digest()
 
 
-def test_a_replaced_version_takes_along_what_the_new_one_lacks(bundle: Bundle, now: list[float]) -> None:
+def test_series_that_a_replacement_lacks_end_with_the_replaced_version(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     first = page.serve(bundle)
     first.answered("Bag", answers(bundle, 1))
@@ -201,7 +201,7 @@ def test_heads_start_anew_when_a_version_comes_with_other_blocks(bundle: Bundle,
     assert page.value("steervit_heads_kept_total", profile="Bag") == 24
 
 
-def test_a_profile_that_goes_again_is_retained_as_long_again(bundle: Bundle, now: list[float]) -> None:
+def test_a_profile_removed_again_is_retained_for_the_full_time(bundle: Bundle, now: list[float]) -> None:
     page = Page()
     served = page.serve(bundle)
     without = {name: profile for name, profile in bundle.profiles.items() if name != "Shirt"}
@@ -226,7 +226,7 @@ def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, now: list[floa
             assert page.lines("steervit_heads_kept_total", 'profile="Shirt"') == 30
     served.use({"Bag": bundle.profiles["Bag"]})
     served.answered("Shirt", answers(bundle, 2))
-    assert page.value("steervit_images_total", profile="other") == 2, "its call was under way"
+    assert page.value("steervit_images_total", profile="other") == 2, "its call was in progress"
     now[0] += 120
     assert page.lines('profile="Shirt"') == 0
 
@@ -256,9 +256,9 @@ def test_no_two_profiles_share_a_label() -> None:
     assert profile_label("Bag") == "Bag"
 
 
-def test_nothing_is_lost_when_threads_count_at_once_beside_swaps_and_scrapes(bundle: Bundle) -> None:
-    """Two inference threads, two that answer, one that swaps models and profiles; the page is read all the while: no
-    thread goes beyond its middle before a page is read that was begun beside it."""
+def test_no_count_is_lost_when_threads_count_during_swaps_and_scrapes(bundle: Bundle) -> None:
+    """Two inference threads, two that answer, and one that swaps models and profiles, while the page is read: no thread
+    passes its middle before a page is read that was begun meanwhile."""
     page, rounds, read = Page(), 400, Event()
     served, steered = page.serve(bundle), answers(bundle, 2)
     profiles = [bundle.profiles, {"Bag": bundle.profiles["Bag"]}]
@@ -312,7 +312,7 @@ def test_nothing_is_lost_when_threads_count_at_once_beside_swaps_and_scrapes(bun
     assert page.value("steervit_requests_in_flight") == 0
 
 
-def test_strengths_that_clients_choose_do_not_fill_the_cache_for_good(bundle: Bundle) -> None:
+def test_strengths_of_clients_do_not_fill_the_cache_forever(bundle: Bundle) -> None:
     settings = Settings(repository=Path("unused"), threads=1)
     with ThreadPoolExecutor(1) as pool:
         model = Model(bundle, settings, Metrics(CollectorRegistry(), 1), pool, Surroundings(True, False))

@@ -40,7 +40,7 @@ UNITS = 3 + 4
 
 
 def biased(count: int, seed: int = 0, spread: float = 3.0) -> Arrays:
-    """Rows with steering in every second one, and a bias for every gate."""
+    """Inputs with steering in every second row and a bias for every gate."""
     drawn = np.random.default_rng(seed).normal(0, spread, (count, 2, UNITS)).astype(np.float32)
     return {**rows(count, seed), GATE_BIAS: drawn}
 
@@ -93,7 +93,7 @@ def test_no_bias_is_a_bias_of_zero_to_the_bit(
 def test_a_closed_group_is_the_same_as_one_that_is_not_in_the_graph(
     kind: str, steered: SteeredVit, sessions: dict[str, onnxruntime.InferenceSession]
 ) -> None:
-    """Both heads and groups; a block without groups, and one without heads."""
+    """Heads and groups; also a block without groups and one without heads."""
     kept = ((0, 2), (4, 6))
     inputs = biased(9)
     for site, units in enumerate(kept):
@@ -113,7 +113,7 @@ def test_a_closed_group_is_the_same_as_one_that_is_not_in_the_graph(
 
 
 def test_a_closed_group_is_not_computed(steered: SteeredVit) -> None:
-    """Seen in the graph: the hidden neurons of a group are computed for its open images alone."""
+    """Shown by the graph: the hidden neurons of a group are computed only for its open images."""
     model = build(steered, SPEC, "dispatch", {}, gate_bias=True)
     names = [f"block{block}/mlp/group{group}/gelu" for block in (1, 2) for group in range(4)]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in names)
@@ -155,7 +155,7 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
 
 
 def test_a_compact_model_has_the_units_that_its_profile_opens(steered: SteeredVit) -> None:
-    """Of both kinds; without the others it answers as with their gates closed, in PyTorch and as a graph."""
+    """Units of both kinds. Without the others it answers as if their gates were closed, in PyTorch and as a graph."""
     split = Split(torch.from_numpy(images(40)), torch.arange(40) % 5)
     profile = SteeringProfile("c", ("c1", "c3"), "by hand", STEERED)
     made = compact(steered.model, steered.sae, profile, tuple(f"c{i}" for i in range(5)), split, 0.3)
@@ -183,7 +183,7 @@ def test_a_compact_model_has_the_units_that_its_profile_opens(steered: SteeredVi
 
 
 def test_a_certificate_covers_gate_biases(steered: SteeredVit) -> None:
-    """Those of a graph that leaves out one bias are caught; its MLP gates count as its heads' do."""
+    """A graph that drops one bias is detected; MLP gates count like head gates."""
     biases = [np.full((2, UNITS), value, np.float32) for value in (-8.0, -1.0, 0.5)]
     reference = Reference(steered, images(6), [{}, STEERED], images(4), np.zeros(4, np.int64), biases=biases)
     graph = build(steered, SPEC, "dispatch", {}, gate_bias=True)
@@ -219,7 +219,7 @@ def test_groups_come_back_from_the_weights_of_a_graph() -> None:
 
 
 def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
-    """Every stage to the report, with the models that a dial is compared with, on three classes of stripes."""
+    """Every stage up to the report, with the models to compare with, on three classes of stripes."""
     draw = np.random.default_rng(0)
     for label in range(3):
         (tmp_path / "images" / f"c{label}").mkdir(parents=True)

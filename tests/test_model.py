@@ -1,4 +1,4 @@
-"""A model in process: what it counts under which name."""
+"""A model in this process: what it counts under which name."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def model(bundle: Bundle, registry: CollectorRegistry) -> Iterator[Model]:
-    """All steered images are shadowed; one profile is called like images that nothing steers."""
+    """All steered images are shadowed; one profile has the name that means no steering."""
     profiles = {**bundle.profiles, "none": replace(bundle.profiles["Shirt"], name="none")}
     settings = Settings(repository=bundle.folder, provider="cpu", tune="off", shadow_fraction=1.0)
     with ThreadPoolExecutor(1) as pool:

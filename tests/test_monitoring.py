@@ -1,4 +1,4 @@
-"""Both dashboards and every rule, asked of a real Prometheus that watched a real run."""
+"""Both dashboards and every rule, evaluated by a real Prometheus that watched a real run."""
 
 import json
 import threading
@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import grpc
 import numpy as np
 import pytest
+from documented import queries
 from numpy.typing import NDArray
-from processes import MODELS, ROOT, ServerProcess, start_server, stop_server, until
+from processes import MODELS, ServerProcess, start_server, stop_server, until
 from prometheus import JOB, RULE_FILES, Prometheus, alerts, dashboard, filled_in, panels, promtool, running
 
 from export.bundle import Bundle
@@ -22,7 +23,7 @@ from training.steering import SteeringTerm, profiles_to_json
 
 pytestmark = pytest.mark.slow
 SECONDS = 8.0
-"""Of load."""
+"""Duration of the load."""
 MAY_BE_RAISED = {
     "SteervitLatencyBudgetBurnsFast": "a busy machine is slow",
     "SteervitLatencyBudgetBurnsSlowly": "likewise",
@@ -36,10 +37,10 @@ MAY_BE_EMPTY = {"Agreement under brownout": "needs a model with a dial: tests/te
 
 @dataclass
 class Received:
-    """What the clients of the run got."""
+    """What the clients of the run received."""
 
     masks: dict[str, list[NDArray[np.bool_]]] = field(default_factory=lambda: defaultdict(list))
-    """By profile, each (gated blocks, units)."""
+    """Masks by profile, each (gated blocks, units)."""
     rejected: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Since before the first scrape."""
+        """Time since before the first scrape."""
         return time.time() - self.begun
 
 
@@ -209,10 +210,19 @@ def test_panels_tell_servers_apart_where_the_runbook_compares_them(run: Run, bun
 
 
 def test_the_documented_query_tells_models_and_versions_apart(run: Run) -> None:
-    expr = (ROOT / "docs" / "serving.md").read_text().partition("## Metrics")[2].split("```")[1]
+    (expr,) = queries("docs/serving.md")
     found = run.prometheus.query(expr)
     wanted = {"model", "version", "profile", "block", "head"}
     assert {frozenset(dict(labels)) for labels in found} == {frozenset(wanted)}
+
+
+EMPTY = ("brownout", "load_failed", "certificate", "images_dropped")
+"""Parts of queries that a healthy server without TLS, and with a model without a dial, has no data for."""
+
+
+def test_the_queries_of_the_runbook_are_answered_with_data(run: Run) -> None:
+    for expr in queries("deploy/RUNBOOK.md"):
+        assert run.prometheus.query(expr) or any(part in expr for part in EMPTY), expr
 
 
 def rules(run: Run) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from documented import examples
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, serving
 
 from export.bundle import Bundle
@@ -20,25 +21,25 @@ from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.tensors import packed
 from training.steering import SteeringTerm
 
-TRITON_CLIENT = "tritonclient[grpc]==2.73.0"
-"""In an environment of its own: it wants another protobuf, and its package `inference` is also the name of ours."""
+TRITON_CLIENT = ("tritonclient[grpc]==2.73.0", "pillow")
+"""In an environment of its own: it needs another protobuf, and its package `inference` is also the name of ours."""
 
 
 @pytest.fixture(scope="session")
 def triton_python() -> Path:
     folder = ROOT / "build" / "tritonclient"
     python = folder / "bin" / "python"
-    if not (folder / "installed").is_file():
+    if not (folder / "with-pillow").is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-        subprocess.run([*pip, TRITON_CLIENT], check=True)
-        (folder / "installed").touch()
+        subprocess.run([*pip, *TRITON_CLIENT], check=True)
+        (folder / "with-pillow").touch()
     return python
 
 
 @pytest.fixture(scope="session")
 def triton(server: ServerProcess, triton_python: Path) -> dict[str, Any]:
-    """What the client saw."""
+    """The results of the client."""
     script = ROOT / "tests" / "clients" / "triton.py"
     done = subprocess.run(
         [str(triton_python), str(script), server.address, str(SAMPLES / "Shirt")],
@@ -47,6 +48,13 @@ def triton(server: ServerProcess, triton_python: Path) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def test_the_documented_example_for_tritonclient_works(server: ServerProcess, triton_python: Path) -> None:
+    (example,) = (each.text for each in examples("docs/serving.md") if "tritonclient" in each.text)
+    code = example.replace("127.0.0.1:8001", server.address)
+    done = subprocess.run([triton_python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tritonclient_finds_the_server_and_the_model(triton: dict[str, Any], bundle: Bundle) -> None:
@@ -132,7 +140,7 @@ def test_statistics_count_calls_and_batches_as_triton_does() -> None:
 
 
 def counts(stats: pb.InferStatistics) -> set[int]:
-    """Of the calls that were answered, and of each part of them."""
+    """The counts of answered calls and of each of their parts."""
     parts = (stats.success, stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
     return {part.count for part in parts}
 
@@ -257,8 +265,8 @@ def test_typed_and_raw_contents_give_the_same_answer(stub: GRPCInferenceServiceS
     assert bundle.manifest.labels[int(logits.argmax())] == "Bag"
 
 
-def test_what_is_large_comes_as_raw_contents() -> None:
-    """Typed contents would keep the event loop."""
+def test_large_inputs_must_be_raw_contents() -> None:
+    """Typed contents would occupy the event loop."""
     shape = (400, 28, 28, 1)
     with serving(MODELS, "--max-images", "400") as server, grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]

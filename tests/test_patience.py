@@ -13,11 +13,11 @@ def contended() -> Patience:
     return patience
 
 
-def test_callers_are_expected_for_as_long_as_they_take_to_come_back() -> None:
+def test_callers_are_expected_for_as_long_as_they_usually_take_to_return() -> None:
     patience = contended()
     patience.answered([4, 1], 1.0)
     assert patience.expected(1.0015) == (5, pytest.approx(0.0005))  # of PATIENCE / 5, the first guess
-    patience.came_back(1.0015)  # whoever has 4 images, half a millisecond early
+    patience.came_back(1.0015)  # the caller with 4 images, half a millisecond early
     assert patience.expected(1.0015) == (1, pytest.approx(0.0005))
     assert patience.expected(1.0021) == (0, pytest.approx(0))
     patience.batch(0.010, 0.005)
@@ -36,13 +36,13 @@ def test_nobody_is_waited_for_where_it_does_not_pay(seconds: float, cpu_seconds:
     assert patience.expected(1.0) == (0, 0)
 
 
-def test_callers_who_are_slow_or_gone_are_not_waited_for() -> None:
+def test_nobody_waits_for_slow_or_missing_callers() -> None:
     patience = contended()
     for turn in range(40):  # each is back only after 20 ms
         patience.answered([1], turn)
         patience.came_back(turn + 2 * PATIENCE)
     patience.answered([1], 50.0)
-    patience.came_back(50.0 + 2 * FORGET)  # somebody else: this says nothing of how long callers take
+    patience.came_back(50.0 + 2 * FORGET)  # another caller: this does not count as a return
     patience.batch(1.0, 0.5)
     patience.answered([1], 60.0)
     assert patience.expected(60.0) == (0, 0)

@@ -1,4 +1,4 @@
-"""What the benches rest on: forced gates are the gates that were asked for, and rows say what they measured."""
+"""The basis of the benches: forced gates are as requested, and rows state what they measured."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""perf_analyzer, NVIDIA's load generator, against the server as its users run it."""
+"""perf_analyzer, NVIDIA's load generator, against the server, as users run it."""
 
 import csv
 import os

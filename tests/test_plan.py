@@ -1,4 +1,4 @@
-"""Which versions are tried, served and let go, by hand."""
+"""Which versions are loaded, served and unloaded, by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,7 +106,7 @@ numbers = st.sets(st.integers(1, 6))
 def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
     on_shelf: set[int], before: set[int], failed: set[int], policy: str
 ) -> None:
-    """Whatever lies on the shelf, and however loading went."""
+    """For any versions in the folder, and any result of loading them."""
     of_model = shelf(*on_shelf)
     now, instead = tries(policy, of_model, {})
     assert {*now, *instead} <= on_shelf
@@ -115,7 +115,7 @@ def test_nothing_is_lost_and_nothing_is_served_that_is_not_loaded(
         works = {version for version in instead if version not in failed}
     served, labels, failures = outcome(policy, of_model, works | before, {}, dict.fromkeys(failed & on_shelf, "bad"))
     assert served <= works | before
-    assert bool(served) == bool(works | before), "who served something goes on serving"
+    assert bool(served) == bool(works | before), "who served something keeps serving"
     assert works & {*selected(policy, of_model)} <= served
     assert labels == {}
     assert {*selected(policy, of_model)} <= served | {*failures} | (on_shelf - failed)

@@ -1,4 +1,4 @@
-"""The playground in a real Chromium, over real servers: what a person chooses, what the page then shows."""
+"""The playground in a real Chromium, over real servers: what a user chooses, and what the page shows."""
 
 import re
 import subprocess

@@ -55,7 +55,7 @@ def server(followed: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def folder(followed: Path, client: Client, bundle: Bundle) -> Iterator[Path]:
-    """The one that the server follows, empty again after the test."""
+    """The folder that the server follows; it is emptied after the test."""
     yield followed
     for path in followed.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -155,7 +155,7 @@ ODD = (
 def test_a_profile_is_found_by_its_name_in_either_form(
     server: ServerProcess, client: Client, bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of profiles that are written in decomposed form (NFD), as a file system may have it."""
+    """Profiles with names in decomposed form (NFD), as some file systems write them."""
     decomposed = [unicodedata.normalize("NFD", name) for name in ODD]
     assert sum(map(str.__ne__, ODD, decomposed)) == 3
     (folder / "odd.json").write_text(content(bundle, *map(profile, decomposed)))
@@ -197,8 +197,8 @@ WRONG: dict[str, Callable[[Bundle], str]] = {
 
 
 @fault("process: file change", "a file that is wrong at the start: NOT_SERVING until it is corrected")
-def test_a_folder_that_is_wrong_at_the_start_keeps_the_server_from_being_ready(bundle: Bundle, tmp_path: Path) -> None:
-    """Its default profile is in the folder too."""
+def test_an_invalid_profile_folder_at_the_start_keeps_the_server_not_ready(bundle: Bundle, tmp_path: Path) -> None:
+    """The default profile is in the folder too."""
     (tmp_path / "a.json").write_text(content(bundle, profile("night")))
     (tmp_path / "b.json").write_text("{")
     flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile", "night")
@@ -222,7 +222,7 @@ def test_a_folder_that_is_wrong_at_the_start_keeps_the_server_from_being_ready(b
             until(lambda: running.count("steervit_ready") == 1)
             assert running.page("readyz") == "OK\n"
             until(served)
-            (tmp_path / "b.json").write_text("{")  # later, the last good set stays
+            (tmp_path / "b.json").write_text("{")  # later, the last valid set is retained
             until(lambda: running.page("readyz").startswith(f"OK\ndegraded, as profiles are unchanged: {said}"))
             assert served()
             with Client(running.address) as client:
@@ -241,7 +241,7 @@ def test_a_folder_is_checked_without_a_server(bundle: Bundle, tmp_path: Path) ->
         return done.returncode, done.stdout, done.stderr.splitlines()
 
     file, model = tmp_path / "a.json", f"{bundle.manifest.name} {bundle.manifest.version}"
-    assert checked() == (1, "\n", [f"{tmp_path} has no .json file"])
+    assert checked() == (1, "", [f"{tmp_path} has no .json file"])
     file.write_text(content(bundle, profile("night"), profile("dusk")))
     assert checked("--default-profile", "dusk") == (0, f"{file}: night, dusk; for {model}\n", [])
     code, _, (problem,) = checked("--default-profile", "dawn")
@@ -305,7 +305,7 @@ def test_a_folder_that_is_gone_keeps_the_old_set(
 def test_profiles_of_another_model_are_left_alone(
     server: ServerProcess, client: Client, bundle: Bundle, folder: Path
 ) -> None:
-    """As in a rollout, when the next version's profiles are there before it."""
+    """As in a rollout, when the profiles of the next version arrive before it."""
     (folder / "next.json").write_text(content(bundle, profile("next"), gates_sae_digest="0123456789abcdef"))
     (folder / "now.json").write_text(content(bundle, profile("now")))
     until(lambda: "now" in names(client))
@@ -319,7 +319,7 @@ def test_profiles_of_another_model_are_left_alone(
 def test_a_mounted_config_map_is_followed_through_its_links(
     server: ServerProcess, client: Client, bundle: Bundle, folder: Path
 ) -> None:
-    """Kubernetes writes a new folder and turns the link `..data` to it; the files are links through that."""
+    """Kubernetes writes a new folder and points the link `..data` to it; the files are links through `..data`."""
     for number, name in enumerate(("one", "two")):
         (folder / f"..{number}").mkdir()
         (folder / f"..{number}" / "profiles.json").write_text(content(bundle, profile(name)))

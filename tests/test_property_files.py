@@ -1,6 +1,6 @@
-"""Whatever a manifest, a profile file or golden.npz holds: it is used, or refused with the reason, and nothing else.
+"""Any manifest, profile file or golden.npz is either used or refused with the reason.
 
-Each file is a valid one in which something, anywhere, was replaced; through a server that goes on answering.
+Each file is a valid one with something replaced anywhere, and goes through a server that must keep answering.
 """
 
 import copy
@@ -64,7 +64,7 @@ def three(bundle: Bundle) -> Any:
 
 
 def put(bundle: Bundle, folder: Path, manifest: Any, **files: bytes) -> None:
-    """A bundle that appears under its name as a whole. files: contents in place of the bundle's own."""
+    """Write a bundle that appears under its name only when complete. files: contents in place of the bundle's own."""
     part = folder.parent / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -97,7 +97,7 @@ def manifest_of(bundle: Bundle) -> Any:
 
 
 def tried(loading: Live, mine: Bundle, manifest: Any, **files: bytes) -> None:
-    """Version 2 is this; version 1 goes on, and stays the default of the good request."""
+    """Version 2 is this one; version 1 keeps serving, and remains the default of the valid request."""
     put(mine, mine.folder.parent / "2", manifest, **files)
     (mine.folder.parent / "labels.json").write_text('{"stable": 1}')
     said = loading.send(LOAD, oi.RepositoryModelLoadRequest(model_name="small"))
@@ -207,7 +207,7 @@ def test_any_profile_file_is_followed_or_refused_and_all_can_be_listed_and_used(
 
 
 def test_a_profile_in_use_may_be_taken_away(following: tuple[ServerProcess, Live], folder: Path, mine: Bundle) -> None:
-    """Calls that were accepted under it are answered, whatever the folder says by then."""
+    """Calls accepted under a profile are answered, whatever the folder contains by then."""
     server, live = following
     given_, none = json.dumps(three(mine)), json.dumps({**three(mine), "profiles": []})
     image = pb.Image(encoded=BAG.read_bytes())

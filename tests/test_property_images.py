@@ -1,6 +1,6 @@
-"""Images that were made to do harm, and what chance makes of them: a sentence, within the limits, and a live server.
+"""Hostile images and random changes of them: each gets a sentence, within the limits, and the server stays alive.
 
-The files of tests/corpus are written by tests/corpus/make.py; their names begin with what is to come of them.
+tests/corpus/make.py writes the files of tests/corpus; their names begin with the expected result.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from service.pb import steering_pb2 as pb
 CORPUS = sorted(path for path in (ROOT / "tests" / "corpus").iterdir() if path.suffix != ".py" and path.is_file())
 REAL = next((SAMPLES / "Coat").glob("*.png"))
 MEMORY = 400 * 2**10
-"""kB that the server may take at most. It has 130,000 before the first image."""
+"""Limit of the server's memory in kB. It has 130,000 before the first image."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Whatever is sent, of either protocol: a documented status, a sentence, and a server that lives and is right."""
+"""Any message of either protocol gets a documented status and a sentence, and the server stays alive and right."""
 
 import re
 import struct

@@ -1,4 +1,4 @@
-"""The page says what results.json says, holds all it needs, and leaves out what a run lacks."""
+"""The page matches results.json, is self-contained, and omits what a run lacks."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def rival(draw: random.Random) -> dict[str, Any]:
 
 
 def told_no_class(draw: random.Random, **intervals: tuple[float, float]) -> dict[str, Any]:
-    """A steering that is the same for all images; what the class adds to it, by metric, has these intervals."""
+    """A steering that is the same for all images; intervals: of what the class adds to it, by metric."""
     adds = {metric: intervals.get(metric, (-0.01, 0.03)) for metric in MARGINS}
     return {
         **effect(draw),
@@ -81,7 +81,7 @@ def told_no_class(draw: random.Random, **intervals: tuple[float, float]) -> dict
 
 
 def results_of(seed: int) -> dict[str, Any]:
-    """A whole results.json with numbers drawn at random, all optional parts there."""
+    """A complete results.json with random numbers and all optional parts."""
     draw = random.Random(seed)
     whole = {"accuracy": 0.8125, "head_usage": 0.51234, "compute_fraction": 0.87654}
     profiles = [profile(draw, label, [label]) for label in LABELS]
@@ -361,7 +361,7 @@ def test_what_the_class_adds_is_said_whichever_way_it_falls() -> None:
     assert "nowing the class" not in read(results)[0]
 
 
-def test_the_page_holds_all_it_needs_and_says_what_each_table_and_picture_is() -> None:
+def test_the_page_is_self_contained_and_labels_each_table_and_picture() -> None:
     text, reader = read(results_of(1))
     assert text.lstrip().startswith("<!doctype html>")
     assert not re.search(r"https?:|url\(|@import", text)
@@ -378,7 +378,7 @@ def test_the_page_holds_all_it_needs_and_says_what_each_table_and_picture_is() -
 
 
 @pytest.mark.parametrize("lacking", [*OPTIONAL, tuple(OPTIONAL)])
-def test_what_a_run_lacks_leaves_no_heading_and_no_entry_in_the_contents(lacking: str | tuple[str, ...]) -> None:
+def test_missing_results_leave_no_heading_and_no_entry_in_the_contents(lacking: str | tuple[str, ...]) -> None:
     missing = (lacking,) if isinstance(lacking, str) else lacking
     text, reader = read({key: value for key, value in results_of(2).items() if key not in missing})
     found = [attributes["id"] for tag, attributes in reader.attributes if tag == "h2"]
@@ -392,7 +392,7 @@ def test_what_a_run_lacks_leaves_no_heading_and_no_entry_in_the_contents(lacking
     assert "Undefined" not in text
 
 
-def test_the_power_stands_below_the_criteria_and_an_older_run_has_none() -> None:
+def test_the_power_is_shown_below_the_criteria_except_for_older_runs() -> None:
     text = " ".join(read(results_of(2))[0].split())
     assert "3.0 to 3.0% become right or wrong, show a margin of one point with a probability of 57.1 to 57.1%" in text
     assert "with 80% they show a margin of 1.4 to 1.4 points" in text

@@ -25,7 +25,7 @@ POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
 
 
 def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """A bundle under another name and version; it appears as a whole."""
+    """Write a bundle under another name and version; it appears only when complete."""
     folder, part = repository / name / str(version), repository / f".{name}.{version}"
     shutil.copytree(bundle.folder, part)
     manifest = json.loads((part / "manifest.json").read_text()) | {"name": name, "version": version}
@@ -73,7 +73,7 @@ def ready(server: ServerProcess) -> set[tuple[str, str]]:
 
 
 def statistics_of(server: ServerProcess, version: str) -> list[str]:
-    """The versions that there are statistics of."""
+    """The versions with statistics."""
     with grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         request = pb.ModelStatisticsRequest(name="fashion_mnist", version=version)
@@ -127,7 +127,7 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
         "profiles",
         "profile_expected_head_usage",
     )
-    for name in gauges:  # what a retired version counted stays, what described it goes
+    for name in gauges:  # counts of a retired version are retained, its descriptions are not
         lines = [line for line in polling.page().splitlines() if line.startswith(f"steervit_{name}{{")]
         assert lines
         assert all('version="3"' in line for line in lines), name
@@ -138,7 +138,7 @@ def test_a_new_version_takes_over_without_a_lost_or_mixed_request(
     "the older version answers; the index has the reason; NOT_FOUND: "
     "`version of model 'fashion_mnist' is '2'; allowed: '1', or none`",
 )
-def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
+def test_a_version_that_does_not_work_changes_nothing_and_is_reported(
     polling: ServerProcess, repository: Path, small: Bundle
 ) -> None:
     part = put(small, repository, 7, "elsewhere")
@@ -166,7 +166,7 @@ def test_a_version_that_does_not_work_changes_nothing_and_is_told_of(
         assert "steervit_model_load_failed{" not in polling.page()
 
 
-def test_a_model_without_any_version_that_works_is_told_of_while_it_is_there(
+def test_a_model_without_a_working_version_is_reported_while_its_folder_exists(
     polling: ServerProcess, repository: Path, small: Bundle
 ) -> None:
     part = put(small, repository / "elsewhere", 4, "other").parent
@@ -272,7 +272,7 @@ def test_an_older_version_is_served_rather_than_none(repository: Path, small: Bu
         assert version_of(client) == "1"
 
 
-def test_a_version_that_is_asked_for_and_not_there_is_told_of(repository: Path, small: Bundle) -> None:
+def test_a_requested_version_that_is_missing_is_reported(repository: Path, small: Bundle) -> None:
     sentence = "version 7 does not exist; allowed: 1"
     for flags in (("--versions", "1,7"), ("--versions", "7", *POLL)):
         done = run_main(main, "--repository", str(repository), *flags, "--port", "0", "--metrics-port", "0")
@@ -315,7 +315,7 @@ def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, reposi
     "a client that gives up waiting for it gets DEADLINE_EXCEEDED; the change is carried through: the model serves, "
     "or is gone and its memory with it",
 )
-def test_a_change_goes_on_when_the_client_that_asked_for_it_has_gone(
+def test_a_change_continues_when_the_client_that_requested_it_disconnects(
     bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:
     put(bundle, tmp_path, 1)

@@ -1,4 +1,4 @@
-"""Long runs: killed at any moment, dealt out to two processes, and from data to report by one command."""
+"""Long runs: killed at any moment, split between two processes, and from data to report by one command."""
 
 import argparse
 import asyncio
@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowed(limit: int) -> None:
+def test_jobs_run_after_their_dependencies_within_the_limit_of_processes(limit: int) -> None:
     jobs, most = jobs_of(2), 0
     started: list[Job] = []
     ended: list[Job] = []
@@ -60,7 +60,7 @@ def test_jobs_run_after_those_that_they_wait_for_and_as_many_at_a_time_as_allowe
         assert started == [*steps, Job(0, "report"), Job(1, "report")]
 
 
-def test_a_failed_job_ends_the_others_and_names_those_that_wait_for_it() -> None:
+def test_a_failed_job_ends_the_others_and_names_the_waiting_ones() -> None:
     started: list[Job] = []
     cancelled: list[Job] = []
 
@@ -98,14 +98,14 @@ def test_each_job_is_a_step_of_its_seed_with_the_flags_given(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Steps in this process set the number of threads."""
+    """Restore the number of threads, which steps in this process set."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
 def run_here(out: Path, *names: str) -> None:
-    """The jobs of one seed, or those of these names, in this process: importing torch for each would take longer."""
+    """Run the jobs of one seed, or the named ones, in this process: importing torch for each would take longer."""
     processes = Processes(argparse.Namespace(preset="smoke", out=out, seeds=1), TINY, threads=1, total=9)
 
     async def run(job: Job) -> int:
@@ -149,10 +149,10 @@ if sys.argv[1] == "evaluate":
 
 
 @pytest.mark.slow
-def test_one_command_starts_a_process_for_each_job_and_writes_the_table(
+def test_one_command_runs_every_job_in_a_process_and_writes_the_table(
     reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processes find another `training` in the working directory, which says how it was started."""
+    """The processes find another `training` in the working directory, which records how it was started."""
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__main__.py").write_text(STAND_IN)
     (tmp_path / "reproduced").symlink_to(reproduced)
@@ -213,7 +213,7 @@ for _ in sys.stdin:
 
 @pytest.mark.slow
 def test_a_killed_training_ends_as_one_left_alone(reproduced: Path, tmp_path: Path) -> None:
-    """Killed twice, each time at a random moment after it had saved a state of its own, and started again."""
+    """Killed twice, each time at a random moment after it saved a state, and restarted."""
     flags = ["vit", *TINY, "--save-every=0.1", "--out", str(tmp_path)]
     draw, saved = random.Random(5), tmp_path / "vit.state.safetensors"
     before = 0
@@ -280,11 +280,11 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
-    """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process. As torchrun
-    starts them, but for torch, which they import together.
+    """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process. Started as
+    by torchrun, except that they share one import of torch.
 
-    The network itself is another draw of the same training: batch statistics of its stem are those of half a batch, and
-    gate noise differs.
+    The network itself is another draw of the same training: its stem has the batch statistics of half a batch, and gate
+    noise differs.
     """
     program, out, alone = tmp_path / "program.py", tmp_path / "two", tmp_path / "one"
     program.write_text(IN_EACH_PROCESS)

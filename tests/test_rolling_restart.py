@@ -1,5 +1,5 @@
 """A rolling restart, rehearsed: two real servers, a client that balances over them, each server stopped and started
-again under load. The client is what deploy/kubernetes/README.md tells a user to be, and nothing more."""
+again under load. The client does what deploy/kubernetes/README.md tells users to do, and nothing more."""
 
 import signal
 import threading
@@ -16,13 +16,13 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 
 SERVICE_CONFIG = (ROOT / "service" / "client" / "service_config.json").read_text()
 CALLERS = 64
-"""Enough for calls to be on their way at any moment. Without the client's health check 13 of 24 stops failed some."""
+"""Enough for calls to be in flight at any moment. Without the client's health check, 13 of 24 stops failed calls."""
 FLAGS = ("--threads", "1", "--max-connection-age-seconds", "1", "--drain-delay-seconds", "0.5")
-"""Connections are ended by age too, far more often than one would have it."""
+"""Connections also end by age, far more often than in production."""
 
 
 class Load:
-    """Calls without a pause, from several threads over one channel. What became of each call is counted."""
+    """Calls without a pause, from several threads over one channel. The result of each call is counted."""
 
     def __init__(self, channel: grpc.Channel, requests: list[pb.PredictRequest], labels: list[str]):
         self._stub = SteeringServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def test_a_rolling_restart_under_load_fails_no_call(samples: dict[str, list[byte
             until(lambda: all(answered(server) > 100 for server in servers))
             for index in range(2):
                 servers[index] = start_again(servers[index])
-                # A deployment starts new pods before it stops old ones; here a port waits for its client to come back.
+                # A deployment starts new pods before it stops old ones; here a port waits until its client reconnects.
                 until(lambda found=servers[index]: answered(found) > 100, 60)
         assert set(load.outcomes) == {"right"}, load.outcomes
         assert load.outcomes["right"] > 400
@@ -86,12 +86,12 @@ def test_a_rolling_restart_under_load_fails_no_call(samples: dict[str, list[byte
             stop_server(server)
 
 
-def test_a_server_that_stops_says_so_to_those_who_watch_before_it_refuses_calls(
+def test_a_stopping_server_tells_watchers_before_it_refuses_calls(
     samples: dict[str, list[bytes]],
 ) -> None:
     server = start_server(SMALL, "--drain-delay-seconds", "3")
     request = pb.PredictRequest(images=[pb.Image(encoded=samples["Bag"][0])])
-    with grpc.insecure_channel(server.address) as channel:  # without a service config: it does not heed the health
+    with grpc.insecure_channel(server.address) as channel:  # without a service config, so it ignores the health
         watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
         server.process.send_signal(signal.SIGTERM)

@@ -33,7 +33,7 @@ CAUSED = {
     "SteervitClientRefused", "SteervitClientLimitsNotRead",
     "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
 }  # fmt: skip
-"""By test_faults_raise_their_alerts. The others need hardware or days: tests.yaml alone tries them."""
+"""Caused by test_faults_raise_their_alerts. The others need hardware or days: only tests.yaml tries them."""
 
 
 def test_every_alert_tells_what_it_is_and_the_runbook_what_to_do() -> None:
@@ -112,7 +112,7 @@ def test_a_wrong_promise_is_named(right: str, wrong: str, said: str, tmp_path: P
 
 @contextmanager
 def load(server: ServerProcess, images: NDArray[np.uint8], calls: int) -> Iterator[None]:
-    """The images in so many calls at a time, refused or not; every other one has a second to be answered in."""
+    """Send the images in this many concurrent calls, refused or not; every other call has a deadline of a second."""
     done = threading.Event()
 
     def ask(number: int) -> None:
@@ -167,7 +167,7 @@ def test_faults_raise_their_alerts(
                 addresses = {job: urlsplit(server.metrics_url).netloc for job, server in targets.items()}
                 watched = {"steervit-dead": dead, **addresses}
                 prometheus.watch(watched)
-                # what the load is averaged with begins here
+                # the averages over the load begin here
                 until(lambda: bool(prometheus.query('up{job="steervit-ill"} == 1')), 40)
                 dead_alone = {job: "SteervitAllTargetsDown" in prometheus.raised(job=job) for job in watched}
                 assert dead_alone == {"steervit-dead": True, "steervit-ill": False, "steervit-idle": False}

@@ -1,4 +1,4 @@
-"""The autoencoder, its fit and its steering, with numbers that can be checked by hand."""
+"""The autoencoder, its fit and its steering, with numbers that readers can check by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def test_batch_top_k_keeps_the_largest_of_the_whole_batch() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 30_000), st.booleans(), st.booleans())
 def test_the_threshold_is_exact_however_the_values_lie(seed: int, count: int, ties: bool, ordered: bool) -> None:
-    """Values in order, and those of which the sample sees the largest only, make the guess of no use."""
+    """Sorted values, or a sample of only the largest ones, make the first guess useless."""
     values = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(seed))
     values = values.bfloat16() if ties else values
     values[0, ::17] += 5
@@ -144,7 +144,7 @@ def test_a_fit_explains_its_residuals_and_keeps_k_after_the_conversion(kind: str
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50))
 def test_folding_leaves_latents_and_reconstruction_unchanged(seed: int, spread: float, centre: float) -> None:
-    """Whatever the scale and the mean that are folded in: raw in, the fitted form's answers times it."""
+    """For any folded scale and mean: raw residuals in, the fitted form's answers times the scale out."""
     torch.manual_seed(seed)
     x = spread * torch.randn(2, 40, 6) + centre
     fitting = Fitting(x, SaeSettings(latents=16, k=4))
@@ -223,7 +223,7 @@ class Breaking(Run):
 
 @pytest.mark.slow
 def test_an_interrupted_fit_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted within the first fit, after it, and within that of the second seed."""
+    """Interrupted within the first fit, after it, and within the fit of the second seed."""
     settings, data, model = small(tmp_path, stability_seeds=1)
     whole = fit.fit_sae(settings, data, Run(tmp_path / "whole"), model).state_dict()
     result = Run(tmp_path / "whole").info("sae")["result"]
@@ -289,7 +289,7 @@ def test_fidelity_by_hand(tmp_path: Path) -> None:
     assert found["gate_agreement_clear"] == 2 / 3
 
 
-def test_everything_is_recovered_by_the_residual_and_nothing_by_its_mean(tmp_path: Path) -> None:
+def test_the_residual_recovers_everything_and_its_mean_nothing(tmp_path: Path) -> None:
     _, data, model = small(tmp_path)
     model.vit.head.weight *= 1000  # sure of itself, and right: the classes are its own answers
     images = data.selection.images

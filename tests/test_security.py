@@ -1,4 +1,4 @@
-"""What SECURITY.md says is defended: names and links, graphs, pickles, limits, secrets, model control."""
+"""The defences in SECURITY.md: names and links, graphs, pickles, limits, secrets, model control."""
 
 import ast
 import hashlib
@@ -37,7 +37,7 @@ GRAPH = "dispatch.fp32.onnx"
 
 
 def put(bundle: Bundle, folder: Path, **files: bytes) -> Path:
-    """The committed bundle as the version that the folder is named for, with other contents of some files."""
+    """The committed bundle, as the version that is the folder's name, with other contents of some files."""
     shutil.copytree(bundle.folder, folder)
     manifest = json.loads((folder / "manifest.json").read_text()) | {"version": int(folder.name)}
     for name, content in files.items():
@@ -90,14 +90,14 @@ def manifest_elsewhere(version: Path, outside: Path) -> None:
 
 
 def link_around(version: Path, outside: Path) -> None:
-    """Two links that each look harmless."""
+    """Make two links that look harmless on their own."""
     (version.parent / ".door").unlink(missing_ok=True)
     (version.parent / ".door").symlink_to(outside)
     version.symlink_to(".door")
 
 
 @pytest.mark.parametrize("make", [folder_elsewhere, file_elsewhere, manifest_elsewhere, link_around])
-def test_what_resolves_outside_the_repository_is_refused_while_the_rest_serves(
+def test_paths_that_leave_the_repository_are_refused_and_the_rest_is_served(
     loading: Live, repository: Path, outside: Path, make: Callable[[Path, Path], None]
 ) -> None:
     version = repository / "fashion_mnist" / "2"
@@ -124,7 +124,7 @@ def test_labels_that_lie_outside_are_not_read(repository: Path, outside: Path) -
     labels.write_text('{"stable": 1}')
 
 
-def test_links_that_stay_inside_are_followed_as_kubernetes_mounts_need(bundle: Bundle, tmp_path: Path) -> None:
+def test_links_within_the_repository_are_followed_as_kubernetes_mounts_need(bundle: Bundle, tmp_path: Path) -> None:
     """A ConfigMap's `..data`, and a repository that is itself reached through a link, as a model car's."""
     put(bundle, tmp_path / "real" / "fashion_mnist" / "..2026" / "1")
     model = tmp_path / "real" / "fashion_mnist"
@@ -343,7 +343,7 @@ def test_further_calls_of_a_connection_wait_at_the_client(limited: tuple[ServerP
     request = pb.PredictRequest(images=[PIXELS]).SerializeToString()
     most = 0.0
     with grpc.insecure_channel(server.address) as channel:
-        channel.unary_unary(PREDICT)(request, timeout=30)  # the client has heard of the limit
+        channel.unary_unary(PREDICT)(request, timeout=30)  # now the client knows the limit
         start = time.monotonic()
         calls = [channel.unary_unary(PREDICT).future(request, timeout=30) for _ in range(9)]
         while not all(call.done() for call in calls):
@@ -355,7 +355,7 @@ def test_further_calls_of_a_connection_wait_at_the_client(limited: tuple[ServerP
 
 
 def test_secrets_are_in_no_log_and_on_no_page(tmp_path: Path) -> None:
-    """The key of the server, the metadata of requests, at the most talkative level, calls that fail included."""
+    """The server's key and the metadata of requests, with the most verbose log level, failed calls included."""
     ca = trustme.CA()
     leaf = ca.issue_cert("127.0.0.1")
     key, chain = tmp_path / "server.key", tmp_path / "server.pem"

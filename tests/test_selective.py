@@ -1,4 +1,4 @@
-"""Selective profiles: what they leave alone, to the bit, and the search that finds them."""
+"""Selective profiles: which images keep their answers to the bit, and the search for such profiles."""
 
 import copy
 from dataclasses import replace
@@ -57,14 +57,14 @@ def test_images_without_the_latents_are_untouched_to_the_bit(
 
 
 def of_latent(steered: SteeredVit, latent: int) -> Examples:
-    """240 images; class 0: those on which the latent is active at the first site."""
+    """240 images; class 0 are those with the latent active at the first site."""
     pixels = torch.from_numpy(images(240))
     found = examples(steered.model, Split(pixels, torch.zeros(240, dtype=torch.int64)))
     own = steered.sae.encode(0, found.residuals[0])[:, latent] != 0
     return replace(found, split=Split(pixels, (~own).long()))
 
 
-def test_the_search_closes_heads_of_its_images_and_moves_no_other(steered: SteeredVit) -> None:
+def test_the_search_closes_heads_of_its_images_and_leaves_others_unchanged(steered: SteeredVit) -> None:
     known, macs = of_latent(steered, 0), count(steered.model)  # active on 43 of the 240
     own, others = drawn(known, (0,), 20, seed=0)
     fewer, _ = drawn(known, (0,), 5, seed=0)
@@ -123,8 +123,8 @@ def test_profiles_without_a_kind_are_of_a_class_or_a_context() -> None:
     assert profiles_from_json(profiles_to_json(old)) == old
 
 
-def test_the_effect_of_a_latent_is_predicted_where_it_is_proportional(steered: SteeredVit) -> None:
-    """Of a gate that is linear (no norm, logits far below the bound) the effect of a latent is a number times z."""
+def test_the_effect_of_a_latent_is_predicted_if_it_is_proportional(steered: SteeredVit) -> None:
+    """With a linear gate (no norm, logits far below the bound), the effect of a latent is a number times z."""
     model, sae = copy.deepcopy(steered.model), steered.sae
     for gate in model.gates:
         gate.norm = torch.nn.Identity()

@@ -172,7 +172,7 @@ def test_health_reflection_and_pages(server: ServerProcess) -> None:
     assert server.page("livez") == server.page("readyz") == "OK\n"
 
 
-def test_a_probe_of_another_make_sees_the_server_come_and_go() -> None:
+def test_another_health_client_sees_the_server_start_and_stop() -> None:
     server = start_server(SMALL, "--drain-delay-seconds", "0.5")
     command = [sys.executable, str(ROOT / "tests/clients/health.py"), server.address, "inference.GRPCInferenceService"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as probe:
@@ -250,7 +250,7 @@ async def test_livez_sees_an_event_loop_that_hangs(monkeypatch: pytest.MonkeyPat
         before = await asyncio.to_thread(status, url)
         with ThreadPoolExecutor(1) as pool:
             meanwhile = pool.submit(later)
-            time.sleep(3.5)  # nothing else comes round
+            time.sleep(3.5)  # blocks the event loop
             hung = meanwhile.result()
         await asyncio.sleep(1.5)
         assert (before, hung, await asyncio.to_thread(status, url)) == (200, 503, 200)

@@ -1,4 +1,4 @@
-"""Steering tensors are checked and named like the steering terms that they stand for."""
+"""Steering tensors are checked, and their errors named, like the steering terms they represent."""
 
 import hashlib
 import re
@@ -50,7 +50,7 @@ def terms_of(latent: NDArray[np.int64], scale: NDArray[np.float32], shift: NDArr
 
 
 def term_by_term(tensors: SteeringArrays, strength: float) -> Result:
-    """The error, or the arrays, their digest and whether there are terms: by one SteeringTerm after the other."""
+    """The error, or the arrays, their digest and whether there are terms, from one SteeringTerm after the other."""
     rows: list[Terms] = []
     for index, (latent, scale, shift) in enumerate(zip(tensors.latent, tensors.scale, tensors.shift, strict=True)):
         try:
@@ -67,7 +67,7 @@ def term_by_term(tensors: SteeringArrays, strength: float) -> Result:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> SteeringArrays:
-    """Mostly valid; images often alike but for the order of their terms."""
+    """Mostly valid tensors; images often differ only in the order of their terms."""
     shape = draw(st.tuples(st.integers(1, 3), st.just(2), st.sampled_from([1, 2, 3, 4, 20])))
     reals = st.sampled_from(USUAL + UNUSUAL * draw(st.booleans()))
     latents = st.integers(-1, 25) if draw(st.booleans()) else st.integers(0, 21)

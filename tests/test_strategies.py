@@ -1,4 +1,4 @@
-"""Strategies with statistics small enough to work out by hand."""
+"""Strategies with statistics that are small enough for mental arithmetic."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_class_mean_takes_the_most_active() -> None:
     assert class_mean(STATS, (0,), 2) == {0: (SteeringTerm(0, 2.0), SteeringTerm(3, 2.0))}
 
 
-def test_selectivity_takes_those_that_tell_the_class_and_none_that_tell_its_absence() -> None:
+def test_selectivity_takes_latents_of_the_class_and_none_of_its_absence() -> None:
     assert latents(selectivity(STATS, (0,), 4)) == [3, 1]
 
 
@@ -92,7 +92,7 @@ def test_a_target_of_two_classes_averages_them() -> None:
 
 @pytest.mark.parametrize("groups", [0, 4])
 def test_effects_are_those_of_finite_differences(groups: int) -> None:
-    """Of every gate logit, heads and MLP groups."""
+    """For every gate logit, of heads and of MLP groups."""
     steered = model_of(small(), mlp_groups=groups)
     split = Split(torch.from_numpy(images(24)), torch.arange(24) % 2)
     read = residuals(steered.model, split, "test")

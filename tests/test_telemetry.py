@@ -1,4 +1,4 @@
-"""No process of ours asks the network for anything, or leaves files where it was not told to; strace watches."""
+"""No process of ours uses the network or writes files outside of its own folders, as watched by strace."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ from processes import ROOT, run_module
 from deploy.sbom import TARGETS
 
 CACHES = [Path.home() / ".cache" / "matplotlib", Path.home() / ".config", Path.home() / ".cache"]
-"""What SECURITY.md names: Matplotlib's, with the folders that it makes for it."""
+"""The caches that SECURITY.md names: Matplotlib's, with the folders that it creates for it."""
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
@@ -35,7 +35,7 @@ def outside(traced: strace.Traced, *folders: Path) -> list[str]:
 
 @contextmanager
 def proxy() -> Iterator[tuple[str, list[str]]]:
-    """The URL of a proxy that answers nobody, and the first lines of what it is sent."""
+    """The URL of a proxy that never answers, and the first lines of the requests that it gets."""
     asked: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -56,7 +56,7 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_the_demo_needs_no_network_no_home_no_proxy_and_no_unicode(log: Path, tmp_path: Path) -> None:
-    """Every variable that names a proxy names one that answers nobody; the terminal has ASCII."""
+    """Every proxy variable names a proxy that never answers; the terminal has ASCII only."""
     home = tmp_path / "home"
     home.mkdir()
     with proxy() as (url, asked):
@@ -72,7 +72,7 @@ def test_the_demo_needs_no_network_no_home_no_proxy_and_no_unicode(log: Path, tm
 
 
 @pytest.mark.slow
-def test_a_training_asks_nobody_and_writes_into_its_folder(log: Path, smoke_run: Path) -> None:
+def test_a_training_makes_no_connection_and_writes_only_into_its_folder(log: Path, smoke_run: Path) -> None:
     traced = strace.read(smoke_run.parent / "trace")
     assert traced.remote == frozenset()
     assert any(path.parent == smoke_run and "report.html" in path.name for path in traced.written)
@@ -80,14 +80,14 @@ def test_a_training_asks_nobody_and_writes_into_its_folder(log: Path, smoke_run:
 
 
 @pytest.mark.slow
-def test_an_export_asks_nobody_and_writes_into_the_repository(log: Path, smoke_models: Path) -> None:
+def test_an_export_makes_no_connection_and_writes_only_into_the_repository(log: Path, smoke_models: Path) -> None:
     traced = strace.read(smoke_models.parent / "trace")
     assert traced.remote == frozenset()
     assert any(path.is_relative_to(smoke_models) for path in traced.written)
     assert outside(traced, smoke_models) == []
 
 
-def test_what_onnxruntime_would_write_and_a_name_that_is_looked_up_are_seen(log: Path, tmp_path: Path) -> None:
+def test_the_trace_shows_files_of_onnxruntime_and_name_lookups(log: Path, tmp_path: Path) -> None:
     """Without this the tests above could not fail."""
     home = tmp_path / "home"
     code = "import socket, onnxruntime; onnxruntime.SessionOptions(); socket.gethostbyname('telemetry.invalid')"
@@ -98,8 +98,8 @@ def test_what_onnxruntime_would_write_and_a_name_that_is_looked_up_are_seen(log:
     assert any("onnxruntime" in str(path) and path.is_relative_to(home) for path in traced.written)
 
 
-def test_every_package_that_imports_onnxruntime_turns_telemetry_off_before() -> None:
-    """In packages, whose own __init__ comes first; a test of ours has been through conftest.py."""
+def test_every_package_turns_telemetry_off_before_it_imports_onnxruntime() -> None:
+    """In __init__ files, which are imported first. (These tests have imported conftest.py.)"""
     packages = {"training", "service", "service.client"}
     folders = ("training", "export", "service", "tests")
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
@@ -119,5 +119,5 @@ def test_every_package_that_imports_onnxruntime_turns_telemetry_off_before() -> 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_telemetry_is_off_in_the_image(target: str) -> None:
-    """For other programs in it than ours, too."""
+    """For other programs in the image too."""
     assert rehearsal.environment(rehearsal.stages()[target])["ORT_DISABLE_TELEMETRY"] == "1"

@@ -1,4 +1,4 @@
-"""Who is let in: the real server with certificates that are right, wrong, expired, missing and replaced."""
+"""TLS of the real server, with certificates that are right, wrong, expired, missing and replaced."""
 
 import datetime
 import socket
@@ -21,11 +21,11 @@ from service.tls import Certificates
 BAG = next((SAMPLES / "Bag").glob("*.png"))
 YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 Mutual = tuple[ServerProcess, Path, trustme.CA]
-"""A server that lets in clients with a certificate of this authority, which is in this file."""
+"""A server that admits clients with a certificate of this authority, and the authority's file."""
 
 
 def write(folder: Path, certificate: trustme.LeafCert) -> None:
-    """As one would replace it: each file at once."""
+    """Write certificate and key, each file at once."""
     for name, blob in (
         ("server.pem", certificate.cert_chain_pems[0]),
         ("server.key", certificate.private_key_pem),
@@ -72,7 +72,7 @@ def running(folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def server(running: ServerProcess, folder: Path, ca: trustme.CA) -> ServerProcess:
-    """With a certificate of `ca`, whatever the tests before have put in its place."""
+    """The server with a certificate of `ca`, whatever earlier tests have put in its place."""
     write(folder, ca.issue_cert("127.0.0.1"))
     until(lambda: asks(running, ca) == "OK")
     return running
@@ -137,10 +137,10 @@ def test_a_client_with_half_a_certificate_is_told_so(flag: str) -> None:
     assert done.stderr.endswith("--tls-certificate and --tls-key belong together; allowed: both or none\n")
 
 
-def test_a_key_that_does_not_fit_changes_nothing_until_its_certificate_is_there(
+def test_a_new_key_is_ignored_until_its_certificate_arrives(
     server: ServerProcess, folder: Path, ca: trustme.CA
 ) -> None:
-    """As when the two files are replaced one after the other."""
+    """The two files are replaced one after the other."""
     other = trustme.CA()
     new = other.issue_cert("127.0.0.1")
     new.private_key_pem.write_to_path(str(folder / "server.key"))
@@ -177,7 +177,7 @@ def test_the_authority_of_clients_can_be_replaced_while_the_server_runs(mutual: 
 
 
 def test_a_client_without_a_certificate_reaches_no_service_at_all(mutual: Mutual, ca: trustme.CA) -> None:
-    """Neither inference, nor model control, nor health, nor reflection."""
+    """Not inference, model control, health or reflection."""
     running, _, _ = mutual
     before = running.count("steervit_requests_total")
     with grpc.secure_channel(running.address, grpc.ssl_channel_credentials(ca.cert_pem.bytes())) as channel:
@@ -226,7 +226,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["server.pem", "server.key", "clients.pem"])
-def test_a_file_of_no_use_is_named_and_no_port_is_blamed(name: str, tmp_path: Path, ca: trustme.CA) -> None:
+def test_an_unusable_tls_file_is_named_instead_of_the_port(name: str, tmp_path: Path, ca: trustme.CA) -> None:
     write(tmp_path, ca.issue_cert("127.0.0.1"))
     ca.cert_pem.write_to_path(str(tmp_path / "clients.pem"))
     (tmp_path / name).write_text("garbage")

@@ -1,6 +1,6 @@
 """Traces: spans that a collector receives over OTLP, and exemplars that a Prometheus scrapes.
 
-The collector here is the receiving end of the protocol alone: HTTP, and the messages of opentelemetry-proto.
+The collector here is only the receiving end of the protocol: HTTP, and the messages of opentelemetry-proto.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ EXEMPLARS = "--enable-feature=exemplar-storage"
 
 
 class Collector:
-    """Receives spans over OTLP; `spans` are all so far, with their attributes as a dict of Python values."""
+    """Receives spans over OTLP. `spans` has all so far, with their attributes as a dict of Python values."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -93,7 +93,7 @@ def collecting() -> Iterator[tuple[Collector, str]]:
 
 
 def application() -> Any:
-    """The tracer of an application that calls the server. It sends its own spans nowhere."""
+    """The tracer of an application that calls the server. It does not send its own spans."""
     return TracerProvider(shutdown_on_exit=False).get_tracer("application")
 
 
@@ -101,7 +101,7 @@ def seconds(span: Any) -> float:
     return float(span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
 
 
-def test_one_trace_leads_from_the_client_to_the_inference_and_its_times_are_those_of_the_receipt(
+def test_a_trace_spans_client_to_inference_with_the_times_of_the_receipt(
     samples: dict[str, list[bytes]],
 ) -> None:
     """40 images in batches of 16, so three batches."""
@@ -160,7 +160,7 @@ async def ask_in_every_way(address: str, files: list[bytes]) -> dict[str, int]:
     return traces
 
 
-def test_what_is_traced_and_what_a_prometheus_knows_of_it(samples: dict[str, list[bytes]], tmp_path: Path) -> None:
+def test_traces_and_exemplars_of_every_kind_of_call(samples: dict[str, list[bytes]], tmp_path: Path) -> None:
     """An answer, a refusal, a call that is late in the queue, where batches that are not full wait, one whose client
     does not want it sampled, one without a trace, and a probe."""
     soon = os.environ | {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_RESOURCE_ATTRIBUTES": "service.name=shop"}
@@ -222,8 +222,8 @@ def test_what_is_traced_and_what_a_prometheus_knows_of_it(samples: dict[str, lis
             assert name != "request" or float(exemplar["value"]) == pytest.approx(seconds(call), abs=1e-6)
 
 
-def test_the_end_of_the_server_does_not_wait_for_a_collector_that_is_gone(samples: dict[str, list[bytes]]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and answers nothing
+def test_a_stopping_server_does_not_wait_for_a_missing_collector(samples: dict[str, list[bytes]]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts connections and never answers
         server = start_server(SMALL, "--otlp-endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with Client(server.address) as client:
             assert client.model().model == "small"
@@ -233,7 +233,7 @@ def test_the_end_of_the_server_does_not_wait_for_a_collector_that_is_gone(sample
 
 
 def test_without_the_flag_nothing_of_opentelemetry_is_imported(samples: dict[str, list[bytes]]) -> None:
-    """By the server, or by a client whose application has no spans."""
+    """Neither by the server nor by a client whose application has no spans."""
     code = (
         "import asyncio, sys; from service.config import Settings; from service.server import Server\n"
         "async def main():\n"

@@ -1,4 +1,4 @@
-"""Training: an interrupted run ends as an uninterrupted one, runs share what they may, bad settings are named."""
+"""Training: interrupted runs end like uninterrupted ones, runs share what they can, wrong settings are named."""
 
 import re
 import shlex
@@ -122,10 +122,10 @@ def test_a_run_folder_of_another_version_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(
+def test_a_run_continues_only_with_the_images_and_labels_it_began_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An added image moves the split, so that images of the training would be in the test."""
+    """An added image shifts the split, so that training images would be in the test."""
     settings = tiny(tmp_path)
     data = load(settings.data, settings.seed)
     more = replace(data, digests={**data.digests, "training images": "60001 with the digest 0"})

@@ -1,4 +1,4 @@
-"""The server on gRPC's core behaves as grpc.aio's does: each test asks both."""
+"""The server on gRPC's core behaves like grpc.aio's: each test runs with both."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ METHODS = {
 
 
 class Handlers(grpc.GenericRpcHandler):
-    """One method of each kind; what became of the calls that were cancelled is in `ended`."""
+    """One method of each kind; `ended` has the results of cancelled calls."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
@@ -140,7 +140,7 @@ def refused(call: Callable[[], Any]) -> grpc.RpcError:
 
 @pytest.mark.parametrize("file", ["service/server.py", "service/client/__init__.py"])
 def test_grpc_knows_the_names_of_our_options(file: str) -> None:
-    """It passes over others in silence. Those that it knows stand in its library."""
+    """gRPC ignores unknown options silently. The known ones are in its library."""
     names = re.findall(r'"(grpc\.[a-z0-9_.]+)"', (ROOT / file).read_text())
     library = Path(cygrpc.__file__).read_bytes()
     assert len(names) > 5
@@ -177,7 +177,7 @@ def test_refusals(running: Running) -> None:
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
     error = refused(lambda: running.channel.unary_unary("/test.Calls/echo")(b"x" * 1001))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert running.call("echo") == b"hello", "and the server goes on"
+    assert running.call("echo") == b"hello", "and the server continues"
 
 
 def test_a_call_that_its_client_leaves_is_cancelled(running: Running) -> None:
@@ -203,14 +203,14 @@ def test_stop_waits_for_calls_under_way_and_then_cancels_them(running: Running) 
 
 
 def test_many_calls_at_a_time(running: Running) -> None:
-    """More than the core is asked for ahead, each answered with its own message."""
+    """More calls than the core is asked for in advance, each answered with its own message."""
     echo = running.channel.unary_unary("/test.Calls/echo")
     calls = [echo.future(b"%d" % number) for number in range(500)]
     assert [call.result(timeout=30) for call in calls] == [b"%d" % number for number in range(500)]
 
 
 def test_calls_leave_nothing_behind() -> None:
-    """Of ours alone: no call outlives its answer."""
+    """No call object of ours outlives its answer."""
     running = Running(transport.Server)
     before = len(_calls())  # the log that a test keeps has those that failed
     try:
@@ -231,7 +231,7 @@ def _calls() -> list[object]:
 
 
 async def test_another_grpcio_serves_by_grpc_aio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose core is not reached as this one's is."""
+    """A grpcio whose core has another interface."""
     monkeypatch.setattr(transport, "AVAILABLE", False)
     assert isinstance(transport.server([]), grpc.aio.Server)
 

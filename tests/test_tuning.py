@@ -1,4 +1,4 @@
-"""How a model uses the CPUs: measured at the start, kept beside the bundle, or said by flags."""
+"""How a model uses the CPUs: as measured at the start, as saved beside the bundle, or by flags."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def plan(bundle: Bundle, surroundings: Surroundings = STARTING, **flags: Any) ->
     return start(bundle, settings(bundle, **flags), surroundings).plan
 
 
-def test_what_was_measured_is_kept_beside_the_bundle_and_used_by_the_next_start(copied: Bundle) -> None:
+def test_measurements_are_saved_beside_the_bundle_and_used_at_the_next_start(copied: Bundle) -> None:
     measured = plan(copied)
     assert measured.source == "measured"
     assert measured.instances * measured.threads <= usable_cpus()
@@ -68,7 +68,7 @@ def test_a_file_that_does_not_fit_is_measured_anew(copied: Bundle, content: str)
     assert json.loads(path.read_text())["plan"]["max_batch"] == found.max_batch
 
 
-def test_a_folder_that_cannot_be_written_only_costs_the_next_start_its_time(copied: Bundle) -> None:
+def test_an_unwritable_folder_only_makes_the_next_start_measure_again(copied: Bundle) -> None:
     (copied.folder.parent / "3.tuning.json").mkdir()
     assert plan(copied).source == "measured"
     assert sorted(path.name for path in copied.folder.parent.iterdir()) == ["3", "3.tuning.json"]
@@ -93,7 +93,7 @@ def test_all_sessions_of_a_model_give_the_same_answers(bundle: Bundle, sample_pi
 
 
 class Counted:
-    """An engine of known speed, so that what is chosen can be foretold."""
+    """An engine of known speed, so that the choice is predictable."""
 
     def __init__(self, engine: Engine, seconds: float):
         self.engine, self.seconds, self.runs = engine, seconds, 0
@@ -103,7 +103,7 @@ class Counted:
         return replace(self.engine.run(*inputs), seconds=self.seconds)
 
 
-def test_single_calls_run_on_the_session_that_is_faster_of_late(
+def test_single_calls_run_on_the_session_that_was_faster_recently(
     bundle: Bundle, sample_pixels: NDArray[np.uint8]
 ) -> None:
     engine = Engine(bundle, "cpu", 1)

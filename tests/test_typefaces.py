@@ -1,4 +1,4 @@
-"""Typefaces: splits that share no design, drawings that depend on their key alone, factors that are true."""
+"""Typefaces: splits that share no design, drawings that depend only on their key, correct factors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def pixels(data: Data) -> DegradedPixels:
 
 
 def factors(**changes: float) -> torch.Tensor:
-    """Of one image: white on black, as large as its outline, sharp; with these changes."""
+    """The factors of one image: white on black, as large as its outline, sharp, with these changes."""
     neutral = dict.fromkeys(DEGRADATIONS, 0.0) | {
         "size": 1.0, "stretch": 1.0, "blur across": 0.1, "blur down": 0.1, "contrast": 1.0, "brightness": 0.5,
         "left gap": NO_NEIGHBOUR, "right gap": NO_NEIGHBOUR,
@@ -50,7 +50,7 @@ def factors(**changes: float) -> torch.Tensor:
 
 
 def squares(*places: tuple[int, int] | None) -> torch.Tensor:
-    """Three outlines, each with a white 4 x 4 square so far right of and below the middle, or empty."""
+    """Three outlines, each empty or with a white 4 x 4 square this far right of and below the middle."""
     outlines = torch.zeros(1, 3, 40, 40, dtype=torch.uint8)
     for outline, place in zip(outlines[0], places, strict=True):
         if place:
@@ -123,7 +123,7 @@ def test_a_face_that_lacks_a_character_or_draws_two_alike_is_left_out(tmp_path: 
     assert typefaces.outline(tmp_path / "alike.ttf") == ("Liberation Serif", None)
 
 
-def test_letters_that_differ_in_size_alone_are_one_class_of_the_merged_labels() -> None:
+def test_letters_that_differ_only_in_size_share_a_merged_label() -> None:
     labels, class_of = typefaces.classes(merged=True)
     assert "".join(labels) == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"  # EMNIST ByMerge
     of = {character: labels[index] for character, index in zip(typefaces.CHARACTERS, class_of.tolist(), strict=True)}
@@ -171,7 +171,7 @@ def test_a_drawing_depends_on_seed_epoch_and_row_alone(data: Data) -> None:
     assert torch.equal(images[index], images[index])
 
 
-def test_training_draws_anew_in_each_epoch_and_a_resumed_one_draws_the_same(data: Data, settings: DataSettings) -> None:
+def test_each_epoch_draws_anew_and_a_resumed_training_draws_the_same(data: Data, settings: DataSettings) -> None:
     small = Data(data.labels, data.spec, data.train.take(torch.arange(0, 620, 10)), data.selection, data.test)
     whole = dict(training_batches(small, settings, 31, 3, seed=9))
     assert len(whole) == 6
@@ -186,7 +186,7 @@ def test_training_draws_anew_in_each_epoch_and_a_resumed_one_draws_the_same(data
 
 @pytest.mark.parametrize("name", ["selection", "test"])
 def test_the_factors_are_those_of_the_images(name: str, data: Data) -> None:
-    """Most pixels are ground: their level, and the noise on it, are what contrast, brightness and noise say."""
+    """Most pixels are background: contrast, brightness and noise determine its level and noise."""
     split = getattr(data, name)
     assert isinstance(split.images, torch.Tensor)
     of = dict(zip(typefaces.FACTORS, split.factors.T, strict=True))
@@ -200,7 +200,7 @@ def test_the_factors_are_those_of_the_images(name: str, data: Data) -> None:
     assert torch.corrcoef(torch.stack([rough[alone], of["noise"][alone]]))[0, 1] > 0.2
 
 
-def test_a_few_features_explain_what_they_hold_on_images_that_they_were_not_chosen_on() -> None:
+def test_a_few_features_explain_factors_on_held_out_images() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 30, generator=generator).double()
     held, noise = 3 * features[:, 3] + 5, torch.randn(400, generator=generator).double()
@@ -216,7 +216,8 @@ def test_a_few_features_explain_what_they_hold_on_images_that_they_were_not_chos
 
 
 def test_dictionaries_are_probed_for_the_known_factors_across_designs(data: Data) -> None:
-    """Of a network with random weights, on the images of the small preset: polarity is plain to see, and few look."""
+    """For a network with random weights, on the images of the small preset: polarity is easy to read from few
+    latents."""
     assert data.test.factors is not None
     torch.manual_seed(0)
     settings = Settings(step="evaluate", out=Path("unused"), preset="typefaces-small")

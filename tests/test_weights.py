@@ -1,4 +1,4 @@
-"""--vit.weights: a classifier that fits is kept, files of every usual form are read, what is left out is said."""
+"""--vit.weights: a fitting classifier is kept, all usual file formats are read, and omissions are reported."""
 
 import argparse
 import shlex

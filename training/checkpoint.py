@@ -89,7 +89,7 @@ class Run:
     def write_state(
         self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> None:
-        """What an interrupted stage goes on from."""
+        """The state from which an interrupted stage resumes."""
         known = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage)}
         self.write_tensors(f"{stage}.state", tensors, {**meta, **known})
 

@@ -1,5 +1,5 @@
-"""What the dashboard `heads` shows: which heads and MLP groups run under which profile, what that saves, whether it is
-still right."""
+"""The dashboard `heads`: which heads and MLP groups run under which profile, what that saves, and whether it is still
+right."""
 
 from deploy.dashboards.panels import (
     coloured,
@@ -25,7 +25,7 @@ TO_MODEL = "on (job, instance, model, version) group_left ()"
 
 
 def ratio(of: str, to: str, labels: str, window: str, by: str = "") -> str:
-    """Of two counters, summed before they are divided; nothing where nothing was counted."""
+    """The ratio of two counters, summed before the division; no data where nothing was counted."""
     return (
         f"sum{by}(rate(steervit_{of}_total{{{labels}}}{window}))"
         f" / (sum{by}(rate(steervit_{to}_total{{{labels}}}{window})) > 0)"
@@ -41,7 +41,8 @@ def usage(labels: str, window: str, by: str = "") -> str:
 
 
 def usage_of_units(labels: str) -> str:
-    """By block and unit, h0 or m0: the share of the images of the time range for which it ran. place: in the matrix."""
+    """The share of the images in the time range for which each unit ran, by block and unit (h0, m0). place: position in
+    the matrix."""
 
     def of(kind: str, label: str, letter: str, first: str) -> str:
         kept = f"increase(steervit_{kind}_kept_total{{{labels}}}{RANGE})"

@@ -1,4 +1,4 @@
-"""How panels, queries and variables of both dashboards look. What they show: service.py and heads.py."""
+"""The look of panels, queries and variables in both dashboards. Their content is in service.py and heads.py."""
 
 from itertools import count
 
@@ -31,13 +31,13 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 Panel = timeseries.Panel | stat.Panel | table.Panel | heatmap.Panel
 Part = tuple[str, int, list[tuple[int, Panel]]]
-"""Of a dashboard: name, height of its panels, and panels with their widths, 24 to a line."""
+"""A row of a dashboard: name, height of its panels, and panels with their widths, 24 per line."""
 Steps = tuple[tuple[float | None, str], ...]
-"""From which value on which colour; None: from the start."""
+"""Colours by the value from which they apply; None: from the lowest."""
 
 
 def dashboard(title: str, uid: str, description: str, variables: list[QueryVariable], rows: list[Part]) -> Dashboard:
-    """With a data source to choose, and a link to the other dashboards."""
+    """A dashboard with a choice of data source and a link to the other dashboards."""
     others = DashboardLink("steervit").type(DashboardLinkType.DASHBOARDS).tags(["steervit"])
     board = Dashboard(title).uid(uid).description(description).tags(["steervit"])
     board.link(others.include_vars(True).keep_time(True)).tooltip(DashboardCursorSync.CROSSHAIR)
@@ -54,7 +54,7 @@ def dashboard(title: str, uid: str, description: str, variables: list[QueryVaria
 
 
 def variable(name: str, label: str, query: str, description: str, every: bool = True) -> QueryVariable:
-    """every: whether several values can be chosen, and all of them are at first; else it is one."""
+    """A variable. every: several values can be chosen, at first all; otherwise one."""
     query_variable = QueryVariable(name).label(label).description(description).datasource(SOURCE).query(query)
     query_variable.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
     if every:
@@ -72,7 +72,7 @@ def number(title: str, description: str, unit: str, expr: str, steps: Steps = ((
 def lines(
     title: str, description: str, unit: str, *queries: tuple[str, str], lowest: float | None = 0
 ) -> timeseries.Panel:
-    """Over time. queries: expressions with their legends; lowest: where the axis starts."""
+    """Lines over time. queries: expressions with their legends; lowest: where the axis starts."""
     panel = timeseries.Panel().title(title).description(description).unit(unit)
     if lowest is not None:
         panel.min(lowest)
@@ -88,13 +88,13 @@ def stacked(panel: timeseries.Panel) -> timeseries.Panel:
 
 
 def limits(panel: timeseries.Panel, *steps: tuple[float | None, str]) -> timeseries.Panel:
-    """With dashed lines at the steps."""
+    """The panel with dashed lines at the steps."""
     style = common.GraphThresholdsStyleConfig().mode(options.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(_thresholds(steps)).thresholds_style(style)
 
 
 def over_time(title: str, description: str, unit: str, expr: str) -> heatmap.Panel:
-    """A histogram over time; the expression is of its buckets, by le."""
+    """A histogram over time. expr: its buckets, by le."""
     panel = heatmap.Panel().title(title).description(description).unit(unit).calculate(False)
     panel.y_axis(heatmap.YAxisConfig().unit(unit)).cell_values(heatmap.CellValues().unit("short"))
     return panel.with_target(_query(expr).range().legend_format("{{le}}").format(PromQueryFormat.HEATMAP).ref_id("A"))
@@ -103,7 +103,7 @@ def over_time(title: str, description: str, unit: str, expr: str) -> heatmap.Pan
 def rows(
     title: str, description: str, unit: str, queries: tuple[str, ...], *steps: DataTransformerConfig
 ) -> table.Panel:
-    """A table of what holds at the end of the time range."""
+    """A table of the values at the end of the time range."""
     panel = table.Panel().title(title).description(description).unit(unit).cell_height(options.TableCellHeight.SM)
     for letter, expr in zip("ABCDEF", queries, strict=False):
         panel.with_target(_query(expr).instant().format(PromQueryFormat.TABLE).ref_id(letter))
@@ -132,12 +132,12 @@ def matrix(title: str, description: str, expr: str) -> table.Panel:
 
 
 def override(panel: table.Panel, field: str, properties: dict[str, object]) -> table.Panel:
-    """With a field shown otherwise than the others."""
+    """The panel with different properties for one field."""
     return panel.override_by_name(field, [DynamicConfigValue(*item) for item in properties.items()])
 
 
 def coloured(panel: table.Panel, field: str, steps: Steps) -> table.Panel:
-    """With a field's cells in the colours of the steps."""
+    """The panel with the cells of a field in the colours of the steps."""
     thresholds = {"mode": "absolute", "steps": [{"value": value, "color": colour} for value, colour in steps]}
     cells = {"type": "color-background", "mode": "basic"}
     return override(
@@ -146,13 +146,13 @@ def coloured(panel: table.Panel, field: str, steps: Steps) -> table.Panel:
 
 
 def columns(names: dict[str, str]) -> DataTransformerConfig:
-    """In this order, under these names, without the time."""
+    """Columns in this order, with these names, and without the time."""
     order = {field: index for index, field in enumerate(names)}
     return _organized(names, order, {"Time": True})
 
 
 def merged() -> DataTransformerConfig:
-    """The tables of several queries as one."""
+    """Joins the tables of several queries."""
     return DataTransformerConfig("merge", options={})
 
 

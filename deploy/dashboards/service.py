@@ -1,4 +1,4 @@
-"""What the dashboard `service` shows: whether calls are answered, how fast, and what is about to run out."""
+"""The dashboard `service`: whether calls are answered, how fast, and what is about to run out."""
 
 from deploy import slo
 from deploy.dashboards.panels import (

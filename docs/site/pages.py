@@ -2,7 +2,8 @@
 
 A hook of MkDocs: pages are the Markdown files below, with the pictures that they show. A link to any other file of the
 repository becomes the file's name, as the site has no sources; a link to a file that does not exist is left alone, and
-the strict build fails.
+the strict build fails. Pages with a diagram load the site's own copy of Mermaid: without it, Material would load one
+from elsewhere.
 """
 
 import re
@@ -12,9 +13,11 @@ from posixpath import normpath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("*.md", "docs/*.md", "docs/*.png", "deploy/**/*.md", "tests/*.md")
+MERMAID = "assets/mermaid.js"
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -24,6 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, MERMAID, abs_src_path=config.extra["mermaid"]))
     return files
 
 
@@ -39,3 +43,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return text if text.startswith("`") else f"`{path}`" if text in path else f"{text} (`{path}`)"
 
     return LINK.sub(named, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Add Mermaid to a page with a diagram."""
+    if 'class="mermaid"' not in output:
+        return output
+    script = f'<script src="{get_relative_url(MERMAID, page.url)}"></script>'
+    return output.replace("</head>", f"{script}</head>", 1)

@@ -39,28 +39,28 @@ class Asked(TypedDict, total=False):
     """Options of every call with images."""
 
     profile: str
-    """Of the model; or, instead, terms."""
+    """Name of a profile of the model; either this or terms."""
     terms: Terms
     strength: float
-    """0: no steering, 1: as it is, the default."""
+    """0: no steering; 1, the default: the profile as it is."""
     gates_sae_digest: str
-    """That the terms were made for; a server with other gates or autoencoders refuses them."""
+    """Digest of the model that the terms were made for; a server with other gates or autoencoders refuses them."""
     open: Sequence[str]
     """Units that run whatever their gates read: 2/h5 is head 5 of block 2, 2/m0 its MLP group 0."""
     closed: Sequence[str]
-    """Units that do not."""
+    """Units that do not run, whatever their gates read."""
     budget: float
     """The compute fraction that an image may cost on average; by default the gates decide."""
     min_budget: float
-    """What a busy server may lower that to, for predict alone; by default the server's own setting."""
+    """The lowest budget that a busy server may apply, for predict alone; by default the server's setting."""
     model: str
-    """Needed when several are served."""
+    """Name of the model; needed when several are served."""
     version: str
-    """A number or a label; by default the one that is served."""
+    """A version number or label; by default the one that is served."""
     timeout: float
-    """Seconds, with all attempts; by default the client's."""
+    """Seconds for all attempts together; by default the client's."""
     request_id: str
-    """What the server's log is to call this one."""
+    """ID of the call in the server's log."""
 
 
 def service_config(attempts: int) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def opened(kind: Any, address: str, credentials: grpc.ChannelCredentials | None,
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.max_reconnect_backoff_ms", 5_000),  # by default a server that is back may wait 2 minutes
+        ("grpc.max_reconnect_backoff_ms", 5_000),  # the default lets a client wait 2 minutes for a server that is back
         ("grpc.per_rpc_retry_buffer_size", 2**31 - 1),  # larger calls are not retried
         ("grpc.service_config", json.dumps(service_config(attempts))),
     ]
     if is_loopback(address):
-        options.append(("grpc.enable_http_proxy", 0))  # other addresses follow http_proxy, no_proxy and their like
+        options.append(("grpc.enable_http_proxy", 0))  # other addresses obey http_proxy, no_proxy and so on
     if credentials:
         return kind.secure_channel(address, credentials, options)
     return kind.insecure_channel(address, options)
@@ -131,24 +131,24 @@ class Client:
         return self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
     def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
-        """Which latents are active, and what each does to the gates. latents: of each site; 0: ten."""
+        """The active latents and their effects on the gates. latents: number to return for each site; 0: ten."""
         return self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
 
     def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
-        """Its labels, gated blocks, units and sites, and what its dial does without steering."""
+        """The model's labels, gated blocks, units and sites, and its dial without steering."""
         return self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
 
     def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
-        """Every version in the server's repository; its state is READY, or there is a reason why it is not served."""
+        """Every version in the server's repository. Its state is READY, or it has the reason why it is not served."""
         index: oi.RepositoryIndexResponse = self._ask(self._repository.RepositoryIndex, oi.RepositoryIndexRequest(), {})
         return index.models
 
     def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
-        """With its terms, and the gates_sae_digest that they were made for."""
+        """A profile with its terms and the gates_sae_digest that they were made for."""
         return self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
 
     def profiles(self, model: str = "", version: str = "") -> Iterator[pb.Profile]:
-        """All profiles, by name."""
+        """All profiles, in the order of their names."""
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
             page: pb.ListProfilesResponse = self._ask(self._stub.ListProfiles, request, {})
@@ -162,7 +162,7 @@ class Client:
         return call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     def close(self) -> None:
-        """Close the channel. Calls under way are cancelled."""
+        """Close the channel. Calls in progress are cancelled."""
         self._channel.close()
 
     def __enter__(self) -> "Client":
@@ -173,7 +173,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio. It may be made before the event loop, and used in one after the other."""
+    """The same for asyncio. It may be created before an event loop, and used in several, one after the other."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class AsyncClient:
         return self._connected()[0]
 
     def _connected(self) -> tuple[Any, Any]:
-        """Stubs of steering.v1 and of the Open Inference Protocol. gRPC binds a channel to the loop that runs: another
+        """Stubs of steering.v1 and of the Open Inference Protocol. gRPC binds a channel to the running loop: another
         one, as of a second asyncio.run, gets another channel."""
         if self._loop is not (loop := asyncio.get_running_loop()):
             self._channel, self._loop = self._open(), loop
@@ -211,11 +211,11 @@ class AsyncClient:
         return await self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
     async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
-        """As Client.explain. latents: of each site; 0: ten."""
+        """As Client.explain. latents: number to return for each site; 0: ten."""
         return await self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
 
     async def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
-        """As Client.model: what it reads and answers, and its dial."""
+        """As Client.model: labels, gated blocks, units and sites, and its dial without steering."""
         return await self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
 
     async def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
@@ -225,11 +225,11 @@ class AsyncClient:
         return index.models
 
     async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
-        """As Client.profile: with its terms, and the gates_sae_digest that they were made for."""
+        """As Client.profile: a profile with its terms and the gates_sae_digest that they were made for."""
         return await self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
 
     async def profiles(self, model: str = "", version: str = "") -> AsyncIterator[pb.Profile]:
-        """As Client.profiles: all profiles, by name, asked for page by page."""
+        """As Client.profiles: all profiles in the order of their names, requested page by page."""
         request = pb.ListProfilesRequest(model=model, version=version)
         while True:
             page: pb.ListProfilesResponse = await self._ask(self._stub.ListProfiles, request, {})
@@ -244,7 +244,7 @@ class AsyncClient:
         return await call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     async def close(self) -> None:
-        """Close the channel of the running loop, if there is one. Calls under way are cancelled."""
+        """Close the channel of the running loop, if there is one. Calls in progress are cancelled."""
         if self._loop is asyncio.get_running_loop():
             await self._channel.close()
 
@@ -291,7 +291,7 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
 
 
 def unit(text: str) -> pb.Unit:
-    """The unit of such a text as 2/h5 or 2/m0. Raises ValueError for another one."""
+    """Parse a unit such as 2/h5 or 2/m0. Raises ValueError for any other text."""
     parts = UNIT.fullmatch(text)
     if parts is None:
         raise ValueError(f"unit is {text!r}; allowed: a block and a head, as in 2/h5, or an MLP group, as in 2/m0")

@@ -62,7 +62,7 @@ def _credentials(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """Of all commands; where prog, what a user types, ends with the name of one, of that one alone."""
+    """The parser of all commands, or of one if prog, what a user types, ends with its name."""
     *_, name = prog.split()
     if name in COMMANDS:
         return _of_command(name, argparse.ArgumentParser(prog=prog, **_texts(name)))
@@ -186,7 +186,7 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def _of_images(client: Client, options: argparse.Namespace) -> str:
-    """Of predict, compare and explain: the answers, as text or JSON."""
+    """The answers to predict, compare or explain, as text or JSON."""
     names, colour = [str(path) for path in options.images], has_colour()
     asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
     asked |= {"open": options.open, "closed": options.closed}
@@ -250,8 +250,8 @@ def _units(text: str) -> list[str]:
 
 
 class Refused(Exception):
-    """What the server refused or lacks; of a failed call with images its status, its sentence, and the file that it
-    names."""
+    """What the server refused or lacks. For a failed call with images: its status, the server's sentence, and the file
+    that this is about."""
 
 
 def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -> Answer:

@@ -1,4 +1,4 @@
-"""A load on a running server: so many calls at a time, or a second. python -m service.client load"""
+"""Puts a server under load: a number of concurrent calls, or a rate. python -m service.client load"""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ class Load:
     """What to send, how fast and for how long."""
 
     concurrency: int = 16
-    """Calls at a time."""
+    """Concurrent calls."""
     seconds: float = 10.0
     images_per_call: int = 1
     profiles: tuple[str, ...] = ("",)
@@ -31,13 +31,13 @@ class Load:
     model: str = ""
     version: str = ""
     rate: float = 0.0
-    """Calls a second, begun at even times whether or not others are answered; 0: by `concurrency`."""
+    """Calls a second, started evenly whether or not earlier ones are answered; 0: by `concurrency`."""
     timeout: float = 60.0
-    """Seconds a call."""
+    """Seconds allowed for a call."""
     budget: float | None = None
-    """Of every call; None: no budget, the gates decide."""
+    """Budget of every call; None: no budget, the gates decide."""
     min_budget: float | None = None
-    """That a busy server may lower it to; None: the server's setting."""
+    """The lowest budget that a busy server may apply; None: the server's setting."""
     within: float = 0.0
     """Seconds that an answer may take to count as in time; 0: nobody counts."""
     client_name: str = ""
@@ -49,20 +49,20 @@ class Report:
     """Throughput, latencies and errors, as the client sees them."""
 
     calls: int
-    """That were answered."""
+    """Answered calls."""
     images: int
     seconds: float
     images_per_second: float
     p50_ms: float
     p90_ms: float
     p99_ms: float
-    """Of the answered calls; with a rate, from when a call was due."""
+    """Latency of the answered calls; with a rate, measured from when a call was due."""
     errors: dict[str, int]
-    """Calls that were not, by status."""
+    """Failed calls, by status."""
     error_p99_ms: float
-    """Of those."""
+    """Latency of the failed calls."""
     in_time: float | None
-    """The share of all calls, answered or not, that were answered within the time asked for; None: none was."""
+    """Share of all calls, failed ones included, that were answered within `Load.within`; None: not counted."""
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count} {code}" for code, count in sorted(self.errors.items())) or "none"
@@ -75,7 +75,7 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """One line of JSON, by the names of the fields."""
+        """The report as one line of JSON, with the names of the fields."""
         return json.dumps(asdict(self))
 
 

@@ -27,13 +27,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """By the names of the proto file, with the fields that are 0 or empty; integers of 64 bits are strings, as
-    everywhere in protobuf's JSON."""
+    """The message with the field names of the proto file, including fields that are 0 or empty. 64-bit integers are
+    strings, as in all JSON of protobuf."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def answer_json(names: Sequence[str], answer: Message) -> str:
-    """The answer to a call with images as one line of JSON; each image's part has its file as `image`."""
+    """The answer to a call with images as one line of JSON; each image's part has the file name as `image`."""
     content = as_dict(answer)
     for entries in content.values():
         if isinstance(entries, list):
@@ -42,7 +42,7 @@ def answer_json(names: Sequence[str], answer: Message) -> str:
 
 
 def predict_table(names: Sequence[str], answer: pb.PredictResponse, colour: bool = False) -> str:
-    """One row an image: its classes, and how many units ran; then the map of units, and the receipt.
+    """One row per image: its classes, and how many units ran; then the map of units, and the receipt.
 
     names: of the images, in order. colour: of the map.
     """
@@ -62,7 +62,7 @@ def predict_table(names: Sequence[str], answer: pb.PredictResponse, colour: bool
 
 
 def _share_of(mask: Sequence[pb.BlockHeads] | Sequence[pb.BlockMlpGroups]) -> str:
-    """Units that ran / gated units."""
+    """The number of units that ran, of all gated ones."""
     return f"{sum(sum(block.kept) for block in mask)}/{sum(len(block.kept) for block in mask)}"
 
 
@@ -84,7 +84,7 @@ def _served_by(receipt: pb.Receipt) -> str:
 
 
 def compare_table(names: Sequence[str], answer: pb.CompareResponse, colour: bool = False) -> str:
-    """One row an image: label, head usage and compute fraction, unsteered and steered, and +opened -closed units; then
+    """One row per image: label, head usage and compute fraction, unsteered and steered, and +opened -closed units; then
     both maps of units, and the receipt. colour: of the maps."""
     rows = []
     for name, comparison in zip(names, answer.comparisons, strict=True):
@@ -110,7 +110,7 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse, colour: bool
 
 
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
-    """Of each image and site: the gates, and the latents with what they do to each gate."""
+    """For each image and site: the gates, and the latents with their effect on each gate."""
     parts = []
     for name, explanation in zip(names, answer.explanations, strict=True):
         best = explanation.prediction.classes[0]
@@ -136,7 +136,7 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
 
 
 def dial_table(curve: Sequence[pb.DialPoint]) -> str:
-    """One row a position of the dial: the budget that is turned into it, and the accuracy there."""
+    """One row per point of the dial: its budget, the accuracy, and its position."""
     rows = [
         [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
         for p in curve
@@ -145,7 +145,7 @@ def dial_table(curve: Sequence[pb.DialPoint]) -> str:
 
 
 COLUMNS, LINES = 68, 14
-"""Of the plot, without its axes: with them it is 78 columns wide."""
+"""Size of the plot without its axes; with them it is 78 columns wide."""
 
 
 def dial_plot(curve: Sequence[pb.DialPoint]) -> str:
@@ -172,7 +172,7 @@ def dial_plot(curve: Sequence[pb.DialPoint]) -> str:
 
 
 def profiles_table(profiles: Sequence[pb.Profile]) -> str:
-    """One row a profile: its terms, and its evaluation before and after."""
+    """One row per profile: its terms, and its evaluation before and after."""
 
     def change(before: float, after: float) -> str:
         return f"{before:.3f} -> {after:.3f}"
@@ -191,11 +191,11 @@ def profiles_table(profiles: Sequence[pb.Profile]) -> str:
 
 
 Served = tuple[oi.RepositoryIndexResponse.ModelIndex, pb.GetModelResponse | None]
-"""An entry of the repository's index, and what it is if it is served."""
+"""An entry of the repository's index, with the model if it is served."""
 
 
 def models_table(models: Sequence[Served]) -> str:
-    """One row a version: its state, and of those that are served what they read, answer and run."""
+    """One row per version: its state; what it reads and runs if it is served, else the reason why not."""
     rows = []
     for entry, model in models:
         row = [entry.name, entry.version, entry.state]

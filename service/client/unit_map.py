@@ -1,5 +1,5 @@
-"""Which units ran, as a map for a terminal: gated blocks down, heads and MLP groups across, shaded by the share of the
-images that ran them."""
+"""A map of the units that ran, for a terminal: gated blocks down, heads and MLP groups across, shaded by the share of
+the images that ran them."""
 
 import os
 import sys
@@ -17,12 +17,12 @@ KINDS = (("h", "head_mask", CYAN), ("m", "mlp_mask", MAGENTA))
 
 
 def shades() -> str:
-    """From none of the images to all of them, in characters that standard output has."""
+    """Shades from no image to all images, in characters that standard output can encode."""
     return SHADES if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII_SHADES
 
 
 def has_colour() -> bool:
-    """Whether standard output is a terminal, and its user has not turned colour off (https://no-color.org)."""
+    """Whether standard output is a terminal whose user has not turned colour off (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -61,7 +61,7 @@ def unit_map(columns: Sequence[tuple[str, Sequence[pb.Prediction]]], colour: boo
 
 
 def legend(count: int, what: str = "images") -> str:
-    """What the shades of a map of so many images mean. what: the images."""
+    """The meaning of the shades in a map of `count` images. what: the name of the images."""
     full = shades()[-1] * 2
     if count == 1:
         return f"Units that ran ({full})"
@@ -69,7 +69,7 @@ def legend(count: int, what: str = "images") -> str:
 
 
 def _shares(predictions: Sequence[pb.Prediction], mask: str) -> NDArray[np.float64]:
-    """(gated blocks, units): share of the images for which the unit ran."""
+    """Share of the images for which each unit ran: (gated blocks, units)."""
     masks = [[list(block.kept) for block in getattr(prediction, mask)] for prediction in predictions]
     share: NDArray[np.float64] = np.asarray(masks, np.float64).mean(0)
     return share

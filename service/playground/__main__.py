@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], prog: str = PROG) -> int:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """prog: what a user types."""
+    """The parser of the command line. prog: what a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="A web page to try steering: one image with and without it.",

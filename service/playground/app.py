@@ -24,11 +24,11 @@ from service.playground.asking import Problem, Question, ask
 from service.playground.views import result_of
 
 MOST_BYTES = 32 * 2**20
-"""Of an uploaded file. The server has a limit of its own, 16 MiB unless it was started with another."""
+"""Limit of an uploaded file. The server has its own limit, 16 MiB by default."""
 MOST_SAMPLES, LABELS_IN_SIGHT = 240, 24
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 HEADERS = {
-    # Nothing comes from another machine, whatever the page says.
+    # The browser loads nothing from another machine, whatever the page contains.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 
 
 def samples_in(folder: Path) -> dict[str, list[str]]:
-    """Image files by label, as paths within the folder: those in it ("") and in the folders of labels in it."""
+    """Image files by label, as paths within the folder: those directly in it ("") and those in folders of labels."""
     found: dict[str, list[str]] = {}
     images = (path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")) if path.suffix.lower() in SUFFIXES)
     for path in islice(images, MOST_SAMPLES):
@@ -56,7 +56,7 @@ def serve(listener: socket.socket, client: AsyncClient, address: str, model: str
         app_of(client, address, model, samples), http="h11", ws="none", log_level="warning", access_log=False,
         server_header=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal that stopped it again
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises again the signal that stopped it
         signal.signal(number, lambda *_: None)
     host, port = listener.getsockname()[:2]
     print(f"ready: http://{f'[{host}]' if ':' in host else host}:{port} (server {address})", flush=True)
@@ -64,7 +64,7 @@ def serve(listener: socket.socket, client: AsyncClient, address: str, model: str
 
 
 def app_of(client: AsyncClient, address: str, model: str, samples: Path | None) -> ASGIApp:
-    """The application. address: of the server, as the page calls it. model: "": the one that it has. samples: a folder,
+    """The application. address: of the server, as the page calls it. model: "" for the only one. samples: a folder,
     or None."""
     pages = Pages(client, address, model, samples)
     routes = [
@@ -88,7 +88,7 @@ def app_of(client: AsyncClient, address: str, model: str, samples: Path | None) 
 
 
 class Pages:
-    """The handlers of requests. They keep nothing between two of them."""
+    """The handlers of requests. They keep no state between requests."""
 
     def __init__(self, client: AsyncClient, address: str, model: str, samples: Path | None):
         self._client, self._address, self._model, self._folder = client, address, model, samples
@@ -99,7 +99,7 @@ class Pages:
         )
 
     async def page(self, request: Request) -> Response:
-        """The whole page, with the answer when a sample is chosen; with the reason when the server gives none."""
+        """The whole page, with the answer if a sample is chosen, or the reason why the server gives none."""
         shown: dict[str, Any] = {"address": self._address, "result": None, "problem": None, "model": None}
         shown |= {"question": Question(), "profiles": {}, "samples": self._samples, "in_sight": LABELS_IN_SIGHT}
         try:
@@ -117,7 +117,7 @@ class Pages:
         return HTMLResponse(self._templates.get_template("page.html.jinja").render(shown), status)
 
     async def result(self, request: Request) -> Response:
-        """The answer alone, for the script of the page. The body of a POST is the image."""
+        """Only the answer, for the script of the page. The body of a POST is the image."""
         question = Question.of(request.query_params)
         image = await _body(request) if request.method == "POST" else self._sample(question.sample)
         model, _ = await self._served(profiles=False)
@@ -133,12 +133,12 @@ class Pages:
         return JSONResponse({"answers": True, "bundle": model.bundle_digest})
 
     async def problem(self, _: Request, error: Exception) -> Response:
-        """A question without an answer, as the script shows it."""
+        """A Problem, as the script shows it."""
         assert isinstance(error, Problem)
         return JSONResponse({"sentence": error.sentence, "detail": error.detail}, error.status)
 
     def _question(self, request: Request, profiles: list[str]) -> Question:
-        """The question of the URL; without one, the first sample, under the profile of its label if there is one."""
+        """The question in the URL; by default the first sample, under the profile of its label if there is one."""
         if request.query_params or not self._samples:
             return Question.of(request.query_params)
         label, paths = next(iter(self._samples.items()))
@@ -176,17 +176,17 @@ class Pages:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """A fault of this program, as the script shows it; the traceback goes to standard error."""
+    """An unexpected error, as the script shows it; the traceback goes to standard error."""
     return JSONResponse({"sentence": "The playground failed; its log says more.", "detail": repr(error)}, 500)
 
 
 async def _healthz(_: Request) -> Response:
-    """This process answers, whether the server does or not."""
+    """The health of this process, whether or not the server answers."""
     return Response("ok\n", media_type="text/plain")
 
 
 async def _body(request: Request) -> bytes:
-    """Of a request, in memory. Raises Problem."""
+    """The body of a request. Raises Problem if it is too large."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

@@ -1,4 +1,4 @@
-"""What the page asks of a server for one image, through its client, and what comes back."""
+"""The page's requests to a server for one image, through the client, and the answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from service.client import Asked, AsyncClient
 from service.pb import steering_pb2 as pb
 
 ROUNDS = 5
-"""Calls without steering and with it, in turn: the page shows the fastest of each."""
+"""Number of calls without and with steering, in turn: the page shows the fastest of each."""
 MOST_LATENTS = 100
-"""Of each site: the most that the API reports."""
+"""Latents of each site: the most that the API reports."""
 
 
 class Problem(Exception):
-    """A question without an answer: the HTTP status, a sentence for the person, and what gRPC says about it."""
+    """A question that has no answer: the HTTP status, a sentence for the user, and gRPC's error."""
 
     def __init__(self, status: int, sentence: str, detail: str = ""):
         super().__init__(sentence)
@@ -22,7 +22,7 @@ class Problem(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """What the form holds, beside an uploaded image."""
+    """The contents of the form, except for an uploaded image."""
 
     sample: str = ""
     """A path within the folder of samples; empty: an uploaded image."""
@@ -32,19 +32,19 @@ class Question:
 
     @staticmethod
     def of(query: Mapping[str, str]) -> "Question":
-        """Read from the query of a URL. Raises Problem."""
+        """The question in the query of a URL. Raises Problem."""
         budget = _number(query, "budget", 1.0) if query.get("limited") else None
         strength = _number(query, "strength", 1.0)
         return Question(query.get("sample", ""), query.get("profile", ""), strength, budget)
 
     @property
     def steers(self) -> bool:
-        """Whether it asks for steering that can change anything."""
+        """Whether the question asks for steering that can have an effect."""
         return bool(self.profile) and self.strength != 0
 
     @property
     def cause(self) -> str:
-        """What opens or closes units."""
+        """What opens or closes units, in words."""
         if self.budget is None:
             return "steering"
         return "steering and the budget" if self.steers else "the budget"
@@ -60,7 +60,7 @@ def _number(query: Mapping[str, str], name: str, default: float) -> float:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one image. The first of each pair is without steering and budget, the second as the question asks."""
+    """The answers for one image. The first of each pair is without steering or budget, the second as asked."""
 
     question: Question
     model: pb.GetModelResponse
@@ -68,15 +68,15 @@ class Answers:
     """With the probabilities of all classes."""
     receipt: pb.Receipt
     seconds: tuple[float, float]
-    """Of inference: the fastest of ROUNDS calls."""
+    """Inference time: the fastest of ROUNDS calls."""
     explanations: tuple[pb.ImageExplanation, pb.ImageExplanation]
     profile: pb.GetProfileResponse | None
 
 
 async def ask(client: AsyncClient, model: pb.GetModelResponse, image: bytes, question: Question) -> Answers:
-    """Calls of one image, one after the other so that they do not share a batch. Raises grpc.aio.AioRpcError."""
+    """Ask about one image, in one call after the other so that they share no batch. Raises grpc.aio.AioRpcError."""
     plain: Asked = {"model": model.model, "version": model.version}
-    plain["strength"] = 0.0  # not the server's default profile either
+    plain["strength"] = 0.0  # turns off the server's default profile too
     steered: Asked = {**plain}
     if question.profile:
         steered |= {"profile": question.profile, "strength": question.strength}

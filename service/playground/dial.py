@@ -7,7 +7,7 @@ import numpy as np
 from service.playground.asking import Answers
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 210, 44, 10, 12, 40
-"""Of the dial's picture, and its margins, in its own units."""
+"""Size and margins of the dial's picture, in its own units."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class DialView:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     spent: float | None
-    """Where this image's compute fraction lies; None: outside the picture."""
+    """Position of this image's compute fraction; None: outside the picture."""
     budget: tuple[float, float] | None
     caption: str
 
 
 def dial_of(answers: Answers) -> DialView | None:
-    """What the page draws of the dial; None: the model has none."""
+    """The picture of the dial; None if the model has none."""
     question, model, profile = answers.question, answers.model, answers.profile
     if not model.dial:
         return None

@@ -8,7 +8,7 @@ from service.playground.asking import Answers
 from service.playground.dial import DialView, dial_of
 
 MOST_CLASSES, MOST_ROWS, MOST_PUSHES = 5, 12, 3
-"""Shown: classes of each answer, latents, and units by name in the row of a latent."""
+"""Limits of what is shown: classes of each answer, latents, and units named in the row of a latent."""
 STATES = ("open", "closed", "opened", "shut")
 
 
@@ -39,7 +39,7 @@ class Cell:
 
     unit: str
     state: str
-    """One of STATES: open or closed under both answers; opened or shut by what the question asks."""
+    """One of STATES: open or closed in both answers; opened or shut by what the question asks for."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class LatentRow:
     value: float
     steered: float
     pushes: tuple[float, ...]
-    """By unit: above 0 towards open."""
+    """The push on each unit: above 0 towards open."""
     strongest: tuple[str, ...]
     """The units that it pushes most, in words."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """All of it."""
+    """Everything that the page shows of an answer."""
 
     summary: str
     names: tuple[str, str]
@@ -74,11 +74,11 @@ class Result:
     """Units by state."""
     latents: tuple[LatentRow, ...]
     steered_latents: int
-    """0: the latents are the strongest ones, none is steered."""
+    """Number of steered latents; 0: none is, and the rows show the strongest ones."""
     largest_push: float
     dial: DialView | None
     record: str
-    """What the profile was measured to do; empty: no profile, or not measured."""
+    """The measured effect of the profile; empty: no profile, or not measured."""
     ran: str
     brownout: str
 
@@ -121,7 +121,7 @@ def result_of(answers: Answers) -> Result:
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """With its sign, and a minus as wide as the plus."""
+    """The number with its sign; the minus is as wide as the plus."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else text[1:]
 
@@ -162,7 +162,7 @@ def _facts(answers: Answers) -> Iterator[Fact]:
 
 
 def _blocks(before: pb.Prediction, after: pb.Prediction) -> Iterator[tuple[int, tuple[Cell, ...]]]:
-    """By gated block: heads, then MLP groups."""
+    """The cells of each gated block: heads, then MLP groups."""
     for index, heads in enumerate(before.head_mask):
         cells = [
             Cell(f"head {unit}", _state(a, b))
@@ -181,8 +181,8 @@ def _state(before: bool, after: bool) -> str:
 
 
 def _latents(answers: Answers, blocks: Sequence[tuple[int, Sequence[Cell]]]) -> tuple[list[LatentRow], int]:
-    """The steered latents that push the gates most, and how many are steered; when none is, the active latents with
-    what they add by themselves, and 0."""
+    """The steered latents that push the gates most, and the number of steered ones. If none is steered: the active
+    latents with what they add by themselves, and 0."""
     plain, steered = ([(site, latent) for site in e.sites for latent in site.latents] for e in answers.explanations)
     without = {(site.site, latent.latent): list(latent.gate_effects) for site, latent in plain}
     pushes: list[tuple[pb.SiteExplanation, pb.Latent, Sequence[float]]] = []

@@ -1,6 +1,6 @@
 """A client to be stopped or killed: python tests/clients/holding.py <address> <calls> <images a call>, from the root.
 
-Says `sent` when its calls are under way, and at the end how many images were answered.
+Says `sent` when its calls are in progress, and at the end how many images were answered.
 """
 
 import sys

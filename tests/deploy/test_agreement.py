@@ -73,7 +73,7 @@ def test_settings_are_settings_of_the_server_and_their_values_are_allowed(
 
 
 @pytest.mark.parametrize("target", ["base", *OVERLAYS])
-def test_a_message_may_hold_a_full_call_of_ordinary_images_and_little_more(
+def test_the_message_limit_fits_a_full_call_of_ordinary_images_and_little_more(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a message can do to the memory grows with its size: SECURITY.md."""
@@ -86,9 +86,7 @@ def test_a_message_may_hold_a_full_call_of_ordinary_images_and_little_more(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_pod_that_is_told_to_stop_has_time_to_answer_what_it_accepted(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopping_pod_has_time_to_answer_accepted_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = objects(target)
     for pod in pods(found):
         sleep = pod.server["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -329,7 +327,7 @@ def test_rules_and_dashboards_in_the_cluster_are_those_of_deploy() -> None:
         assert sum(map(len, each["data"].values())) < 2**20, "a ConfigMap holds 1 MiB"
 
 
-def test_a_server_that_is_still_starting_is_no_target_that_is_down() -> None:
+def test_a_server_that_is_still_starting_does_not_count_as_down() -> None:
     waits = int(alerts()["SteervitTargetDown"]["for"].removesuffix("m")) * 60
     for target in OVERLAYS:
         (pod,) = pods(objects(target))
@@ -367,7 +365,7 @@ def test_kserve_is_given_the_committed_bundle_under_the_format_that_the_runtime_
     assert model["storageUri"] == f"pvc://steervit-models/{bundle.manifest.name}/{bundle.manifest.version}"
 
 
-def test_a_bundle_that_is_copied_as_the_readme_says_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+def test_a_bundle_copied_as_documented_appears_only_when_complete(tmp_path: Path) -> None:
     commands = (KUBERNETES / "README.md").read_text()
     assert "models:/models/.incoming/fashion_mnist\n" in commands
     assert "mv /models/.incoming/fashion_mnist /models\n" in commands

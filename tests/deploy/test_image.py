@@ -4,6 +4,8 @@ import contextlib
 import http.server
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +18,9 @@ from typing import ClassVar
 
 import pytest
 import rehearsal
+from documented import commands
 from packaging.utils import canonicalize_name
-from processes import SAMPLES
+from processes import ROOT, SAMPLES
 
 COMPILERS = {"cc", "gcc", "g++", "c++", "clang", "tcc", "as", "ld", "make", "cmake", "nvcc", "ptxas", "rustc", "cargo"}
 
@@ -153,3 +156,29 @@ def test_a_second_signal_ends_a_container_that_drains_at_once(container: rehears
     finally:
         client.kill()
         client.communicate()
+
+
+IN_A_POD = 'exec "$POD" -- '
+
+
+def test_what_the_runbook_runs_in_a_pod_works_there(image: SimpleNamespace) -> None:
+    """With a profile folder at another path, as nothing else can be mounted here."""
+    profiles = f"{rehearsal.PREFIX}/profiles"
+    shutil.copytree(ROOT / "deploy" / "profiles", image.root / "profiles", dirs_exist_ok=True)
+    (version,) = (image.models / "fashion_mnist").glob("[0-9]*")
+    lines = {c.text.partition(IN_A_POD)[2] for c in commands("deploy/RUNBOOK.md")} - {""}
+    assert len(lines) == 6
+    container = rehearsal.run(
+        image.target, image.root, image.models, STEERVIT_PROVIDER="cpu", STEERVIT_PROFILES_DIR=profiles
+    )
+    try:
+        for line in lines:
+            names = {"/etc/steervit/profiles": profiles, "$MODEL": "fashion_mnist", "$VERSION": version.name}
+            for name, value in names.items():
+                line = line.replace(name, value)
+            done = container.execute(*shlex.split(line))
+            assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        assert container.healthy()
+    finally:
+        log = container.kill()
+    assert re.search(r'^(Current thread|Thread) 0x.*\n  File "', log, re.MULTILINE), "the stacks of SIGUSR1"

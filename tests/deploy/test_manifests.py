@@ -100,7 +100,7 @@ def test_objects_of_kserve_have_only_fields_that_its_client_knows(target: str) -
     for each in found:
         assert not unknown_to_kserve(each, models[each["kind"]], each["kind"])
     runtime = next(each for each in found if each["kind"] == "ServingRuntime")
-    runtime["spec"]["securityContext"] = {}  # as one would think: pods have it, runtimes do not
+    runtime["spec"]["securityContext"] = {}  # plausible, but wrong: pods have it, runtimes do not
     assert unknown_to_kserve(runtime, models["ServingRuntime"]) == [".spec.securityContext"]
 
 

@@ -24,7 +24,7 @@ def engine(bundle: Bundle) -> Engine:
 
 @pytest.fixture(scope="session")
 def expected(engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]) -> Mapping[str, Alone]:
-    """Of all sample images, by profile; "": no steering."""
+    """The answers for all sample images, by profile; "": no steering."""
     profiles = {"": {}, **{name: bundle.profiles[name].terms for name in ("Shirt", "Bag", "footwear")}}
     return {name: alone(engine, sample_pixels, terms) for name, terms in profiles.items()}
 
@@ -39,7 +39,7 @@ def undisturbed(expected: Mapping[str, Alone], bundle: Bundle, sample_pixels: ND
 
 @pytest.fixture(scope="module")
 def traffic(server: ServerProcess, undisturbed: Undisturbed) -> Iterator[Traffic]:
-    """Beside all tests of a module, on the shared server."""
+    """The other client, beside all tests of a module, on the shared server."""
     with undisturbed(server) as running:
         yield running
 

@@ -1,8 +1,8 @@
-"""The faults that the server is to survive, and the mark of the tests that show one.
+"""The faults that the server must survive, and the mark of the tests that show one.
 
     @fault("request: too many terms", "INVALID_ARGUMENT: steering.terms has 513 entries; allowed: 512", STEERING)
 
-The table of them all, tests/README.md, is made of these marks: table.py.
+table.py makes the table of all of them, tests/README.md, from these marks.
 """
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 STEERING, OPEN_INFERENCE = "steering.v1", "Open Inference"
 BOTH = (STEERING, OPEN_INFERENCE)
 SERVER = ("",)
-"""A fault that has to do with no protocol."""
+"""For a fault without a protocol."""
 
 FAULTS: dict[str, tuple[str, ...]] = {
     "bundle: missing file": SERVER,
@@ -96,11 +96,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "steering: mixed batch equals single requests": BOTH,
     "steering: profile store swapped while in use": SERVER,
 }
-"""By name, with the protocols that have to be shown."""
+"""The faults by name, with the protocols that need a test."""
 
 
 def fault(name: str, sees: str, protocol: str = "") -> pytest.MarkDecorator:
-    """Marks a test of this fault; sees: what the client sees of it, in Markdown."""
+    """Mark a test of this fault. sees: what the client sees, in Markdown."""
     if protocol not in FAULTS.get(name, ()):
         raise ValueError(f"fault {name!r} with protocol {protocol!r}; allowed: {FAULTS.get(name, list(FAULTS))}")
     return pytest.mark.fault(name, sees, protocol)

@@ -1,4 +1,4 @@
-"""The same question in both protocols, so that a test of one is a test of the other."""
+"""The same request in both protocols, so that one test covers both."""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ from training.steering import Terms, to_arrays
 TOLERANCE = 1e-4
 """|difference| of a probability."""
 NEAR = 1e-3
-"""|gate logit| of a gate that rounding may decide: an image with one is not compared."""
+"""|gate logit| below which rounding may decide a gate: images with such a gate are not compared."""
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 @dataclass(frozen=True)
 class Read:
-    """What an answer says of B images."""
+    """An answer for B images."""
 
     probabilities: NDArray[np.float64]
     """(B, classes)"""
@@ -42,7 +42,7 @@ class Alone(Read):
     """(B,): no gate is near its threshold."""
 
     def wrong(self, answer: Read, rows: Sequence[int]) -> list[str]:
-        """What is wrong with an answer to these of the images."""
+        """What is wrong with an answer for these images."""
         if len(answer.mask) != len(rows):
             return [f"{len(answer.mask)} answers to {len(rows)} images"]
         rows = np.asarray(rows)
@@ -68,7 +68,7 @@ def alone(engine: Engine, images: NDArray[np.uint8], terms: Terms) -> Alone:
 class Protocol:
     name: str
     path: str
-    """Of the call."""
+    """Path of the RPC."""
     request: Callable[..., Any]
     """(images uint8 (B, height, width, channels) or encoded files, profile, terms, strength) -> message"""
     response: Any
@@ -146,6 +146,6 @@ PROTOCOLS = (V1, OIP)
 
 
 def both(name: str, sees: str) -> Any:
-    """Marks a test with a `protocol` as one of this fault, and runs it in both."""
+    """Mark a test with a parameter `protocol` as one of this fault, and run it in both protocols."""
     marked = [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
     return pytest.mark.parametrize("protocol", marked)

@@ -1,4 +1,4 @@
-"""python -m tests.faults.sigterm --rounds 50: a server under full load is told to stop, and loses nothing.
+"""python -m tests.faults.sigterm --rounds 50: stops a server under full load, which must lose nothing.
 
 More calls at a time than it can take, in both protocols, and at a random moment SIGTERM. A call is accepted when the
 server says so (it counts those whose handler was entered); each of them must have come back to its client with the
@@ -39,7 +39,7 @@ class Round:
     """What came of one server."""
 
     waiting: int = 0
-    """Images in its queue when it was told to stop."""
+    """Images in its queue at SIGTERM."""
     accepted: int = 0
     """Calls, as the server says."""
     statuses: Counter[str] = field(default_factory=Counter)

@@ -29,7 +29,8 @@ those that take seconds.
 - **Faults**, what a client sees of each: faults/, listed below; with brownout on by
   `STEERVIT_TARGET_LATENCY_MS=60000 python -m pytest tests/faults`. **Kills and soaks**: test_crash_safety.py,
   faults/sigterm.py, perf/soak.py. **Benches**: perf/; what they rest on: test_perf.py
-- **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py
+- **The project itself**, generated files in step and who imports whom: test_project.py, test_dashboards.py;
+  what the documentation tells people to type: test_documented.py
 
 | module | its tests |
 |---|---|
@@ -75,7 +76,7 @@ class Shown:
 
 
 class Collector:
-    """A plugin that keeps the marks of the collected tests."""
+    """A plugin that records the marks of the collected tests."""
 
     def __init__(self) -> None:
         self.shown: set[Shown] = set()
@@ -89,7 +90,7 @@ class Collector:
 
 
 def collected() -> set[Shown]:
-    """From the files that mark anything."""
+    """The marks in all files that have some."""
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "fault(" in path.read_text()]
     collector, output = Collector(), io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -100,7 +101,7 @@ def collected() -> set[Shown]:
 
 
 def missing(shown: set[Shown]) -> list[str]:
-    """Faults, with their protocols, that no test shows."""
+    """Faults, with their protocols, without a test."""
     there = {(entry.fault, entry.protocol) for entry in shown}
     wanted = [(name, protocol) for name, protocols in FAULTS.items() for protocol in protocols]
     return [" ".join(pair).strip() for pair in wanted if pair not in there]

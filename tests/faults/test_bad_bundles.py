@@ -30,7 +30,7 @@ def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mni
 
 
 def state(folder: Path, **changes: object) -> None:
-    """Change fields of the manifest, and make it right about the files that are there."""
+    """Change fields of the manifest, and update its entries for the files."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     for name in manifest["files"]:
         content = (folder / name).read_bytes()

@@ -31,7 +31,7 @@ def truncated(picture: Picture) -> bytes:
 
 
 def with_size(picture: Picture, side: int) -> bytes:
-    """A JPEG of 280 x 280 pixels whose header says side x side."""
+    """A JPEG of 280 x 280 pixels with side x side in its header."""
     file = bytearray(encoded(large(picture), "JPEG"))
     start = file.index(b"\xff\xc0")
     file[start + 5 : start + 9] = struct.pack(">HH", side, side)
@@ -103,7 +103,7 @@ def cmyk(picture: Picture) -> tuple[bytes, Picture]:
 
 
 def rotated(picture: Picture) -> tuple[bytes, Picture]:
-    """Lying on its side, with the note that it is to be turned by a quarter to the right."""
+    """The picture on its side, with EXIF that turns it by a quarter to the right."""
     exif = Image.Exif()
     exif[0x0112] = 6
     file = encoded(Image.fromarray(np.rot90(picture)), "JPEG", quality=100, exif=exif)
@@ -111,7 +111,7 @@ def rotated(picture: Picture) -> tuple[bytes, Picture]:
 
 
 def with_broken_exif(picture: Picture) -> tuple[bytes, Picture]:
-    """To be turned by a quarter; the width is given as text."""
+    """EXIF that turns the picture by a quarter, and has the width as text."""
     return with_exif(Image.fromarray(np.rot90(picture)), "PNG", TURNED["width as ASCII"]), picture
 
 

@@ -1,4 +1,4 @@
-"""What a client is told that asks for what cannot be, in both protocols, while another client asks correctly."""
+"""The errors for impossible requests, in both protocols, while another client sends valid ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

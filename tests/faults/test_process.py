@@ -1,4 +1,4 @@
-"""What happens to the server's process: signals, no memory, no descriptors, no rights."""
+"""Faults of the server's process: signals, no memory, no descriptors, no rights."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from tests.processes import MODELS, SMALL, ServerProcess, run_module, serving, s
 from training.steering import SteeringTerm, profiles_to_json
 
 quiet = partial(serving, MODELS, stderr=subprocess.DEVNULL)
-"""A full pipe of its log would stop it."""
+"""A full pipe for its log would block it."""
 
 
 @fault(
@@ -135,7 +135,7 @@ def test_a_batch_that_memory_does_not_suffice_for_fails_alone(
 
 
 def flood(address: str, count: int) -> contextlib.ExitStack:
-    """So many connections that say nothing."""
+    """Open this many connections that send nothing."""
     host, port = address.split(":")
     opened = contextlib.ExitStack()
     for _ in range(count):
@@ -147,10 +147,8 @@ def flood(address: str, count: int) -> contextlib.ExitStack:
 
 
 @fault("process: connection flood", "answers, as before, on old and new connections")
-def test_two_thousand_idle_connections_hold_up_nobody(
-    undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]
-) -> None:
-    """The process starts with 1,024 descriptors and raises that to what the system lets it have."""
+def test_two_thousand_idle_connections_delay_nobody(undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]) -> None:
+    """The process starts with 1,024 descriptors and raises the limit as far as the system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 5000:
         pytest.skip(f"the system lets a process have {most} descriptors only")
@@ -169,7 +167,7 @@ def test_two_thousand_idle_connections_hold_up_nobody(
     "process: connection flood",
     "no descriptor left: answers on connections that are there; UNAVAILABLE or a wait on new ones until the flood ends",
 )
-def test_without_a_descriptor_left_the_connected_are_answered_and_the_others_afterwards(
+def test_connected_clients_are_answered_while_no_descriptor_is_left_and_others_later(
     undisturbed: Undisturbed, sample_pixels: NDArray[np.uint8]
 ) -> None:
     few = quiet(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
@@ -193,7 +191,7 @@ def answers(client: Client, images: NDArray[np.uint8]) -> bool:
 
 @fault("process: port in use", "nothing: the server exits with 1 and says `--port is ...: cannot bind 127.0.0.1:...`")
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
-def test_a_port_in_use_is_said_and_its_owner_is_left_alone(
+def test_a_port_in_use_is_reported_and_its_owner_is_not_disturbed(
     flag: str, server: ServerProcess, undisturbed: Undisturbed
 ) -> None:
     taken = {"--port": server.address, "--metrics-port": server.metrics_url.removesuffix("/metrics")}[flag].split(":")[
@@ -216,7 +214,7 @@ if os.geteuid() == 0:
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(main(sys.argv[1:]))
 """
-"""What can be rehearsed in a checkout that nobody else may read: the rights go when the program has been read."""
+"""Works even in a checkout that other users cannot read: the process drops its rights after the imports."""
 
 
 @fault("process: read-only file system", "answers: the process has no right to write anywhere, nor may any file grow")
@@ -235,7 +233,7 @@ def test_the_server_runs_as_nobody_and_writes_nothing(bundle: Bundle, undisturbe
 
 
 READ_ONLY = ("unshare", "-m", "sh", "-c", 'mount --bind / / && mount -o remount,bind,ro / && exec "$@"', "sh")
-"""A command in front of another one, which then sees every file but cannot change or make one."""
+"""A prefix for a command, which then sees every file but cannot change or create any."""
 
 
 @fault("process: read-only file system", "answers: `/` is mounted read-only")

@@ -1,4 +1,4 @@
-"""Steering that goes to extremes, is mixed, or changes while it is used."""
+"""Steering that is extreme, mixed, or changed while in use."""
 
 import json
 import threading
@@ -31,10 +31,10 @@ from training.steering import (
 
 @pytest.fixture(scope="module")
 def closing(bundle: Bundle) -> Terms:
-    """For each site terms so strong that they alone decide the gates of its block, and close all of them.
+    """Terms for each site that are so strong that they alone decide the gates of its block, and close all of them.
 
-    A gate reads the layer norm of what is shifted, so its logits go with what each decoder row adds to them: the
-    shifts solve for -1 at every head.
+    A gate reads the layer norm of the shifted residual, so its logits follow what each decoder row adds to them: the
+    shifts are solved for -1 at every head.
     """
     weights, found = load_file(bundle.folder / "sae.safetensors"), {}
     for site, latents in enumerate(bundle.manifest.latents):
@@ -127,7 +127,7 @@ def test_calls_with_every_profile_share_batches_and_get_their_own_answers(
     "steering: profile store swapped while in use",
     "the old profile or the new one, as the receipt's steering_digest says; never neither, nor a mixture",
 )
-def test_a_profile_that_changes_while_it_is_used_is_the_old_or_the_new_one(
+def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
     tmp_path: Path, engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8], undisturbed: Undisturbed
 ) -> None:
     versions = [bundle.profiles["Shirt"].terms, bundle.profiles["Bag"].terms]

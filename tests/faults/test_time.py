@@ -1,4 +1,4 @@
-"""Queues, deadlines, clients that go, and clients that do not read: nobody else waits for them."""
+"""Queues, deadlines, clients that disconnect, and clients that do not read: no other client waits for them."""
 
 import signal
 import subprocess
@@ -29,14 +29,14 @@ FLAGS = ("--max-batch", str(BATCH), "--threads=1", "--max-images=300", "--max-qu
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[ServerProcess]:
-    """On one core a call of 300 images takes it some 0.3 s."""
+    """A server on one core: a call of 300 images takes about 0.3 s."""
     with serving(MODELS, *FLAGS) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def short() -> Iterator[ServerProcess]:
-    """Its queue takes 64 images, and it runs one at a time."""
+    """A server with a queue of 64 images that runs one at a time."""
     with serving(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1") as running:
         yield running
 
@@ -73,7 +73,7 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_inference(
     before, call = dropped(slow, "deadline", "cancelled"), protocol.call(channel)
 
     def late() -> float:
-        """Counted as either: on a busy machine the client's clock may be ahead by more than a server allows for."""
+        """Counted under either status: on a busy machine the client's deadline may pass before the server's."""
         codes = ("DEADLINE_EXCEEDED", "CANCELLED")
         return sum(slow.count("steervit_requests_total", code=code, method=protocol.path) for code in codes)
 
@@ -193,7 +193,7 @@ def test_large_calls_do_not_hold_up_small_ones(
         assert [len(each.result().predictions) for each in calls] == [300] * large
         batch = (time.monotonic() - start) / (large * 300 / BATCH)
     assert len(waits) >= 3
-    assert max(waits) < 3 * (large + 1) * batch, "a batch of each and the one under way, thrice for a noisy machine"
+    assert max(waits) < 3 * (large + 1) * batch, "a batch of each and the running one, thrice for a noisy machine"
 
 
 @fault("time: priority inversion", "a call of one file waits for one image of each large call to be decoded at most")
@@ -213,14 +213,14 @@ def test_large_photographs_do_not_hold_up_small_files(
         assert [len(each.result().predictions) for each in calls] == [photographs] * large
         one = (time.monotonic() - start) / (large * photographs)
     assert len(waits) >= 3
-    assert max(waits) < 3 * (large + 1) * one, "one of each and those under way, thrice for a noisy machine"
+    assert max(waits) < 3 * (large + 1) * one, "one of each and the running ones, thrice for a noisy machine"
 
 
 @fault(
     "time: priority inversion", "a call that is small waits for a piece of each large answer that is made, not for all"
 )
 def test_large_answers_do_not_hold_up_small_calls(slow: ServerProcess, many: NDArray[np.uint8]) -> None:
-    """Without images of their own: they need nothing but the event loop."""
+    """Small calls without images, which need only the event loop."""
     terms = {site: tuple(SteeringTerm(latent, 0.5) for latent in range(100)) for site in range(5)}
     plain = V1.request(many, terms=terms)
     request = pb.ExplainRequest(images=plain.images, steering=plain.steering, latents=100)
@@ -242,7 +242,7 @@ def test_large_answers_do_not_hold_up_small_calls(slow: ServerProcess, many: NDA
 
 
 def holding(server: ServerProcess, calls: int, images: int) -> "subprocess.Popen[str]":
-    """A client process with calls under way."""
+    """A client process with calls in progress."""
     script = Path("tests") / "clients" / "holding.py"
     command = [sys.executable, str(script), server.address, str(calls), str(images)]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)

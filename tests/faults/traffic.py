@@ -1,4 +1,4 @@
-"""The other client: it asks correctly all the time, in both protocols, while something goes wrong elsewhere."""
+"""The other client: it sends valid requests all the time, in both protocols, while something goes wrong elsewhere."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ from tests.processes import until
 
 
 class Traffic:
-    """Used as `with`: on leaving, it has had answers after all that was done within, and all of them were right."""
+    """A context: at its end, answers have arrived after everything done within, and all of them were right."""
 
     def __init__(
         self,
@@ -26,19 +26,19 @@ class Traffic:
         bundle: Bundle,
         refusals: Collection[str] = (),
     ):
-        """expected: by profile. refusals: statuses that it may get, and asks again."""
+        """expected: by profile. refusals: statuses after which it tries again."""
         self._address, self._images, self._expected, self._bundle = address, images, expected, bundle
         self._refusals = refusals
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._ask)
         self.answered = 0
         self.slowest = 0.0
-        """Seconds of an answered call at most."""
+        """The longest time of an answered call, seconds."""
         self.problems: list[str] = []
 
     def check(self) -> None:
-        """Wait for answers to questions asked from now on; all so far must be right."""
-        enough = self.answered + 3  # one may be under way, one of each protocol is not
+        """Wait for answers to requests sent from now on; all answers so far must be right."""
+        enough = self.answered + 3  # one may be in flight already; one of each protocol is new
         until(lambda: self.answered >= enough or bool(self.problems), 30)
         assert self.problems == []
 

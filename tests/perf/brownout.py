@@ -66,14 +66,14 @@ def dialled_bundle(create: Callable[[int], Model], repository: Path) -> Path:
 
 
 def series(metrics: str, name: str) -> list[float]:
-    """The values of a name on a server's page."""
+    """The values of a metric on a server's page."""
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as page:
         lines = page.read().decode().splitlines()
     return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
 
 
 def measured(repository: Path, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
-    """What a load sees of a new server, and the mean compute fraction of its answers."""
+    """The report of a load on a new server, and the mean compute fraction of its answers."""
     with server(repository, *flags) as running:
         report = load(running.address, images, asked)
         spent, dense = (sum(series(running.metrics, f"steervit_macs_{kind}_total")) for kind in ("spent", "dense"))

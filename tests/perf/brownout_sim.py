@@ -42,12 +42,12 @@ from service.client.tables import table
 Times = NDArray[np.float64]
 LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
 ALIKE = 20
-"""The size of all calls, where it makes no difference: larger than any call."""
+"""One size for all calls, where size makes no difference: larger than any call."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One server, and how its batches really take. The policy has to learn it."""
+    """One server, with the true durations of its batches, which the policy has to learn."""
 
     engines: int = 2
     max_batch: int = 8
@@ -59,7 +59,7 @@ class Machine:
 
     @property
     def cost(self) -> Cost:
-        """Of a batch, without the noise."""
+        """The true cost of a batch, without the noise."""
         return Cost(self.overhead, self.per_image)
 
     @property
@@ -70,7 +70,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a server does under load. target: seconds; budget, floor: of every call."""
+    """The policy of a server under load. target: seconds; budget, floor: of every call."""
 
     name: str
     target: float
@@ -82,7 +82,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the calls, in the order of their arrival."""
+    """The results of the calls, in the order of their arrival."""
 
     seconds: Times
     """From arrival to the answer of the last image; NaN: refused."""
@@ -92,7 +92,7 @@ class Outcome:
 
     @property
     def refused(self) -> int:
-        """Calls."""
+        """Number of refused calls."""
         return int(np.isnan(self.seconds).sum())
 
 
@@ -219,12 +219,12 @@ class Row:
     in_time: float
     refused: float
     budget: float
-    """Mean of the answered calls."""
+    """Mean budget of the answered calls."""
     p99: float
 
     @classmethod
     def of(cls, trace: str, policy: Policy, seconds: Times, budgets: Times, turns: int = 1) -> "Row":
-        """seconds, budgets: as of Outcome; turns: of each call, which has the target for each."""
+        """seconds, budgets: as in Outcome; turns: of each call, which has the target for each."""
         answered = seconds[~np.isnan(seconds)]
         return cls(
             trace, policy.name, float((answered <= turns * policy.target).sum() / len(seconds)),
@@ -261,7 +261,7 @@ def compare(servers: int, machine: Machine, options: argparse.Namespace, policie
 
 
 def plot(rows: dict[int, list[Row]], file: Path) -> None:
-    """One column a number of servers: calls in time above, mean budget below."""
+    """One column per number of servers: calls in time above, mean budget below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -32,7 +32,7 @@ def resident_mb(pid: int) -> float:
 
 
 def measure(repository: Path, processes: int, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
-    """The load on so many servers, and the memory of one of them after it, MiB."""
+    """The load on this many servers, and the memory of one of them afterwards, MiB."""
     with contextlib.ExitStack() as stack:
         threads = ("--threads", str(2 // processes))
         servers = [stack.enter_context(server(repository, *threads, *flags)) for _ in range(processes)]
@@ -69,7 +69,7 @@ def throughput(seconds: float) -> list[list[str]]:
 
 
 def overload(seconds: float) -> list[list[str]]:
-    """DeiT-S at multiples of what it can do: how much is answered still, and how soon the rest is refused."""
+    """DeiT-S at multiples of its capacity: how many calls are still answered, and how soon the rest is refused."""
     repository = deit_bundle()
     spec = load_bundle(repository / "deit_s" / "1").manifest.image
     images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
@@ -99,7 +99,7 @@ def by_profiles(seconds: float) -> list[list[str]]:
 
 
 def scrapes(seconds: float) -> list[list[str]]:
-    """What a scrape costs the server, by series, and what it does to calls when there is one each second."""
+    """Cost of a scrape for the server, by series, and the effect of a scrape each second on calls."""
     pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
     rows = []
     for count in (10, 200, 640):
@@ -135,7 +135,7 @@ def scrapes(seconds: float) -> list[list[str]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has used so far."""
+    """CPU seconds that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

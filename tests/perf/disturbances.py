@@ -1,4 +1,4 @@
-"""What a server under a soak has to live with beside honest calls, and how much of the machine it holds meanwhile."""
+"""Disturbances of a server during a soak, beside valid calls, and the resources that it holds meanwhile."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass
 class Disturbances:
-    """Each of its coroutines goes on until it is cancelled."""
+    """Each of its coroutines runs until it is cancelled."""
 
     address: str
     pid: int
@@ -63,7 +63,7 @@ class Disturbances:
             await what()
 
     async def cancel(self) -> None:
-        """A client that loses patience: queued or in flight, as it happens."""
+        """A client that gives up, with its call queued or in flight."""
         request = pb.PredictRequest(images=[pb.Image(pixels=bytes(784))] * 40)
         async with grpc.aio.insecure_channel(self.address) as channel:
             call = SteeringServiceStub(channel).Predict(request)  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ class Disturbances:
         self.counts["clients killed"] += 1
 
     async def swap_profiles(self) -> None:
-        """Other profiles in the folder, and every third time a file that is none."""
+        """Replace the profiles in the folder; every third time, with an invalid file."""
         turn = self.counts["profile folders changed"]
         some = [replace(p, name=f"extra {turn % 3} {name}") for name, p in self.bundle.profiles.items()]
         content = {**profiles_to_json(some), "gates_sae_digest": self.bundle.manifest.gates_sae_digest}
@@ -103,7 +103,7 @@ class Disturbances:
         self.counts["profile folders changed"] += 1
 
     async def swap_model(self) -> None:
-        """The next version, and the one before goes."""
+        """Add the next version, and remove the previous one."""
         model = self.repository / self.bundle.manifest.name
         last = versions(model)[-1]
         put_version(self.bundle, self.repository, last + 1)
@@ -137,7 +137,7 @@ class Disturbances:
 
 
 def put_version(bundle: Bundle, repository: Path, version: int) -> None:
-    """The bundle under another version; it appears as a whole. Its large files are links."""
+    """The bundle under another version; it appears only when complete. Its large files are links."""
     part = repository / f".{version}"
     part.mkdir()
     for file in bundle.folder.iterdir():

@@ -49,9 +49,9 @@ KINDS = (("masked", "fp32"), ("fused", "fp32"), ("fused", "fp16"), ("specialised
 BATCHES = (1, 8, 32, 128)
 PROFILES = ("", "third0", "third1", "all")
 MARGIN = 0.05
-"""|gate logit| from which every decision must be the CPU's."""
+"""|gate logit| from which on every decision must equal the CPU's."""
 LOGITS = {"fp32": 2e-3, "fp16": 0.1}
-"""Largest difference of a logit, of rows whose gates decide alike."""
+"""Limit of a logit's difference, in rows whose gates decide alike."""
 begun = time.perf_counter()
 
 
@@ -61,7 +61,7 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A graph beside `masked` in fp32 on the CPU."""
+    """A graph compared with `masked` in fp32 on the CPU."""
 
     model: str
     graph: str
@@ -70,9 +70,9 @@ class Agreement:
     gates: int
     flipped: int
     furthest_flip: float
-    """Largest |gate logit| on the CPU of a gate that decided otherwise, in the first such block of its row."""
+    """Largest |gate logit| on the CPU of a gate that decided differently, in the first such block of its row."""
     logit: float
-    """Largest difference, of rows whose gates decide alike."""
+    """Largest difference of a logit, in rows whose gates decide alike."""
 
     @property
     def right(self) -> bool:
@@ -93,9 +93,9 @@ class Timing:
     cuda_graphs: bool
     batch: int
     device_ms: float
-    """A run on what is on the device already."""
+    """A run on inputs that are already on the device."""
     ms: float
-    """With the copies of images and terms to the device, and of the answers back."""
+    """A run including the copies of images and terms to the device and of the answers back."""
 
     @property
     def images_per_second(self) -> float:
@@ -185,7 +185,7 @@ def compare(model: Model, count: int, gpu: Gpu | None) -> list[Agreement]:
 
 
 def opened(graph: bytes | Path, largest: int, gpu: Gpu | None) -> Buckets:
-    """A session and its shapes, as the engine has them."""
+    """A session and its shapes, as in the engine."""
     options = session_options("fused", 0)
     providers: list[object] = ["CPUExecutionProvider"]
     if gpu:
@@ -215,7 +215,7 @@ def timings(model: Model, batches: Sequence[int], seconds: float, device: int) -
 
 
 def median(run: Callable[[], object], seconds: float) -> float:
-    """Milliseconds."""
+    """Median milliseconds of a run."""
     for _ in range(2):
         run()
     taken: list[float] = []
@@ -250,7 +250,7 @@ def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, 
 def through_grpc(
     model: Model, batches: Sequence[int], seconds: float, clients: int, instances: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Images a second of calls with so many images, from several client processes, and of the engines alone."""
+    """Images a second through calls with this many images, from several client processes, and of the engines alone."""
     repository = bundle_of(model, OUT / "gpu", (("fused", "fp16"),))
     say(f"{model.name}: bundle written")
     bundle = load_bundle(repository / model.name / "1")

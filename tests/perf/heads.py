@@ -56,15 +56,15 @@ OUT = ROOT / "build" / "bench"
 BUNDLE = ROOT / "deploy" / "models" / "fashion_mnist"
 SAMPLES = ROOT / "deploy" / "samples"
 PLAIN = ("timm", "dense", "by_head")
-"""Without gates: timm's model through PyTorch's exporter; ours in the layouts of `masked` and of `dispatch`. Others are
-compared with the fastest of them."""
+"""Graphs without gates: timm's model through PyTorch's exporter; ours in the layouts of `masked` and `dispatch`. The
+others are compared with the fastest of them."""
 FORCE = 100.0
 """Shift of a steering term: so large that a gate reads nothing but the terms."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table."""
+    """One row of the table."""
 
     model: str
     variant: str
@@ -72,7 +72,7 @@ class Cell:
     batch: int
     threads: int
     usage: float
-    """Of heads."""
+    """Head usage."""
     gates: str
     groups: float = field(default=1.0, kw_only=True)
     """Share of MLP groups that are open."""
@@ -85,7 +85,7 @@ class Row(Cell):
     low: float
     high: float
     ratio_to_dense: float
-    """To the fastest plain fp32 model in the same round; median over the rounds."""
+    """Ratio to the fastest plain fp32 model in the same round; median over the rounds."""
     ideal: float
     efficiency: float
     """ideal / ratio to the fastest plain model of the same precision in the same round; median over the rounds."""
@@ -95,7 +95,7 @@ class Row(Cell):
 
 
 class Model:
-    """A model whose gates do what the steering terms of a row say: latent u opens or closes unit u of its site."""
+    """A model with gates that obey the steering terms of a row: latent u opens or closes unit u of its site."""
 
     def __init__(self, name: str, vit: Any, spec: ImageSpec, mlp_groups: int = 0):
         torch.manual_seed(0)
@@ -114,7 +114,7 @@ class Model:
         self.sites, self.heads, self.groups, self.units = depth - 1, heads, mlp_groups, units
 
     def inputs(self, gates: NDArray[np.bool_]) -> Arrays:
-        """gates (B, sites, units). 32 terms a site, as a profile has."""
+        """The inputs for gates (B, sites, units), with 32 terms per site, like a profile."""
         images = np.random.default_rng(1).integers(0, 256, (len(gates), *self.spec.shape), np.uint8)
         neutral = [SteeringTerm(latent, 1.0, 0.0) for latent in range(self.units, 32)]
         rows: list[Terms] = [
@@ -166,8 +166,8 @@ class Model:
         return build(steered, self.spec, attention, {}, arithmetic).SerializeToString()
 
     def specialised(self) -> tuple[GatedVit, Sae]:
-        """With a quarter of the hidden neurons of every gated block's MLP: what a profile with one open group of four
-        would leave."""
+        """The model with a quarter of the hidden neurons in every gated block's MLP, as for a profile with one open
+        group of four."""
         model = copy.deepcopy(self.steered.model)
         for index in model.gated_blocks:
             mlp = model.vit.blocks[index].mlp
@@ -234,7 +234,7 @@ def patterns(model: Model, batch: int, usage: float, gates: str, groups: float =
 
 
 def profile_gates(batch: int) -> NDArray[np.bool_]:
-    """What the committed graph decides for sample images under the profile of their class; (B, sites, heads)."""
+    """Gates of the committed graph for sample images under the profile of their class: (B, sites, heads)."""
     bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     session = open_session(bundle.folder / bundle.manifest.graphs[0].file, bundle.manifest.graphs[0].attention)
     files = sorted(SAMPLES.glob("*/*.png"))[:: max(1, 100 // batch)][:batch]
@@ -245,7 +245,7 @@ def profile_gates(batch: int) -> NDArray[np.bool_]:
 
 
 def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
-    """Per model the cells to measure. `usage` of fashion_mnist/profiles is filled in from what the bundle decides."""
+    """The cells to measure, by model. The bundle's decisions give the `usage` of fashion_mnist/profiles."""
     model = deit_s()
     if quick:
         cells = [Cell(model.name, v, p, 8, 2, 1.0, "random") for p in ("fp32", "int8") for v in ("dense", "by_head")]
@@ -289,7 +289,7 @@ def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
 
 
 class Runner:
-    """One session alive, of one variant, in one precision, with some threads."""
+    """Keeps one session alive: of one variant, in one precision, with some threads."""
 
     def __init__(self, model: Model, cell: Cell):
         self.model, self.cell = model, cell

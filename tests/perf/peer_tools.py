@@ -1,6 +1,6 @@
-"""Programs of others that the tests and benches run, installed into build/peers: python -m tests.perf.peer_tools
+"""Installs other people's programs, which tests and benches run, into build/peers: python -m tests.perf.peer_tools
 
-- perf_analyzer, from PyPI. Where the C library is older than it needs, the next Debian's lies beside it.
+- perf_analyzer, from PyPI. If the C library is too old for it, that of the next Debian is installed beside it.
 - Triton with its Python backend, from PyPI. It runs the Python and the onnxruntime of this environment,
   with a numpy of its own.
 
@@ -25,7 +25,7 @@ TRITON = "nvidia-pytriton==0.7.0"
 TRITON_NUMPY = "numpy==1.26.4"
 """Its Python backend answers with empty tensors under numpy 2."""
 RUNTIME = ("libc6", "libstdc++6", "libgcc-s1", "libssl3t64", "zlib1g", "libzstd1")
-"""What perf_analyzer is linked with."""
+"""The libraries that perf_analyzer is linked with."""
 RUNTIME_SUITE = "trixie"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -89,7 +89,7 @@ def _check_platform() -> None:
 
 @contextmanager
 def _installing(folder: Path) -> Iterator[bool]:
-    """Whether it has to be installed: it is only then complete, and one process at a time installs."""
+    """Whether the folder must be installed. It is marked complete afterwards; one process at a time installs."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     done = folder / "installed"
     with (FOLDER / "lock").open("w") as lock:
@@ -113,7 +113,7 @@ def _runs(command: Sequence[str]) -> bool:
 
 
 def _python_library(folder: Path) -> Path:
-    """Where the shared library of this Python lies: Debian packages it apart from the program."""
+    """The folder of this Python's shared library, which Debian packages separately."""
     name = sysconfig.get_config_var("INSTSONAME")
     library, architecture = Path(sysconfig.get_config_var("LIBDIR")), sysconfig.get_config_var("MULTIARCH")
     fetched = folder / "library"
@@ -127,7 +127,7 @@ def _python_library(folder: Path) -> Path:
 
 
 def _unpack(packages: Sequence[str], folder: Path, suite: str) -> None:
-    """Unpack Debian packages into a folder, with lists of apt's own there. suite: "": that of this system."""
+    """Unpack Debian packages into a folder, with apt's lists in that folder. suite: "" for this system's."""
     if not shutil.which("apt-get"):
         raise Unavailable(f"{', '.join(packages)} of Debian are needed, and apt-get is missing")
     state = folder / "apt"
@@ -152,7 +152,7 @@ def _unpack(packages: Sequence[str], folder: Path, suite: str) -> None:
 
 
 def _mirror() -> str:
-    """The archive that this system's packages come from."""
+    """The archive of this system's packages."""
     system = platform.freedesktop_os_release()
     release = f"Release: {system.get('VERSION_CODENAME')}"
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", release, "Component: main"]

@@ -41,9 +41,9 @@ from tests.processes import serving, until
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
 MAX_BATCH = 32
-"""Of Triton; the default of steervit."""
+"""Largest batch of Triton; steervit's default."""
 WINDOWS = 3
-"""perf_analyzer measures at least so many, one after the other, and reports them together."""
+"""perf_analyzer measures at least this many windows in a row, and reports them together."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Subject:
     pixels: Callable[[Manifest], list[bytes]]
     calls: tuple[int, ...]
     rate: float
-    """Images a second, roughly: how long a measurement has to take."""
+    """Rough images a second, which determine the duration of a measurement."""
     flags: tuple[str, ...] = ()
-    """That choose the graph, where it is not the default."""
+    """Flags that choose a graph other than the default."""
 
     @cached_property
     def folder(self) -> Path:
@@ -75,9 +75,9 @@ class Subject:
 class Cell:
     model: str
     images: int
-    """A call."""
+    """Images per call."""
     calls: int
-    """At a time."""
+    """Concurrent calls."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class PerfAnalyzer:
 
 
 def own_load(address: str, subject: Subject, cell: Cell, seconds: float) -> Result:
-    """By `python -m service.client load`, over the typed API."""
+    """Measured by `python -m service.client load`, over the typed API."""
     images = subject.pixels(subject.manifest)
     report = asyncio.run(run(address, images, Load(cell.calls, seconds, cell.images), raw=True))
     return Result(report.images_per_second, report.p50_ms, report.p99_ms)
@@ -229,7 +229,7 @@ def triton_config(subject: Subject, threads: int, instances: int) -> str:
 
 @contextlib.contextmanager
 def peers(subject: Subject, options: argparse.Namespace, folder: Path) -> Iterator[list[Peer]]:
-    """All servers of a model, up and running."""
+    """All servers of a model, running."""
     analyzer = PerfAnalyzer(folder)
 
     def peer(name: str, address: str, is_triton: bool = False, generator: Callable[..., Result] = analyzer) -> Peer:
@@ -262,7 +262,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> list[Row]:
     ):
         for number in range(options.rounds):
             for cell in cells:
-                # twice as long as a server takes for all calls that are under way
+                # twice as long as a server takes for all calls in progress
                 seconds = max(options.seconds, 2 * cell.calls * cell.images / subject.rate)
                 first = number % len(servers)
                 for server in servers[first:] + servers[:first]:
@@ -274,7 +274,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> list[Row]:
 
 @dataclass(frozen=True)
 class Summary(Cell):
-    """What one server did in one cell: medians over the rounds, and the slowest and the fastest of them."""
+    """The result of one server in one cell: medians over the rounds, and the slowest and the fastest round."""
 
     peer: str
     triton: bool
@@ -284,7 +284,7 @@ class Summary(Cell):
     p50_ms: float
     p99_ms: float
     rates: tuple[float, ...]
-    """By round."""
+    """Images a second, by round."""
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:

@@ -74,7 +74,8 @@ def units_bundle() -> Path:
 
 
 def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, tuple[SteeringTerm, ...]]:
-    """Terms that hold so many heads and MLP groups of each block open, others in each block and at each offset."""
+    """Terms that hold this many heads and MLP groups of each block open, different ones in each block and at each
+    offset."""
     units = [(head, model.heads, heads) for head in range(model.heads)]
     units += [(group, model.groups, groups) for group in range(model.heads, model.units)]
     return {
@@ -86,7 +87,7 @@ def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, 
 
 
 def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
-    """A folder with so many copies of the committed bundle's profile Shirt, and their names."""
+    """A folder with this many copies of the committed bundle's profile Shirt, and their names."""
     bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
     profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
     content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
@@ -140,9 +141,9 @@ class Running(NamedTuple):
     address: str
     pid: int
     start_seconds: float
-    """Until it was ready."""
+    """Time until the server was ready."""
     metrics: str
-    """URL of the page."""
+    """URL of the metrics page."""
 
 
 @contextlib.contextmanager

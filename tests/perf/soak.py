@@ -45,16 +45,16 @@ TOLERANCE = 1e-4
 NEAR = 1e-3
 """|gate logit| of a gate that rounding may decide."""
 FLIPS = 0.1
-"""Share of the images with such a gate that may be answered otherwise."""
+"""Share of the images with such a gate whose answer may differ."""
 STRENGTHS = (0.5, 1.0)
 BUDGETS = (None, 0.9, 0.7)
 FLOORS = (None, 0.5, 0.35)
 BROWNOUT = ("--target-latency-ms", "80", "--instances", "1", "--threads", "1", "--max-batch", "8")
-"""A server that 64 calls at a time are too much for."""
+"""Flags of a server that 64 concurrent calls overload."""
 
 
 class Kind(NamedTuple):
-    """What a call asks for."""
+    """The contents of a call."""
 
     profile: str
     strength: float
@@ -69,7 +69,7 @@ class Expected:
     mask: NDArray[np.bool_]
     """(images, gated blocks, units)"""
     near: NDArray[np.bool_]
-    """(images,): some gate is near its threshold."""
+    """(images,): whether some gate is near its threshold."""
 
 
 class Alone:
@@ -98,7 +98,7 @@ class Alone:
 class Seen:
     sent: int = 0
     calls: int = 0
-    """That were answered."""
+    """Answered calls."""
     images: int = 0
     lowered: int = 0
     """Calls, by brownout."""
@@ -192,7 +192,7 @@ async def disturbed(
     honest = asyncio.create_task(ask(running.address, alone, kinds, until(60 * minutes), None, at_a_time))
     await asyncio.wait((others, honest), return_when=asyncio.FIRST_COMPLETED)
     if others.done():
-        others.result()  # it goes on until it is cancelled, or fails
+        others.result()  # it runs until it is cancelled, or fails
     others.cancel()
     return await honest
 
@@ -214,7 +214,7 @@ def soak(
         profiles.mkdir()
         put_version(bundle, repository, 1)
         flags = (*flags, "--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
-        with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log tells of the disturbances
+        with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log is full of the disturbances
             disturbances = Disturbances(running.address, running.pid, bundle, repository, profiles)
             seen = asyncio.run(disturbed(running, disturbances, alone, kinds, minutes, at_a_time))
         held = {**disturbances.held(), "disturbances": dict(disturbances.counts)}

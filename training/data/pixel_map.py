@@ -5,7 +5,7 @@
   pixels.u8      uint8 (B, H, W, C)        classes.npy    int64 (B,)
   made_for.json  what the pixels depend on
 ```
-A folder is written beside its place and moved there when it is whole: it is complete or absent. Of several
+A folder is written beside its place and moved there when it is complete: it is never there in part. Of several
 processes one writes and the others wait for it.
 """
 
@@ -44,7 +44,7 @@ def mapped(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel when the process dies
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the process dies
             if not folder.is_dir():
                 _write(folder, made_for, rows)
     except OSError as error:

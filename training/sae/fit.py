@@ -148,7 +148,7 @@ class Fitting(nn.Module):
         """Train in place, from `state` if given; returns the curve.
 
         save: called with a state every `save_every` seconds.
-        bf16: matrix products in bfloat16. A fit that goes on from a state ends as an uninterrupted one, to the bit.
+        bf16: matrix products in bfloat16. A fit that resumes from a state ends as an uninterrupted one, to the bit.
         """
         s = self.settings
         count = self.train_residuals.shape[1]
