@@ -42,7 +42,7 @@ def answers(folder: Path) -> Iterator[Rows]:
     (chapter,) = re.findall(
         r"## Questions to the access log\n.*?\n## ", (ROOT / "deploy" / "RUNBOOK.md").read_text(), re.S
     )
-    commands = re.findall(r"```\n(jq .*?)\n```", chapter, re.S)
+    commands = re.findall(r"```sh\n(jq .*?)\n```", chapter, re.S)
     assert len(commands) == 4
     for command in commands:
         done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60)

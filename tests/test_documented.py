@@ -29,6 +29,7 @@ CI = ".ci/run"
 FOLDER_OF_IMAGES = "test_journeys.py::test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone"
 EVERY_GRAPH = "test_export.py::test_every_graph_of_a_bundle_serves_the_same_answers"
 PLAYGROUND = "test_playground.py::test_from_an_upload_to_a_changed_map_of_the_heads"
+DELIVERY = "test_delivery.py::test_the_commands_of_the_page_do_what_it_says"
 RUN_ELSEWHERE = {
     "make demo": CI,
     "make test": CI,
@@ -41,6 +42,12 @@ RUN_ELSEWHERE = {
     "steervit export runs/mine deploy/models --name mine_shirt --compact-for Shirt":
         "test_export.py::test_a_compact_bundle_is_a_bundle_of_its_own",
     "steervit verify": "test_bundle.py::test_verify_needs_no_torch_and_names_what_is_wrong",
+    "steervit push": DELIVERY,
+    "steervit pull": DELIVERY,
+    "steervit predict --version canary": "test_delivery.py::test_rollback_and_canary_are_a_pull_with_a_label",
+    "make sbom":
+        "deploy/test_release.py::test_a_bill_of_materials_has_what_the_image_installs_with_hashes_and_who_needs_it",
+    "jq": "test_access_log.py::test_the_log_of_a_load_says_who_sent_most_who_was_refused_and_what_was_slow_and_why",
     "perf_analyzer": "test_perf_analyzer.py::test_perf_analyzer_measures_one_and_eight_calls_at_a_time",
 }  # fmt: skip
 """Commands, whole or by how they begin: by which test, with images, folders or flags of its own; or by the script of

@@ -113,7 +113,7 @@ def test_the_route_and_the_example_for_a_gateway_fit_the_schemas_of_their_resour
     (route,) = of_kind(found, "GRPCRoute")
     for policy in of_kind(found, "SecurityPolicy", "BackendTrafficPolicy"):
         assert [target["name"] for target in policy["spec"]["targetRefs"]] == [route["metadata"]["name"]]
-    route["spec"]["rules"][0]["timeouts"] = {"request": "5s"}  # as one would think: HTTPRoutes have it
+    route["spec"]["rules"][0]["timeouts"] = {"request": "5s"}  # plausible, but wrong: HTTPRoutes have it
     with pytest.raises(ValidationError, match="'timeouts' was unexpected"):
         Draft202012Validator(OF_GATEWAYS["GRPCRoute"]).validate(route)
 
