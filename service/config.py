@@ -77,15 +77,18 @@ class Settings(BaseSettings):
     and save the result beside the bundle, or `off`: an instance of one thread for each CPU, batches of 32."""
     max_delay_ms: float = Field(0.0, ge=0, le=1000)
     """How long a batch that is not full waits for more, milliseconds. 0: it starts as soon as an instance is free."""
-    max_queue: int = Field(1024, ge=1)
+    max_queue: int = Field(1024, ge=1, le=1_000_000_000)
     """Limit of images waiting for inference, for each model. One with a budget counts as that fraction of an image;
     with brownout, as the least that it may be lowered to. More are refused with RESOURCE_EXHAUSTED."""
     target_latency_ms: float = Field(0.0, ge=0, le=3_600_000)
     """Brownout: when calls would take longer than so many milliseconds, lower the budgets of those that allow it, and
     refuse calls that would be late even so. 0: neither."""
+    default_budget: float | None = Field(None, gt=0, le=1)
+    """The budget of requests that name none, for models with a dial; at least the dial's lowest. Without it their gates
+    decide alone."""
     min_budget: float = Field(1.0, gt=0, le=1)
     """The lowest budget that brownout may give to calls that name no min_budget. 1: they are never lowered."""
-    max_images: int = Field(256, ge=1)
+    max_images: int = Field(256, ge=1, le=1_000_000)
     """Limit of images in a call."""
     max_message_mb: int = Field(64, ge=1, le=1024)
     """Limit of the size of a request, MiB."""

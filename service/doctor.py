@@ -120,8 +120,10 @@ def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
             bundles.append(bundle)
             graphs = ", ".join(graph.file for graph in bundle.manifest.graphs)
             yield f"{name} {number}: digest {bundle.digest}, {len(bundle.profiles)} profiles, {graphs}"
-        if shelf.problem:
-            yield f"! {shelf.problem}"
+        if shelf.settings:
+            yield f"{name} serving.json: {', '.join(f'{field} {value}' for field, value in shelf.settings.items())}"
+        for problem in filter(None, (shelf.problem, shelf.settings_problem)):
+            yield f"! {problem}"
 
 
 def _profiles(settings: Settings, bundles: list[Bundle]) -> Lines:

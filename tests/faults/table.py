@@ -41,7 +41,7 @@ those that take seconds.
 | budgets, from bundle to client | test_budgets.py |
 | brownout: the policy alone and simulated; served | test_brownout.py, test_brownout_server.py |
 | service/: how it uses the CPUs, and a GPU | test_tuning.py, test_patience.py, test_transport.py, test_buckets.py |
-| service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
+| service/: what it serves | test_repository.py, test_plan.py, test_serving_file.py, test_profiles.py |
 | service/: who is let in | test_tls.py, test_security.py |
 | service/: who watches | test_metrics.py, test_tracing.py, test_model.py |
 | service/client/, the command steervit | test_client.py, test_cli.py |
