@@ -116,15 +116,14 @@ class Histogram:
             return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total, self._exemplars.copy())
 
 
-@dataclass(frozen=True)
-class ProfileTotals:
+class ProfileTotals(NamedTuple):
     """The counts of a profile at one moment."""
 
     images: int
-    heads_kept: list[list[int]]
-    """By gated block and head."""
-    mlp_groups_kept: list[list[int]]
-    """By gated block and MLP group."""
+    heads_kept: list[int]
+    """By gated block and head, the heads of a block together."""
+    mlp_groups_kept: list[int]
+    """Likewise."""
     macs_spent: int
     macs_dense: int
     lowered_images: int
@@ -195,9 +194,9 @@ class ProfileCounts:
         """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
-                self.images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
-                self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images, self._shadow_agreed,
-                (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
+                self.images, self._heads.ravel().tolist(), self._mlp_groups.ravel().tolist(), self._macs_spent,
+                self._macs_dense, self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images,
+                self._shadow_agreed, (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
                 self._lowered_shadow_agreed,
             )  # fmt: skip
 

@@ -28,6 +28,7 @@ from service.exposition import (
     add_profile,
     add_requests,
     add_version,
+    in_slices,
     profile_label,
 )
 from service.tuning import Plan
@@ -159,7 +160,7 @@ class Metrics:
         for names, counts in versions.items():
             add_version(rows, names, counts)
         by_head = self._by_head(profiles)
-        for key, counted in profiles.items():
+        for key, counted in in_slices(profiles.items()):
             add_profile(rows, key[:2], key[2], counted, key in by_head)
         for model in {model.names: model for model in models}.values():  # the youngest of each version
             model.add_gauges(rows)
