@@ -107,10 +107,11 @@ class Settings(BaseSettings):
     """Share of the steered images that are also run unsteered, to monitor whether the answers agree; and of the images
     at a budget lowered by brownout, which are also run at their own once no budgets are lowered."""
     max_profile_series: int = Field(200, ge=0)
-    """Limit of the profiles of a model with metrics of their own, in order of names. The others share `other`."""
+    """Limit of the profiles of a model with metrics of their own: those with the most images recently. The others share
+    `other`."""
     head_series: Literal["all", "top", "none"] = "all"
-    """Which of those have series for each head and MLP group: all, the 10 of a model with the most images, or none. The
-    others have one of all heads and one of all groups, without block and head."""
+    """Which of those have series for each head and MLP group: all, the 10 of a model with the most images recently, or
+    none. The others have one of all heads and one of all groups, without block and head."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images, and make explanations and large answers."""
     drain_delay_seconds: float = Field(0.5, ge=0)

@@ -198,10 +198,9 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     rows["steervit_decode_duration_seconds"].append((names, counts.decode.read()))
 
 
-def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts, by_head: bool) -> None:
-    """Add the series of a profile's counts. rows: with a list for every family; by_head: with a series for each head
-    and MLP group, rather than one of all."""
-    totals = counts.read()
+def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
+    """Add the series of a profile's counts. rows: with a list for every family."""
+    totals, by_head = counts.read(), counts.by_head
     units = totals.heads_kept, totals.mlp_groups_kept
     values: tuple[int | tuple[int, ...], ...] = (
         totals.images, totals.macs_spent, totals.macs_dense, totals.lowered_images, totals.macs_saved,
@@ -209,9 +208,8 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
         totals.lowered_shadow_agreed, totals.shadow_heads,
         *(tuple(each) if by_head else (sum(each),) * bool(each) for each in units),
     )  # fmt: skip
-    for (name, lines), value in zip(
-        _lines((*names, profile_label(profile)), counts.layout, by_head), values, strict=True
-    ):
+    written = _lines((*names, profile_label(profile)), counts.layout, by_head)
+    for (name, lines), value in zip(written, values, strict=True):
         if lines:
             rows[name].append(lines % value)
 

@@ -97,12 +97,12 @@ def test_heads_have_series_for_all_profiles_or_for_the_busiest_or_for_none(
     """Of 13 profiles, none and custom; what is summed over heads is the same."""
     page = Page(head_series=kept)
     served = page.serve(bundle)
-    for images, name in enumerate(bundle.profiles, 1):
-        served.answered(name, answers(bundle, images))
+    for number, name in enumerate(bundle.profiles, 1):
+        served.answered(name, answers(bundle, 20 * number))
     assert page.lines("steervit_heads_kept_total{") == series
-    for images, name in enumerate(bundle.profiles, 1):
-        assert page.value("steervit_heads_kept_total", profile=name) == 30 * images
-        by_head = kept == "all" or (kept == "top" and images > 3)
+    for number, name in enumerate(bundle.profiles, 1):
+        assert page.value("steervit_heads_kept_total", profile=name) == 30 * 20 * number
+        by_head = kept == "all" or (kept == "top" and number > 3)
         assert page.lines("steervit_heads_kept_total{", f'profile="{name}"', 'head="5"') == 5 * by_head
 
 
