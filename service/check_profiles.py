@@ -29,15 +29,21 @@ def main(arguments: Sequence[str]) -> int:
         "--bundle", type=Path, action="append", required=True, metavar="DIR",
         help="a bundle that is served, or a repository of them; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--default-profile", default="", help="as of the server: every bundle must have it")
+    parser.add_argument(
+        "--default-profile", default="", help="as of the server: every bundle must have it, or that of its serving.json"
+    )
     options = parser.parse_args(arguments)
     try:
         shelves = [shelf for repository in options.bundle for shelf in scan(repository).values()]
-        bundles = [load_bundle(version.path) for shelf in shelves for version in shelf.versions.values()]
+        served = [
+            (load_bundle(version.path), shelf.settings.get("default_profile", options.default_profile))
+            for shelf in shelves
+            for version in shelf.versions.values()
+        ]
     except BundleError as error:
         print(error, file=sys.stderr)
         return 1
-    lines, problems = check(options.folder, bundles, options.default_profile)
+    lines, problems = check(options.folder, served)
     print("\n".join(lines))
     for problem in problems:
         print(problem, file=sys.stderr)

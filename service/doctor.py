@@ -20,7 +20,7 @@ import onnxruntime
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from export.bundle import Bundle, BundleError, load_bundle
+from export.bundle import BundleError, load_bundle
 from service import cuda, profiles
 from service.catalogue import scan
 from service.config import Settings
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     except ValidationError as error:
         print(error, file=sys.stderr)
         return 2
-    bundles: list[Bundle] = []
+    served: list[profiles.Served] = []
     sections = {
         "versions": _versions(settings), "machine": _machine(settings), "settings": _settings(settings),
-        "models": _models(settings, bundles), "profiles": _profiles(settings, bundles),
+        "models": _models(settings, served), "profiles": _profiles(settings, served),
         "certificates": _certificates(settings), "server": _server(settings),
     }  # fmt: skip
     problems = 0
@@ -101,7 +101,7 @@ def _settings(settings: Settings) -> Lines:
         yield f"{name} {value}"
 
 
-def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
+def _models(settings: Settings, served: list[profiles.Served]) -> Lines:
     """Adds the bundles."""
     try:
         catalogue = scan(settings.repository)
@@ -117,7 +117,7 @@ def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
             except BundleError as error:
                 yield f"! {name} {number}: {error}"
                 continue
-            bundles.append(bundle)
+            served.append((bundle, shelf.settings.get("default_profile", settings.default_profile)))
             graphs = ", ".join(graph.file for graph in bundle.manifest.graphs)
             yield f"{name} {number}: digest {bundle.digest}, {len(bundle.profiles)} profiles, {graphs}"
         if shelf.settings:
@@ -126,9 +126,9 @@ def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
             yield f"! {problem}"
 
 
-def _profiles(settings: Settings, bundles: list[Bundle]) -> Lines:
+def _profiles(settings: Settings, served: list[profiles.Served]) -> Lines:
     if settings.profiles_dir:
-        lines, problems = profiles.check(settings.profiles_dir, bundles, settings.default_profile)
+        lines, problems = profiles.check(settings.profiles_dir, served)
         yield from lines
         yield from (f"! {problem}" for problem in problems)
 

@@ -117,9 +117,12 @@ class Model:
         self._metrics.follow_queue(queue, settings.max_queue)
 
     @property
-    def limits(self) -> dict[str, Any]:
+    def in_force(self) -> dict[str, Any]:
         """The settings that hold for this model, beside its plan and its graph; default_budget only if there is one."""
-        names = ("max_queue", "max_delay_ms", "max_images", "min_budget", "target_latency_ms", "shadow_fraction")
+        names = (
+            "max_queue", "max_delay_ms", "max_images", "default_profile", "min_budget", "target_latency_ms",
+            "shadow_fraction",
+        )  # fmt: skip
         of_budget = {} if self.default_budget is None else {"default_budget": self.default_budget}
         return {name: getattr(self.settings, name) for name in names} | of_budget
 

@@ -98,7 +98,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
                 preferred_batch_size=[model.plan.max_batch],
                 max_queue_delay_microseconds=round(1000 * model.settings.max_delay_ms),
             ),
-            parameters={name: pb.ModelParameter(string_value=f"{value}") for name, value in model.limits.items()},
+            parameters={name: pb.ModelParameter(string_value=f"{value}") for name, value in model.in_force.items()},
         )
         return pb.ModelConfigResponse(config=config)
 

@@ -326,7 +326,7 @@ class Repository:
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
         if self._surroundings.serving:  # at the start the profile folder has not been read yet
-            self._profiles.check_default(bundle)
+            self._profiles.check_default(bundle, settings.get("default_profile", self._settings.default_profile))
         return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings, settings)
 
     def _give_profiles(self, model: Model) -> None:

@@ -16,7 +16,7 @@ from training.fields import AS_INTEGER, sentence
 
 PER_MODEL = (
     "graph", "specialised", "instances", "threads", "max_batch", "max_delay_ms", "max_queue", "max_images",
-    "default_budget", "min_budget", "target_latency_ms", "shadow_fraction",
+    "default_profile", "default_budget", "min_budget", "target_latency_ms", "shadow_fraction",
 )  # fmt: skip
 """The settings that a model may have of its own."""
 

@@ -113,7 +113,7 @@ class SteeringService(SteeringServiceServicer):
             mlp_groups=manifest.mlp_groups,
             dial=dial_points(bundle.curves.get("", ())),
             lowest_budget=bundle.dial.lowest if bundle.dial else None,
-            settings=pb.ModelSettings(**model.limits, of_model=sorted(model.own_settings)),
+            settings=pb.ModelSettings(**model.in_force, of_model=sorted(model.own_settings)),
         )
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:

@@ -27,9 +27,14 @@ VALUES = st.one_of(
 )  # fmt: skip
 CONTENT = st.dictionaries(st.sampled_from([*PER_MODEL, "max_bach", "host"]), VALUES, max_size=3) | VALUES
 
+OWN = {
+    "max_batch": 2, "threads": 1, "instances": 1, "max_queue": 3, "max_images": 4, "min_budget": 0.4,
+    "default_profile": "b",
+}  # fmt: skip
+
 
 @given(CONTENT)
-def test_what_is_read_is_what_the_schema_allows_and_a_refusal_names_the_field(content: Any) -> None:
+def test_the_reader_allows_what_the_schema_allows_and_names_a_wrong_field(content: Any) -> None:
     if SCHEMA.is_valid(content):
         assert read(content) == content
         return
@@ -42,7 +47,7 @@ def test_what_is_read_is_what_the_schema_allows_and_a_refusal_names_the_field(co
 def repository(tmp_path: Path) -> Path:
     put(load_bundle(SMALL / "small" / "1"), tmp_path, 1)
     put(load_bundle(SMALL / "small" / "1"), tmp_path, 1, "other")
-    write(tmp_path, {"max_batch": 2, "threads": 1, "instances": 1, "max_queue": 3, "max_images": 4, "min_budget": 0.4})
+    write(tmp_path, OWN)
     return tmp_path
 
 
@@ -64,18 +69,19 @@ def test_each_model_has_its_settings_and_the_server_those_of_the_rest(polling: S
         own, other = client.model("fashion_mnist"), client.model("other")
         assert (own.instances.max_batch, own.instances.instances, own.instances.source) == (2, 1, "flags")
         assert (own.settings.max_queue, own.settings.max_images, own.settings.min_budget) == (3, 4, 0.4)
-        assert own.settings.of_model == ["instances", "max_batch", "max_images", "max_queue", "min_budget", "threads"]
+        assert own.settings.of_model == sorted(OWN)
         assert (other.settings.max_queue, other.settings.max_images, other.settings.of_model) == (64, 256, [])
         assert own.settings.max_delay_ms == other.settings.max_delay_ms == 1.5, "of the flag"
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         config = stub.ModelConfig(pb.ModelConfigRequest(name="fashion_mnist"), timeout=10).config
         assert (config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)) == (4, [2])
         assert {name: value.string_value for name, value in config.parameters.items()} == {
-            "max_queue": "3", "max_delay_ms": "1.5", "max_images": "4", "min_budget": "0.4",
+            "max_queue": "3", "max_delay_ms": "1.5", "max_images": "4", "min_budget": "0.4", "default_profile": "b",
             "target_latency_ms": "0.0", "shadow_fraction": "0.0",
         }  # fmt: skip
         assert polling.count("steervit_queue_limit_images", model="fashion_mnist") == 3
         assert len(client.predict([BAG] * 9, model="other").predictions) == 9
+        assert [client.predict([BAG], model=name).receipt.profile for name in ("fashion_mnist", "other")] == ["b", ""]
         for images, sentence in ((4, "4 images at full budget"), (5, "images has 5 entries; allowed: 1 to 4")):
             with pytest.raises(grpc.RpcError) as caught:
                 client.predict([BAG] * images, model="fashion_mnist")
@@ -96,6 +102,7 @@ def test_a_changed_file_is_followed_and_a_wrong_one_changes_nothing(polling: Ser
             ({"max_queue": 0}, "max_queue is 0; allowed: 1 or more"),
             ({"max_bach": 2}, "'max_bach' is no setting of a model; allowed: graph, specialised"),
             ("{", "Expecting property name"),
+            ({"default_profile": "night"}, "default_profile is 'night'; allowed: 'b'"),
             ({"graph": "compact.fp16"}, "graph is 'compact.fp16'; "),
         ):
             write(repository, wrong)
