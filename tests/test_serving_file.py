@@ -1,6 +1,8 @@
 """Settings of a model in serving.json: what is in force, what is refused with which words, and that it is followed."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from processes import ROOT, SMALL, ServerProcess, run_main, serving, until
 from test_repository import BAG, POLL, index, put, version_of
 
 from export.bundle import load_bundle
+from service import doctor
 from service.__main__ import main
 from service.client import Client
 from service.pb import open_inference_pb2 as pb
@@ -88,13 +91,38 @@ def test_each_model_has_its_settings_and_the_server_those_of_the_rest(polling: S
             assert sentence in caught.value.details()
 
 
+@contextlib.contextmanager
+def asking(server: ServerProcess) -> Iterator[None]:
+    """A client that asks the model all the time, and is always answered."""
+    done, answered, problems = threading.Event(), [0], list[str]()
+
+    def ask() -> None:
+        with Client(server.address) as client:
+            while not done.is_set():
+                try:
+                    client.predict([BAG], model="fashion_mnist")
+                    answered[0] += 1
+                except grpc.RpcError as error:
+                    problems.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert answered[0] > 20
+    assert problems == []
+
+
 def test_a_changed_file_is_followed_and_a_wrong_one_changes_nothing(polling: ServerProcess, repository: Path) -> None:
     key = ("fashion_mnist", "1")
 
     def queue() -> int:
         return int(client.model("fashion_mnist").settings.max_queue)
 
-    with Client(polling.address) as client:
+    with asking(polling), Client(polling.address) as client:
         write(repository, {"max_queue": 5})
         until(lambda: queue() == 5)
         other_batches = polling.count("steervit_model_info", model="other")
@@ -125,4 +153,6 @@ def test_a_server_does_not_start_with_a_wrong_file(repository: Path) -> None:
     write(repository, {"min_budget": 1.5})
     done = run_main(main, "--repository", str(repository), "--port", "0", "--metrics-port", "0")
     assert done.returncode == 1
-    assert f"{repository / 'fashion_mnist' / 'serving.json'}: min_budget is 1.5; allowed: less than or" in done.stderr
+    reason = f"{repository / 'fashion_mnist' / 'serving.json'}: min_budget is 1.5; allowed: less than or"
+    assert reason in done.stderr
+    assert f"\n  ! {reason}" in run_main(doctor.main, "--repository", str(repository), "--metrics-port", "1").stdout
