@@ -22,7 +22,7 @@ Lists = Mapping[str, list[Row]]
 """Rows being collected."""
 Version = tuple[str, str]
 """Model and version."""
-SLICE, PAUSE = 0.0002, 0.0001
+SLICE, PAUSE = 0.0002, 0.002
 """Seconds."""
 T = TypeVar("T")
 RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoProfile)))
