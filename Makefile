@@ -57,8 +57,9 @@ proto: .venv/.dev  ## Generate service/pb from proto/
 dashboards: .venv/.dev  ## Write deploy/dashboards/*.json from the Python beside them
 	$(RUN) -m deploy.dashboards
 
-schemas: .venv/.dev  ## Write docs/schemas/*.json, the JSON Schemas of a bundle's manifest.json and profiles.json
+schemas: .venv/.dev  ## Write docs/schemas/*.json, the JSON Schemas of manifest.json, profiles.json and serving.json
 	$(RUN) -m export.schemas
+	$(RUN) -m service.serving_file
 
 reference: .venv/.dev  ## Write docs/cli.md, the reference of the command line, from the flags in the code
 	$(RUN) -m service.cli_page

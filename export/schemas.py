@@ -23,8 +23,13 @@ def main(folder: Path) -> None:
     """Write both schemas into the folder, with the docstrings of fields as descriptions."""
     for name, kind in FILES.items():
         kind.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # not in the server: it reads the source
-        schema = {"$schema": GenerateJsonSchema.schema_dialect, **TypeAdapter(kind).json_schema()}
-        (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=2) + "\n")
+        write(name, kind, folder)
+
+
+def write(name: str, kind: type[Any], folder: Path) -> None:
+    """Write the schema of <name>.json into the folder."""
+    schema = {"$schema": GenerateJsonSchema.schema_dialect, **TypeAdapter(kind).json_schema()}
+    (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The contents of the repository folder: models, versions, labels. Reads names and sizes, loads nothing.
+"""The contents of the repository folder: models, versions, labels, settings. Reads names and sizes, loads nothing.
 
 ```
 <repository>/<model>/<version>/manifest.json ...      or <repository>/manifest.json: a single bundle
 <repository>/<model>/labels.json                      {"stable": 3, "canary": 4}: versions by name
+<repository>/<model>/serving.json                     {"max_batch": 8}: settings of the model (serving_file.py)
 ```
 """
 
@@ -11,17 +12,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from export.bundle import VERSION, BundleError, check_inside, is_bundle, locked, versions
+from service import serving_file
 
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
 """The label of the version that serves requests without a version; if it is missing, the newest serves them."""
 Fingerprint = tuple[tuple[str, int, int], ...]
-"""Name, size and modification time of every file. After a change a version that did not load is tried again."""
+"""Name, size and modification time of every file, serving.json included. After a change a version is loaded again."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Shelf:
     labels: Mapping[str, int] = field(default_factory=dict)
     problem: str = ""
     """What is wrong with labels.json."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of serving.json."""
+    settings_problem: str = ""
+    """What is wrong with serving.json."""
 
 
 class Catalogue(dict[str, Shelf]):
@@ -62,11 +69,14 @@ def scan(repository: Path) -> Catalogue:
         raise BundleError(f"repository is {repository}, which is not a folder")
     for model in _folders(repository, lambda name: not name.startswith("."), shelves.skipped):
         versions = {}
+        of_settings = _states([model / "serving.json"])  # before it is read: what changes meanwhile is read next time
         for folder in _folders(model, lambda name: bool(VERSION.fullmatch(name)), shelves.skipped):
             with contextlib.suppress(FileNotFoundError):  # removed since
-                versions[int(folder.name)] = VersionFolder(folder, _fingerprint(folder))
+                versions[int(folder.name)] = VersionFolder(folder, _fingerprint(folder) + of_settings)
         if versions:
-            shelves[model.name] = Shelf(versions, *_labels(repository, model, versions))
+            shelves[model.name] = Shelf(
+                versions, *_labels(repository, model, versions), *_settings(model / "serving.json", repository)
+            )
     if not shelves:
         skipped = "".join(f"; {path}: {reason}" for path, reason in shelves.skipped.items())
         raise BundleError(
@@ -102,14 +112,11 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
 def _labels(repository: Path, model: Path, versions: Mapping[int, VersionFolder]) -> tuple[dict[str, int], str]:
     path = model / "labels.json"
     try:
-        check_inside(path, repository)
-        value = json.loads(path.read_bytes())
+        value = _content(path, repository)
     except FileNotFoundError:
         return {}, ""
-    except BundleError as error:
+    except ValueError as error:
         return {}, str(error)
-    except (OSError, ValueError, RecursionError) as error:
-        return {}, f"{path}: {error}"
     if not isinstance(value, dict):
         return {}, f"{path} holds a {type(value).__name__}; allowed: an object of versions by name"
     for label, version in value.items():
@@ -156,6 +163,33 @@ def check_label(repository: Path, name: str, label: str) -> dict[str, int]:
     return labels
 
 
+def _settings(path: Path, repository: Path) -> tuple[Mapping[str, Any], str]:
+    """The settings of a serving.json, and what is wrong with it."""
+    try:
+        value = _content(path, repository)
+    except FileNotFoundError:
+        return {}, ""
+    except ValueError as error:
+        return {}, str(error)
+    try:
+        return serving_file.read(value), ""
+    except ValueError as error:
+        return {}, f"{path}: {error}"
+
+
+def _content(path: Path, repository: Path) -> Any:
+    """The value in a JSON file. Raises FileNotFoundError without the file, ValueError when it cannot be read."""
+    try:
+        check_inside(path, repository)
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except BundleError as error:
+        raise ValueError(str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _single(folder: Path) -> tuple[str, int]:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -166,13 +200,18 @@ def _single(folder: Path) -> tuple[str, int]:
 
 def _fingerprint(folder: Path) -> Fingerprint:
     """The state of a folder; empty if it cannot be read: loading it gives the reason. Raises FileNotFoundError."""
-    files = []
     try:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
         raise
     except OSError:
         return ()
+    return _states(paths)
+
+
+def _states(paths: Iterable[Path]) -> Fingerprint:
+    """Of those that are there and can be read."""
+    files = []
     for path in paths:
         try:
             status = path.stat()

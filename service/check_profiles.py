@@ -32,7 +32,10 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="a bundle that is served, or a repository of them; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--default-profile", default="", metavar="NAME", help="as of the server: every bundle must have it"
+        "--default-profile",
+        default="",
+        metavar="NAME",
+        help="as of the server: every bundle must have it, or that of its serving.json",
     )
     return parser
 
@@ -50,11 +53,15 @@ def main(arguments: Sequence[str], prog: str = PROG) -> int:
 
     try:
         shelves = [shelf for repository in options.bundle for shelf in scan(repository).values()]
-        bundles = [load_bundle(version.path) for shelf in shelves for version in shelf.versions.values()]
+        served = [
+            (load_bundle(version.path), shelf.settings.get("default_profile", options.default_profile))
+            for shelf in shelves
+            for version in shelf.versions.values()
+        ]
     except (BundleError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    lines, problems = check(options.folder, bundles, options.default_profile)
+    lines, problems = check(options.folder, served)
     for line in lines:
         print(line)
     for problem in problems:

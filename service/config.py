@@ -81,15 +81,18 @@ class Settings(BaseSettings):
     and save the result beside the bundle, or `off`: an instance of one thread for each CPU, batches of 32."""
     max_delay_ms: float = Field(0.0, ge=0, le=1000)
     """How long a batch that is not full waits for more, milliseconds. 0: it starts as soon as an instance is free."""
-    max_queue: int = Field(1024, ge=1)
+    max_queue: int = Field(1024, ge=1, le=1_000_000_000)
     """Limit of images waiting for inference, for each model. One with a budget counts as that fraction of an image;
     with brownout, as the least that it may be lowered to. More are refused with RESOURCE_EXHAUSTED."""
     target_latency_ms: float = Field(0.0, ge=0, le=3_600_000)
     """Brownout: when calls would take longer than so many milliseconds, lower the budgets of those that allow it, and
     refuse calls that would be late even so. 0: neither."""
+    default_budget: float | None = Field(None, gt=0, le=1)
+    """The budget of requests that name none, for models with a dial; at least the dial's lowest. Without it their gates
+    decide alone."""
     min_budget: float = Field(1.0, gt=0, le=1)
     """The lowest budget that brownout may give to calls that name no min_budget. 1: they are never lowered."""
-    max_images: int = Field(256, ge=1)
+    max_images: int = Field(256, ge=1, le=1_000_000)
     """Limit of images in a call."""
     max_message_mb: int = Field(64, ge=1, le=1024)
     """Limit of the size of a request, MiB."""
@@ -108,10 +111,11 @@ class Settings(BaseSettings):
     """Share of the steered images that are also run unsteered, to monitor whether the answers agree; and of the images
     at a budget lowered by brownout, which are also run at their own once no budgets are lowered."""
     max_profile_series: int = Field(200, ge=0)
-    """Limit of the profiles of a model with metrics of their own, in order of names. The others share `other`."""
+    """Limit of the profiles of a model with metrics of their own: those with the most images recently. The others share
+    `other`."""
     head_series: Literal["all", "top", "none"] = "all"
-    """Which of those have series for each head and MLP group: all, the 10 of a model with the most images, or none. The
-    others have one of all heads and one of all groups, without block and head."""
+    """Which of those have series for each head and MLP group: all, the 10 of a model with the most images recently, or
+    none. The others have one of all heads and one of all groups, without block and head."""
     decode_threads: int = Field(2, ge=1)
     """Threads that decode images, and make explanations and large answers."""
     drain_delay_seconds: float = Field(0.5, ge=0)

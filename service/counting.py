@@ -125,15 +125,14 @@ class Histogram:
             return Buckets(self._bounds, tuple(accumulate(self._counts)), self._total, self._exemplars.copy())
 
 
-@dataclass(frozen=True)
-class ProfileTotals:
+class ProfileTotals(NamedTuple):
     """The counts of a profile at one moment."""
 
     images: int
-    heads_kept: list[list[int]]
-    """By gated block and head."""
-    mlp_groups_kept: list[list[int]]
-    """By gated block and MLP group."""
+    heads_kept: list[int]
+    """By gated block and head, the heads of a block together."""
+    mlp_groups_kept: list[int]
+    """Likewise."""
     macs_spent: int
     macs_dense: int
     lowered_images: int
@@ -150,13 +149,14 @@ class ProfileTotals:
 class ProfileCounts:
     """The counts of one profile of a model."""
 
-    def __init__(self, blocks: tuple[int, ...], heads: int, mlp_groups: int):
-        """blocks: those with gates; heads, mlp_groups: of each."""
-        self.layout = blocks, heads, mlp_groups
+    def __init__(self, blocks: tuple[int, ...], heads: int, mlp_groups: int, by_head: bool):
+        """blocks: those with gates; heads, mlp_groups: of each; by_head: with a series for each head and MLP group,
+        rather than one of all."""
+        self.layout, self.by_head = (blocks, heads, mlp_groups), by_head
         self._lock = threading.Lock()
         self._mlp_groups: NDArray[np.int64] = np.zeros((len(blocks), mlp_groups), np.int64)
         self._heads: NDArray[np.int64] = np.zeros((len(blocks), heads), np.int64)
-        self.images = self._macs_spent = self._macs_dense = self._near_threshold = 0
+        self._images = self._macs_spent = self._macs_dense = self._near_threshold = 0
         self._lowered_images = self._macs_saved = 0
         self._shadow_images = self._shadow_agreed = self._shadow_steered = self._shadow_unsteered = 0
         self._lowered_shadow_images = self._lowered_shadow_agreed = 0
@@ -169,7 +169,7 @@ class ProfileCounts:
         groups = of_mlps[0] if count == 1 else of_mlps.sum(0)  # (G, M)
         spent, near = sum(outputs.macs.tolist()), sum(outputs.near_threshold.tolist())
         with self._lock:
-            self.images += count
+            self._images += count
             self._heads += kept
             self._mlp_groups += groups
             self._macs_spent += spent
@@ -204,9 +204,9 @@ class ProfileCounts:
         """The counts at this moment."""
         with self._lock:
             return ProfileTotals(
-                self.images, self._heads.tolist(), self._mlp_groups.tolist(), self._macs_spent, self._macs_dense,
-                self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images, self._shadow_agreed,
-                (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
+                self._images, self._heads.ravel().tolist(), self._mlp_groups.ravel().tolist(), self._macs_spent,
+                self._macs_dense, self._lowered_images, self._macs_saved, self._near_threshold, self._shadow_images,
+                self._shadow_agreed, (self._shadow_steered, self._shadow_unsteered), self._lowered_shadow_images,
                 self._lowered_shadow_agreed,
             )  # fmt: skip
 

@@ -21,7 +21,7 @@ import onnxruntime
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from export.bundle import Bundle, BundleError, load_bundle
+from export.bundle import BundleError, load_bundle
 from service import cuda, limits, profiles
 from service.catalogue import scan
 from service.config import DOCTOR, Settings, problems, source
@@ -51,11 +51,11 @@ def main(arguments: Sequence[str], prog: str = "python -m service.doctor") -> in
     except ValidationError as error:
         print("\n".join(problems(error)), file=sys.stderr)
         return 2
-    bundles: list[Bundle] = []
+    served: list[profiles.Served] = []
     sections = {
         "versions": _versions(settings), "machine": _machine(settings), "settings": _settings(settings),
-        "models": _models(settings, bundles), "profiles": _profiles(settings, bundles),
-        "limits by client": _limits(settings, bundles), "certificates": _certificates(settings),
+        "models": _models(settings, served), "profiles": _profiles(settings, served),
+        "limits by client": _limits(settings, served), "certificates": _certificates(settings),
         "server": _server(settings),
     }  # fmt: skip
     failed = 0
@@ -103,7 +103,7 @@ def _settings(settings: Settings) -> Lines:
         yield f"{name} {value}"
 
 
-def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
+def _models(settings: Settings, served: list[profiles.Served]) -> Lines:
     """Adds the bundles."""
     try:
         catalogue = scan(settings.repository)
@@ -119,21 +119,23 @@ def _models(settings: Settings, bundles: list[Bundle]) -> Lines:
             except BundleError as error:
                 yield f"! {name} {number}: {error}"
                 continue
-            bundles.append(bundle)
+            served.append((bundle, shelf.settings.get("default_profile", settings.default_profile)))
             graphs = ", ".join(graph.file for graph in bundle.manifest.graphs)
             yield f"{name} {number}: digest {bundle.digest}, {len(bundle.profiles)} profiles, {graphs}"
-        if shelf.problem:
-            yield f"! {shelf.problem}"
+        if shelf.settings:
+            yield f"{name} serving.json: {', '.join(f'{field} {value}' for field, value in shelf.settings.items())}"
+        for problem in filter(None, (shelf.problem, shelf.settings_problem)):
+            yield f"! {problem}"
 
 
-def _profiles(settings: Settings, bundles: list[Bundle]) -> Lines:
+def _profiles(settings: Settings, served: list[profiles.Served]) -> Lines:
     if settings.profiles_dir:
-        lines, wrong = profiles.check(settings.profiles_dir, bundles, settings.default_profile)
+        lines, wrong = profiles.check(settings.profiles_dir, served)
         yield from lines
         yield from (f"! {problem}" for problem in wrong)
 
 
-def _limits(settings: Settings, bundles: list[Bundle]) -> Lines:
+def _limits(settings: Settings, served: list[profiles.Served]) -> Lines:
     if not settings.client_limits:
         return
     try:
@@ -141,9 +143,9 @@ def _limits(settings: Settings, bundles: list[Bundle]) -> Lines:
     except limits.LimitsError as error:
         yield f"! {error}"
         return
-    served = {bundle.manifest.name for bundle in bundles}
+    names = {bundle.manifest.name for bundle, _ in served}
     for name, limit in {**of_clients.clients, "default": of_clients.default}.items():
-        if unknown := set(limit.models or ()) - served:
+        if unknown := set(limit.models or ()) - names:
             yield f"! {name} may call {', '.join(sorted(unknown))}, which the repository does not have"
     yield f"for {', '.join(of_clients.clients) or 'no client'}, and a default"
     if not settings.tls_client_ca:

@@ -1,11 +1,12 @@
 """The metrics page: its families, and how their values are written. The only file that knows Prometheus."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Literal, TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,14 +14,17 @@ from prometheus_client.utils import floatToGoString
 
 from service.counting import Buckets, Exemplar, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
 
-Row = tuple[tuple[str, ...], float | Buckets]
-"""The values of a series' labels, and its value."""
+Row = tuple[tuple[str, ...], float | Buckets] | str
+"""The values of a series' labels, and its value; or lines of the page, as they stand in both formats."""
 Rows = Mapping[str, Iterable[Row]]
 """By the name of their family."""
 Lists = Mapping[str, list[Row]]
 """Rows being collected."""
 Version = tuple[str, str]
 """Model and version."""
+SLICE, PAUSE = 0.0002, 0.002
+"""Seconds."""
+T = TypeVar("T")
 RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoProfile)))
 
 
@@ -36,12 +40,14 @@ class Family:
     def lines(self, rows: Iterable[Row], openmetrics: bool = False) -> list[str]:
         """The family in Prometheus's text format, or in that of OpenMetrics, with exemplars. Prometheus's client
         library takes seven times as long."""
-        name = f"{self.name}_total" if self.kind == "counter" else self.name
+        name = self.sample
         family = self.name if openmetrics else name
         head = [f"# HELP {family} {self.help}", f"# TYPE {family} {self.kind}"]
         if self.kind != "histogram":
-            return head + [f"{name}{{{_labels(self.labels, values)}}} {value}" for values, value in rows]
-        for values, value in rows:
+            return head + [row if isinstance(row, str) else self.line(*row) for row in rows]
+        for row in rows:
+            assert not isinstance(row, str)
+            values, value = row
             assert isinstance(value, Buckets)
             labels = _labels(self.labels, values)
             bounds = [*map(floatToGoString, value.bounds), "+Inf"]
@@ -51,6 +57,15 @@ class Family:
                 head.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}{example}')
             head += (f"{name}_count{{{labels}}} {value.cumulative[-1]}", f"{name}_sum{{{labels}}} {value.total}")
         return head
+
+    @property
+    def sample(self) -> str:
+        """The name of its samples, but for those of a histogram."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def line(self, values: tuple[str, ...], value: object) -> str:
+        """A series that is no histogram. values: of its labels."""
+        return f"{self.sample}{{{_labels(self.labels, values)}}} {value}"
 
 
 MODEL = ("model", "version")
@@ -172,6 +187,7 @@ FAMILIES = (
     Family("gauge", "steervit_build_info", "1; the program's version, and the revision of its source.",
            ("version", "revision")),
 )  # fmt: skip
+BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def profile_label(key: Key) -> str:
@@ -207,39 +223,53 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
     rows["steervit_decode_duration_seconds"].append((names, counts.decode.read()))
 
 
-def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts, by_head: bool) -> None:
-    """Add the series of a profile's counts. rows: with a list for every family; by_head: with a series for each head
-    and MLP group, rather than one of all."""
-    labels, totals = (*names, profile_label(profile)), counts.read()
-    rows["steervit_images"].append((labels, totals.images))
-    rows["steervit_macs_spent"].append((labels, totals.macs_spent))
-    rows["steervit_macs_dense"].append((labels, totals.macs_dense))
-    rows["steervit_brownout_images"].append((labels, totals.lowered_images))
-    rows["steervit_brownout_macs_saved"].append((labels, totals.macs_saved))
-    rows["steervit_gates_near_threshold"].append((labels, totals.near_threshold))
-    rows["steervit_shadow_images"].append((labels, totals.shadow_images))
-    rows["steervit_shadow_agreed"].append((labels, totals.shadow_agreed))
-    rows["steervit_brownout_shadow_images"].append((labels, totals.lowered_shadow_images))
-    rows["steervit_brownout_shadow_agreed"].append((labels, totals.lowered_shadow_agreed))
-    for steering, kept in zip(("steered", "unsteered"), totals.shadow_heads, strict=True):
-        rows["steervit_shadow_heads_kept"].append(((*labels, steering), kept))
-    blocks, *_ = counts.layout
-    units = {"steervit_heads_kept": totals.heads_kept, "steervit_mlp_groups_kept": totals.mlp_groups_kept}
-    for name, by_block in units.items():
-        if not by_head and any(by_block):
-            rows[name].append(((*labels, "", ""), sum(map(sum, by_block))))
-            continue
-        of_units = _unit_labels(labels, blocks, len(by_block[0]) if by_block else 0)
-        rows[name] += zip(of_units, chain.from_iterable(by_block), strict=True)
+def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
+    """Add the series of a profile's counts. rows: with a list for every family."""
+    totals, by_head = counts.read(), counts.by_head
+    units = totals.heads_kept, totals.mlp_groups_kept
+    values: tuple[int | tuple[int, ...], ...] = (
+        totals.images, totals.macs_spent, totals.macs_dense, totals.lowered_images, totals.macs_saved,
+        totals.near_threshold, totals.shadow_images, totals.shadow_agreed, totals.lowered_shadow_images,
+        totals.lowered_shadow_agreed, totals.shadow_heads,
+        *(tuple(each) if by_head else (sum(each),) * bool(each) for each in units),
+    )  # fmt: skip
+    written = _lines((*names, profile_label(profile)), counts.layout, by_head)
+    for (name, lines), value in zip(written, values, strict=True):
+        if lines:
+            rows[name].append(lines % value)
 
 
 @lru_cache(2**12)
-def _unit_labels(labels: tuple[str, ...], blocks: tuple[int, ...], units: int) -> list[tuple[str, ...]]:
-    """The labels of each unit, by block."""
-    return [(*labels, str(block), str(unit)) for block in blocks for unit in range(units)]
+def _lines(labels: tuple[str, ...], layout: tuple[tuple[int, ...], int, int], by_head: bool) -> list[tuple[str, str]]:
+    """By family, the lines of a profile in the order of add_profile, with %d for each value. Most of a large page is
+    made of them: filling in values is several times faster than putting lines together."""
+    blocks, heads, mlp_groups = layout
+    series = {f"steervit_{name}": [labels] for name in (
+        "images", "macs_spent", "macs_dense", "brownout_images", "brownout_macs_saved", "gates_near_threshold",
+        "shadow_images", "shadow_agreed", "brownout_shadow_images", "brownout_shadow_agreed",
+    )}  # fmt: skip
+    series["steervit_shadow_heads_kept"] = [(*labels, "steered"), (*labels, "unsteered")]
+    for name, units in ("steervit_heads_kept", heads), ("steervit_mlp_groups_kept", mlp_groups):
+        each = [(*labels, str(block), str(unit)) for block in blocks for unit in range(units)]
+        series[name] = each if by_head else [(*labels, "", "")] * bool(each)
+    return [
+        (name, "\n".join(BY_NAME[name].line(values, "").replace("%", "%%") + "%d" for values in of_family))
+        for name, of_family in series.items()
+    ]
 
 
-@lru_cache(2**17)
+def in_slices(items: Iterable[T]) -> Iterator[T]:
+    """The items, with a pause after each SLICE of work on them: calls would otherwise wait for the interpreter's lock,
+    5 ms each time that they need it."""
+    end = time.perf_counter() + SLICE
+    for item in items:
+        yield item
+        if time.perf_counter() > end:
+            time.sleep(PAUSE)
+            end = time.perf_counter() + SLICE
+
+
+@lru_cache(2**12)
 def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     """Labels as they stand between the braces."""
     escaped = (value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for value in values)

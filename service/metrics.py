@@ -39,8 +39,10 @@ from service.exposition import (
     add_profile,
     add_requests,
     add_version,
+    in_slices,
     profile_label,
 )
+from service.traffic import Traffic, busiest
 from service.tuning import Plan
 from training.steering import SteeringProfile, digest
 
@@ -55,7 +57,7 @@ WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
 RETAIN_SECONDS = 120.0
 """How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
 TOP = 10
-"""Profiles of a version with series for each head, if only those with the most images have them."""
+"""Profiles of a version with series for each head, if only those with the most images recently have them."""
 
 
 class Metrics:
@@ -95,6 +97,8 @@ class Metrics:
         self._load_failures: Retained[Version, Tally] = Retained()
         self._versions: Retained[Version, VersionCounts] = Retained()
         self._profiles: Retained[tuple[str, str, Key], ProfileCounts] = Retained()
+        self._traffic: Retained[str, Traffic] = Retained()
+        """By model."""
         self._models: list[ModelMetrics] = []
         """Loaded models, oldest first. A version has two while one replaces the other."""
         self.page = Page(self.rows)
@@ -172,6 +176,10 @@ class Metrics:
     def rows(self) -> Rows:
         """All series at this moment."""
         with self._lock:
+            for name, traffic in self._traffic.values.items():
+                if traffic.review(time.monotonic()):
+                    for model in {m.names: m for m in self._models if m.names[0] == name}.values():  # the youngest ones
+                        self._assign(model)
             self._sweep()
             models, failed = self._models.copy(), self._failed.copy()
             failures, versions = self._load_failures.values.copy(), self._versions.values.copy()
@@ -200,20 +208,12 @@ class Metrics:
             rows["steervit_model_load_failed"] += (((name, number), 1) for number in numbers)
         for names, counts in versions.items():
             add_version(rows, names, counts)
-        by_head = self._by_head(profiles)
-        for key, counted in profiles.items():
-            add_profile(rows, key[:2], key[2], counted, key in by_head)
+        for key, counted in in_slices(profiles.items()):
+            add_profile(rows, key[:2], key[2], counted)
         for model in {model.names: model for model in models}.values():  # the youngest of each version
             model.add_gauges(rows)
         rows["steervit_model_info"] += ((info, 1) for info in dict.fromkeys(model.info for model in models))
         return rows
-
-    def _by_head(self, profiles: Mapping[tuple[str, str, Key], ProfileCounts]) -> set[tuple[str, str, Key]]:
-        """The profiles with series for each head."""
-        if self._head_series != "top":
-            return set(profiles) if self._head_series == "all" else set()
-        most = sorted(profiles, key=lambda key: -profiles[key].images)  # equal ones stay in their order
-        return {key for version in {key[:2] for key in most} for key in [k for k in most if k[:2] == version][:TOP]}
 
     def add(self, model: "ModelMetrics") -> "VersionCounts":
         """Add a loaded model. Returns the counts of its version, retained ones if it was loaded before."""
@@ -231,11 +231,17 @@ class Metrics:
             self._models.remove(model)
             self._sweep()
 
-    def use(self, model: "ModelMetrics", profiles: Collection[Key]) -> None:
-        """Set the profiles of a model that have series of their own."""
+    def use(self, model: "ModelMetrics", profiles: Sequence[str]) -> None:
+        """Set the profiles of a model, by name."""
         with self._lock:
-            model.profiles = {profile: self._profile_counts(model, profile) for profile in profiles}
+            model.served = profiles
+            self._assign(model)
             self._sweep()
+
+    def traffic(self, name: str) -> Traffic:
+        """That of the versions of a model."""
+        with self._lock:
+            return self._traffic.values.setdefault(name, Traffic())
 
     def other(self, model: "ModelMetrics") -> ProfileCounts:
         """The counts of the model's images under profiles without series of their own."""
@@ -244,11 +250,26 @@ class Metrics:
                 model.profiles = {**model.profiles, OTHER: self._profile_counts(model, OTHER)}
             return model.profiles[OTHER]
 
+    def _assign(self, model: "ModelMetrics") -> None:
+        """Give series of their own to the profiles of a model with the most images; with head_series `top`, for each
+        head to the TOP of them."""
+        images = self._traffic.values[model.names[0]].images
+        own = busiest(model.served, model.profiles, images, self.max_profile_series)
+        keys: list[Key] = [NONE, CUSTOM, *(name for name in model.served if name in own)]
+        if OTHER in model.profiles or len(own) < len(model.served):
+            keys.append(OTHER)
+        model.profiles = {key: self._profile_counts(model, key) for key in keys}
+        if self._head_series == "top":
+            before = [key for key, counts in model.profiles.items() if counts.by_head]
+            top = busiest(keys, before, images, TOP)
+            for key, counts in model.profiles.items():
+                counts.by_head = key in top
+
     def _profile_counts(self, model: "ModelMetrics", profile: Key) -> ProfileCounts:
         """Existing counts if they have the same blocks and units, else new ones."""
         counts, key = self._profiles.values, (*model.names, profile)
         if key not in counts or counts[key].layout != model.layout:
-            counts[key] = ProfileCounts(*model.layout)
+            counts[key] = ProfileCounts(*model.layout, by_head=self._head_series == "all")
         return counts[key]
 
     def _sweep(self) -> None:
@@ -260,6 +281,7 @@ class Metrics:
         self._load_failures.sweep(versions | failed, now, RETAIN_SECONDS)
         profiles = {(*model.names, profile) for model in self._models for profile in model.profiles}
         self._profiles.sweep(profiles, now, RETAIN_SECONDS)
+        self._traffic.sweep({model.names[0] for model in self._models}, now, RETAIN_SECONDS)
 
 
 class ModelMetrics:
@@ -273,6 +295,8 @@ class ModelMetrics:
         self.names = manifest.name, str(manifest.version)
         self.info = (*self.names, bundle.digest, manifest.gates_sae_digest, graph, provider)
         self.layout = manifest.gated_blocks, manifest.heads, manifest.mlp_groups
+        self.served: Sequence[str] = ()
+        """The names of its profiles, sorted."""
         self.profiles: dict[Key, ProfileCounts] = {}
         """By profile with series of its own. Replaced as a whole."""
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
@@ -281,6 +305,7 @@ class ModelMetrics:
         self._served = _Served({})
         self._queue: tuple[Callable[[], tuple[int, float, float]], int] | None = None
         self._counts = metrics.add(self)
+        self._traffic = metrics.traffic(manifest.name)
         self.use(bundle.profiles)
 
     def follow_queue(self, queue: Callable[[], tuple[int, float, float]], limit: int) -> None:
@@ -290,14 +315,13 @@ class ModelMetrics:
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
         """Set the model's profiles. The series of new ones start at 0."""
-        own = sorted(profiles)[: self._metrics.max_profile_series]
         evaluations: dict[Key, Mapping[str, float] | None] = {
             NONE: self._evaluation,
-            **{name: profiles[name].evaluation.get("after") for name in own},
+            **{name: profile.evaluation.get("after") for name, profile in profiles.items()},
         }
         self._expected = {key: of["head_usage"] for key, of in evaluations.items() if of and "head_usage" in of}
         self._served = _Served(profiles)
-        self._metrics.use(self, [NONE, CUSTOM, *own, *[OTHER] * (len(own) < len(profiles))])
+        self._metrics.use(self, sorted(profiles))
 
     def retire(self) -> None:
         """Remove the gauges of the model. Its counts are retained for RETAIN_SECONDS."""
@@ -323,6 +347,7 @@ class ModelMetrics:
     def answered(self, profile: Key, outputs: Outputs, budget: float | None = None) -> None:
         """Count the answers of images under a profile, NONE or CUSTOM. budget: theirs, if they had one."""
         self._counts_of(profile).answered(outputs, self._dense)
+        self._traffic.count(profile, len(outputs.logits))
         if budget is not None:
             self._counts.budget.observe(*[budget] * len(outputs.logits))
 
@@ -355,7 +380,8 @@ class ModelMetrics:
         served = self._served
         rows["steervit_profiles"].append((self.names, len(served.profiles)))
         rows["steervit_profiles_info"].append(((*self.names, served.digest), 1))
-        for profile, usage in self._expected.items():
+        for profile in self.profiles.keys() & self._expected.keys():
+            usage = self._expected[profile]
             rows["steervit_profile_expected_head_usage"].append(((*self.names, profile_label(profile)), usage))
         if queue := self._queue:
             follow, limit = queue

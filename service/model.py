@@ -5,11 +5,12 @@ import math
 import random
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +53,23 @@ class Model:
         metrics: Metrics,
         pool: ThreadPoolExecutor,
         surroundings: Surroundings,
+        own_settings: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """Loads the graph and checks it. Raises BundleError or EngineError."""
+        """Loads the graph and checks it. own_settings: of the model, in place of the server's (serving_file.py). Raises
+        BundleError or EngineError."""
+        self.own_settings = own_settings
+        settings = settings.model_copy(update=own_settings)
+        self.settings = settings
+        """The settings that hold for this model."""
         self.bundle = bundle
         """The bundle with the profiles of the last use()."""
         self.own = bundle
         """The bundle as it was loaded, without profiles of the profile folder."""
         self._default = settings.default_profile
+        self.default_budget: float | None = None
+        """The budget of requests that name none."""
+        if settings.default_budget is not None and bundle.dial is not None:
+            self.default_budget = max(settings.default_budget, bundle.dial.lowest)
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
         self._explainer = Explainer(bundle.folder)  # read now: its file has just been checked
@@ -104,6 +115,16 @@ class Model:
             return (alive.queued, alive.work, alive.level) if alive else (0, 0.0, 0.0)
 
         self._metrics.follow_queue(queue, settings.max_queue)
+
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """The settings that hold for this model, beside its plan and its graph; default_budget only if there is one."""
+        names = (
+            "max_queue", "max_delay_ms", "max_images", "default_profile", "min_budget", "target_latency_ms",
+            "shadow_fraction",
+        )  # fmt: skip
+        of_budget = {} if self.default_budget is None else {"default_budget": self.default_budget}
+        return {name: getattr(self.settings, name) for name in names} | of_budget
 
     async def predict(
         self, images: Images, steering: Steering, seconds_left: float | None, residual: bool = False
@@ -182,8 +203,8 @@ class Model:
 
         The default profile stands in for one that neither names a profile nor has terms, unless its strength is 0.
         """
-        if not profile and not terms and strength:
-            profile = self._default
+        if not terms:
+            profile = self._profile(profile, strength)
         resolved: Callable[[float | None], Steering] = (
             (lambda at: resolve(self.bundle, profile, terms, strength, made_for, at, forced))
             if terms or made_for or forced
@@ -206,11 +227,10 @@ class Model:
 
         def read(at: float | None) -> Steering:
             steering = (
-                self.steering(profile, NEUTRAL, strength, budget=at)
+                self._resolved(self._profile(profile, strength), strength, at)
                 if terms is None
                 else from_tensors(bundle, terms, strength, at)
             )
-            steering = replace(steering, permission=None)
             return steering if gate_bias is None else with_biases(bundle, steering, gate_bias, strength)
 
         self._in_flight += 1
@@ -219,6 +239,10 @@ class Model:
         finally:
             self._in_flight -= 1
 
+    def _profile(self, name: str, strength: float) -> str:
+        """The profile of a request without terms: the default one where it names none, unless its strength is 0."""
+        return name or (self._default if strength else "")
+
     def _permitted(
         self,
         resolved: Callable[[float | None], Steering],
@@ -226,7 +250,10 @@ class Model:
         budget: float | None,
         min_budget: float | None,
     ) -> Steering:
-        """The steering at a budget, with the permission to lower it. resolved: the steering at any budget."""
+        """The steering at a budget, None for the default one, with the permission to lower it. resolved: the steering
+        at any budget."""
+        if budget is None:
+            budget = self.default_budget
         steering = resolved(budget)
         if min_budget is None and (not self._target or self._min_budget == 1):
             return steering

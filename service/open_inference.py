@@ -81,21 +81,25 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         )
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
-        manifest = self._repository.get(request.name, request.version).bundle.manifest
+        model = self._repository.get(request.name, request.version)
+        manifest = model.bundle.manifest
         kinds = {"UINT8": pb.TYPE_UINT8, "FP32": pb.TYPE_FP32, "BOOL": pb.TYPE_BOOL}
         config = pb.ModelConfig(
             name=manifest.name,
             platform="onnxruntime_onnx",
             backend="onnxruntime",
-            max_batch_size=self._settings.max_images,
+            max_batch_size=model.settings.max_images,
             input=[pb.ModelInput(name="image", data_type=pb.TYPE_UINT8, dims=manifest.image.shape)],
             output=[
                 pb.ModelOutput(name=name, data_type=kinds[OUTPUT_TYPES[name]], dims=shape)
                 for name, shape in _output_shapes(manifest).items()
             ],
+            instance_group=[pb.ModelInstanceGroup(count=model.plan.instances)],
             dynamic_batching=pb.ModelDynamicBatching(
-                max_queue_delay_microseconds=round(1000 * self._settings.max_delay_ms)
+                preferred_batch_size=[model.plan.max_batch],
+                max_queue_delay_microseconds=round(1000 * model.settings.max_delay_ms),
             ),
+            parameters={name: pb.ModelParameter(string_value=f"{value}") for name, value in model.in_force.items()},
         )
         return pb.ModelConfigResponse(config=config)
 
@@ -161,7 +165,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
 
     def _most(self, model: Model) -> dict[str, int]:
         """The most elements of each input: no more than these become Python objects."""
-        images, terms = self._settings.max_images, self._settings.max_terms
+        images, terms = model.settings.max_images, self._settings.max_terms
         manifest = model.bundle.manifest
         steering = dict.fromkeys(STEERING, images * terms)
         steering[GATE_BIAS] = images * len(manifest.gated_blocks) * manifest.units
@@ -176,8 +180,8 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
         if images.shape[1:] not in sizes:
             allowed = " or ".join(f"[{', '.join(['images', *map(str, size)])}]" for size in sizes)
             raise InvalidRequest(f"input {name!r} has the shape {list(images.shape)}; allowed: {allowed}")
-        if not 1 <= len(images) <= self._settings.max_images:
-            raise InvalidRequest(f"input {name!r} has {len(images)} images; allowed: 1 to {self._settings.max_images}")
+        if not 1 <= len(images) <= model.settings.max_images:
+            raise InvalidRequest(f"input {name!r} has {len(images)} images; allowed: 1 to {model.settings.max_images}")
         if name == "image":
             return images
         return [

@@ -23,6 +23,8 @@ from training.steering import SteeringError, SteeringProfile, profiles_from_json
 log = logging.getLogger("steervit.profiles")
 Profiles = Mapping[str, SteeringProfile]
 """By name."""
+Served = tuple[Bundle, str]
+"""A bundle, as it was loaded, and the name of its default profile, which it must have; "" for none."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class _File:
 class ProfileFolder:
     """The profiles of the folder in its last valid state."""
 
-    def __init__(self, folder: Path | None, metrics: Metrics, default: str = ""):
-        """default: a profile that every model must have, if any. Raises BundleError when there is no such folder."""
+    def __init__(self, folder: Path | None, metrics: Metrics):
+        """Raises BundleError when there is no such folder."""
         if folder is not None and not folder.is_dir():
             raise BundleError(f"profiles_dir is {folder}; allowed: a folder")
-        self._folder, self._metrics, self._default = folder, metrics, default
+        self._folder, self._metrics = folder, metrics
         self._files: tuple[_File, ...] = ()
         self.pending = folder is not None
         """Whether the folder has not been valid yet, so that its profiles are unknown."""
@@ -58,24 +60,21 @@ class ProfileFolder:
         known = {bundle.manifest.gates_sae_digest for bundle in bundles}
         return sum(len(file.profiles) for file in self._files if file.made_for not in known)
 
-    def check_default(self, bundle: Bundle) -> None:
+    def check_default(self, bundle: Bundle, default: str) -> None:
         """Raises BundleError unless the bundle, as it was loaded, has the default profile or gets it here. While the
         folder is pending it may still come, and refresh checks that."""
         try:
             if not self.pending:
-                _check_default(bundle, self.of(bundle), self._default)
+                _check_default(bundle, self.of(bundle), default)
         except SteeringError as error:
             raise BundleError(str(error)) from error
 
-    def refresh(self, bundles: Sequence[Bundle]) -> bool:
-        """Read the folder if it has changed. Returns whether there are new profiles.
-
-        bundles: those being served, as they were loaded.
-        """
+    def refresh(self, served: Sequence[Served]) -> bool:
+        """Read the folder if it has changed. Returns whether there are new profiles."""
         with self._reading:
-            return self._folder is not None and self._refresh(self._folder, bundles)
+            return self._folder is not None and self._refresh(self._folder, served)
 
-    def _refresh(self, folder: Path, bundles: Sequence[Bundle]) -> bool:
+    def _refresh(self, folder: Path, served: Sequence[Served]) -> bool:
         contents = _contents(folder)
         if contents == self._seen:
             return False
@@ -84,14 +83,14 @@ class ProfileFolder:
             if isinstance(contents, str):
                 raise SteeringError(contents)
             files = tuple(_read(path, content) for path, content in contents)
-            for bundle in bundles:
-                _check_default(bundle, _for(bundle, files), self._default)
+            for bundle, default in served:
+                _check_default(bundle, _for(bundle, files), default)
         except SteeringError as error:
             self.problem = str(error)
             log.error("not ready: %s" if self.pending else "profiles are unchanged: %s", error)
             self._metrics.profiles_read(False)
             return False
-        known = {bundle.manifest.gates_sae_digest for bundle in bundles}
+        known = {bundle.manifest.gates_sae_digest for bundle, _ in served}
         for file in files:
             if file.made_for not in known:
                 log.warning("%s is for gates_sae_digest %s, which no served model has", file.path, file.made_for)
@@ -100,21 +99,22 @@ class ProfileFolder:
         log.info("%d profiles in %d files of %s", sum(len(f.profiles) for f in files), len(files), folder)
         return True
 
-    async def watch(self, seconds: float, bundles: Callable[[], list[Bundle]], changed: Callable[[], None]) -> None:
+    async def watch(self, seconds: float, served: Callable[[], list[Served]], changed: Callable[[], None]) -> None:
         """Read the folder every so many seconds until cancelled; `changed` is called when there are new profiles."""
         loop = asyncio.get_running_loop()
         while self._folder is not None:
             await asyncio.sleep(seconds)
             try:
-                if await loop.run_in_executor(None, self.refresh, bundles()):
+                if await loop.run_in_executor(None, self.refresh, served()):
                     changed()
             except Exception:  # the next read may succeed
                 log.exception("reading the profile folder failed")
 
 
-def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[list[str], list[str]]:
+def check(folder: Path, served: Sequence[Served]) -> tuple[list[str], list[str]]:
     """A line for each file that a server of these bundles would take, and what is wrong: every reason for which it
-    would not take the folder, and files that are for none of the bundles. default: as of ProfileFolder."""
+    would not take the folder, and files that are for none of the bundles."""
+    bundles = [bundle for bundle, _ in served]
     contents = _contents(folder)
     if isinstance(contents, str):
         return [], [contents]
@@ -135,7 +135,7 @@ def check(folder: Path, bundles: Sequence[Bundle], default: str = "") -> tuple[l
         models = ", ".join(f"{bundle.manifest.name} {bundle.manifest.version}" for bundle in fitting) or "no model"
         lines.append(f"{path}: {', '.join(profile.name for profile in file.profiles) or 'no profile'}; for {models}")
     if not problems:  # of the files together
-        for bundle in bundles:
+        for bundle, default in served:
             try:
                 _check_default(bundle, _for(bundle, files), default)
             except SteeringError as error:

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import logging
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,7 +263,9 @@ class Repository:
     def _try(self, name: str, version: int, shelf: Shelf, loaded: Loaded) -> Attempt:
         folder = shelf.versions[version]
         try:
-            model = self._load(name, version, folder.path, loaded.models.get(version))
+            if shelf.settings_problem:
+                raise BundleError(shelf.settings_problem)
+            model = self._load(name, version, folder.path, shelf.settings, loaded.models.get(version))
         except (BundleError, EngineError, OSError) as error:
             self._metrics.load_failed(name, version)
             log.error("model %s version %d is not loaded: %s", name, version, error)
@@ -291,6 +293,9 @@ class Repository:
             if there and there is not attempt.result:
                 gone.append(there)
             loaded.models[attempt.version] = attempt.result
+        for version in loaded.failures.keys() & shelf.versions.keys():
+            if shelf.versions[version].fingerprint != loaded.fingerprints.get(version):  # of files as they were
+                del loaded.failures[version]
         if shelf.problem:
             log.error("labels of %s are unchanged: %s", name, shelf.problem)
         served, loaded.labels, failures = plan.outcome(
@@ -310,10 +315,11 @@ class Repository:
         (self._loaded if loaded.models else self._broken)[name] = loaded
         return gone
 
-    def _load(self, name: str, version: int, folder: Path, there: Model | None) -> Model:
-        """Load a version. there: the loaded model of this version; it is returned if its bundle is unchanged."""
+    def _load(self, name: str, version: int, folder: Path, settings: Mapping[str, Any], there: Model | None) -> Model:
+        """Load a version. settings: the model's own; there: the loaded model of this version, which is returned if its
+        bundle and its settings are unchanged."""
         bundle = load_bundle(folder, self._settings.repository)
-        if there and there.bundle.digest == bundle.digest:
+        if there and (there.bundle.digest, there.own_settings) == (bundle.digest, settings):
             return there
         manifest = bundle.manifest
         if (manifest.name, manifest.version) != (name, version):
@@ -322,8 +328,8 @@ class Repository:
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
         if self._surroundings.serving:  # at the start the profile folder has not been read yet
-            self._profiles.check_default(bundle)
-        return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings)
+            self._profiles.check_default(bundle, settings.get("default_profile", self._settings.default_profile))
+        return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings, settings)
 
     def _give_profiles(self, model: Model) -> None:
         try:

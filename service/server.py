@@ -12,7 +12,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from export.bundle import Bundle
 from service import transport
 from service.config import Settings
 from service.guard import Guard
@@ -21,7 +20,7 @@ from service.metrics import Metrics
 from service.open_inference import OpenInferenceService
 from service.pages import Pages
 from service.pb import open_inference_pb2, steering_pb2
-from service.profiles import ProfileFolder
+from service.profiles import ProfileFolder, Served
 from service.repository import Repository
 from service.steering_api import SteeringService
 from service.tls import Certificates
@@ -104,12 +103,12 @@ class Server:
         self._taking = False
         """Whether calls are accepted: the server has started and is not stopping."""
         self._metrics.ready = lambda: self.ready and self.alive
-        self._profiles = ProfileFolder(settings.profiles_dir, self._metrics, settings.default_profile)
+        self._profiles = ProfileFolder(settings.profiles_dir, self._metrics)
         self._repository = Repository(settings, self._metrics, self._profiles)
-        self._metrics.unused_profiles = lambda: self._profiles.unused(self._bundles())
+        self._metrics.unused_profiles = lambda: self._profiles.unused(model.own for model in self._repository.models)
         self._read_profiles()
-        for bundle in self._bundles():
-            self._profiles.check_default(bundle)
+        for bundle, default in self._served():
+            self._profiles.check_default(bundle, default)
         self._health = Health()
         self._watching: list[asyncio.Task[None]] = []
         self._tracing = _tracing(settings)
@@ -150,7 +149,7 @@ class Server:
         await self._server.start()
         if settings.model_control == "poll":
             self._watching.append(asyncio.create_task(self._repository.watch()))
-        watch = self._profiles.watch(settings.poll_seconds, self._bundles, self._repository.use_profiles)
+        watch = self._profiles.watch(settings.poll_seconds, self._served, self._repository.use_profiles)
         self._watching.append(asyncio.create_task(watch))
         if self._limits:
             self._watching.append(asyncio.create_task(self._limits.watch(settings.poll_seconds)))
@@ -189,17 +188,17 @@ class Server:
             return self._metrics.page.text(openmetrics=True).encode() + of_process, openmetrics.CONTENT_TYPE_LATEST
         return self._metrics.page.text().encode() + generate_latest(self._process), CONTENT_TYPE_PLAIN_0_0_4
 
-    def _bundles(self) -> list[Bundle]:
-        return [model.own for model in self._repository.models]
+    def _served(self) -> list[Served]:
+        return [(model.own, model.settings.default_profile) for model in self._repository.models]
 
     def _read_profiles(self) -> None:
-        if self._profiles.refresh(self._bundles()):
+        if self._profiles.refresh(self._served()):
             self._repository.use_profiles()
 
     async def reload(self) -> None:
         """Read the profile folder and the limits of clients now and, with --model-control poll, scan the repository."""
         log.info("reading the folders")
-        if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._bundles()):
+        if await asyncio.get_running_loop().run_in_executor(None, self._profiles.refresh, self._served()):
             self._repository.use_profiles()
         if self._limits:
             await self._limits.refresh()

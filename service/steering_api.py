@@ -113,6 +113,7 @@ class SteeringService(SteeringServiceServicer):
             mlp_groups=manifest.mlp_groups,
             dial=dial_points(bundle.curves.get("", ())),
             lowest_budget=bundle.dial.lowest if bundle.dial else None,
+            settings=pb.ModelSettings(**model.in_force, of_model=sorted(model.own_settings)),
         )
 
     async def GetProfile(self, request: pb.GetProfileRequest, context: Context) -> pb.GetProfileResponse:
@@ -162,8 +163,8 @@ class SteeringService(SteeringServiceServicer):
 
     def _images(self, model: Model, request: Request) -> Images:
         count = len(request.images)
-        if not 1 <= count <= self._settings.max_images:
-            raise InvalidRequest(f"images has {count} entries; allowed: 1 to {self._settings.max_images}")
+        if not 1 <= count <= model.settings.max_images:
+            raise InvalidRequest(f"images has {count} entries; allowed: 1 to {model.settings.max_images}")
         spec = model.bundle.manifest.image
         decoders: list[Callable[[], NDArray[np.uint8]]] = []
         encoded = False

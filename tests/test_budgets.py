@@ -342,6 +342,26 @@ def test_a_bundle_of_version_2_is_served_as_before(client: Client, server: Serve
     assert (described.mlp_groups, len(described.dial), described.lowest_budget) == (0, 0, 0)
 
 
+def test_a_default_budget_of_the_model_is_that_of_requests_without_one(
+    client: Client, bundle: Bundle, tmp_path: Path
+) -> None:
+    """As serving.json has it; at least the dial's lowest. A request's own wins."""
+    shutil.copytree(bundle.folder.parent, tmp_path / "dial")
+    (tmp_path / "dial" / "serving.json").write_text(json.dumps({"default_budget": 0.1, "min_budget": 0.2}))
+    with serving(tmp_path) as running, Client(running.address) as other:
+        assert other.model().settings.default_budget == 0.3
+        pairs: Sequence[tuple[Asked, Asked]] = (
+            ({}, {"budget": 0.3}),
+            ({"profile": "b"}, {"profile": "b", "budget": 0.3}),
+            ({"budget": 0.8}, {"budget": 0.8}),
+        )
+        for asked, equal in pairs:
+            answer, same = other.predict(list(PIXELS), **asked), client.predict(list(PIXELS), **equal, model="dial")
+            np.testing.assert_array_equal(masks(answer.predictions), masks(same.predictions))
+            assert answer.receipt.budget == same.receipt.budget
+            assert answer.receipt.budget_applied == same.receipt.budget_applied
+
+
 def test_compare_and_explain_are_at_the_budget(client: Client, bundle: Bundle, steered: SteeredVit) -> None:
     asked: Asked = {"profile": "own", "budget": 0.6}
     pair = client.compare(list(PIXELS[:8]), model="dial", **asked)

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from export.bundle import Bundle
+from service import exposition
 from service import metrics as module
 from service.batcher import BatchStats
 from service.calls import Answer
@@ -96,12 +97,12 @@ def test_head_series_are_kept_for_all_the_busiest_or_no_profiles(
     """13 profiles, none and custom. Sums over heads are the same in every mode."""
     page = Page(head_series=kept)
     served = page.serve(bundle)
-    for images, name in enumerate(bundle.profiles, 1):
-        served.answered(name, answers(bundle, images))
+    for number, name in enumerate(bundle.profiles, 1):
+        served.answered(name, answers(bundle, 20 * number))
     assert page.lines("steervit_heads_kept_total{") == series
-    for images, name in enumerate(bundle.profiles, 1):
-        assert page.value("steervit_heads_kept_total", profile=name) == 30 * images
-        by_head = kept == "all" or (kept == "top" and images > 3)
+    for number, name in enumerate(bundle.profiles, 1):
+        assert page.value("steervit_heads_kept_total", profile=name) == 30 * 20 * number
+        by_head = kept == "all" or (kept == "top" and number > 3)
         assert page.lines("steervit_heads_kept_total{", f'profile="{name}"', 'head="5"') == 5 * by_head
 
 
@@ -247,6 +248,29 @@ def test_a_profile_with_a_reserved_name_has_series_of_its_own(name: str, bundle:
     stated = bundle.manifest.evaluation["head_usage"]
     assert page.value("steervit_profile_expected_head_usage", profile="none") == stated
     assert page.lines("steervit_profile_expected_head_usage{", 'profile="other"') == 0
+
+
+def test_names_that_mean_something_to_the_page_or_to_python_stand_in_it_as_they_are(bundle: Bundle) -> None:
+    name = '100% {of} "all"\\\n%d'
+    page = Page()
+    served = page.serve(replace(bundle, profiles={name: replace(bundle.profiles["Bag"], name=name)}))
+    served.answered(name, answers(bundle, 3))
+    assert page.value("steervit_images_total", profile=name) == 3
+    assert page.value("steervit_heads_kept_total", profile=name, block="2", head="5") == 3
+
+
+def test_a_large_page_leaves_the_interpreter_to_others_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pause after each SLICE of work, by a clock that goes on with the work alone."""
+    clock, pauses = [0.0], [0]
+
+    def sleep(seconds: float) -> None:
+        assert seconds > 0
+        pauses[0] += 1
+
+    monkeypatch.setattr(exposition, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    for number in exposition.in_slices(range(100)):
+        assert pauses[0] == number // 11, "of eleven items"
+        clock[0] += exposition.SLICE / 10.5
 
 
 def test_no_two_profiles_share_a_label() -> None:

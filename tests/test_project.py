@@ -91,8 +91,9 @@ def test_generated_code_matches_the_proto_files(tmp_path: Path) -> None:
 
 
 def test_the_schemas_are_what_the_classes_write(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "export.schemas", str(tmp_path)], cwd=ROOT, check=True)
-    for name in ("manifest", "profiles"):
+    for module in ("export.schemas", "service.serving_file"):
+        subprocess.run([sys.executable, "-m", module, str(tmp_path)], cwd=ROOT, check=True)
+    for name in ("manifest", "profiles", "serving"):
         fresh, committed = (folder / f"{name}.schema.json" for folder in (tmp_path, SCHEMAS))
         assert fresh.read_text() == committed.read_text(), f"{committed.name} is stale: make schemas"
 

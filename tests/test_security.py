@@ -399,5 +399,5 @@ def test_a_profile_file_that_lies_outside_its_folder_is_refused(
     inside.mkdir()
     other.write_text("{}")
     (inside / "x.json").symlink_to(other)
-    assert not ProfileFolder(inside, Metrics(CollectorRegistry(), 1)).refresh([bundle])
+    assert not ProfileFolder(inside, Metrics(CollectorRegistry(), 1)).refresh([(bundle, "")])
     assert "x.json resolves to" in caplog.text

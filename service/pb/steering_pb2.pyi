@@ -293,7 +293,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense", "instances", "cuda_graph_batches", "specialised_profiles", "mlp_groups", "dial", "lowest_budget")
+    __slots__ = ("model", "version", "bundle_digest", "gates_sae_digest", "graph", "provider", "height", "width", "channels", "labels", "gated_blocks", "heads", "sites", "profiles", "macs_dense", "instances", "cuda_graph_batches", "specialised_profiles", "mlp_groups", "dial", "lowest_budget", "settings")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -315,6 +315,7 @@ class GetModelResponse(_message.Message):
     MLP_GROUPS_FIELD_NUMBER: _ClassVar[int]
     DIAL_FIELD_NUMBER: _ClassVar[int]
     LOWEST_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     bundle_digest: str
@@ -336,7 +337,30 @@ class GetModelResponse(_message.Message):
     mlp_groups: int
     dial: _containers.RepeatedCompositeFieldContainer[DialPoint]
     lowest_budget: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ..., cuda_graph_batches: _Optional[_Iterable[int]] = ..., specialised_profiles: _Optional[_Iterable[str]] = ..., mlp_groups: _Optional[int] = ..., dial: _Optional[_Iterable[_Union[DialPoint, _Mapping]]] = ..., lowest_budget: _Optional[float] = ...) -> None: ...
+    settings: ModelSettings
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., bundle_digest: _Optional[str] = ..., gates_sae_digest: _Optional[str] = ..., graph: _Optional[str] = ..., provider: _Optional[str] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., channels: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., gated_blocks: _Optional[_Iterable[int]] = ..., heads: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., profiles: _Optional[int] = ..., macs_dense: _Optional[int] = ..., instances: _Optional[_Union[Instances, _Mapping]] = ..., cuda_graph_batches: _Optional[_Iterable[int]] = ..., specialised_profiles: _Optional[_Iterable[str]] = ..., mlp_groups: _Optional[int] = ..., dial: _Optional[_Iterable[_Union[DialPoint, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., settings: _Optional[_Union[ModelSettings, _Mapping]] = ...) -> None: ...
+
+class ModelSettings(_message.Message):
+    __slots__ = ("max_queue", "max_delay_ms", "max_images", "default_budget", "min_budget", "target_latency_ms", "shadow_fraction", "of_model", "default_profile")
+    MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    MAX_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    MIN_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    OF_MODEL_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    max_queue: int
+    max_delay_ms: float
+    max_images: int
+    default_budget: float
+    min_budget: float
+    target_latency_ms: float
+    shadow_fraction: float
+    of_model: _containers.RepeatedScalarFieldContainer[str]
+    default_profile: str
+    def __init__(self, max_queue: _Optional[int] = ..., max_delay_ms: _Optional[float] = ..., max_images: _Optional[int] = ..., default_budget: _Optional[float] = ..., min_budget: _Optional[float] = ..., target_latency_ms: _Optional[float] = ..., shadow_fraction: _Optional[float] = ..., of_model: _Optional[_Iterable[str]] = ..., default_profile: _Optional[str] = ...) -> None: ...
 
 class DialPoint(_message.Message):
     __slots__ = ("position", "compute_fraction", "accuracy", "measured_accuracy")

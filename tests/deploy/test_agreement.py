@@ -350,7 +350,7 @@ def test_no_overlay_serves_the_example_of_a_profile(target: str) -> None:
 
 def test_the_example_of_a_profile_fits_the_committed_bundle(bundle: Bundle) -> None:
     folder = ProfileFolder(KUBERNETES / "components" / "profiles", Metrics(CollectorRegistry(), 0))
-    assert folder.refresh([bundle])
+    assert folder.refresh([(bundle, "")])
     assert list(folder.of(bundle)) == ["example"]
 
 

@@ -42,10 +42,10 @@ those that take seconds.
 | budgets, from bundle to client | test_budgets.py |
 | brownout: the policy alone and simulated; served | test_brownout.py, test_brownout_server.py |
 | service/: how it uses the CPUs, and a GPU | test_tuning.py, test_patience.py, test_transport.py, test_buckets.py |
-| service/: what it serves | test_repository.py, test_plan.py, test_profiles.py |
+| service/: what it serves | test_repository.py, test_plan.py, test_serving_file.py, test_profiles.py |
 | service/delivery/: registries and stores | test_delivery.py |
 | service/: who is let in, and how much of it | test_tls.py, test_security.py, test_limits.py |
-| service/: who watches | test_metrics.py, test_access_log.py, test_tracing.py, test_model.py |
+| service/: who watches | test_metrics.py, test_traffic.py, test_access_log.py, test_tracing.py, test_model.py |
 | service/client/, the command steervit | test_client.py, test_cli.py |
 | service/playground/, in Chromium | test_playground.py |
 | clients of others | test_open_inference.py (tritonclient), test_perf_analyzer.py |
