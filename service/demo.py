@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,12 @@ Next: make playground     # this server behind a web page, http://127.0.0.1:8003
       make serve          # a server on port 8001; then, in another terminal:
       .venv/bin/steervit predict --profile Shirt deploy/samples/Shirt/*.png
       .venv/bin/steervit compare --profile Shirt deploy/samples/Shirt/*.png"""
-READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics (?P<metrics>\S+)")
+READY = re.compile(r"ready: grpc (?P<grpc>\S+), metrics ")
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[tuple[str, str]]:
-    """A server process on free ports, as (gRPC address, URL of the metrics page); ended by SIGTERM.
+def running_server(*flags: str) -> Iterator[str]:
+    """The gRPC address of a server process on free ports; ended by SIGTERM.
 
     Raises RuntimeError when it does not become ready or does not end cleanly.
     """
@@ -41,7 +40,7 @@ def running_server(*flags: str) -> Iterator[tuple[str, str]]:
             ready = READY.match(process.stdout.readline())
             if not ready:
                 raise RuntimeError("the server did not start; its reason is above")
-            yield ready["grpc"], ready["metrics"]
+            yield ready["grpc"]
         finally:
             process.send_signal(signal.SIGTERM)
             if process.wait(60) != 0:
@@ -52,7 +51,7 @@ def main() -> int:
     """Serve the demo bundle, classify the samples without and with steering, print what changes; returns 0."""
     print_anything()
     start = time.monotonic()
-    with running_server("--repository", str(MODELS)) as (address, metrics), Client(address) as client:
+    with running_server("--repository", str(MODELS)) as address, Client(address) as client:
         print(f"A server is up on {address} after {time.monotonic() - start:.1f} s, with the bundle of {MODELS}.\n")
         samples = {
             folder.name: [path.read_bytes() for path in sorted(folder.glob("*.png"))]
@@ -78,19 +77,6 @@ def main() -> int:
         print("\nA class profile presumes that the class is known: precision shows what other images pay for it.\n")
         if shown:
             print(_units("Shirt", *shown))
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
-        with direct.open(metrics, timeout=10) as page:
-            lines = [
-                line for line in page.read().decode().splitlines() if re.match(r'steervit_.*profile="Shirt"', line)
-            ]
-        print(f"\nFrom {metrics}:")
-        print(
-            "\n".join(
-                lines[:1]
-                + [line for line in lines if line.startswith("steervit_heads_kept")][-2:]
-                + [line for line in lines if line.startswith("steervit_macs")]
-            )
-        )
     print(f"\nThe server has stopped. {time.monotonic() - start:.1f} s in all.")
     print(NEXT)
     return 0

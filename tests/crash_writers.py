@@ -17,7 +17,7 @@ from export.bundle import load_bundle, write_bundle
 from training.checkpoint import Run
 
 SETTINGS = {"steps": 100}
-COMMITTED = load_bundle(Path("deploy/models/fashion_mnist/3"))
+COMMITTED = load_bundle(Path("deploy/models/fashion_mnist/4"))
 FILES = {name: (COMMITTED.folder / name).read_bytes() for name in COMMITTED.manifest.files}
 
 

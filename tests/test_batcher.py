@@ -105,9 +105,9 @@ def steerings(bundle: Bundle) -> list[Steering]:
 
 def same(found: Answer, expected: Outputs, row: int = 0) -> None:
     """Equal within the tolerance, unless a gate within rounding of its threshold decided differently."""
-    near = np.abs(expected.gate_logit) < 1e-3
-    assert ((found.outputs.head_gate[row] == expected.head_gate[0]) | near[0]).all()
-    if (found.outputs.head_gate[row] == expected.head_gate[0]).all():
+    alike = (found.outputs.gate_logit[row] > 0) == (expected.gate_logit[0] > 0)
+    assert (alike | (np.abs(expected.gate_logit[0]) < 1e-3)).all()
+    if alike.all():
         np.testing.assert_allclose(found.outputs.logits[row], expected.logits[0], atol=LOGIT_TOLERANCE)
 
 
@@ -257,8 +257,8 @@ def test_gates_near_their_threshold_are_counted_on_both_sides(
     monkeypatch.setattr("service.engine.NEAR_THRESHOLD", 1.0)
     outputs = engine.run(sample_pixels, resolve(engine.bundle, "", NEUTRAL, 1.0).arrays)
     near = np.abs(outputs.gate_logit) < 1
-    assert (near & outputs.head_gate).any()
-    assert (near & ~outputs.head_gate).any()
+    assert (near & (outputs.gate_logit > 0)).any()
+    assert (near & (outputs.gate_logit < 0)).any()
     np.testing.assert_array_equal(outputs.near_threshold, near.sum((1, 2)))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from export.bundle import Bundle
+from export.bundle import GATE_BIAS, Bundle
 from export.session import Arrays, inputs_of, open_session, session_options
 from service import cuda
 from service import loaded as loaded_module
@@ -47,6 +47,7 @@ def test_what_was_in_a_shape_before_changes_nothing(
 ) -> None:
     """Successive batches of 1 to 11 images with 1 to 20 terms, some of which fit no shape."""
     session, sites = buckets._session, len(bundle.manifest.sites)
+    units = bundle.manifest.heads + bundle.manifest.mlp_groups
 
     def batch() -> Arrays:
         count = data.draw(st.integers(1, 11))
@@ -54,7 +55,9 @@ def test_what_was_in_a_shape_before_changes_nothing(
         strength = data.draw(st.sampled_from([0.0, 3.0, -20.0]))
         terms = {site: tuple(SteeringTerm(7 * i, strength, strength) for i in range(width)) for site in range(sites)}
         first = data.draw(st.integers(0, 80))
-        return inputs_of(sample_pixels[first : first + count], [terms if i % 2 else {} for i in range(count)], sites)
+        images, rows = sample_pixels[first : first + count], [terms if i % 2 else {} for i in range(count)]
+        bias = np.full((count, sites, units), data.draw(st.sampled_from([0.0, 2.0, -2.0])), np.float32)
+        return inputs_of(images, rows, sites) | {GATE_BIAS: bias}
 
     for inputs in (batch(), batch()):
         found, expected = buckets.run(NAMES, inputs), session.run(NAMES, inputs)
@@ -67,10 +70,11 @@ def test_what_was_in_a_shape_before_changes_nothing(
 def test_answers_are_not_overwritten_by_the_next_batch(
     buckets: Buckets, bundle: Bundle, sample_pixels: NDArray[np.uint8]
 ) -> None:
-    sites = len(bundle.manifest.sites)
-    (first,) = buckets.run(["logits"], inputs_of(sample_pixels[:4], [{}] * 4, sites))
+    sites, units = len(bundle.manifest.sites), bundle.manifest.heads + bundle.manifest.mlp_groups
+    bias = {GATE_BIAS: np.zeros((4, sites, units), np.float32)}
+    (first,) = buckets.run(["logits"], inputs_of(sample_pixels[:4], [{}] * 4, sites) | bias)
     kept = first.copy()
-    buckets.run(["logits"], inputs_of(sample_pixels[50:54], [{}] * 4, sites))
+    buckets.run(["logits"], inputs_of(sample_pixels[50:54], [{}] * 4, sites) | bias)
     np.testing.assert_array_equal(first, kept)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from browser import chromium, playground
+from masks import unit_mask
 from numpy.typing import NDArray
 from PIL import Image
 from processes import SMALL, ServerProcess, serving
@@ -190,16 +191,6 @@ def expected(bundle: Bundle, steered: SteeredVit, pixels: NDArray[np.uint8], ask
     return run_torch(steered, {**inputs, GATE_BIAS: np.repeat(bias[None], len(pixels), 0)})
 
 
-def masks(predictions: Sequence[pb.Prediction]) -> NDArray[np.bool_]:
-    """(images, 2, 7)"""
-    return np.array(
-        [
-            [[*heads.kept, *groups.kept] for heads, groups in zip(p.head_mask, p.mlp_mask, strict=True)]
-            for p in predictions
-        ]
-    )
-
-
 async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_requests(
     server: ServerProcess, client: Client, bundle: Bundle, steered: SteeredVit
 ) -> None:
@@ -222,7 +213,7 @@ async def test_a_mixed_batch_of_budgets_profiles_and_terms_equals_single_request
         assert answer.predictions[0].head_mask == single.predictions[0].head_mask
         assert answer.predictions[0].mlp_mask == single.predictions[0].mlp_mask
         outputs = expected(bundle, steered, pixels, asked)
-        np.testing.assert_array_equal(masks(answer.predictions), outputs["gate_logit"] > 0, err_msg=str(asked))
+        np.testing.assert_array_equal(unit_mask(answer.predictions), outputs["gate_logit"] > 0, err_msg=str(asked))
         logits, shown = outputs["logits"][0], {c.index: c.probability for c in answer.predictions[0].classes}
         likely = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         np.testing.assert_allclose([shown[i] for i in range(5)], likely, atol=1e-4)
@@ -357,7 +348,7 @@ def test_a_default_budget_of_the_model_is_that_of_requests_without_one(
         )
         for asked, equal in pairs:
             answer, same = other.predict(list(PIXELS), **asked), client.predict(list(PIXELS), **equal, model="dial")
-            np.testing.assert_array_equal(masks(answer.predictions), masks(same.predictions))
+            np.testing.assert_array_equal(unit_mask(answer.predictions), unit_mask(same.predictions))
             assert answer.receipt.budget == same.receipt.budget
             assert answer.receipt.budget_applied == same.receipt.budget_applied
 
@@ -366,8 +357,8 @@ def test_compare_and_explain_are_at_the_budget(client: Client, bundle: Bundle, s
     asked: Asked = {"profile": "own", "budget": 0.6}
     pair = client.compare(list(PIXELS[:8]), model="dial", **asked)
     before, after = (expected(bundle, steered, PIXELS[:8], of) for of in ({"budget": 0.6}, asked))
-    np.testing.assert_array_equal(masks([c.unsteered for c in pair.comparisons]), before["gate_logit"] > 0)
-    np.testing.assert_array_equal(masks([c.steered for c in pair.comparisons]), after["gate_logit"] > 0)
+    np.testing.assert_array_equal(unit_mask([c.unsteered for c in pair.comparisons]), before["gate_logit"] > 0)
+    np.testing.assert_array_equal(unit_mask([c.steered for c in pair.comparisons]), after["gate_logit"] > 0)
     changed = np.argwhere(before[MLP_GATE] != after[MLP_GATE]).tolist()
     told = [(i, c.block - 1, c.mlp_group) for i, of in enumerate(pair.comparisons) for c in of.mlp_changes]
     assert told == [tuple(place) for place in changed] != []
@@ -396,7 +387,7 @@ def test_units_and_budgets_are_counted(server: ServerProcess, client: Client) ->
     client.predict(list(PIXELS[:5]), model="dial", budget=0.7)
     client.predict(list(PIXELS[:5]), model="dial")
     added = counts() - before
-    np.testing.assert_array_equal(added[:14], masks(answer.predictions).sum(0).ravel())
+    np.testing.assert_array_equal(added[:14], unit_mask(answer.predictions).sum(0).ravel())
     assert added[14] / added[15] == pytest.approx(answer.receipt.compute_fraction, rel=1e-6)
     assert added[16:].tolist() == [13, 8, 13]
     assert server.count("steervit_gated_mlp_groups", model="dial") == 8
@@ -452,7 +443,7 @@ def test_the_open_inference_protocol_has_budgets_and_biases_per_row(
     for budget in (oi.InferParameter(double_param=0.6), oi.InferParameter(string_param="0.6")):
         answer = infer({"budget": budget, "profile": oi.InferParameter(string_param="b")})
         same = client.predict(list(PIXELS[:4]), model="dial", profile="b", budget=0.6)
-        np.testing.assert_array_equal(gates(answer), masks(same.predictions))
+        np.testing.assert_array_equal(gates(answer), unit_mask(same.predictions))
         assert answer.parameters["budget"].double_param == 0.6
         assert answer.parameters["mlp_usage"].double_param == pytest.approx(same.receipt.mlp_usage)
     inputs = inputs_of(PIXELS[:4], [{}] * 4, 2)
@@ -565,10 +556,7 @@ def test_the_playground_shows_what_a_budget_does(server: ServerProcess, client: 
         )
         assert f"This image costs {after.compute_fraction:.2f}" in page.text("figcaption")
         assert "closed by the budget" in page.text(".legend")
-        kept = [
-            [[*heads.kept, *groups.kept] for heads, groups in zip(p.head_mask, p.mlp_mask, strict=True)]
-            for p in (before, after)
-        ]
+        kept = unit_mask([before, after])
         shut = np.logical_and(kept[0], np.logical_not(kept[1])).sum()
         assert list(page.states().values()).count("shut") == shut > 0
         assert page.one(".dial path.budget").is_displayed()

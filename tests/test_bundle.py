@@ -187,7 +187,10 @@ def test_golden_rows_have_clear_gates_and_several_steerings(bundle: Bundle) -> N
 
 
 def test_the_committed_graph_carries_no_local_paths_or_stack_traces(bundle: Bundle) -> None:
-    content = (bundle.folder / "dispatch.fp32.onnx").read_bytes()
+    model = onnx.load(bundle.folder / "dispatch.fp32.onnx")
+    for weight in model.graph.initializer:
+        weight.raw_data = b""  # some of its numbers may look like a word
+    content = model.SerializeToString()
     for trace in (b"/root", b"/home", b"site-packages", b".py", b"stack_trace", b"torch"):
         assert trace not in content, trace
 

@@ -160,7 +160,6 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         (2, "--repository is missing: Field required", ("serve",)),
         (1, "BundleError: ", ("verify", "nowhere")),
         (1, "NOT_FOUND: steering.profile is 'Shoe'", ("predict", "--profile", "Shoe", *at, SHIRTS[0])),
-        (1, "has no dial", ("dial", *at)),
         (1, "nowhere: No such file or directory", ("profiles", "check", "nowhere", "--bundle", "deploy/models")),
         (2, "steervit profiles check: error: the following arguments are required: FOLDER", ("profiles", "check")),
         (2, "--port is 'many': ", ("doctor", "--repository", "deploy/models", "--port", "many")),

@@ -181,7 +181,7 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
     measured = {key: first.pop(key) for key in (*TIMES, "peer", "asctime")}
     assert first == {
         "name": "steervit.requests", "levelname": "INFO", "message": "",
-        "method": "/steering.v1.SteeringService/Predict", "code": "OK", "model": "fashion_mnist", "version": "3",
+        "method": "/steering.v1.SteeringService/Predict", "code": "OK", "model": "fashion_mnist", "version": "4",
         "profile": "Bag", "images": 1, "request_bytes": good.ByteSize(), "response_bytes": answer.ByteSize(),
         "client": "till-7", "request_id": "order-66", "trace_id": "0af7651916cd43dd8448eb211c80319c",
     }  # fmt: skip

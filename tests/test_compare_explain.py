@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from masks import unit_mask
 from numpy.typing import NDArray
 from processes import MODELS, ServerProcess, run_main, serving
 
@@ -17,10 +18,6 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 from training.steering import SteeringTerm, at_strength, to_arrays
 
 
-def masks(predictions: list[pb.Prediction]) -> NDArray[np.bool_]:
-    return np.array([[list(block.kept) for block in p.head_mask] for p in predictions])
-
-
 def test_compare_gives_both_answers_and_their_differences(
     client: Client, bundle: Bundle, samples: dict[str, list[bytes]]
 ) -> None:
@@ -28,20 +25,24 @@ def test_compare_gives_both_answers_and_their_differences(
     found = client.compare(files, profile="Shirt", top_k=10)
     unsteered, steered = client.predict(files, top_k=10), client.predict(files, profile="Shirt", top_k=10)
     before, after = ([getattr(c, side) for c in found.comparisons] for side in ("unsteered", "steered"))
-    np.testing.assert_array_equal(masks(before), masks(list(unsteered.predictions)))
-    np.testing.assert_array_equal(masks(after), masks(list(steered.predictions)))
+    np.testing.assert_array_equal(unit_mask(before), unit_mask(unsteered.predictions))
+    np.testing.assert_array_equal(unit_mask(after), unit_mask(steered.predictions))
     assert found.receipt.steering_digest == steered.receipt.steering_digest
-    assert found.receipt.head_usage == pytest.approx(masks(after).mean())
+    assert found.receipt.head_usage == pytest.approx(unit_mask(after)[:, :, : bundle.manifest.heads].mean())
     changed = 0
     for row, comparison in enumerate(found.comparisons):
         logits = np.array([comparison.unsteered_logits, comparison.steered_logits])
         labels = [side.classes[0].index for side in (comparison.unsteered, comparison.steered)]
         assert logits.argmax(1).tolist() == labels
         assert comparison.same_label == (labels[0] == labels[1])
-        mask = masks([comparison.unsteered, comparison.steered])
+        mask = unit_mask([comparison.unsteered, comparison.steered])
         blocks = bundle.manifest.gated_blocks
-        expected = [(blocks[b], h, bool(mask[1, b, h])) for b, h in np.argwhere(mask[0] != mask[1])]
-        assert [(c.block, c.head, c.opened) for c in comparison.head_changes] == expected
+        heads = bundle.manifest.heads
+        expected = [(blocks[b], unit, bool(mask[1, b, unit])) for b, unit in np.argwhere(mask[0] != mask[1]).tolist()]
+        changed_heads = [(c.block, c.head, c.opened) for c in comparison.head_changes]
+        assert changed_heads == [change for change in expected if change[1] < heads]
+        changed_groups = [(c.block, heads + c.mlp_group, c.opened) for c in comparison.mlp_changes]
+        assert changed_groups == [change for change in expected if change[1] >= heads]
         change = found.comparisons[row].steered.compute_fraction - found.comparisons[row].unsteered.compute_fraction
         assert comparison.compute_fraction_change == pytest.approx(change, abs=1e-6)
         changed += len(expected)
@@ -151,7 +152,7 @@ def test_shadowed_images_are_counted_and_do_not_change_the_answers(
         every = [c for answer in pairs.values() for c in answer.comparisons]
         assert running.count("steervit_shadow_agreed_total") == sum(c.same_label for c in every)
         for side in ("steered", "unsteered"):
-            kept = masks([getattr(c, side) for c in every]).sum()
+            kept = unit_mask(getattr(c, side) for c in every)[:, :, : bundle.manifest.heads].sum()
             assert running.count("steervit_shadow_heads_kept_total", steering=side) == kept
         assert running.count("steervit_images_total", profile="other") == 70
         assert running.count("steervit_images_total", profile="none") == 10

@@ -73,12 +73,9 @@ def test_answers_under_load_are_those_of_the_same_requests_alone(
         for thread in load:
             thread.join()
     for one, other in zip(alone, found, strict=True):
-        logits, gates, margins = (
-            [np.frombuffer(answer[output], kind) for answer in (one, other)]
-            for output, kind in enumerate(("<f4", bool, "<f4"))
-        )
+        logits, margins = ([np.frombuffer(answer[output], "<f4") for answer in (one, other)] for output in (0, 2))
         far = np.abs(margins[0]) > NEAR_THRESHOLD
-        np.testing.assert_array_equal(gates[0][far], gates[1][far])
+        np.testing.assert_array_equal(margins[0][far] > 0, margins[1][far] > 0)
         if far.all():
             np.testing.assert_allclose(logits[0], logits[1], atol=tolerance)
 

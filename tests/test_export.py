@@ -269,7 +269,7 @@ def test_unknown_graphs_are_refused_before_anything_is_done(
     [
         (("--name", "../x"), "name is '../x'; allowed: [A-Za-z0-9]"),
         (("--name", "x", "--version", "0"), "version is 0; allowed: a positive integer"),
-        (("--name", "fashion_mnist", "--version", "3"), "fashion_mnist/3 already exists; allowed: another version"),
+        (("--name", "fashion_mnist", "--version", "4"), "fashion_mnist/4 already exists; allowed: another version"),
     ],
 )
 def test_names_and_versions_are_refused_before_the_run_is_read(

@@ -211,7 +211,7 @@ def test_a_profile_removed_again_is_retained_for_the_full_time(bundle: Bundle, n
         served.use(profiles)
     for seconds, lines in ((125, 1), (235, 0)):
         now[0] = seconds
-        assert page.lines("steervit_images_total", 'profile="Shirt"', 'version="3"') == lines
+        assert page.lines("steervit_images_total", 'profile="Shirt"', 'version="4"') == lines
 
 
 def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, now: list[float]) -> None:
@@ -260,7 +260,7 @@ def test_names_that_mean_something_to_the_page_or_to_python_stand_in_it_as_they_
 
 
 def test_a_large_page_leaves_the_interpreter_to_others_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pause after each SLICE of work, by a clock that goes on with the work alone."""
+    """One pause after each SLICE of work, by a clock that advances with the work alone."""
     clock, pauses = [0.0], [0]
 
     def sleep(seconds: float) -> None:

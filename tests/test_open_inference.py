@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from documented import examples
+from masks import unit_mask
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, serving
 
 from export.bundle import Bundle
@@ -66,7 +67,7 @@ def test_tritonclient_finds_the_server_and_the_model(triton: dict[str, Any], bun
     metadata, version = triton["metadata"], str(bundle.manifest.version)
     assert (metadata["name"], metadata["versions"]) == ("fashion_mnist", [version])
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["-1", "28", "28", "1"]}]
-    assert [output["name"] for output in metadata["outputs"]] == ["logits", "head_gate", "gate_logit"]
+    assert [output["name"] for output in metadata["outputs"]] == ["logits", "head_gate", "gate_logit", "mlp_gate"]
     config = triton["config"]["config"]
     assert config["max_batch_size"] == 256
     assert config["input"] == [{"name": "image", "data_type": "TYPE_UINT8", "dims": ["28", "28", "1"]}]
@@ -78,7 +79,7 @@ def test_tritonclient_gets_the_answers_of_the_typed_api(
 ) -> None:
     logits = np.array(triton["plain"]["logits"])
     assert triton["plain"]["id"] == "7"
-    assert triton["plain"]["names"] == ["logits", "head_gate", "gate_logit"]
+    assert triton["plain"]["names"] == ["logits", "head_gate", "gate_logit", "mlp_gate"]
     typed = client.predict(samples["Shirt"], top_k=1)
     labels = [bundle.manifest.labels[index] for index in logits.argmax(1)]
     assert labels == [p.classes[0].label for p in typed.predictions]
@@ -105,8 +106,7 @@ def test_steering_tensors_steer_each_image_by_itself(triton: dict[str, Any], cli
     terms = {site: (SteeringTerm(7, 1.0, 5.0),) for site in range(5)}
     expected = [client.predict([black]), client.predict([black], terms=terms), client.predict([black])]
     for row, answer in zip(gate_logit, expected, strict=True):
-        mask = [list(block.kept) for block in answer.predictions[0].head_mask]
-        assert (row > 0).tolist() == mask
+        np.testing.assert_array_equal(row > 0, unit_mask(answer.predictions)[0])
     np.testing.assert_array_equal(gate_logit[0], gate_logit[2])
     assert not np.array_equal(gate_logit[0], gate_logit[1])
     assert triton["residual"] == [3, 5, 192]
@@ -126,7 +126,7 @@ def test_statistics_count_calls_and_batches_as_triton_does() -> None:
     with serving(MODELS, *flags) as server, grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         calls = [stub.ModelInfer.future(raw(request(), bytes(784)), timeout=30) for _ in range(8)]
-        assert [len(call.result().outputs) for call in calls] == [3] * 8
+        assert [len(call.result().outputs) for call in calls] == [4] * 8
         no_image = typed(request((1,), "encoded_image", "BYTES"), bytes_contents=[b"x"])
         for wrong in (raw(request(), bytes(783)), no_image):
             with pytest.raises(grpc.RpcError):

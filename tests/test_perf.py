@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from processes import ServerProcess
 
+from export.session import open_session
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.perf import heads, peers
@@ -22,12 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> heads.Model:
 
 
 def test_forced_gates_are_those_that_were_asked_for(model: heads.Model) -> None:
-    session = heads.open_session(model.graph("dispatch", "fp32"), "dispatch")
-    for usage, kind, kept in ((1.0, "random", 6), (1 / 3, "random", 2), (1 / 6, "uniform", 1)):
-        gates = heads.patterns(model, 8, usage, kind)
+    session = open_session(model.graph("dispatch", "fp32"), "dispatch")
+    asked = ((1.0, 1.0, "random", 10), (1 / 3, 1 / 2, "random", 4), (1 / 6, 0.0, "uniform", 1))
+    for usage, groups, kind, kept in asked:
+        gates = heads.patterns(model, 8, usage, kind, groups)
         assert (gates.sum(2) == kept).all()
-        (found,) = session.run(["head_gate"], model.inputs(gates))
-        np.testing.assert_array_equal(found, gates)
+        (found,) = session.run(["gate_logit"], model.inputs(gates))
+        np.testing.assert_array_equal(found > 0, gates)
     rows = heads.patterns(model, 8, 1 / 3, "random")
     assert len({row.tobytes() for row in rows}) == 8
     assert len({row.tobytes() for row in heads.patterns(model, 8, 1 / 3, "uniform")}) == 1

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import Page, chromium, playground
+from masks import unit_mask
 from processes import MODELS, ROOT, SAMPLES, ServerProcess, run_main, start_server, stop_server, until
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -34,12 +36,10 @@ def page(driver: webdriver.Chrome, server: ServerProcess) -> Iterator[Page]:
 
 
 def expected_states(comparison: pb.Comparison) -> dict[tuple[str, int], str]:
-    found = {}
-    for before, after in zip(comparison.unsteered.head_mask, comparison.steered.head_mask, strict=True):
-        for head, kept in enumerate(zip(before.kept, after.kept, strict=True)):
-            state = {(0, 0): "closed", (1, 1): "open", (0, 1): "opened", (1, 0): "shut"}[kept]
-            found[str(before.block), head] = state
-    return found
+    blocks = [str(of.block) for of in comparison.unsteered.head_mask]
+    before, after = unit_mask([comparison.unsteered, comparison.steered])
+    states = {(0, 0): "closed", (1, 1): "open", (0, 1): "opened", (1, 0): "shut"}
+    return {(blocks[g], u): states[was, after[g, u]] for (g, u), was in np.ndenumerate(before)}
 
 
 def test_from_an_upload_to_a_changed_map_of_the_heads(page: Page, client: Client) -> None:

@@ -88,7 +88,7 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
     until(lambda: names(client) == own | {"dusk"})
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(DARK)
     for gone in ("night", "Shirt"):  # no profile any more; one without an evaluation
-        series = f'steervit_profile_expected_head_usage{{model="fashion_mnist",version="3",profile="{gone}"'
+        series = f'steervit_profile_expected_head_usage{{model="fashion_mnist",version="4",profile="{gone}"'
         assert series not in server.page()
     (folder / "night.json").unlink()
     until(lambda: names(client) == own)

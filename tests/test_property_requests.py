@@ -22,7 +22,7 @@ TERMS = [pb.SteeringTerm(site=1, latent=7, scale=0.5, shift=2.0), pb.SteeringTer
 VALID: dict[str, list[pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest | oi.ModelInferRequest]] = {
     PREDICT: [
         pb.PredictRequest(images=IMAGES, steering=pb.Steering(profile="Shirt", strength=0.5), top_k=3),
-        pb.PredictRequest(model="fashion_mnist", version="3", images=IMAGES, steering=pb.Steering(terms=TERMS)),
+        pb.PredictRequest(model="fashion_mnist", version="4", images=IMAGES, steering=pb.Steering(terms=TERMS)),
     ],
     "/steering.v1.SteeringService/Compare": [pb.CompareRequest(images=IMAGES, steering=pb.Steering(terms=TERMS))],
     "/steering.v1.SteeringService/Explain": [

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Unpack
 from urllib.parse import urlsplit
 
 import grpc
@@ -21,14 +22,14 @@ from prometheus import ALERTS, alerts, promtool, running
 
 from deploy import slo
 from export.bundle import Bundle
-from service.client import Client
+from service.client import Asked, Client
 from training.steering import SteeringProfile, SteeringTerm, profiles_to_json
 
 RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text()
 CAUSED = {
     "SteervitTargetDown", "SteervitAllTargetsDown", "SteervitNotReady", "SteervitNoneReady",
     "SteervitErrorBudgetBurnsFast", "SteervitErrorBudgetBurnsSlowly", "SteervitLatencyBudgetBurnsSlowly",
-    "SteervitQueueSaturated",
+    "SteervitQueueSaturated", "SteervitBrownout",
     "SteervitImagesDropped", "SteervitImagesExpired", "SteervitNoTraffic", "SteervitModelNotLoaded",
     "SteervitClientRefused", "SteervitClientLimitsNotRead",
     "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
@@ -111,7 +112,7 @@ def test_a_wrong_promise_is_named(right: str, wrong: str, said: str, tmp_path: P
 
 
 @contextmanager
-def load(server: ServerProcess, images: NDArray[np.uint8], calls: int) -> Iterator[None]:
+def load(server: ServerProcess, images: NDArray[np.uint8], calls: int, **asked: Unpack[Asked]) -> Iterator[None]:
     """Send the images in this many concurrent calls, refused or not; every other call has a deadline of a second."""
     done = threading.Event()
 
@@ -119,7 +120,7 @@ def load(server: ServerProcess, images: NDArray[np.uint8], calls: int) -> Iterat
         with Client(server.address, timeout=1 if number % 2 else 30) as client:
             while not done.is_set():
                 try:
-                    client.predict(list(images))
+                    client.predict(list(images), **asked)
                 except grpc.RpcError:
                     time.sleep(0.1)
 
@@ -162,17 +163,18 @@ def test_faults_raise_their_alerts(
                 "--shadow-fraction", "1", "--max-queue", "1024", "--max-batch", "1", "--threads", "1",
                 "--client-limits", str(tmp_path / "limits"),
             )  # fmt: skip
+            tired = start_server(MODELS, "--target-latency-ms", "20", "--threads", "1")
             try:
-                targets = {"steervit-ill": ill, "steervit-idle": idle}
+                targets = {"steervit-ill": ill, "steervit-idle": idle, "steervit-tired": tired}
                 addresses = {job: urlsplit(server.metrics_url).netloc for job, server in targets.items()}
                 watched = {"steervit-dead": dead, **addresses}
                 prometheus.watch(watched)
                 # the averages over the load begin here
                 until(lambda: bool(prometheus.query('up{job="steervit-ill"} == 1')), 40)
                 dead_alone = {job: "SteervitAllTargetsDown" in prometheus.raised(job=job) for job in watched}
-                assert dead_alone == {"steervit-dead": True, "steervit-ill": False, "steervit-idle": False}
+                assert dead_alone == {job: job == "steervit-dead" for job in watched}
 
-                version = repository / "fashion_mnist" / "4"  # a version that does not work
+                version = repository / "fashion_mnist" / "5"  # a version that does not work
                 shutil.copytree(bundle.folder, version)
                 (version / "dispatch.fp32.onnx").write_bytes(b"")
                 (profiles / "wrong.json").write_text("{")  # a profile folder that is wrong
@@ -187,22 +189,24 @@ def test_faults_raise_their_alerts(
                     for _ in range(12):  # another head usage than the evaluation says
                         client.predict(samples["Bag"], profile="elsewhere")
                     every = [file for files in samples.values() for file in files]
-                    changed = [
-                        file
-                        for file, found in zip(every, client.compare(every, profile="tops").comparisons, strict=True)
-                        if not found.same_label
-                    ]
-                    assert changed
-                    for _ in range(25):  # images whose label the profile changes
-                        client.predict((changed * 10)[:10], profile="tops")
+                    pairs = {name: client.compare(every, profile=name).comparisons for name in bundle.profiles}
+                    profile, changed = next(
+                        (name, file)
+                        for name, of in pairs.items()
+                        for file, pair in zip(every, of, strict=True)
+                        if not pair.same_label
+                    )
+                    for _ in range(25):  # an image whose label the profile changes
+                        client.predict([changed] * 10, profile=profile)
                 # a busy machine can be late for a scrape, and slow, so these do not count here
                 down = {"SteervitTargetDown", "SteervitLatencyBudgetBurnsFast"}
                 with load(ill, sample_pixels, calls=16):  # more than it can run
-                    expected = CAUSED - down - {"SteervitAllTargetsDown"} - of_idle
+                    expected = CAUSED - down - {"SteervitAllTargetsDown", "SteervitBrownout"} - of_idle
                     until(lambda: prometheus.raised(job="steervit-ill") - down == expected, 60)
+                with load(tired, sample_pixels[:8], calls=8, min_budget=0.5):  # likewise, but they may cost less
+                    until(lambda: "SteervitBrownout" in prometheus.raised(job="steervit-tired"), 40)
                 for alert in prometheus.get("alerts")["alerts"]:
                     assert not re.search("<no value>|<error|%!", " ".join(alert["annotations"].values())), alert
                 assert prometheus.raised(job="steervit-idle") - down == of_idle | {"SteervitProfilesNotRead"}
             finally:
-                assert stop_server(ill) == 0
-                assert stop_server(idle) == 0
+                assert [stop_server(server) for server in (ill, tired, idle)] == [0, 0, 0]

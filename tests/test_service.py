@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from masks import unit_mask
 from numpy.typing import NDArray
 from processes import (
     MODELS,
@@ -50,10 +51,13 @@ def test_a_profile_changes_which_heads_run_and_the_receipt_says_what_ran(
     for answer in (plain, steered):
         assert len(answer.predictions) == 10
         for prediction in answer.predictions:
-            mask = np.array([list(block.kept) for block in prediction.head_mask])
-            assert [block.block for block in prediction.head_mask] == list(bundle.manifest.gated_blocks)
-            assert prediction.head_usage == pytest.approx(mask.mean())
-            closed = (~mask).sum(1) @ np.array(bundle.manifest.macs.per_head)
+            heads, groups = np.split(unit_mask([prediction])[0], [bundle.manifest.heads], axis=1)
+            for blocks in (prediction.head_mask, prediction.mlp_mask):
+                assert [block.block for block in blocks] == list(bundle.manifest.gated_blocks)
+            assert prediction.head_usage == pytest.approx(heads.mean())
+            assert prediction.mlp_usage == pytest.approx(groups.mean())
+            macs = bundle.manifest.macs
+            closed = (~heads).sum(1) @ np.array(macs.per_head) + (~groups).sum(1) @ np.array(macs.per_mlp_group)
             assert prediction.compute_fraction == pytest.approx(1 - closed / bundle.manifest.macs.dense)
             probabilities = [c.probability for c in prediction.classes]
             assert len(probabilities) == 5
@@ -122,13 +126,12 @@ def test_profiles_are_listed_in_pages(client: Client, server: ServerProcess, bun
 def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[bytes]], bundle: Bundle) -> None:
     with serving(MODELS) as server:
         page = server.page()
-        assert 'steervit_images_total{model="fashion_mnist",version="3",profile="Shirt"' in page
-        kept = np.zeros((len(bundle.manifest.gated_blocks), bundle.manifest.heads))
+        assert 'steervit_images_total{model="fashion_mnist",version="4",profile="Shirt"' in page
         with Client(server.address) as client:
             for label, files in samples.items():
-                for prediction in client.predict(files, profile=label).predictions:
-                    if label == "Shirt":
-                        kept += [list(block.kept) for block in prediction.head_mask]
+                predictions = client.predict(files, profile=label).predictions
+                if label == "Shirt":
+                    kept = unit_mask(predictions).sum(0)
             client.predict(samples["Bag"][:3])
             client.predict(samples["Bag"][:2], terms={0: (SteeringTerm(1, 2.0),)})
             client.predict(samples["Shirt"][:4], profile="Shirt", strength=0.0)
@@ -139,11 +142,13 @@ def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[
             assert server.count("steervit_images_total", profile=label) == 10
         assert server.count("steervit_images_total", profile="none") == 3 + 4 + 1
         assert server.count("steervit_images_total", profile="custom") == 2
-        for index, block in enumerate(bundle.manifest.gated_blocks):
-            for head in range(bundle.manifest.heads):
-                labels = {"profile": "Shirt", "block": str(block), "head": str(head)}
-                assert server.count("steervit_heads_kept_total", **labels) == kept[index, head]
-        closed = (10 - kept).sum(1) @ np.array(bundle.manifest.macs.per_head)
+        heads, groups = np.split(kept, [bundle.manifest.heads], axis=1)
+        for name, unit, counts in (("heads", "head", heads), ("mlp_groups", "group", groups)):
+            for (index, number), count in np.ndenumerate(counts):
+                labels = {"block": str(bundle.manifest.gated_blocks[index]), unit: str(number)}
+                assert server.count(f"steervit_{name}_kept_total", profile="Shirt", **labels) == count
+        macs = bundle.manifest.macs
+        closed = (10 - heads).sum(1) @ np.array(macs.per_head) + (10 - groups).sum(1) @ np.array(macs.per_mlp_group)
         assert server.count("steervit_macs_dense_total", profile="Shirt") == 10 * bundle.manifest.macs.dense
         assert server.count("steervit_macs_spent_total", profile="Shirt") == 10 * bundle.manifest.macs.dense - closed
         method = {"method": "/steering.v1.SteeringService/Predict"}
@@ -278,7 +283,7 @@ def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bu
     done = run_main(client_main, "predict", "--address", server.address, "--profile", "Shirt", *files)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["image", "class", "p", "then", "heads", "usage", "compute"]
+    assert lines[0].split() == ["image", "class", "p", "then", "heads", "usage", "MLP", "groups", "usage", "compute"]
     assert [line.split()[0] for line in lines[2:5]] == files
     assert "profile Shirt" in done.stdout
     done = run_main(client_main, "profiles", "--address", server.address)

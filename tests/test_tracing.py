@@ -123,7 +123,7 @@ def test_a_trace_spans_client_to_inference_with_the_times_of_the_receipt(
     assert known.pop("network.peer.port") > 0
     assert known == {
         "rpc.system.name": "grpc", "rpc.method": PREDICT, "rpc.response.status_code": "OK",
-        "network.peer.address": "127.0.0.1", "steervit.model": "fashion_mnist", "steervit.version": "3",
+        "network.peer.address": "127.0.0.1", "steervit.model": "fashion_mnist", "steervit.version": "4",
         "steervit.profile": "Bag", "steervit.images": 40, "steervit.request_id": "order-66",
     }  # fmt: skip
     by_id = {found.span_id: found for found in trace}

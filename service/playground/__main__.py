@@ -35,7 +35,7 @@ def main(arguments: Sequence[str], prog: str = PROG) -> int:
             listener = until_the_end.enter_context(_listener(options.host, options.port))
             address = options.server
             if not address:
-                address, _ = until_the_end.enter_context(running_server("--repository", str(MODELS)))
+                address = until_the_end.enter_context(running_server("--repository", str(MODELS)))
             serve(listener, AsyncClient(address, 15.0, _credentials(options)), address, options.model, samples)
     except ModuleNotFoundError as error:
         print(MISSING.format(error.name), file=sys.stderr)

@@ -15,6 +15,7 @@ from service.engine import Engine
 from service.pb import open_inference_pb2 as oip
 from service.pb import steering_pb2 as pb
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
+from tests.masks import unit_mask
 from training.steering import Terms, to_arrays
 
 TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ class Read:
     probabilities: NDArray[np.float64]
     """(B, classes)"""
     mask: NDArray[np.bool_]
-    """(B, gated blocks, heads)"""
+    """(B, gated blocks, units)"""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def _read_prediction(answer: pb.PredictResponse, bundle: Bundle) -> Read:
     for row, prediction in enumerate(answer.predictions):
         for found in prediction.classes:
             probabilities[row, found.index] = found.probability
-    masks = [[list(block.kept) for block in prediction.head_mask] for prediction in answer.predictions]
-    return Read(probabilities, np.array(masks))
+    return Read(probabilities, unit_mask(answer.predictions))
 
 
 def _infer(
@@ -131,11 +131,11 @@ def tensors(message: oip.ModelInferRequest, arrays: Mapping[str, NDArray[Any]]) 
 
 def _read_tensors(answer: oip.ModelInferResponse, bundle: Bundle) -> Read:
     raw = {output.name: (output, raw) for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)}
-    logits, gates = (
+    logits, heads, groups = (
         np.frombuffer(raw[name][1], kind).reshape(list(raw[name][0].shape))
-        for name, kind in (("logits", "<f4"), ("head_gate", bool))
+        for name, kind in (("logits", "<f4"), ("head_gate", bool), ("mlp_gate", bool))
     )
-    return Read(softmax(logits), gates)
+    return Read(softmax(logits), np.concatenate([heads, groups], 2))
 
 
 V1 = Protocol(STEERING, "/steering.v1.SteeringService/Predict", _predict, pb.PredictResponse, _read_prediction)

@@ -98,7 +98,7 @@ STEERING_V1 = [
     Case("unknown model", lambda: named(typed(), model="resnet"), "model is 'resnet'; allowed: 'fashion_mnist'",
          "NOT_FOUND"),
     Case("unknown version", lambda: named(typed(), version="99"),
-         "version of model 'fashion_mnist' is '99'; allowed: '3', or none", "NOT_FOUND"),
+         "version of model 'fashion_mnist' is '99'; allowed: '4', or none", "NOT_FOUND"),
     Case("unknown profile", lambda: typed(profile="Shoe"),
          "steering.profile is 'Shoe'; allowed: 'Ankle boot', 'Bag'", "NOT_FOUND"),
     Case("NaN scale", lambda: typed(1, pb.SteeringTerm(scale=NAN)),
@@ -130,7 +130,7 @@ STEERING_V1 = [
          r"model is 'fashion_mnist\x00'; allowed: 'fashion_mnist'", "NOT_FOUND"),
     Case("null characters", lambda: typed(profile="Shirt\0"), r"steering.profile is 'Shirt\x00'; allowed: 'Ankle boot'",
          "NOT_FOUND"),
-    Case("null characters", lambda: named(typed(), version="3\0"), r"is '3\x00'; allowed: '3'", "NOT_FOUND"),
+    Case("null characters", lambda: named(typed(), version="4\0"), r"is '4\x00'; allowed: '4'", "NOT_FOUND"),
     Case("null characters", lambda: with_image(encoded=bytes(1000)), "is not a readable image (1000 bytes"),
 ]  # fmt: skip
 
@@ -170,7 +170,7 @@ OPEN = [
     Case("unknown model", lambda: tensor(IMAGES, bytes(784), model="resnet"),
          "model is 'resnet'; allowed: 'fashion_mnist'", "NOT_FOUND"),
     Case("unknown version", lambda: tensor(IMAGES, bytes(784), version="99"),
-         "version of model 'fashion_mnist' is '99'; allowed: '3', or none", "NOT_FOUND"),
+         "version of model 'fashion_mnist' is '99'; allowed: '4', or none", "NOT_FOUND"),
     Case("unknown profile", lambda: parameter("profile", string_param="Hat"),
          "steering.profile is 'Hat'; allowed: 'Ankle boot'", "NOT_FOUND"),
     Case("unknown input", lambda: tensor(IMAGES, bytes(784), name="pixels"),

@@ -11,7 +11,7 @@ with random weights: time depends on shapes and gates alone.
 
 Models: deit_s, timm's deit_small_patch16_224 with gates on all blocks but the first; deit_s_units, the same with gates
 on 4 groups of each MLP too; fashion_mnist, the shape of the committed bundle, with the gates that the committed graph
-itself decides for sample images under its class profiles.
+itself decides for sample images at budgets.
 """
 
 import argparse
@@ -36,12 +36,14 @@ from torch import nn
 from tqdm import tqdm
 
 from export.builder import Builder
-from export.bundle import load_bundle, versions
+from export.bundle import Bundle, load_bundle, versions
 from export.calibration import calibrate
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float, Int8
-from export.session import Arrays, inputs_of, open_session, session_options
+from export.session import Arrays, inputs_of, session_options
+from service.engine import Engine
+from service.steering import resolve, stack
 from training.config import VitSettings
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -49,7 +51,7 @@ from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.model.sae import Sae
 from training.presets import PRESETS
-from training.steering import SteeringTerm, Terms
+from training.steering import NEUTRAL, SteeringTerm, Terms
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
@@ -216,11 +218,11 @@ def vit_b() -> Model:
     return Model("vit_b", vit, ImageSpec(224, 224, 3, 256, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
-def fashion_mnist(mlp_groups: int = 0) -> Model:
+def fashion_mnist(mlp_groups: int = 4) -> Model:
     torch.manual_seed(0)
     spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.286,), (0.353,))
     vit = create_vit(VitSettings(**PRESETS["fashion-mnist"]["vit"]), spec, 10).eval()
-    return Model("fashion_mnist_units" if mlp_groups else "fashion_mnist", vit, spec, mlp_groups)
+    return Model("fashion_mnist", vit, spec, mlp_groups)
 
 
 def patterns(model: Model, batch: int, usage: float, gates: str, groups: float = 1.0) -> NDArray[np.bool_]:
@@ -233,15 +235,17 @@ def patterns(model: Model, batch: int, usage: float, gates: str, groups: float =
     return np.broadcast_to(np.concatenate(open_, 2), (batch, model.sites, model.units))
 
 
-def profile_gates(batch: int) -> NDArray[np.bool_]:
-    """Gates of the committed graph for sample images under the profile of their class: (B, sites, heads)."""
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-    session = open_session(bundle.folder / bundle.manifest.graphs[0].file, bundle.manifest.graphs[0].attention)
+def committed() -> Bundle:
+    return load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+
+
+def budget_gates(batch: int, budget: float) -> NDArray[np.bool_]:
+    """Gates of the committed graph for sample images at a budget: (B, sites, units)."""
+    bundle = committed()
     files = sorted(SAMPLES.glob("*/*.png"))[:: max(1, 100 // batch)][:batch]
     pixels = np.stack([np.asarray(Image.open(file))[:, :, None] for file in files])
-    terms = [bundle.profiles[file.parent.name].terms for file in files]
-    (found,) = session.run(["head_gate"], inputs_of(pixels, terms, len(bundle.manifest.sites)))
-    return np.asarray(found, bool)
+    arrays = stack([resolve(bundle, "", NEUTRAL, 1.0, budget=budget)], [batch])
+    return Engine(bundle, "cpu", 1).run(pixels, arrays).gate_logit > 0
 
 
 def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
@@ -279,12 +283,16 @@ def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
             cells.append(Cell(model.name, "compact", *at, 1 / 3, "uniform", groups=1 / 4))
     yield model, cells
     model = fashion_mnist()
-    usage = float(profile_gates(32).mean())
-    cells = []
+    lowest, cells = committed().manifest.dial[0].budget, []
     for batch in (1, 8, 32):
         for precision in ("fp32", "int8"):
-            cells += [Cell(model.name, v, precision, batch, 2, 1.0, "profiles") for v in ("dense", "by_head")]
-            cells += [Cell(model.name, v, precision, batch, 2, usage, "profiles") for v in ("masked", "dispatch")]
+            at = (precision, batch, 2)
+            cells += [Cell(model.name, variant, *at, 1.0, "budget 1") for variant in ("dense", "by_head")]
+            for budget in (1.0, 0.7, lowest):
+                usage, groups = (
+                    float(of.mean()) for of in np.split(budget_gates(batch, budget), [model.heads], axis=2)
+                )
+                cells.append(Cell(model.name, "dispatch", *at, usage, f"budget {budget:g}", groups=groups))
     yield model, cells
 
 
@@ -332,8 +340,8 @@ def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> lis
         left = (cell.usage, cell.groups) if cell.variant == "compact" else None
         sessions.setdefault((cell.variant, cell.precision, cell.threads, left), []).append(cell)
     gates = {
-        cell: profile_gates(cell.batch)
-        if cell.gates == "profiles" and cell.variant not in PLAIN
+        cell: budget_gates(cell.batch, float(cell.gates.removeprefix("budget ")))
+        if cell.gates.startswith("budget") and cell.variant not in PLAIN
         else patterns(model, cell.batch, cell.usage, cell.gates, cell.groups)
         for cell in cells
     }
@@ -402,7 +410,7 @@ def show(rows: list[Row]) -> None:
         "ideal",
         "eff.",
     )
-    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}{:>8}  {:9}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
+    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}{:>8}  {:12}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
     before = None
 
     def place(r: Row) -> tuple[object, ...]:
@@ -415,7 +423,7 @@ def show(rows: list[Row]) -> None:
         before = group
         print(
             f"{row.model:14}{row.variant:10}{row.precision:10}{row.batch:6}{row.threads:8}{row.usage:7.2f}"
-            f"{row.groups:8.2f}  {row.gates:9}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}"
+            f"{row.groups:8.2f}  {row.gates:12}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}"
             f"{row.ratio_to_dense:6.2f}"
             f"{row.ideal:7.2f}{row.efficiency:7.2f}  {row.efficiency_low:.2f}-{row.efficiency_high:.2f}"
         )

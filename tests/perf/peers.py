@@ -211,8 +211,13 @@ def _ready(stub: GRPCInferenceServiceStub) -> bool:
 
 def triton_config(subject: Subject, threads: int, instances: int) -> str:
     manifest = subject.manifest
-    gates = [len(manifest.gated_blocks), manifest.heads]
-    outputs = [("logits", "FP32", [len(manifest.labels)]), ("head_gate", "BOOL", gates), ("gate_logit", "FP32", gates)]
+    blocks, heads, groups = len(manifest.gated_blocks), manifest.heads, manifest.mlp_groups
+    outputs = [
+        ("logits", "FP32", [len(manifest.labels)]),
+        ("head_gate", "BOOL", [blocks, heads]),
+        ("gate_logit", "FP32", [blocks, heads + groups]),
+        *[("mlp_gate", "BOOL", [blocks, groups])] * bool(groups),
+    ]
     told = ", ".join(f'{{ name: "{name}" data_type: TYPE_{kind} dims: {shape} }}' for name, kind, shape in outputs)
     return f"""
         name: "{subject.name}"

@@ -17,6 +17,8 @@ class TritonPythonModel:
         graph = parameters["graph"]["string_value"]
         self.session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
         self.sites = self.session.get_inputs()[1].shape[1]
+        biases = [given.shape[2] for given in self.session.get_inputs() if given.name == "gate_bias"]
+        self.units = biases[0] if biases else 0
 
     def execute(self, requests: list[Any]) -> list[Any]:
         parts = [triton.get_input_tensor_by_name(request, "image").as_numpy() for request in requests]
@@ -26,6 +28,8 @@ class TritonPythonModel:
             "image": images, "steering_latent": np.zeros(shape, np.int64),
             "steering_scale": np.zeros(shape, np.float32), "steering_shift": np.zeros(shape, np.float32),
         }  # fmt: skip
+        if self.units:
+            inputs["gate_bias"] = np.zeros((len(images), self.sites, self.units), np.float32)
         results = self.session.run(self.outputs, inputs)
         responses, first = [], 0
         for part in parts:
