@@ -260,7 +260,7 @@ def test_names_that_mean_something_to_the_page_or_to_python_stand_in_it_as_they_
 
 
 def test_a_large_page_leaves_the_interpreter_to_others_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pause after each SLICE of work, by a clock that goes on with the work alone."""
+    """One pause after each SLICE of work, by a clock that continues with the work alone."""
     clock, pauses = [0.0], [0]
 
     def sleep(seconds: float) -> None:
