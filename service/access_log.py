@@ -1,4 +1,4 @@
-"""What is known of the call that is being answered: for its counts, its line in the access log, and its trace."""
+"""The record of the current call, for its metrics, its line in the access log, and its trace."""
 
 import json
 import re
@@ -12,49 +12,49 @@ if TYPE_CHECKING:
     from service.limits import Admission
 
 CLIENT = "x-client-name"
-"""Metadata in which a client says who it is."""
+"""The metadata with which a client names itself."""
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-"""Metadata `traceparent`, as of the W3C recommendation Trace Context; the group is the trace id."""
+"""The metadata `traceparent` as defined by W3C Trace Context; the group is the trace id."""
 PROBES = re.compile(".+/(ServerLive|ServerReady|ModelReady)")
-"""Methods whose calls are in no log."""
+"""Methods whose calls are not logged."""
 
 
 @dataclass(slots=True)
 class Course:
-    """When a traced call was where. Times are those of time.monotonic, in seconds."""
+    """The timeline of a traced call. Times are those of time.monotonic, in seconds."""
 
     decoding: tuple[float, float] | None = None
-    """When its images began to be decoded, and how long that took; None for pixels."""
+    """Start and duration of decoding its images; None for raw pixels."""
     queued: float | None = None
-    """When its images joined the queue."""
+    """The time when its images entered the queue."""
     batches: list[Ran] = field(default_factory=list)
-    """Those that have run some of them."""
+    """The batches that ran its images."""
     trace_id: str = ""
-    """Of its spans; "" before they are made, and without any."""
+    """Trace id of its spans; "" before they are created, or if there are none."""
     span_id: str = ""
-    """Of the call's own span."""
+    """Id of the call's own span."""
 
 
 @dataclass(slots=True)
 class Record:
-    """A call, as far as it is known. Empty, None: not known, or it has none."""
+    """What is known about a call. Empty or None: unknown, or not applicable."""
 
     model: str = ""
     version: str = ""
     profile: str = ""
-    """`custom`: inline terms."""
+    """Name of its profile; `custom`: inline terms."""
     group: str = ""
-    """Of its profile, as in counting.GROUPS; "" until its images are about to run."""
+    """The group of its profile, as in counting.GROUPS; "" until its images are about to run."""
     images: int | None = None
     budget: float | None = None
-    """As asked for."""
+    """The requested budget."""
     budget_applied: float | None = None
-    """If the server lowered it."""
+    """The applied budget, if the server lowered it."""
     queue_seconds: float | None = None
     inference_seconds: float | None = None
     decode_seconds: float | None = None
     refused: str = ""
-    """Why, in a word, if it was not for what the request says."""
+    """The reason for a refusal, in a word, unless it was the request's content."""
     admission: "Admission | None" = None
     """None: no limits by client."""
     course: Course | None = None
@@ -63,23 +63,23 @@ class Record:
 
 _CURRENT: ContextVar[Record] = ContextVar("record")
 _OUTSIDE = Record()
-"""Of what is answered to nobody, as in tests: written, and never read."""
+"""The record outside of any call, as in tests: written, but never read."""
 
 
 def begin(traced: bool = False) -> Record:
-    """The record of a new call, which is the current one of this task from now on. traced: with its course."""
+    """Create the record of a new call and make it the current one of this task. traced: with a Course."""
     record = Record(course=Course() if traced else None)
     _CURRENT.set(record)
     return record
 
 
 def current() -> Record:
-    """The record of the call that this task answers."""
+    """The record of the call that this task is answering."""
     return _CURRENT.get(_OUTSIDE)
 
 
 class Line(dict[str, Any]):
-    """A line of the access log: JSON, in a log of text too."""
+    """A line of the access log: JSON, even in a text log."""
 
     def __str__(self) -> str:
         return json.dumps(self)
@@ -88,7 +88,7 @@ class Line(dict[str, Any]):
 def line(
     record: Record, method: str, code: str, seconds: float, request_id: str, sizes: tuple[int, int], context: Any
 ) -> Line:
-    """The line of an answered call, without what is not known. sizes: bytes of the request and of the answer."""
+    """The line of an answered call, without unknown fields. sizes: of the request and the answer, in bytes."""
     metadata = dict(context.invocation_metadata() or ())
     trace = TRACEPARENT.fullmatch(str(metadata.get("traceparent", "")))
     fields = {
@@ -121,7 +121,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def certificate_name(context: Any) -> str:
-    """The name in the certificate of a call's client; "" without one."""
+    """The name in the certificate of a call's client; "" without a certificate."""
     properties: dict[str, list[bytes]] = context.auth_context()
     for key in ("x509_common_name", "x509_subject_alternative_name"):
         for name in properties.get(key) or ():

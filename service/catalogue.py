@@ -1,4 +1,4 @@
-"""The contents of the repository folder: models, versions, labels, settings. Reads names and sizes, loads nothing.
+"""The content of the repository folder: models, versions, labels, settings. Reads names and sizes; loads no model.
 
 ```
 <repository>/<model>/<version>/manifest.json ...      or <repository>/manifest.json: a single bundle
@@ -22,9 +22,10 @@ from service import serving_file
 
 LABEL = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 DEFAULT_LABEL = "stable"
-"""The label of the version that serves requests without a version; if it is missing, the newest serves them."""
+"""The label of the version that serves requests without a version; if no version has it, the newest serves them."""
 Fingerprint = tuple[tuple[str, int, int], ...]
-"""Name, size and modification time of every file, serving.json included. After a change a version is loaded again."""
+"""Name, size and modification time of every file, including serving.json. When it changes, the version is loaded
+again."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,18 @@ class Shelf:
     problem: str = ""
     """What is wrong with labels.json."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of serving.json."""
+    """The settings in serving.json."""
     settings_problem: str = ""
     """What is wrong with serving.json."""
 
 
 class Catalogue(dict[str, Shelf]):
-    """By model."""
+    """The shelves by model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: dict[Path, str] = {}
-        """Paths that cannot be read or are no folders, and why."""
+        """Paths that are skipped because they are unreadable or not folders, with the reason."""
 
 
 def scan(repository: Path) -> Catalogue:
@@ -69,7 +70,7 @@ def scan(repository: Path) -> Catalogue:
         raise BundleError(f"repository is {repository}, which is not a folder")
     for model in _folders(repository, lambda name: not name.startswith("."), shelves.skipped):
         versions = {}
-        of_settings = _states([model / "serving.json"])  # before it is read: what changes meanwhile is read next time
+        of_settings = _states([model / "serving.json"])  # before reading it: a change meanwhile is read next time
         for folder in _folders(model, lambda name: bool(VERSION.fullmatch(name)), shelves.skipped):
             with contextlib.suppress(FileNotFoundError):  # removed since
                 versions[int(folder.name)] = VersionFolder(folder, _fingerprint(folder) + of_settings)
@@ -86,7 +87,8 @@ def scan(repository: Path) -> Catalogue:
 
 
 def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str]) -> list[Path]:
-    """The subfolders with a name that `named` accepts, by name. Others and unreadable ones are added to `skipped`."""
+    """The subfolders with a name that `named` accepts, sorted by name. Other and unreadable entries are added to
+    `skipped`."""
     folders = []
     try:
         paths = sorted(path for path in parent.iterdir() if named(path.name))
@@ -128,9 +130,9 @@ def _labels(repository: Path, model: Path, versions: Mapping[int, VersionFolder]
 
 
 def set_label(repository: Path, name: str, label: str, version: int) -> None:
-    """Let a label name a version of a model, in its labels.json; a reader gets the old file or the new one, whole.
+    """Set a label of a model to a version, in its labels.json. Readers see either the old file or the new one.
 
-    Raises BundleError when check_label does, or when the version is not there.
+    Raises BundleError as check_label does, or when the version does not exist.
     """
     model = repository / name
     with locked(model):
@@ -146,8 +148,9 @@ def set_label(repository: Path, name: str, label: str, version: int) -> None:
 
 
 def check_label(repository: Path, name: str, label: str) -> dict[str, int]:
-    """The labels that a model has. Raises BundleError when they cannot be read or `label` cannot be added: it is not a
-    name of a label, or requests without a version would be served by the newest version although there are labels."""
+    """The labels of a model. Raises BundleError when they cannot be read or `label` cannot be added: its name is
+    invalid, or the model would have labels without DEFAULT_LABEL, so that the newest version would serve requests
+    without a version."""
     if not LABEL.fullmatch(label):
         raise BundleError(f"label is {label!r}; allowed: {LABEL.pattern}")
     model = repository / name
@@ -164,7 +167,7 @@ def check_label(repository: Path, name: str, label: str) -> dict[str, int]:
 
 
 def _settings(path: Path, repository: Path) -> tuple[Mapping[str, Any], str]:
-    """The settings of a serving.json, and what is wrong with it."""
+    """The settings in a serving.json, and its problem, if any."""
     try:
         value = _content(path, repository)
     except FileNotFoundError:
@@ -178,7 +181,7 @@ def _settings(path: Path, repository: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def _content(path: Path, repository: Path) -> Any:
-    """The value in a JSON file. Raises FileNotFoundError without the file, ValueError when it cannot be read."""
+    """The value in a JSON file. Raises FileNotFoundError when it is missing, ValueError when it cannot be read."""
     try:
         check_inside(path, repository)
         return json.loads(path.read_bytes())
@@ -199,7 +202,8 @@ def _single(folder: Path) -> tuple[str, int]:
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
-    """The state of a folder; empty if it cannot be read: loading it gives the reason. Raises FileNotFoundError."""
+    """The state of a folder. Empty if it cannot be read; loading it then reports the reason. Raises
+    FileNotFoundError."""
     try:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
@@ -210,7 +214,7 @@ def _fingerprint(folder: Path) -> Fingerprint:
 
 
 def _states(paths: Iterable[Path]) -> Fingerprint:
-    """Of those that are there and can be read."""
+    """The states of the paths that exist and can be read."""
     files = []
     for path in paths:
         try:

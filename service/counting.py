@@ -1,4 +1,4 @@
-"""Counts in plain numbers and arrays; every method may be called from any thread."""
+"""Counters in plain numbers and arrays. Every method is thread-safe."""
 
 import threading
 import time
@@ -21,38 +21,38 @@ SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
     1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0,
 )  # fmt: skip
-"""No bound is more than twice the one before: for models of 5 ms and of 5 s alike."""
+"""Each bound is at most twice the previous one, so that buckets are useful for models of 5 ms and of 5 s."""
 BYTES = tuple(4.0**power for power in range(4, 15))
-"""256 to 2^28: of a request with one small image and of the largest that may be allowed."""
+"""256 to 2^28: from a request with one small image to the largest message that can be allowed."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
 OUTCOMES = ("admitted", "model", "rate", "calls", "images")
-"""Of calls under limits by client: admitted, or refused by one of them."""
+"""Outcomes of calls under limits by client: admitted, or the limit that refused it."""
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class NoProfile(Enum):
-    """The keys of counts without a profile; their values are values of the label `profile`.
+    """The keys of counts without a profile. Their values are values of the label `profile`.
 
-    They are not strings, so that no profile's name equals one of them.
+    They are not strings, so that no profile's name can equal one of them.
     """
 
     NONE = "none"
     """Without steering."""
     CUSTOM = "custom"
-    """With inline terms."""
+    """With inline terms of the request."""
     OTHER = "other"
-    """Under a profile past the cap."""
-    __hash__ = object.__hash__  # each is one object; Enum's own hash is a call of Python in every lookup
+    """Under profiles beyond the cap."""
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash would be a Python call in every lookup
 
 
 NONE, CUSTOM, OTHER = NoProfile
 Key = str | NoProfile
 """A profile's name, or a key for images without one."""
 GROUPS = (NONE.value, CUSTOM.value, *get_args(Kind))
-"""Of calls with images: without steering, with terms of their own, or with a profile, by its kind."""
+"""Groups of calls with images: without steering, with inline terms, or by the kind of their profile."""
 
 
 class Tally:
@@ -73,7 +73,7 @@ class Tally:
 
 
 class Exemplar(NamedTuple):
-    """A value that a histogram has counted, and the span of the call that it is from."""
+    """A value counted by a histogram, and the span of its call."""
 
     value: float
     trace_id: str
@@ -87,17 +87,17 @@ class Buckets:
     """A histogram at one moment."""
 
     bounds: tuple[float, ...]
-    """The largest value of each bucket but the last, which has no bound."""
+    """The largest value of each bucket except the last, which is unbounded."""
     cumulative: tuple[int, ...]
-    """Values in this bucket and those before it."""
+    """Number of values in each bucket and the ones before it."""
     total: float
     """The sum of all values."""
     exemplars: Mapping[int, Exemplar]
-    """By bucket: the last of a call that is traced."""
+    """The last exemplar of each bucket that has one."""
 
 
 class Histogram:
-    """Counts of values by bucket, and their sum. bounds: as of Buckets, rising."""
+    """Counts of values by bucket, and their sum. bounds: as in Buckets, rising."""
 
     def __init__(self, bounds: tuple[float, ...]):
         self._bounds = bounds
@@ -107,14 +107,14 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, *values: float) -> None:
-        """Count the values. A read sees all of them or none."""
+        """Count the values, atomically: a read sees all of them or none."""
         with self._lock:
             for value in values:
                 self._counts[bisect_left(self._bounds, value)] += 1
                 self._total += value
 
     def exemplify(self, value: float, trace_id: str, span_id: str) -> None:
-        """Name the span that a counted value is from."""
+        """Record the span of a counted value as an exemplar."""
         with self._lock:
             bucket = bisect_left(self._bounds, value)
             self._exemplars[bucket] = Exemplar(value, trace_id, span_id, time.time())
@@ -130,9 +130,9 @@ class ProfileTotals(NamedTuple):
 
     images: int
     heads_kept: list[int]
-    """By gated block and head, the heads of a block together."""
+    """By gated block and head; the heads of a block are adjacent."""
     mlp_groups_kept: list[int]
-    """Likewise."""
+    """By gated block and MLP group; the groups of a block are adjacent."""
     macs_spent: int
     macs_dense: int
     lowered_images: int
@@ -141,7 +141,7 @@ class ProfileTotals(NamedTuple):
     shadow_images: int
     shadow_agreed: int
     shadow_heads: tuple[int, int]
-    """Steered, unsteered."""
+    """Heads that ran steered and unsteered."""
     lowered_shadow_images: int
     lowered_shadow_agreed: int
 
@@ -150,8 +150,8 @@ class ProfileCounts:
     """The counts of one profile of a model."""
 
     def __init__(self, blocks: tuple[int, ...], heads: int, mlp_groups: int, by_head: bool):
-        """blocks: those with gates; heads, mlp_groups: of each; by_head: with a series for each head and MLP group,
-        rather than one of all."""
+        """blocks: the gated blocks; heads, mlp_groups: per block; by_head: a series for each head and MLP group instead
+        of one for all."""
         self.layout, self.by_head = (blocks, heads, mlp_groups), by_head
         self._lock = threading.Lock()
         self._mlp_groups: NDArray[np.int64] = np.zeros((len(blocks), mlp_groups), np.int64)
@@ -162,7 +162,7 @@ class ProfileCounts:
         self._lowered_shadow_images = self._lowered_shadow_agreed = 0
 
     def answered(self, outputs: Outputs, dense: int) -> None:
-        """dense: multiply-accumulates of an image with every unit open."""
+        """Count answered images. dense: multiply-accumulates of an image with every unit open."""
         gates, of_mlps = outputs.head_gate, outputs.mlp_gate
         count = len(gates)
         kept = gates[0] if count == 1 else gates.sum(0)  # (G, H)
@@ -177,7 +177,7 @@ class ProfileCounts:
             self._near_threshold += near
 
     def lowered(self, outputs: Outputs, own: float) -> None:
-        """own: multiply-accumulates that each image would have spent at its own budget."""
+        """Count images at a lowered budget. own: multiply-accumulates that each would have spent at its own budget."""
         count = len(outputs.macs)
         saved = max(0, round(own * count) - sum(outputs.macs.tolist()))
         with self._lock:
@@ -185,7 +185,7 @@ class ProfileCounts:
             self._macs_saved += saved
 
     def shadowed(self, steered: Outputs, unsteered: Outputs) -> None:
-        """The same images with and without steering."""
+        """Count images that ran both with and without steering."""
         agreed = int((steered.logits.argmax(1) == unsteered.logits.argmax(1)).sum())
         kept = int(np.count_nonzero(steered.head_gate)), int(np.count_nonzero(unsteered.head_gate))
         with self._lock:
@@ -195,7 +195,7 @@ class ProfileCounts:
             self._shadow_unsteered += kept[1]
 
     def shadowed_lowered(self, agreed: bool) -> None:
-        """An image at a lowered budget and at its own. agreed: with the same label."""
+        """Count an image that ran both at a lowered budget and at its own. agreed: whether the labels are the same."""
         with self._lock:
             self._lowered_shadow_images += 1
             self._lowered_shadow_agreed += agreed
@@ -215,7 +215,7 @@ class RequestCounts:
     """Calls by method and status, and their durations by method."""
 
     def __init__(self, methods: Iterable[str] = (), codes: Iterable[str] = ()) -> None:
-        """methods, codes: whose counts start at 0, rather than with their first call."""
+        """methods, codes: their counts start at 0 instead of with the first call."""
         self.by_code: dict[tuple[str, str], Tally] = {}
         self.seconds: dict[str, Histogram] = {}
         self.start(methods, codes)
@@ -244,10 +244,10 @@ class VersionCounts:
         self.inference, self.queue, self.decode = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.request_size, self.response_size = Histogram(BYTES), Histogram(BYTES)
         self.by_group = defaultdict(partial(Histogram, SECONDS), {group: Histogram(SECONDS) for group in GROUPS})
-        """Durations of calls with images; OTHER: their profile was removed meanwhile."""
+        """Durations of calls with images; OTHER: the profile was removed during the call."""
         self.dropped = {reason: Tally() for reason in DROP_REASONS}
         self.specialised = Tally()
-        """Images that a graph for their profile alone has run."""
+        """Images that ran on the graph specialised for their profile."""
 
 
 class ClientCounts:
@@ -256,19 +256,19 @@ class ClientCounts:
     def __init__(self) -> None:
         self.calls = {outcome: Tally() for outcome in OUTCOMES}
         self.images = Tally()
-        """Admitted ones."""
+        """Admitted images."""
 
 
 class Retained(Generic[K, V]):
-    """Values by key. An unused one is retained for some time, so that its last counts are scraped. Not thread-safe."""
+    """Values by key. Unused ones are retained for some time, so that their last counts are scraped. Not thread-safe."""
 
     def __init__(self) -> None:
         self.values: dict[K, V] = {}
         self._unused: dict[K, float] = {}
-        """When each unused key was last used."""
+        """The time when each unused key was last used."""
 
     def sweep(self, used: Collection[K], now: float, seconds: float) -> None:
-        """Remove values that have been unused for so many seconds. used: the keys in use now."""
+        """Remove values that have been unused for `seconds`. used: the keys in use now."""
         for key in self.values.keys() - used:
             if now - self._unused.setdefault(key, now) >= seconds:
                 del self.values[key], self._unused[key]

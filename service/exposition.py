@@ -1,4 +1,4 @@
-"""The metrics page: its families, and how their values are written. The only file that knows Prometheus."""
+"""The metrics page: its families, and their text formats. The only file that depends on Prometheus."""
 
 import re
 import time
@@ -15,13 +15,13 @@ from prometheus_client.utils import floatToGoString
 from service.counting import Buckets, Exemplar, Key, NoProfile, ProfileCounts, RequestCounts, VersionCounts
 
 Row = tuple[tuple[str, ...], float | Buckets] | str
-"""The values of a series' labels, and its value; or lines of the page, as they stand in both formats."""
+"""The label values of a series and its value; or finished lines, which are the same in both formats."""
 Rows = Mapping[str, Iterable[Row]]
-"""By the name of their family."""
+"""Rows by the name of their family."""
 Lists = Mapping[str, list[Row]]
-"""Rows being collected."""
+"""Rows while they are collected."""
 Version = tuple[str, str]
-"""Model and version."""
+"""Names of a model and its version."""
 SLICE, PAUSE = 0.0002, 0.002
 """Seconds."""
 T = TypeVar("T")
@@ -30,7 +30,8 @@ RESERVED = re.compile("(profile:)*({})".format("|".join(key.value for key in NoP
 
 @dataclass(frozen=True)
 class Family:
-    """Series of one name. `_total` of a counter, `_bucket`, `_count` and `_sum` of a histogram are added to it."""
+    """A metric family. The suffixes `_total` of a counter, `_bucket`, `_count` and `_sum` of a histogram are added to
+    its name."""
 
     kind: Literal["counter", "gauge", "histogram"]
     name: str
@@ -38,8 +39,8 @@ class Family:
     labels: tuple[str, ...] = ()
 
     def lines(self, rows: Iterable[Row], openmetrics: bool = False) -> list[str]:
-        """The family in Prometheus's text format, or in that of OpenMetrics, with exemplars. Prometheus's client
-        library takes seven times as long."""
+        """The family in Prometheus's text format, or in OpenMetrics with exemplars. Prometheus's client library takes
+        seven times as long."""
         name = self.sample
         family = self.name if openmetrics else name
         head = [f"# HELP {family} {self.help}", f"# TYPE {family} {self.kind}"]
@@ -60,11 +61,11 @@ class Family:
 
     @property
     def sample(self) -> str:
-        """The name of its samples, but for those of a histogram."""
+        """The name of its samples, except for a histogram."""
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
     def line(self, values: tuple[str, ...], value: object) -> str:
-        """A series that is no histogram. values: of its labels."""
+        """The line of a series that is not a histogram. values: of its labels."""
         return f"{self.sample}{{{_labels(self.labels, values)}}} {value}"
 
 
@@ -73,7 +74,7 @@ PROFILE = (*MODEL, "profile")
 FAMILIES = (
     Family(
         "counter", "steervit_requests",
-        "RPCs answered, but for those over a limit of their client. Without a model: RPCs for no served model.",
+        "RPCs answered, except those over a client's limit. Without a model: RPCs for a model that is not served.",
         ("method", "code", *MODEL),
     ),
     Family(
@@ -82,29 +83,29 @@ FAMILIES = (
     ),
     Family(
         "histogram", "steervit_profile_request_duration_seconds",
-        "The same of calls with images, by the kind of their profile.", (*MODEL, "profile_group"),
+        "Duration of RPCs with images, by the kind of their profile.", (*MODEL, "profile_group"),
     ),
-    Family("histogram", "steervit_request_size_bytes", "Messages of calls with images.", MODEL),
-    Family("histogram", "steervit_response_size_bytes", "Messages of their answers.", MODEL),
+    Family("histogram", "steervit_request_size_bytes", "Size of requests with images.", MODEL),
+    Family("histogram", "steervit_response_size_bytes", "Size of the answers to requests with images.", MODEL),
     Family(
         "counter", "steervit_calls_unserved",
-        "RPCs that reach no handler: of a method that does not exist, or with a message over the limit.", ("reason",),
+        "RPCs that reach no handler: the method does not exist, or the message is over the size limit.", ("reason",),
     ),
     Family("gauge", "steervit_requests_in_flight", "RPCs that are being answered."),
     Family(
         "counter", "steervit_client_requests",
-        "RPCs of clients with limits of their own, and of all others: admitted, or refused by a limit.",
+        "RPCs by client with its own limits, and of all others: admitted, or refused by a limit.",
         ("client", "outcome"),
     ),
-    Family("counter", "steervit_client_images", "Images of them that were admitted.", ("client",)),
+    Family("counter", "steervit_client_images", "Images of admitted RPCs, by client.", ("client",)),
     Family(
         "gauge", "steervit_client_limits_last_read_successful",
-        "0 while the file of limits by client is invalid and its last valid state is used; else 1.",
+        "0 while the file of limits by client is invalid and its last valid state is in use; else 1.",
     ),
     Family("gauge", "steervit_ready", "1 while the server accepts calls, like /readyz; else 0."),
     Family(
         "gauge", "steervit_certificate_expiry_timestamp_seconds",
-        "When the server's certificate, or the first of its clients' authorities, expires.", ("file",),
+        "Expiry of the server's certificate, or of the first of its clients' authorities to expire.", ("file",),
     ),
     Family("counter", "steervit_images", "Images answered.", PROFILE),
     Family(
@@ -117,55 +118,71 @@ FAMILIES = (
         "Images for which an MLP group ran. Share: rate of this / rate of steervit_images_total.",
         (*PROFILE, "block", "group"),
     ),
-    Family("counter", "steervit_macs_spent", "Multiply-accumulates of the units that ran and of all else.", PROFILE),
+    Family(
+        "counter", "steervit_macs_spent", "Multiply-accumulates of the units that ran and of the rest of the model.",
+        PROFILE,
+    ),
     Family("counter", "steervit_macs_dense", "Multiply-accumulates with every unit open.", PROFILE),
     Family("counter", "steervit_brownout_images", "Images answered at a lowered budget.", PROFILE),
-    Family("counter", "steervit_brownout_macs_saved", "Multiply-accumulates saved by that, estimated.", PROFILE),
+    Family(
+        "counter", "steervit_brownout_macs_saved", "Estimated multiply-accumulates saved by lowered budgets.",
+        PROFILE,
+    ),
     Family(
         "gauge", "steervit_brownout_level",
-        "How far budgets are lowered, for the calls that are lowered most: 0 not at all, 1 to their lowest.", MODEL,
+        "How far brownout lowers budgets, for the calls that it lowers most: 0 not at all, 1 to the lowest.", MODEL,
     ),
     Family(
         "counter", "steervit_brownout_shadow_images",
-        "Images answered at a lowered budget that were also run at their own, later.", PROFILE,
+        "Images answered at a lowered budget that were later also run at their own.", PROFILE,
     ),
-    Family("counter", "steervit_brownout_shadow_agreed", "Those of them that got the same label.", PROFILE),
-    Family("counter", "steervit_gates_near_threshold", "Gates that rounding could decide.", PROFILE),
     Family(
-        "gauge", "steervit_profile_expected_head_usage",
-        "Head usage that the evaluation measured, on the images of the profile's classes; `none`: on all images.",
+        "counter", "steervit_brownout_shadow_agreed", "Images run at both budgets that got the same label.",
         PROFILE,
     ),
-    Family("gauge", "steervit_gated_heads", "Heads with a gate, in all blocks.", MODEL),
-    Family("gauge", "steervit_gated_mlp_groups", "MLP groups, in all blocks.", MODEL),
-    Family("histogram", "steervit_budget", "Budgets of answered images that had one.", MODEL),
-    Family("counter", "steervit_shadow_images", "Steered images that were also run unsteered.", PROFILE),
-    Family("counter", "steervit_shadow_agreed", "Those of them that got the same label.", PROFILE),
     Family(
-        "counter", "steervit_shadow_heads_kept", "Heads that ran for them, in all blocks, steered and unsteered.",
+        "counter", "steervit_gates_near_threshold", "Gates whose logit is so near 0 that rounding could decide them.",
+        PROFILE,
+    ),
+    Family(
+        "gauge", "steervit_profile_expected_head_usage",
+        "Head usage measured by the evaluation on images of the profile's classes; `none`: on all images.",
+        PROFILE,
+    ),
+    Family("gauge", "steervit_gated_heads", "Gated heads, in all blocks.", MODEL),
+    Family("gauge", "steervit_gated_mlp_groups", "MLP groups, in all blocks.", MODEL),
+    Family("histogram", "steervit_budget", "Budgets of answered images that have one.", MODEL),
+    Family("counter", "steervit_shadow_images", "Steered images that were also run unsteered.", PROFILE),
+    Family("counter", "steervit_shadow_agreed", "Shadowed images that got the same label both times.", PROFILE),
+    Family(
+        "counter", "steervit_shadow_heads_kept",
+        "Heads that ran for shadowed images, in all blocks, steered and unsteered.",
         (*PROFILE, "steering"),
     ),
-    Family("counter", "steervit_images_dropped", "Images that were not run.", (*MODEL, "reason")),
+    Family("counter", "steervit_images_dropped", "Images dropped without being run.", (*MODEL, "reason")),
     Family("histogram", "steervit_batch_size_images", "Images in a batch.", MODEL),
-    Family("histogram", "steervit_inference_duration_seconds", "Inference of a batch.", MODEL),
-    Family("histogram", "steervit_queue_duration_seconds", "Wait of a call's images for their batch.", MODEL),
-    Family("histogram", "steervit_decode_duration_seconds", "Decoding of a call's images.", MODEL),
-    Family("gauge", "steervit_queue_images", "Images that wait.", MODEL),
+    Family("histogram", "steervit_inference_duration_seconds", "Inference time of a batch.", MODEL),
+    Family("histogram", "steervit_queue_duration_seconds", "Time that a call's images waited in the queue.", MODEL),
+    Family("histogram", "steervit_decode_duration_seconds", "Time to decode a call's images.", MODEL),
+    Family("gauge", "steervit_queue_images", "Queued images.", MODEL),
     Family(
         "gauge", "steervit_queue_work_images",
-        "Waiting images at full budget: each counts as its budget, or as the lowest that brownout may apply.", MODEL,
+        "Queued images at full budget: each counts as its budget, or as the lowest that brownout may apply.", MODEL,
     ),
-    Family("gauge", "steervit_queue_limit_images", "Limit of waiting images, at full budget.", MODEL),
+    Family("gauge", "steervit_queue_limit_images", "Limit of queued images, at full budget.", MODEL),
     Family(
-        "gauge", "steervit_model_info", "1 for each model that is served.",
+        "gauge", "steervit_model_info", "1 for each served model.",
         (*MODEL, "digest", "gates_sae_digest", "graph", "provider"),
     ),
     Family(
-        "gauge", "steervit_tuning_info", "1 for each model that is served: how its batches use the CPUs.",
+        "gauge", "steervit_tuning_info", "1 for each served model: how its batches use the CPUs.",
         (*MODEL, "instances", "threads", "wide_threads", "spinning", "max_batch", "source"),
     ),
-    Family("gauge", "steervit_instances", "Batches of a model that run at a time.", MODEL),
-    Family("counter", "steervit_specialised_images", "Images that ran on a graph for their profile alone.", MODEL),
+    Family("gauge", "steervit_instances", "Batches of a model that can run at the same time.", MODEL),
+    Family(
+        "counter", "steervit_specialised_images", "Images that ran on the graph specialised for their profile.",
+        MODEL,
+    ),
     Family("gauge", "steervit_cuda_graphs", "Batch sizes of a model that run as CUDA graphs.", MODEL),
     Family("gauge", "steervit_gpu_memory_bytes", "Memory of the GPU.", ("device",)),
     Family("gauge", "steervit_gpu_memory_used_bytes", "Memory of the GPU in use, by any process.", ("device",)),
@@ -174,8 +191,8 @@ FAMILIES = (
         "gauge", "steervit_profiles_info", "1 for each served model: a digest of its profiles.",
         (*MODEL, "profiles_digest"),
     ),
-    Family("gauge", "steervit_profiles_unused", "Profiles of the profile folder that are for no model that is served."),
-    Family("counter", "steervit_profile_reads", "Times that the changed profile folder was read.", ("result",)),
+    Family("gauge", "steervit_profiles_unused", "Profiles of the profile folder that match no served model."),
+    Family("counter", "steervit_profile_reads", "Reads of the profile folder after a change.", ("result",)),
     Family(
         "gauge", "steervit_profiles_last_read_successful",
         "0 while the profile folder is invalid and its last valid state is served; else 1.",
@@ -184,22 +201,22 @@ FAMILIES = (
     Family(
         "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL
     ),
-    Family("gauge", "steervit_build_info", "1; the program's version, and the revision of its source.",
+    Family("gauge", "steervit_build_info", "1; labels: the program's version and the revision of its source.",
            ("version", "revision")),
 )  # fmt: skip
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def profile_label(key: Key) -> str:
-    """The value of the label `profile`. A profile named like a value of NoProfile gets a prefix, as in `profile:none`.
-    So does one whose name has the form of such a label."""
+    """The value of the label `profile`. A profile whose name equals a value of NoProfile gets a prefix, as in
+    `profile:none`; so does one whose name already has this form."""
     if isinstance(key, NoProfile):
         return str(key.value)
     return f"profile:{key}" if RESERVED.fullmatch(key) else key
 
 
 def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
-    """Add the series of calls. rows: with a list for every family."""
+    """Add the series of calls. rows: has a list for every family."""
     for (method, code), calls in list(counts.by_code.items()):
         rows["steervit_requests"].append(((method, code, *names), calls.value))
     for method, seconds in list(counts.seconds.items()):
@@ -207,7 +224,7 @@ def add_requests(rows: Lists, names: Version, counts: RequestCounts) -> None:
 
 
 def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
-    """Add the series of a version's counts. rows: with a list for every family."""
+    """Add the series of a version's counts. rows: has a list for every family."""
     add_requests(rows, names, counts.requests)
     for group, durations in list(counts.by_group.items()):
         rows["steervit_profile_request_duration_seconds"].append(((*names, group), durations.read()))
@@ -224,7 +241,7 @@ def add_version(rows: Lists, names: Version, counts: VersionCounts) -> None:
 
 
 def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts) -> None:
-    """Add the series of a profile's counts. rows: with a list for every family."""
+    """Add the series of a profile's counts. rows: has a list for every family."""
     totals, by_head = counts.read(), counts.by_head
     units = totals.heads_kept, totals.mlp_groups_kept
     values: tuple[int | tuple[int, ...], ...] = (
@@ -241,8 +258,8 @@ def add_profile(rows: Lists, names: Version, profile: Key, counts: ProfileCounts
 
 @lru_cache(2**12)
 def _lines(labels: tuple[str, ...], layout: tuple[tuple[int, ...], int, int], by_head: bool) -> list[tuple[str, str]]:
-    """By family, the lines of a profile in the order of add_profile, with %d for each value. Most of a large page is
-    made of them: filling in values is several times faster than putting lines together."""
+    """The lines of a profile by family, in the order of add_profile, with %d for each value. They are most of a large
+    page, and filling in values is several times faster than building the lines."""
     blocks, heads, mlp_groups = layout
     series = {f"steervit_{name}": [labels] for name in (
         "images", "macs_spent", "macs_dense", "brownout_images", "brownout_macs_saved", "gates_near_threshold",
@@ -259,8 +276,8 @@ def _lines(labels: tuple[str, ...], layout: tuple[tuple[int, ...], int, int], by
 
 
 def in_slices(items: Iterable[T]) -> Iterator[T]:
-    """The items, with a pause after each SLICE of work on them: calls would otherwise wait for the interpreter's lock,
-    5 ms each time that they need it."""
+    """The items, with a pause after each SLICE of work: otherwise calls would wait 5 ms each time that they need the
+    interpreter's lock."""
     end = time.perf_counter() + SLICE
     for item in items:
         yield item
@@ -271,33 +288,33 @@ def in_slices(items: Iterable[T]) -> Iterator[T]:
 
 @lru_cache(2**12)
 def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    """Labels as they stand between the braces."""
+    """The labels between the braces."""
     escaped = (value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for value in values)
     return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
 
 
 def _exemplar(of: Exemplar) -> str:
-    """An exemplar as it stands behind its bucket."""
+    """The text of an exemplar after its bucket."""
     value: str = floatToGoString(of.value)  # type: ignore[no-untyped-call]
     return f' # {{trace_id="{of.trace_id}",span_id="{of.span_id}"}} {value} {of.time:.3f}'
 
 
 class Page:
-    """Every family, with the series that exist now; also as a collector of Prometheus's client library."""
+    """All families with their current series; also a collector for Prometheus's client library."""
 
     def __init__(self, rows: Callable[[], Rows]):
         self._rows = rows
 
     def text(self, openmetrics: bool = False) -> str:
-        """The page at this moment, in OpenMetrics without its end."""
+        """The current page; in OpenMetrics, without the end marker."""
         return _text(self._rows(), openmetrics)
 
     def describe(self) -> Iterable[Metric]:
-        """The families without series, by which a registry knows their names."""
+        """The families without series, from which a registry gets their names."""
         return text_string_to_metric_families(_text({family.name: () for family in FAMILIES}))
 
     def collect(self) -> Iterable[Metric]:
-        """The families with their series at this moment."""
+        """The families with their current series."""
         return text_string_to_metric_families(self.text())
 
 

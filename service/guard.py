@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steervit.requests")
 MAX_SENTENCE = 620
-"""Characters. Percent-encoded, at 12 bytes each, they fit the 8 kB that gRPC allows."""
+"""Longest message in characters. Percent-encoded, at up to 12 bytes each, it fits the 8 kB that gRPC allows."""
 REQUEST_ID = "x-request-id"
 SLACK = 0.05, 0.01
-"""By how much gRPC may round a deadline up: seconds, and a share of the time that the call has."""
+"""How much gRPC may round a deadline up: in seconds, and as a share of the call's timeout."""
 Call = Callable[[Any, Any], Awaitable[Any]]
 Sizes = tuple[int, int]
-"""Bytes of a request and of its answer."""
+"""Sizes of a request and its answer, in bytes."""
 
 
 class Guard:
-    """Makes the handlers of the services, and counts the calls of all of them."""
+    """Creates the handlers of the services, and counts all their calls."""
 
     def __init__(
         self,
@@ -42,18 +42,18 @@ class Guard:
         tracing: "Tracing | None" = None,
         limits: ClientLimits | None = None,
     ):
-        """access_log: the share of the calls with a line in the log at level info; the others have theirs at debug.
-        tracing: None: no call is traced. limits: None: there are none."""
+        """access_log: the share of calls that are logged at level info; the others are logged at debug. tracing: None:
+        no call is traced. limits: None: no limits by client."""
         self._metrics, self._access_log, self._tracing, self._limits = metrics, access_log, tracing, limits
         self.accepted = self.answered = 0
-        """Calls whose handler was entered, and those of them that were answered rather than cancelled."""
+        """Calls that entered a handler, and those of them that were answered instead of cancelled."""
 
     def handler(self, servicer: Any, service: Any) -> grpc.GenericRpcHandler:
-        """servicer: with a coroutine method(request, context) for each method of `service`, a service descriptor. It
-        returns a message, or the bytes of one."""
+        """The gRPC handler of a service. servicer: has a coroutine method(request, context) for each method of
+        `service`, a service descriptor; it returns a message, or a serialised one."""
         paths = {method: f"/{service.full_name}/{method.name}" for method in service.methods}
         self._metrics.known_methods(list(paths.values()))
-        # messages are parsed in `guarded`, so that an invalid one is answered and counted like any bad request
+        # messages are parsed in `guarded`, so that an invalid one is answered and counted like any other bad request
         methods: dict[str, Any] = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(getattr(servicer, method.name), path, GetMessageClass(method.input_type)),
@@ -64,7 +64,7 @@ class Guard:
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
     def unserved(self, why: Literal["oversized", "unknown_method"], path: str, context: Any) -> None:
-        """Count and log a call that no handler gets. path: of its method, as the client says."""
+        """Count and log a call that reaches no handler. path: of its method, as sent by the client."""
         self._metrics.unserved[why].inc()
         code = "RESOURCE_EXHAUSTED" if why == "oversized" else "UNIMPLEMENTED"
         self._log(Record(refused=why), path[:100], code, 0.0, _request_id(context), (0, 0), context)
@@ -94,7 +94,7 @@ class Guard:
                 return answer
             except RequestError as error:
                 code, record.refused = STATUS[type(error)].name, error.reason
-                counted = not isinstance(error, OverLimit)  # no failure of the server, nor a fast answer
+                counted = not isinstance(error, OverLimit)  # neither a failure of the server nor a fast answer
                 refusal = STATUS[type(error)], _sentence(error), (*_named(name), *_trailers(error))
             except asyncio.CancelledError:
                 code, answered = "DEADLINE_EXCEEDED" if _is_over(context, allowed) else "CANCELLED", False
@@ -120,7 +120,7 @@ class Guard:
                         self._metrics.traced(path, seconds, record, record.course)
                 if logged:
                     self._log(record, path, code, seconds, name, (received, _size(answer)), context)
-            # here, and without the message: the exception that abort raises would keep both until a garbage collection
+            # here, and without the message: the exception from abort would keep both alive until a garbage collection
             del message
             return await context.abort(*refusal)
 
@@ -128,7 +128,8 @@ class Guard:
 
 
 def _is_over(context: Any, allowed: float | None) -> bool:
-    """Whether the deadline of a call has passed: gRPC cancels such a call, as a client may. allowed: seconds it had."""
+    """Whether a cancelled call is past its deadline, and not cancelled by its client. allowed: its timeout in
+    seconds."""
     return allowed is not None and context.time_remaining() <= SLACK[0] + SLACK[1] * allowed
 
 
@@ -143,7 +144,7 @@ def _parsed(message: bytes, kind: Any) -> Any:
 
 
 def _size(answer: Any) -> int:
-    """Bytes of an answer; 0 without one."""
+    """The size of an answer in bytes; 0 without one."""
     return 0 if answer is None else len(answer) if isinstance(answer, bytes) else answer.ByteSize()
 
 
@@ -153,13 +154,13 @@ def _written(answer: Any) -> bytes:
 
 
 def _sentence(error: RequestError) -> str:
-    """The message, with its middle cut out if it is long: gRPC drops a status whose headers are too long."""
+    """The message, with its middle cut out if it is too long: gRPC drops a status with oversized headers."""
     text = str(error)
     return text if len(text) <= MAX_SENTENCE else f"{text[:400]} [...] {text[-200:]}"
 
 
 def _request_id(context: Any) -> str:
-    """The client's name for its request (metadata x-request-id), or a random one."""
+    """The request id from the client (metadata x-request-id), or a random one."""
     for key, value in context.invocation_metadata() or ():
         fits = key == REQUEST_ID and isinstance(value, str) and 0 < len(value) <= 128
         if fits and value.isascii() and value.isprintable():
@@ -168,12 +169,13 @@ def _request_id(context: Any) -> str:
 
 
 def _named(name: str) -> tuple[tuple[str, str | bytes], ...]:
-    """The trailer with the name of the request."""
+    """The trailer with the request id."""
     return ((REQUEST_ID, name),)
 
 
 def _trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
-    """For an overload: when to retry, as RetryInfo and as the trailer that gRPC's own retries obey."""
+    """The trailers of an error. For an overload: when to retry, as RetryInfo and as the trailer that gRPC's retries
+    follow."""
     if not isinstance(error, Overloaded):
         return ()
     milliseconds = round(error.retry_after_seconds * 1000)

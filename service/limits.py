@@ -1,6 +1,6 @@
-"""Limits by client: which models it may call, how many images a second, and how much at a time.
+"""Limits by client: models, images per second, and images and calls in flight.
 
-A client is known by the name in its certificate (mutual TLS), else by its metadata `x-client-name`, else it is
+A client is identified by the name in its certificate (mutual TLS), else by its metadata `x-client-name`, else it is
 `anonymous`. The limits are a JSON file:
 
     {"clients": {"shop": {"images_per_second": 200, "burst": 400, "images_in_flight": 64, "calls_in_flight": 8},
@@ -8,8 +8,8 @@ A client is known by the name in its certificate (mutual TLS), else by its metad
      "default": {"images_per_second": 10},
      "gateways": ["envoy"]}
 
-What an entry leaves out is not limited. The default is for the clients that are not named. Each certificate has it for
-itself. The clients without a certificate share it, as anybody can make up names.
+Fields that an entry leaves out are not limited. The default applies to clients that are not listed: separately to each
+client with a certificate, and jointly to all clients without one, as anyone can invent names.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ from training import fields
 log = logging.getLogger("steervit.limits")
 ANONYMOUS, OTHER = "anonymous", "other"
 MOST_CERTIFICATES = 10_000
-"""Of clients without limits of their own; beyond, idle ones are forgotten."""
+"""Largest number of tracked clients without their own limits; above it, idle ones are dropped."""
 LONGEST_WAIT = 5.0
-"""Seconds that a client is told to wait for its calls in flight."""
+"""Longest retry delay for calls in flight, in seconds."""
 A_DAY = 86400.0
-"""Seconds that it is told to wait at most."""
+"""Longest retry delay of all, in seconds."""
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -47,19 +47,19 @@ class LimitsError(Exception):
 
 @dataclass(frozen=True, config=STRICT)
 class Limit:
-    """What a client may do. None: as much as it likes."""
+    """The limits of a client. None: not limited."""
 
     models: tuple[str, ...] | None = None
-    """Names of the models that it may call."""
+    """Names of the allowed models."""
     images_per_second: Annotated[fields.Number, Field(ge=0.001, le=fields.MOST)] | None = None
-    """On average."""
+    """Average rate."""
     burst: fields.Count | None = None
-    """Images that it may send at once after a pause; as many as in a second unless given. A call of more waits until
-    all of them are free, and uses those to come."""
+    """Images that it may send at once after a pause; by default those of one second. A larger call is admitted when the
+    bucket is full, and uses future images."""
     images_in_flight: fields.Count | None = None
-    """Images of calls that are not answered yet."""
+    """Images of calls that are being answered."""
     calls_in_flight: fields.Count | None = None
-    """Calls that are not answered yet."""
+    """Calls that are being answered."""
 
     @model_validator(mode="after")
     def _burst_of_a_rate(self) -> "Limit":
@@ -69,20 +69,20 @@ class Limit:
 
     @property
     def capacity(self) -> float:
-        """Images of a full bucket."""
+        """Number of images in a full bucket."""
         return self.burst or max(1.0, self.images_per_second or math.inf)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Limits:
-    """The file."""
+    """The limits by client, as in the file."""
 
     clients: dict[Annotated[str, Field(pattern=r"^[ -~]{1,128}$")], Limit] = Field(default_factory=dict)
-    """By name; `anonymous`: without one."""
+    """By name; `anonymous`: clients without a name."""
     default: Limit = Limit()
-    """Of all others."""
+    """Limit of all other clients."""
     gateways: tuple[str, ...] = ()
-    """Names in certificates of those who may say for which client they call, in `x-client-name`."""
+    """Certificate names of gateways, which may name the client that they call for in `x-client-name`."""
 
     @field_validator("clients")
     @classmethod
@@ -93,19 +93,19 @@ class Limits:
 
 
 class _Client:
-    """A client, or those that share the default, with what they have used. For the event loop."""
+    """The usage of a client, or of all clients that share the default. For the event loop only."""
 
     def __init__(self, limit: Limit, counts: ClientCounts, now: float):
         self.limit, self.counts = limit, counts
         self.calls = self.images = 0
-        """In flight."""
+        """Calls and images in flight."""
         self.usual_images, self.usual_seconds = 1, 0.1
-        """Of its last call; a recent mean of its calls."""
+        """Images of its last call; recent mean duration of its calls."""
         self._free, self._at = math.inf, now
-        """Images in its bucket, and when; below 0 after a call of more than there were."""
+        """Images in its bucket, and the time of that count; below 0 after a call larger than the bucket."""
 
     def free(self, now: float) -> float:
-        """Images in its bucket."""
+        """The number of images in its bucket."""
         rate = self.limit.images_per_second
         self._free = min(self.limit.capacity, self._free + rate * (now - self._at)) if rate else math.inf
         self._at = now
@@ -115,21 +115,21 @@ class _Client:
         self._free -= images
 
     def idle(self, now: float) -> bool:
-        """Whether nothing is lost when it is forgotten."""
+        """Whether dropping it loses no state."""
         return not self.calls and self.free(now) >= self.limit.capacity
 
 
 class Admission:
-    """A call, from its arrival to its answer, under the limits of its client."""
+    """A call under the limits of its client, from arrival to answer."""
 
     def __init__(self, client: _Client, whose: str, clock: Callable[[], float]):
-        """whose: the client, in sentences."""
+        """whose: the client's name in messages."""
         self._client, self._whose, self._clock, self._start = client, whose, clock, clock()
         self._entered, self._images = 0, 0
         self._outcome = "admitted"
 
     def enter(self, with_images: bool) -> None:
-        """Count the call as in flight, unless it must be refused whatever is in it. Raises OverLimit."""
+        """Count the call as in flight. Raises OverLimit if it must be refused regardless of its content."""
         client = self._client
         allowed = client.limit.calls_in_flight
         if allowed and client.calls >= allowed:
@@ -140,7 +140,7 @@ class Admission:
         self._entered = 1
 
     def leave(self) -> None:
-        """The call is answered."""
+        """Count the call as answered."""
         client = self._client
         client.calls -= self._entered
         client.images -= self._images
@@ -149,7 +149,7 @@ class Admission:
         client.counts.calls[self._outcome].inc()
 
     def permit(self, model: str) -> None:
-        """Raises ModelNotAllowed unless the client may call the model."""
+        """Raise ModelNotAllowed unless the client may call the model."""
         allowed = self._client.limit.models
         if allowed is not None and model not in allowed:
             self._outcome = "model"
@@ -157,8 +157,8 @@ class Admission:
             raise ModelNotAllowed(f"model is {model!r}, which {self._whose} may not call; allowed: {names}")
 
     def take(self, images: int) -> None:
-        """Count images that are about to be decoded and run. Raises OverLimit, and InvalidRequest for more than may
-        ever be in flight."""
+        """Count images that are about to be decoded and run. Raises OverLimit, or InvalidRequest for more images than
+        can ever be in flight."""
         client, allowed = self._client, self._client.limit.images_in_flight
         if allowed and images > allowed:
             raise InvalidRequest(
@@ -177,7 +177,8 @@ class Admission:
         client.counts.images.inc(images)
 
     def _check_rate(self, least: int, images: int) -> None:
-        """Raises OverLimit unless there is room for the first number; its time is that of room for the second."""
+        """Raise OverLimit unless there is room for `least` images. Its retry delay is the time until there is room for
+        `images`."""
         limit, free = self._client.limit, self._client.free(self._clock())
         if free >= min(least, limit.capacity):
             return
@@ -193,20 +194,20 @@ class Admission:
 
 
 class ClientLimits:
-    """The limits of a file, which may change, and what their clients have used."""
+    """The limits in a file, which may change, and the usage of the clients."""
 
     def __init__(self, path: Path, metrics: Metrics, clock: Callable[[], float] = time.monotonic):
         """Raises LimitsError when the file cannot be used."""
         self._path, self._metrics, self._clock = path, metrics, clock
         self.problem = ""
-        """What is wrong with the file as it is; "" if it is in use."""
+        """The problem of the current file; "" if it is in use."""
         self._clients: dict[str, _Client] = {}
-        """By name; OTHER: those that share the default."""
+        """By name; OTHER: all clients that share the default."""
         self._seen = _content(path)
         self._use(_parsed(path, self._seen))
 
     def arrived(self, context: Any) -> Admission:
-        """A call that has arrived, to be entered."""
+        """The admission of a new call, to be entered."""
         name, certified = self._name(context)
         own = name in self._limits.clients
         key = name if own or certified else OTHER
@@ -215,7 +216,7 @@ class ClientLimits:
         return Admission(client, whose, self._clock)
 
     async def refresh(self) -> None:
-        """Read the file if it has changed. If it cannot be used, the limits stay as they are."""
+        """Read the file if it has changed. If it is invalid, the limits remain unchanged."""
         content = await asyncio.get_running_loop().run_in_executor(None, _content, self._path)
         if content == self._seen:
             return
@@ -228,7 +229,7 @@ class ClientLimits:
             log.error("the limits of clients are unchanged: %s", error)
 
     async def watch(self, seconds: float) -> None:
-        """Read the file every so many seconds until cancelled."""
+        """Read the file every `seconds` until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             try:
@@ -237,7 +238,7 @@ class ClientLimits:
                 log.exception("reading the limits of clients failed")
 
     def _name(self, context: Any) -> tuple[str, bool]:
-        """The client's name, and whether a certificate vouches for it."""
+        """The client's name, and whether it comes from a certificate."""
         certificate = certificate_name(context)
         if certificate and certificate not in self._limits.gateways:
             return certificate, True
@@ -264,12 +265,12 @@ class ClientLimits:
 
 
 def read(path: Path) -> Limits:
-    """The limits of a file. Raises LimitsError when it cannot be used."""
+    """The limits in a file. Raises LimitsError when it cannot be used."""
     return _parsed(path, _content(path))
 
 
 def _content(path: Path) -> bytes | str:
-    """The file, or why it cannot be read."""
+    """The content of the file, or the reason why it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -287,6 +288,6 @@ def _parsed(path: Path, content: bytes | str) -> Limits:
 
 
 def permit(model: str) -> None:
-    """Raises ModelNotAllowed unless the client of the current call may call the model."""
+    """Raise ModelNotAllowed unless the client of the current call may call the model."""
     if admission := current().admission:
         admission.permit(model)

@@ -1,4 +1,5 @@
-"""What the server counts, under which labels, and for how long. (Counting: counting.py; the page: exposition.py.)"""
+"""The metrics of the server: what is counted, with which labels, and for how long. Counters: counting.py; the metrics
+page: exposition.py."""
 
 import hashlib
 import json
@@ -50,14 +51,14 @@ CODES = (
     "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
     "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
-"""The status codes of this server."""
+"""The status codes that this server returns."""
 OF_NO_MODEL: Version = "", ""
 WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
-"""Methods whose calls are counted by model from 0 on."""
+"""Methods whose series start at 0 for every model."""
 RETAIN_SECONDS = 120.0
-"""How long the series of an unloaded profile or model are retained, so that their last counts are scraped."""
+"""How long the series of an unloaded profile or model are retained, so that their last values are scraped."""
 TOP = 10
-"""Profiles of a version with series for each head, if only those with the most images recently have them."""
+"""Number of profiles per version with series for each head, if only the busiest ones have them."""
 
 
 class Metrics:
@@ -70,30 +71,30 @@ class Metrics:
         revision: str = "unknown",
         head_series: Literal["all", "top", "none"] = "all",
     ):
-        """revision: of the source; head_series: as of Settings."""
+        """revision: of the source; head_series: as in Settings."""
         self.max_profile_series, self._head_series = max_profile_series, head_series
         self._program = package_version("steervit"), revision
         self.in_flight = Tally()
         self.unserved = {"oversized": Tally(), "unknown_method": Tally()}
         self._requests = RequestCounts()
-        """Of calls of no model: of none that is served, or about none."""
+        """Calls for a model that is not served, or for no model."""
         self._with_images: list[str] = []
         self._profile_reads: dict[Literal["ok", "failed"], Tally] = {"ok": Tally(), "failed": Tally()}
         self._profiles_right = True
         self.ready: Callable[[], bool] = lambda: False
         """Whether the server is ready; called at every scrape, as are the next two."""
         self.certificates: Callable[[], Mapping[str, float]] = dict
-        """When certificates expire, Unix time, by file."""
+        """The expiry of certificates by file, in Unix time."""
         self.unused_profiles: Callable[[], int] = lambda: 0
-        """The number of profiles in the folder that are for no served model."""
+        """The number of profiles in the profile folder that match no served model."""
         self._clients: dict[str, ClientCounts] = {}
-        """By client with limits of its own, and those of all others. Replaced as a whole."""
+        """By client with its own limits, and one entry for all others. Replaced as a whole."""
         self.limits_right = True
-        """Whether the limits of clients are those of their file as it is."""
+        """Whether the limits by client are those in their current file."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
-        """By model: versions that could not be loaded."""
+        """Versions that could not be loaded, by model."""
         self._load_failures: Retained[Version, Tally] = Retained()
         self._versions: Retained[Version, VersionCounts] = Retained()
         self._profiles: Retained[tuple[str, str, Key], ProfileCounts] = Retained()
@@ -105,13 +106,13 @@ class Metrics:
         registry.register(self.page)
 
     def request(self, method: str, code: str, seconds: float, version: Version = OF_NO_MODEL) -> None:
-        """Count an RPC. method: its path; code: the name of its status; seconds: its duration; version: of the model
-        that it names, if there is one."""
+        """Count an RPC. method: its path; code: the name of its status; seconds: its duration; version: the model and
+        version that it names, if any."""
         counts = self._versions.values.get(version)
         (counts.requests if counts else self._requests).add(method, code, seconds)
 
     def with_images(self, record: Record, seconds: float, received: int, sent: int) -> None:
-        """Count what calls with images have beside the rest, of a counted one. received, sent: bytes; 0: no answer."""
+        """Count the additional metrics of a call with images, after `request`. received, sent: bytes; 0: no answer."""
         if counts := self._versions.values.get((record.model, record.version)):
             counts.by_group[record.group].observe(seconds)
             counts.request_size.observe(received)
@@ -119,7 +120,7 @@ class Metrics:
                 counts.response_size.observe(sent)
 
     def traced(self, method: str, seconds: float, record: Record, course: Course) -> None:
-        """Name the span of a counted call, if it has one, as an example of its durations. seconds: as counted."""
+        """Record the span of a counted call, if it has one, as an exemplar of its duration. seconds: as counted."""
         if not course.span_id:
             return
         counts = self._versions.values.get((record.model, record.version))
@@ -132,7 +133,7 @@ class Metrics:
             histogram.exemplify(value, course.trace_id, course.span_id)
 
     def known_methods(self, methods: Sequence[str]) -> None:
-        """Start the series of methods at 0; of those with images, by model too."""
+        """Start the series of methods at 0; for those with images, also by model."""
         self._requests.start(methods, CODES)
         with self._lock:
             self._with_images += filter(WITH_IMAGES.fullmatch, methods)
@@ -140,18 +141,18 @@ class Metrics:
                 counts.requests.start(self._with_images, CODES)
 
     def profiles_read(self, ok: bool) -> None:
-        """Count a read of the changed profile folder. ok: whether its profiles are valid and served."""
+        """Count a read of the changed profile folder. ok: whether its profiles are valid and now served."""
         self._profile_reads["ok" if ok else "failed"].inc()
         self._profiles_right = ok
 
     def use_clients(self, names: Iterable[str]) -> None:
-        """Set the clients with limits of their own, as in their file. The series of new ones start at 0."""
+        """Set the clients with their own limits, as in the file. The series of new ones start at 0."""
         labels = [*names, OTHER.value]
         self._clients = {label: self._clients.get(label) or ClientCounts() for label in labels}
         self.limits_right = True
 
     def of_client(self, name: str) -> ClientCounts:
-        """The counts of a client, shared by all without limits of their own."""
+        """The counts of a client. All clients without their own limits share one."""
         return self._clients.get(name) or self._clients[OTHER.value]
 
     def load_failed(self, name: str, version: int) -> None:
@@ -178,7 +179,7 @@ class Metrics:
         with self._lock:
             for name, traffic in self._traffic.values.items():
                 if traffic.review(time.monotonic()):
-                    for model in {m.names: m for m in self._models if m.names[0] == name}.values():  # the youngest ones
+                    for model in {m.names: m for m in self._models if m.names[0] == name}.values():  # the newest ones
                         self._assign(model)
             self._sweep()
             models, failed = self._models.copy(), self._failed.copy()
@@ -210,13 +211,13 @@ class Metrics:
             add_version(rows, names, counts)
         for key, counted in in_slices(profiles.items()):
             add_profile(rows, key[:2], key[2], counted)
-        for model in {model.names: model for model in models}.values():  # the youngest of each version
+        for model in {model.names: model for model in models}.values():  # the newest of each version
             model.add_gauges(rows)
         rows["steervit_model_info"] += ((info, 1) for info in dict.fromkeys(model.info for model in models))
         return rows
 
     def add(self, model: "ModelMetrics") -> "VersionCounts":
-        """Add a loaded model. Returns the counts of its version, retained ones if it was loaded before."""
+        """Add a loaded model. Returns the counts of its version: the retained ones if it was loaded before."""
         with self._lock:
             self._sweep()
             self._load_failures.values.setdefault(model.names, Tally())
@@ -239,20 +240,20 @@ class Metrics:
             self._sweep()
 
     def traffic(self, name: str) -> Traffic:
-        """That of the versions of a model."""
+        """The traffic of a model, over all its versions."""
         with self._lock:
             return self._traffic.values.setdefault(name, Traffic())
 
     def other(self, model: "ModelMetrics") -> ProfileCounts:
-        """The counts of the model's images under profiles without series of their own."""
+        """The counts of the model's images under profiles without their own series."""
         with self._lock:
             if OTHER not in model.profiles:
                 model.profiles = {**model.profiles, OTHER: self._profile_counts(model, OTHER)}
             return model.profiles[OTHER]
 
     def _assign(self, model: "ModelMetrics") -> None:
-        """Give series of their own to the profiles of a model with the most images; with head_series `top`, for each
-        head to the TOP of them."""
+        """Choose the profiles of a model that get their own series: those with the most images. With head_series `top`,
+        the TOP of them get series for each head."""
         images = self._traffic.values[model.names[0]].images
         own = busiest(model.served, model.profiles, images, self.max_profile_series)
         keys: list[Key] = [NONE, CUSTOM, *(name for name in model.served if name in own)]
@@ -266,14 +267,14 @@ class Metrics:
                 counts.by_head = key in top
 
     def _profile_counts(self, model: "ModelMetrics", profile: Key) -> ProfileCounts:
-        """Existing counts if they have the same blocks and units, else new ones."""
+        """The existing counts if they have the same blocks and units, otherwise new ones."""
         counts, key = self._profiles.values, (*model.names, profile)
         if key not in counts or counts[key].layout != model.layout:
             counts[key] = ProfileCounts(*model.layout, by_head=self._head_series == "all")
         return counts[key]
 
     def _sweep(self) -> None:
-        """Remove counts that have been unused for RETAIN_SECONDS."""
+        """Remove the counts that have been unused for RETAIN_SECONDS."""
         now = time.monotonic()
         versions = {model.names for model in self._models}
         failed = {(name, version) for name, of_model in self._failed.items() for version in of_model}
@@ -298,7 +299,7 @@ class ModelMetrics:
         self.served: Sequence[str] = ()
         """The names of its profiles, sorted."""
         self.profiles: dict[Key, ProfileCounts] = {}
-        """By profile with series of its own. Replaced as a whole."""
+        """By profile with its own series. Replaced as a whole."""
         self._metrics, self._evaluation, self._dense = metrics, manifest.evaluation, manifest.macs.dense
         self._expected: dict[Key, float] = {}
         """Head usage by profile."""
@@ -309,8 +310,8 @@ class ModelMetrics:
         self.use(bundle.profiles)
 
     def follow_queue(self, queue: Callable[[], tuple[int, float, float]], limit: int) -> None:
-        """queue: returns the queued images, the same at full budget, and the level of brownout; called at every scrape
-        until the model retires."""
+        """Show a queue in the gauges until the model retires. queue: called at every scrape; returns the queued images,
+        the queued images at full budget, and the brownout level."""
         self._queue = queue, limit
 
     def use(self, profiles: Mapping[str, SteeringProfile]) -> None:
@@ -329,7 +330,7 @@ class ModelMetrics:
         self._metrics.remove(self)
 
     def batch(self, stats: BatchStats) -> None:
-        """Count a batch and the queue time of the calls that it completes."""
+        """Count a batch, and the queue time of the calls that it completes."""
         self._counts.batch_size.observe(stats.images)
         self._counts.inference.observe(stats.seconds)
         self._counts.queue.observe(*stats.queue_seconds)
@@ -345,26 +346,26 @@ class ModelMetrics:
         self._counts.dropped[reason].inc(images)
 
     def answered(self, profile: Key, outputs: Outputs, budget: float | None = None) -> None:
-        """Count the answers of images under a profile, NONE or CUSTOM. budget: theirs, if they had one."""
+        """Count answered images under a profile, NONE or CUSTOM. budget: of the images, if they have one."""
         self._counts_of(profile).answered(outputs, self._dense)
         self._traffic.count(profile, len(outputs.logits))
         if budget is not None:
             self._counts.budget.observe(*[budget] * len(outputs.logits))
 
     def lowered(self, profile: Key, outputs: Outputs, own: float) -> None:
-        """Count images at a lowered budget. own: the compute fraction that each would have spent at its own."""
+        """Count images at a lowered budget. own: the compute fraction that each would have spent at its own budget."""
         self._counts_of(profile).lowered(outputs, own * self._dense)
 
     def shadowed(self, profile: Key, steered: Outputs, unsteered: Outputs) -> None:
-        """Count the same images with and without steering."""
+        """Count images that ran both with and without steering."""
         self._counts_of(profile).shadowed(steered, unsteered)
 
     def shadowed_lowered(self, profile: Key, agreed: bool) -> None:
-        """Count an image that ran at a lowered budget and at its own. agreed: with the same label."""
+        """Count an image that ran both at a lowered budget and at its own. agreed: whether the labels are the same."""
         self._counts_of(profile).shadowed_lowered(agreed)
 
     def add_gauges(self, rows: Mapping[str, list[Row]]) -> None:
-        """Add the series that describe the model at this moment. rows: with a list for every family."""
+        """Add the series that describe the current state of the model. rows: has a list for every family."""
         blocks, heads, mlp_groups = self.layout
         rows["steervit_gated_heads"].append((self.names, len(blocks) * heads))
         rows["steervit_gated_mlp_groups"].append((self.names, len(blocks) * mlp_groups))
@@ -375,7 +376,7 @@ class ModelMetrics:
             device, captured = self._gpu
             used, total = cuda.memory(device)
             rows["steervit_cuda_graphs"].append((self.names, captured))
-            rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, however many models
+            rows["steervit_gpu_memory_bytes"][:] = [((str(device),), total)]  # once, not for each model
             rows["steervit_gpu_memory_used_bytes"][:] = [((str(device),), used)]
         served = self._served
         rows["steervit_profiles"].append((self.names, len(served.profiles)))
@@ -392,18 +393,18 @@ class ModelMetrics:
             rows["steervit_queue_limit_images"].append((self.names, limit))
 
     def _counts_of(self, profile: Key) -> ProfileCounts:
-        """OTHER for a profile without series: past the cap, or removed during its call."""
+        """The counts of a profile, or OTHER for one without series: beyond the cap, or removed during its call."""
         return self.profiles.get(profile) or self._metrics.other(self)
 
 
 class _Served:
-    """The profiles of a model. Their digest is computed when it is first asked for, by the thread that asks."""
+    """The profiles of a model. Their digest is computed on first access, by the accessing thread."""
 
     def __init__(self, profiles: Mapping[str, SteeringProfile]):
         self.profiles = profiles
 
     @cached_property
     def digest(self) -> str:
-        """A short name for the names of the profiles, and what each does."""
+        """A digest of the names and effects of the profiles."""
         entries = sorted((name, digest(profile.terms, profile.gate_bias)) for name, profile in self.profiles.items())
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]

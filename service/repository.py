@@ -1,9 +1,10 @@
-"""The models that are loaded, and which of them serves a request.
+"""The loaded models, and the choice of the one that serves a request.
 
-Loading happens beside serving. A version replaces another one once it is loaded, checked and warm; the other one first
-answers the calls that it has accepted. A version that cannot be loaded is logged and changes nothing.
+Loading happens while the server serves. A version replaces another one once it is loaded, checked and warm; the
+replaced one first answers the calls that it has accepted. A version that cannot be loaded is logged and changes
+nothing.
 
-Threads only load. What is served changes on the event loop, and a change that has begun is completed.
+Threads only load. The served models change on the event loop, and a change that has started is always completed.
 """
 
 import asyncio
@@ -43,13 +44,13 @@ class Loaded:
     models: dict[int, Model] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
-    """Why a version is not loaded."""
+    """The reason why a version is not loaded."""
     fingerprints: dict[int, Fingerprint] = field(default_factory=dict)
-    """Of the last attempt at each version."""
+    """The fingerprint at the last attempt to load each version."""
 
     @property
     def default(self) -> int:
-        """The version that serves a request without a version."""
+        """The version that serves requests without a version."""
         label = self.labels.get(DEFAULT_LABEL)
         return label if label in self.models else max(self.models)
 
@@ -61,7 +62,7 @@ class Attempt:
     version: int
     fingerprint: Fingerprint
     result: Model | str
-    """The model, which may be the one already loaded; or why it could not be loaded."""
+    """The model, which may be the already loaded one, or the reason why it could not be loaded."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Entry:
 
 
 class Repository:
-    """Loads and unloads models as the folder changes or as clients ask, and returns the model for a request."""
+    """Loads and unloads models when the folder changes or clients ask for it, and returns the model for a request."""
 
     def __init__(self, settings: Settings, metrics: Metrics, profiles: ProfileFolder):
         """Loads the models. Raises BundleError or EngineError when no version of a model loads; with --model-control
@@ -102,16 +103,17 @@ class Repository:
 
     @property
     def alive(self) -> bool:
-        """Whether the threads of every model's batcher run and make progress. For any thread."""
+        """Whether the threads of every model's batcher run and make progress. Thread-safe."""
         return all(model.batcher.alive for model in self.models)
 
     @property
     def models(self) -> list[Model]:
-        """By name and version. For any thread."""
+        """The loaded models by name and version. Thread-safe."""
         return [model for _, loaded in sorted(self._loaded.items()) for _, model in sorted(loaded.models.items())]
 
     def get(self, name: str, version: str) -> Model:
-        """The model for a request. name: "" for the only model; version: a number, a label, or "" for the default.
+        """The model that serves a request. name: "" for the only model; version: a number, a label, or "" for the
+        default.
 
         Raises NotFound, InvalidRequest, or ModelNotAllowed if the current call's client may not call it.
         """
@@ -144,7 +146,7 @@ class Repository:
                 yield Entry(name, version, ready, loaded.failures.get(version, "" if ready else "not loaded"))
 
     def use_profiles(self) -> None:
-        """Give every model its profiles from the profile folder."""
+        """Update the profiles of every model from the profile folder."""
         for model in self.models:
             self._give_profiles(model)
 
@@ -155,7 +157,7 @@ class Repository:
             await self.look()
 
     async def look(self) -> None:
-        """As refresh, but errors are logged."""
+        """As refresh, but logs errors."""
         try:
             await self.refresh()
         except (BundleError, OSError) as error:
@@ -197,9 +199,9 @@ class Repository:
         return followed
 
     async def load(self, name: str) -> None:
-        """As refresh of one model. Raises Unavailable, with the reasons, when a version cannot be loaded."""
+        """Refresh one model. Raises Unavailable, with the reasons, when a version cannot be loaded."""
         if before := self._loaded.get(name) or self._broken.get(name):
-            for version in before.failures:  # retry the failed versions
+            for version in before.failures:  # so that failed versions are tried again
                 before.fingerprints.pop(version, None)
         try:
             failures = (await self.refresh(name))[name].failures
@@ -219,13 +221,13 @@ class Repository:
         await self._completed(unload())
 
     def close(self) -> None:
-        """Answer the accepted calls, and release everything."""
+        """Answer the accepted calls, then release everything."""
         for model in self.models:
             model.batcher.close()
         self._pool.shutdown()
 
     async def _completed(self, change: Coroutine[Any, Any, T]) -> T:
-        """Run one change at a time, to its end even when the client that asked for it has gone."""
+        """Run changes one at a time, each to its end even if the client that requested it is gone."""
 
         async def alone() -> T:
             async with self._changing:
@@ -241,7 +243,7 @@ class Repository:
         loaded = self._loaded.get(name) or self._broken.get(name) or Loaded()
         attempts = await asyncio.get_running_loop().run_in_executor(None, self._attempt, name, shelf, loaded)
         gone = self._put_in_place(name, shelf, loaded, attempts)
-        del attempts  # _retire must be the last to hold them
+        del attempts  # _retire must hold the last references
         await _retire(gone)
         return loaded
 
@@ -251,7 +253,7 @@ class Repository:
         await _retire(list(self._loaded.pop(name, Loaded()).models.values()))
 
     def _attempt(self, name: str, shelf: Shelf, loaded: Loaded) -> list[Attempt]:
-        """Try to load the versions of the plan. Changes nothing."""
+        """Try to load the planned versions. Changes nothing."""
         now, instead = plan.tries(self._settings.versions, shelf, loaded.fingerprints)
         attempts = [self._try(name, version, shelf, loaded) for version in now]
         for version in instead:
@@ -294,7 +296,7 @@ class Repository:
                 gone.append(there)
             loaded.models[attempt.version] = attempt.result
         for version in loaded.failures.keys() & shelf.versions.keys():
-            if shelf.versions[version].fingerprint != loaded.fingerprints.get(version):  # of files as they were
+            if shelf.versions[version].fingerprint != loaded.fingerprints.get(version):  # of the files before loading
                 del loaded.failures[version]
         if shelf.problem:
             log.error("labels of %s are unchanged: %s", name, shelf.problem)
@@ -316,8 +318,8 @@ class Repository:
         return gone
 
     def _load(self, name: str, version: int, folder: Path, settings: Mapping[str, Any], there: Model | None) -> Model:
-        """Load a version. settings: the model's own; there: the loaded model of this version, which is returned if its
-        bundle and its settings are unchanged."""
+        """Load a version. settings: the model's own; there: the loaded model of this version, if any, which is returned
+        if its bundle and settings are unchanged."""
         bundle = load_bundle(folder, self._settings.repository)
         if there and (there.bundle.digest, there.own_settings) == (bundle.digest, settings):
             return there
@@ -327,7 +329,7 @@ class Repository:
                 f"{folder}: the manifest says {manifest.name!r} version {manifest.version}; "
                 f"allowed: {name!r} version {version}, as the folders are named"
             )
-        if self._surroundings.serving:  # at the start the profile folder has not been read yet
+        if self._surroundings.serving:  # at startup the profile folder has not been read yet
             self._profiles.check_default(bundle, settings.get("default_profile", self._settings.default_profile))
         return Model(bundle, self._settings, self._metrics, self._pool, self._surroundings, settings)
 
@@ -342,11 +344,11 @@ class Repository:
 
 
 async def _retire(models: list[Model]) -> None:
-    """Close the models and return their memory to the system. The list must hold the only references; it is emptied."""
+    """Close the models and return their memory to the system. Empties the list, which must hold the only references."""
     for model in models:
         await model.retire()
     if models:
         models.clear()
         del model
-        with contextlib.suppress(AttributeError):  # C libraries other than glibc retain less
+        with contextlib.suppress(AttributeError):  # other C libraries than glibc retain less
             await asyncio.get_running_loop().run_in_executor(None, ctypes.CDLL(None).malloc_trim, 0)

@@ -1,4 +1,4 @@
-"""serving.json, beside the versions of a model: settings of this model, which win over the server's flags.
+"""serving.json, next to the versions of a model: settings of this model, which override the server's flags.
 
 python -m service.serving_file [folder]: writes its JSON Schema, serving.schema.json, into docs/schemas.
 """
@@ -18,11 +18,11 @@ PER_MODEL = (
     "graph", "specialised", "instances", "threads", "max_batch", "max_delay_ms", "max_queue", "max_images",
     "default_profile", "default_budget", "min_budget", "target_latency_ms", "shadow_fraction",
 )  # fmt: skip
-"""The settings that a model may have of its own."""
+"""The settings that can be set for each model."""
 
 
 def _field(name: str) -> Any:
-    """The type of a setting, as JSON has it, and its limits."""
+    """The JSON type of a setting, with its limits."""
     field = Settings.model_fields[name]
     return (Annotated[field.annotation, AS_INTEGER] if field.annotation is int else field.annotation), field
 
@@ -30,13 +30,13 @@ def _field(name: str) -> Any:
 ServingFile: type[BaseModel] = create_model(
     "ServingFile",
     __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False),
-    __doc__="Settings of one model, in place of the server's flags. What is left out is as the flags have it.",
+    __doc__="Settings of one model, in place of the server's flags. Omitted settings are those of the flags.",
     **{name: _field(name) for name in PER_MODEL},
 )
 
 
 def read(value: Any) -> Mapping[str, Any]:
-    """The settings in the JSON value of a file, by name. Raises ValueError with one sentence."""
+    """The settings in the JSON value of a file, by name. Raises ValueError with a message of one sentence."""
     if not isinstance(value, dict):
         raise ValueError(f"the content is {reprlib.repr(value):.100}; allowed: a JSON object")
     try:

@@ -10,9 +10,9 @@ from training.terminal import print_anything
 
 
 def main(arguments: list[str], prog: str = "python -m training") -> int:
-    """Run the step or steps; returns the exit status: 0, 1 if a step cannot run, 2 if a setting is wrong.
+    """Run the step or steps. Returns the exit status: 0, 1 if a step fails, 2 if a setting is invalid.
 
-    arguments: those after the program's name, prog. The reason for a failure goes to standard error.
+    arguments: without the program's name, which is prog. The reason for a failure goes to standard error.
     """
     print_anything()
     try:
@@ -23,13 +23,14 @@ def main(arguments: list[str], prog: str = "python -m training") -> int:
             value = "missing" if problem["type"] == "missing" else repr(problem["input"])
             print(f"--{name} is {value}: {problem['msg']}", file=sys.stderr)
         return 2
-    from training.steps import run_steps  # torch: not before the settings are right
+    from training.steps import run_steps  # imports torch: only once the settings are valid
 
     return run_steps(settings)
 
 
 def parse(arguments: list[str], prog: str = "python -m training") -> Settings:
-    """Raises pydantic's ValidationError; exits on --help and on an unknown flag, as argparse does."""
+    """The settings of a command line. Raises pydantic's ValidationError; exits on --help and unknown flags, as argparse
+    does."""
     return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source(prog))
 
 

@@ -3,12 +3,12 @@
 ```
 runs/fm/
   vit.safetensors       gated ViT             sae.safetensors   autoencoders       profiles.json  steering profiles
-  vit.json, sae.json, profiles.stage.json     what each stage was made with, and what it measured
+  vit.json, sae.json, profiles.stage.json     settings and measurements of each stage
   results.json          every number of the report      report.html, *.png
-  *.state.safetensors   an interrupted stage, to go on from
+  *.state.safetensors   an interrupted stage, to resume from
 ```
-A file is written beside its place and moved there, so after a crash it is the old one or the new one. The JSON
-of a stage is written last: a stage without it is not finished. It holds the digest of what the stage was made of.
+Files are written under a temporary name and then renamed, so a crash leaves either the old file or the new one. The
+JSON of a stage is written last: a stage without it is not finished. It holds the digest of the stage's input.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ from torch.optim import Optimizer
 from training import processes
 
 FORMAT = 2
-"""Of the run folder. Raised when what is in it means something else, or is missing something."""
+"""Format version of the run folder; incremented when the meaning of a file changes or something is added."""
 MADE_OF = {"sae": "vit", "profiles": "sae"}
 """The stage whose tensors a stage starts from."""
 
 
 class RunError(Exception):
-    """The run folder does not fit what was asked of it."""
+    """The run folder does not fit the request, such as one made with other settings."""
 
 
 class Stored(NamedTuple):
-    """What one safetensors file of a run folder holds."""
+    """The content of a safetensors file of a run folder."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -45,15 +45,15 @@ class Stored(NamedTuple):
 
 
 class Run:
-    """A run folder. It is made by the first write."""
+    """A run folder. The first write creates it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def finished(self, stage: str, settings: dict[str, Any]) -> bool:
-        """Whether `stage` is there already, made with `settings`.
+        """Whether `stage` is finished, with these settings.
 
-        Raises RunError when it was made with others: nothing is overwritten.
+        Raises RunError when it was finished with other settings: nothing is overwritten.
         """
         path = self._stage(stage)
         if not path.is_file():
@@ -62,13 +62,13 @@ class Run:
         return True
 
     def has(self, stage: str) -> bool:
-        """Whether `stage` is finished, whatever it was made with."""
+        """Whether `stage` is finished, with any settings."""
         return self._stage(stage).is_file()
 
     def info(self, stage: str) -> dict[str, Any]:
         """{"settings": ..., "result": ...} of a finished stage.
 
-        Raises RunError when it is not finished, or what it was made of is another one now.
+        Raises RunError when the stage is not finished, or when its input has changed since.
         """
         path = self._stage(stage)
         if not path.is_file():
@@ -79,7 +79,7 @@ class Run:
         return value
 
     def finish(self, stage: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Its tensors must have been written. The states of the interrupted stage go."""
+        """Mark a stage as finished, after its tensors have been written. Deletes the states for resuming it."""
         value = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage), "result": result}
         self.write_json(self._stage(stage).name, value)
         if processes.is_main():
@@ -89,12 +89,12 @@ class Run:
     def write_state(
         self, stage: str, settings: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
     ) -> None:
-        """The state from which an interrupted stage resumes."""
+        """Write the state from which an interrupted stage resumes."""
         known = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage)}
         self.write_tensors(f"{stage}.state", tensors, {**meta, **known})
 
     def read_state(self, stage: str, settings: dict[str, Any]) -> Stored | None:
-        """The last state of an interrupted stage, or None. Raises RunError when it was made with other settings."""
+        """The last state of an interrupted stage, or None. Raises RunError when it was written with other settings."""
         state = self.read_tensors(f"{stage}.state")
         if state:
             path = self.folder / f"{stage}.state.safetensors"
@@ -104,7 +104,7 @@ class Run:
         return state
 
     def _made_of(self, stage: str) -> str | None:
-        """The digest of what a stage, or a part of it (`profiles.learned`), starts from."""
+        """The digest of the input of a stage, or of a part of it (`profiles.learned`)."""
         path = self.folder / f"{MADE_OF.get(stage.partition('.')[0])}.safetensors"
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
@@ -125,12 +125,12 @@ class Run:
         self.write(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any] | None = None) -> None:
-        """Tensors and a JSON value beside them, as one safetensors file."""
+        """Write tensors and a JSON value as one safetensors file."""
         contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
         self.write(f"{name}.safetensors", save(contiguous, {"meta": json.dumps(meta or {})}))
 
     def read_tensors(self, name: str) -> Stored | None:
-        """What the file holds, or None when it does not exist."""
+        """The content of the file, or None when it does not exist."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             return None
@@ -139,7 +139,7 @@ class Run:
         return Stored(load_file(path), meta)
 
     def write(self, name: str, content: bytes) -> None:
-        """Only process 0 writes."""
+        """Write a file; in processes other than 0, do nothing."""
         if not processes.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,23 +149,24 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / name)
-        for abandoned in self.folder.glob(f".{escape(name)}.*"):  # by writers that were killed
+        for abandoned in self.folder.glob(f".{escape(name)}.*"):  # left by writers that were killed
             abandoned.unlink(missing_ok=True)
 
 
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors whose keys start with `<name>.`, without that."""
+    """The tensors whose keys start with `<name>.`, without that prefix."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """What an optimizer has accumulated, by `optimizer.<number of the parameter>.<name>`, without learning rates."""
+    """The tensors of an optimizer's state, by `optimizer.<number of the parameter>.<name>`, without learning rates."""
     states = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": value for i, state in states.items() for name, value in state.items()}
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Undo `optimizer_tensors` in an optimizer of the same parameters. Other tensors are ignored."""
+    """Restore the state from `optimizer_tensors` into an optimizer of the same parameters. Other tensors are
+    ignored."""
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in part(tensors, "optimizer").items():
         index, name = key.split(".")

@@ -1,10 +1,9 @@
-"""The dial: the gate biases that make a model spend a given share of its compute, and what that did where it was
-measured.
+"""The dial: the gate biases with which a model spends a given share of its compute, and their measured effect.
 
 A knot is a budget and the gate biases that reach it. Biases rise with the budget, unit by unit, so a smaller budget
 never opens a unit that a larger one closes; between knots they are interpolated. At the last knot, budget 1, every unit
-is open. A steering profile closes units of its own, so with it the same biases spend less: the profile has a curve of
-its own, by which a budget is turned into a position on the dial.
+is open. A steering profile also closes units, so the same biases spend less under it. Each profile therefore has its
+own curve, which turns a budget into a position on the dial.
 
 Letters: K knots, G gated blocks, U units of a block (heads, then MLP groups), B images.
 
@@ -22,34 +21,34 @@ from numpy.typing import NDArray
 from training.fields import Number
 
 ALL_OPEN = 8.0
-"""The gate bias that opens a unit whatever its gate reads: gate logits lie within +-GATE_BOUND, which is 4."""
+"""A gate bias that opens a unit for every image: gate logits lie within +-GATE_BOUND, which is 4."""
 MIN_KNOTS = 7
-"""Of a dial."""
+"""Smallest number of knots of a dial."""
 MIN_POINTS = 9
-"""Of a curve."""
+"""Smallest number of points of a curve."""
 
 
 class DialError(ValueError):
-    """A dial, curve or budget that is not allowed; the message names the field, the value and what is allowed."""
+    """A dial, curve or budget is invalid; the message names the field, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a position of the dial did on the images that it was measured on."""
+    """The measured effect of one position of the dial."""
 
     budget: Number
-    """The position: the budget of the dial's knots."""
+    """The position, on the scale of the budgets of the dial's knots."""
     compute_fraction: Number
-    """Mean; never falls from one point of a curve to the next."""
+    """Mean over the images. It never falls from one point of a curve to the next."""
     accuracy: Number
     """Made monotone by isotonic regression."""
     measured_accuracy: Number
-    """As it was measured."""
+    """The accuracy as measured."""
 
 
 @dataclass(frozen=True)
 class Dial:
-    """Knots from all but few units closed to all open. Raises DialError when they are not a dial."""
+    """The knots, from almost all units closed to all units open. Raises DialError when they are invalid."""
 
     budget: NDArray[np.float64]
     """(K,) rising; the last one is 1."""
@@ -73,20 +72,20 @@ class Dial:
         return float(self.budget[0])
 
     def at(self, position: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The gate biases (B, G, U) at positions (B,). Raises DialError for one that is not on the dial."""
-        outside = ~((position >= self.lowest) & (position <= 1))  # NaN too
+        """The gate biases (B, G, U) at positions (B,). Raises DialError for a position outside the dial."""
+        outside = ~((position >= self.lowest) & (position <= 1))  # also true for NaN
         if outside.any():
             raise DialError(f"budget is {position[outside][0]:g}; allowed: from {self.lowest:g} to 1")
         right = np.clip(np.searchsorted(self.budget, position), 1, len(self.budget) - 1)
         left = right - 1
         share = ((position - self.budget[left]) / (self.budget[right] - self.budget[left])).astype(np.float32)
         low, high, share = self.gate_bias[left], self.gate_bias[right], share[:, None, None]
-        # both ends to the bit
+        # exact at both ends
         bias: NDArray[np.float32] = np.where(share == 1, high, low + share * (high - low))
         return bias
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The knots, which from_json reads."""
+        """The knots, for from_json."""
         return [
             {"budget": float(budget), "gate_bias": np.round(bias.astype(np.float64), 6).tolist()}
             for budget, bias in zip(self.budget, self.gate_bias, strict=True)
@@ -94,7 +93,7 @@ class Dial:
 
     @classmethod
     def from_json(cls, knots: Sequence[Mapping[str, Any]]) -> "Dial":
-        """Raises DialError when the knots are not a dial."""
+        """The dial that to_json wrote. Raises DialError when the knots are invalid."""
         try:
             budget = np.array([knot["budget"] for knot in knots], np.float64)
             bias = np.array([knot["gate_bias"] for knot in knots], np.float32)
@@ -106,10 +105,10 @@ class Dial:
 
 
 def position(budget: float, curve: Sequence[Point]) -> float:
-    """The position on the dial at which a model with this curve spends the budget, on average.
+    """The position on the dial at which a model with this curve spends the budget on average.
 
-    Where the curve does not reach so low or so high: its end. Of a stretch that costs the same: its most accurate
-    point, the highest.
+    For a budget below or above the curve: the nearer end. Where several positions cost the same: the most accurate,
+    which is the highest.
     """
     spent = np.array([point.compute_fraction for point in curve])
     above = int(np.searchsorted(spent, max(budget, spent[0]), side="right"))
@@ -118,7 +117,7 @@ def position(budget: float, curve: Sequence[Point]) -> float:
 
 
 def check_curve(curve: Sequence[Point], name: str) -> None:
-    """Raises DialError unless the points are a curve over the dial: rising budgets, compute that never falls."""
+    """Raise DialError unless the points form a curve over the dial: rising budgets, compute that never falls."""
     budgets, spent = [p.budget for p in curve], [p.compute_fraction for p in curve]
     _require(len(curve) >= MIN_POINTS, name, f"{len(curve)} points", f"{MIN_POINTS} or more")
     _require(all(a < b for a, b in pairwise(budgets)), name, budgets, "rising budgets")

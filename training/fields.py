@@ -1,4 +1,4 @@
-"""Types for fields of JSON files, and the sentence that names a wrong one.
+"""Types for fields of JSON files, and the error message for an invalid one.
 
 Pydantic and the standard library only: the server imports this module.
 """
@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, GetPydanticSchema, TypeAdapter, Val
 
 T = TypeVar("T")
 MOST = 2**53
-"""Of what is counted: every whole number up to it is a float too."""
+"""Largest count: every whole number up to it is exactly a float."""
 AS_INTEGER = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-"""JSON has one kind of number: 1.0 is an integer."""
+"""JSON has only one type of number, so 1.0 is an integer."""
 Count = Annotated[int, Field(strict=True, ge=1, lt=MOST), AS_INTEGER]
 Natural = Annotated[int, Field(strict=True, ge=0, lt=MOST), AS_INTEGER]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -28,23 +28,23 @@ ALLOWED = {
     "tuple_type": "a JSON array",
     "unexpected_keyword_argument": "no such field",
 }
-"""By pydantic's name of an error, where its own words are of Python."""
+"""What is allowed, by pydantic's error type, where pydantic's own message speaks of Python types."""
 adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
-"""Made when first used: programs that read no file, such as clients, need none."""
+"""Adapters are made on first use: programs that read no file, such as clients, need none."""
 
 
 def read_as(kind: Any) -> GetPydanticSchema:
-    """For Annotated: the field is read as this type, which gives the one that its users see."""
+    """For Annotated: the field is read as this type, which converts to the annotated one."""
     return GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))
 
 
 def checked_as(kind: Any) -> GetPydanticSchema:
-    """For Annotated: the field is checked as this type, and kept as it is."""
+    """For Annotated: the field is checked as this type, but its value is kept unchanged."""
     return read_as(Annotated[kind, WrapValidator(lambda value, check: (check(value), value)[1])])
 
 
 def read(kind: type[T], value: Any, error: type[Exception], where: str = "") -> T:
-    """The object of this type that a JSON value describes. Raises `error` with one sentence, after `where`."""
+    """A JSON value as an object of this type. Raises `error` with one sentence, prefixed by `where`."""
     try:
         content: T = adapter(kind).validate_python(value)
     except ValidationError as invalid:
@@ -53,7 +53,7 @@ def read(kind: type[T], value: Any, error: type[Exception], where: str = "") -> 
 
 
 def sentence(error: ValidationError) -> str:
-    """The first thing that is wrong: the path to the field, its value, shortened, and what is allowed."""
+    """The first error as a sentence: the path to the field, its shortened value, and what is allowed."""
     first = error.errors(include_url=False)[0]
     path = _path(first["loc"])
     match first["type"]:

@@ -1,7 +1,7 @@
-"""Image files as training and the server both read them, from bytes to a model's pixels. Needs Pillow and numpy.
+"""Reads image files, from bytes to a model's pixels, for training and the server alike. Needs Pillow and numpy.
 
-Metadata never decides whether an image is readable. Only the orientation is taken from it; where a library stumbles
-over the rest, the file is read again without it, as browsers do.
+Bad metadata never makes an image unreadable. Only the orientation is used; if a library fails on other metadata, the
+file is read again without it, as browsers do.
 """
 
 import io
@@ -27,9 +27,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""The transformation that makes an image upright, by its EXIF orientation."""
 SIZES = {1: 1, 3: 2, 4: 4}
-"""Bytes of a number, by its type in EXIF."""
+"""Size of a number in bytes, by its type in EXIF."""
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -61,14 +61,14 @@ KINDS = {
     rb"/9j/|iVBORw0KGgo|UklGR|data:image/": "base64",
     rb"\0*\Z": "nothing but zeros",
 }
-"""What a file that is not read is, by how it begins (regular expressions)."""
+"""Kinds of files that are not supported, by a regular expression for their first bytes."""
 
-# Of metadata that nothing here reads; Pillow's errors are not silenced by it.
+# These warnings are about metadata that nothing here reads; Pillow's errors are not silenced.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def kind(content: bytes) -> str:
-    """What a file that cannot be read seems to be; "" where its beginning says nothing."""
+    """The likely kind of an unreadable file; "" if its first bytes are unknown."""
     if not content:
         return "empty"
     start = content[:512]
@@ -76,10 +76,10 @@ def kind(content: bytes) -> str:
 
 
 def load(content: bytes, check: Callable[[Image.Image], None]) -> Image.Image:
-    """The decoded image of a file; of an animation the first frame. check: raises when size or mode are not allowed,
-    before any pixel is decoded.
+    """The decoded image of a file; for an animation, its first frame. check: raises when the size or mode is not
+    allowed, before any pixel is decoded.
 
-    Raises what check raises, and whatever Pillow raises for a broken file.
+    Raises what `check` raises, and what Pillow raises for a broken file.
     """
     try:
         return _load(content, check)
@@ -102,8 +102,8 @@ def _load(content: bytes, check: Callable[[Image.Image], None]) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Upright, grey or RGB, its shorter side resized, the centre cut out: uint8 (height, width, channels). To the bit
-    what timm's transform for evaluation gives."""
+    """The image upright, grey or RGB, resized by its shorter side and cropped at the centre: uint8 (height, width,
+    channels). Identical to the bit to timm's evaluation transform."""
     image = upright(image, spec.channels)
     if min(image.size) != spec.resize:
         image = image.resize(resized(image.size, spec), RESAMPLING[spec.interpolation])
@@ -113,14 +113,14 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
 
 
 def resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """Width and height of an image whose shorter side becomes spec.resize."""
+    """Width and height of an image after its shorter side has been resized to spec.resize."""
     width, height = size
     longer = int(spec.resize * max(size) / min(size))
     return (spec.resize, longer) if width <= height else (longer, spec.resize)
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """Turned as its EXIF says, grey (1 channel) or RGB (3). A transparent palette counts as its opaque colours."""
+    """The image rotated as its EXIF says, in grey (1 channel) or RGB (3). Transparency of a palette is ignored."""
     turn = TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)
@@ -130,17 +130,17 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF counts; 1, upright, where it is missing or cannot be read. No other tag is looked at."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable. No other tag is read."""
     image.load()  # a PNG may have its EXIF after its pixels
-    try:  # Pillow finds it in XMP too, but stops at the first broken entry of an EXIF block
+    try:  # Pillow also finds it in XMP, but stops at the first broken entry of an EXIF block
         value = _in_exif(image.info.get("exif", b"")) or image.getexif().get(ORIENTATION)
         return int(value) if value in TURNS else 1
-    except Exception:  # Pillow raises many kinds for broken EXIF
+    except Exception:  # Pillow raises many types of exceptions for broken EXIF
         return 1
 
 
 def _in_exif(block: bytes) -> int:
-    """The orientation; 0: none. Broken entries are passed over. TIFF 6.0, section 2:
+    """The orientation, or 0 without one. Broken entries are skipped. TIFF 6.0, section 2:
     https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tiff6.pdf"""
     block = block.removeprefix(b"Exif\0\0")
     if block[:4] not in (b"II*\0", b"MM\0*"):
@@ -157,7 +157,7 @@ def _in_exif(block: bytes) -> int:
 
 
 def without_metadata(content: bytes) -> bytes:
-    """The same JPEG or PNG with its pixels, transparency and EXIF alone; other files as they are."""
+    """A JPEG or PNG reduced to its pixels, transparency and EXIF; other files unchanged."""
     if content.startswith(PNG):
         return _plain_png(content)
     return _plain_jpeg(content) if content.startswith(JPEG) else content
@@ -180,7 +180,7 @@ def _plain_jpeg(content: bytes) -> bytes:
     """https://www.w3.org/Graphics/JPEG/itu-t81.pdf, annex B: marker, size, data, up to the first scan (SOS)."""
     parts, at = [content[:2]], 2
     while at + 4 <= len(content) and content[at] == 0xFF and content[at + 1] != 0xDA:
-        if content[at + 1] == 0xFF:  # filling
+        if content[at + 1] == 0xFF:  # fill bytes
             at += 1
             continue
         marker, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")

@@ -1,4 +1,4 @@
-"""What pixels a model reads: the one definition that training, export and the server share. No torch."""
+"""The pixels that a model reads: one definition for training, export and the server. Does not import torch."""
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -9,12 +9,12 @@ from pydantic.dataclasses import dataclass
 from training.fields import Number
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-"""Pillow's names of the pixel formats that are read. Of more than 8 bits a channel it would make white."""
+"""Pillow's names of the supported pixel formats. Pillow would turn more than 8 bits per channel into white."""
 Side = Annotated[int, Field(strict=True, ge=1, le=4096)]
 
 
 def check_mode(mode: str) -> None:
-    """Raises ValueError unless images of this pixel format are read."""
+    """Raise ValueError unless this pixel format is supported."""
     if mode not in MODES:
         raise ValueError(f"the pixel format is {mode}; allowed: 8 bits a channel ({', '.join(MODES)})")
 
@@ -23,9 +23,8 @@ def check_mode(mode: str) -> None:
 class ImageSpec:
     """How an encoded image becomes the `image` input of a model.
 
-    Orientation is taken from EXIF, colours are converted to `channels`, the shorter side is resized to
-    `resize`, the centre `height` x `width` is cut out. The graph itself then computes
-    (pixel / 255 - mean) / std per channel.
+    The image is rotated as its EXIF says, converted to `channels`, resized so that its shorter side is `resize`, and
+    cropped to the centre `height` x `width`. The graph itself then computes (pixel / 255 - mean) / std per channel.
     """
 
     height: Side
@@ -43,7 +42,8 @@ class ImageSpec:
     """Per channel, of pixels scaled to 0..1."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, of which pydantic's ValidationError is one, as for a field that is wrong in itself."""
+        """Check the fields together. Raises ValueError; for a single invalid field, pydantic raises its subclass
+        ValidationError."""
         if self.resize < max(self.height, self.width):
             raise ValueError(f"resize is {self.resize}; allowed: at least {max(self.height, self.width)}")
         for name in ("mean", "std"):

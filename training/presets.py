@@ -1,4 +1,4 @@
-"""Defaults by name: each says its command, its hardware, its run time and its result, or that it was not run."""
+"""Defaults by name. Each states its command, hardware, run time and result, or that it has not been run."""
 
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
@@ -63,8 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # python -m training all --preset typefaces --out runs/typefaces/seed-0  (with its controls: make reproduce
     # DATA=typefaces; alone, after make typefaces)
-    # 0-9A-Za-z in 28 pixels, degraded anew in each epoch; a ViT as that of fashion-mnist. No whole run yet: no result.
-    # By estimate 8 hours of one core of an AMD EPYC a seed: vit 1.2, controls 3, profiles 0.9, evaluate 2.5.
+    # 0-9A-Za-z at 28 pixels, degraded anew in each epoch; the same ViT as fashion-mnist. Not yet run as a whole: no
+    # result. Estimated at 8 hours per seed on one core of an AMD EPYC: vit 1.2, controls 3, profiles 0.9, evaluate 2.5.
     "typefaces": {
         "data": TYPEFACES,
         "vit": {
@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # python -m training all --preset typefaces-small --out runs/typefaces-small
-    # Every stage on three packages of `typefaces`. For tests: the accuracy is beside the point.
+    # Every stage on three packages of `typefaces`. For tests; the accuracy does not matter.
     "typefaces-small": {
         "data": {**TYPEFACES, "dataset": "typefaces-small", "max_test": 500, "degradation": 0.3},
         "vit": {
@@ -106,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "profiles": {"terms": 8, "steps": 20, "rows": 2, "usage_target": 0.35, "contexts": {"digits": tuple(digits)}},
     },
     # python -m training all --preset smoke --out runs/smoke
-    # Every stage on a real subset, in half a minute on one core. For tests: the accuracy, 0.63, is beside the point.
+    # Every stage on a real subset, in half a minute on one core. For tests; the accuracy, 0.63, does not matter.
     "smoke": {
         "data": {"max_train": 2000, "max_test": 500},
         "vit": {
@@ -126,7 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "profiles": {"terms": 8, "steps": 40, "usage_target": 0.35},
     },
     # accelerate launch -m training all --preset cifar100-deit-s --data.root data --data.download --out runs/cifar100
-    # The paper's likely setting: CIFAR-100 at 224 px, pretrained DeiT-S, gates on its last block alone. For a GPU; the
+    # The paper's likely setting: CIFAR-100 at 224 px, pretrained DeiT-S, gates on its last block only. For a GPU; the
     # 32-pixel images are resized at each use, by 8 processes. Not run here: no result, no run time.
     "cifar100-deit-s": {
         "data": CIFAR100,
@@ -142,17 +142,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "profiles": {"usage_target": 0.33},
     },
     # accelerate launch -m training all --preset cifar100-deit-s-dial --data.root data --data.download --out runs/dial
-    # The same model and data with a dial, by gates on the MLP groups too, in every block but the first. Not run here.
+    # The same model and data with a dial, with gates on MLP groups too, in every block but the first. Not run here.
     "cifar100-deit-s-dial": {
         "data": CIFAR100,
         "vit": {**DEIT_S, **DIAL, "backbone_epochs": 20, "joint_epochs": 20},
         "sae": {"latents": 1024},
     },
     # accelerate launch -m training all --preset imagenet-deit-s --data.root imagenet --out runs/imagenet
-    # imagenet/train/<synset>/ and imagenet/val/<synset>/; from shards: --data.dataset wds/imagenet (their pixels are
-    # cut to 224 px once, a file of 200 GB). Pretrained DeiT-S, gates on all blocks but the first. For 8 GPUs with 12
-    # processor cores each. Not run here: no result, no run time. The step `evaluate` would hold the answers of
-    # all images under all profiles in memory: 200 GB.
+    # imagenet/train/<synset>/ and imagenet/val/<synset>/; from shards: --data.dataset wds/imagenet (pixels are cropped
+    # to 224 px once, into a file of 200 GB). Pretrained DeiT-S, gates on all blocks but the first. For 8 GPUs with 12
+    # processor cores each. Not run here: no result, no run time. The step `evaluate` would keep the answers of all
+    # images under all profiles in memory: 200 GB.
     "imagenet-deit-s": {
         "data": {"dataset": "folder", **DEIT_PIXELS, **DEIT_AUGMENTATION, "selection_fraction": 0.02},
         "vit": {
@@ -165,8 +165,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sae": {"latents": 2048, "epochs": 10},
     },
     # python -m training all --preset folder --data.root path/to/images --out runs/mine
-    # A person's own images, one folder a label (or train/<label>/ and test/<label>/): pretrained DeiT-S at 224 px, the
-    # whole image kept in view, mild augmentation. A GPU is advised. Not run here: no result, no run time.
+    # Your own images, one folder per label (or train/<label>/ and test/<label>/): pretrained DeiT-S at 224 px, the
+    # whole image in view, mild augmentation. A GPU is advised. Not run here: no result, no run time.
     "folder": {
         "data": {
             "dataset": "folder",

@@ -1,6 +1,6 @@
-"""The processes of one run: one, or as many as `accelerate launch` started, each with its device.
+"""The processes of a run: one, or as many as `accelerate launch` starts, each with its own device.
 
-Every process runs the same code. Process 0 alone writes; the others wait at `wait` and read what it wrote.
+Every process runs the same code. Only process 0 writes; the others call `wait` and then read its files.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import nn
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for another, which may be writing, fitting or evaluating alone."""
+"""How long processes wait for one that is writing, fitting or evaluating alone."""
 
 
 def state() -> PartialState:
@@ -35,7 +35,7 @@ def is_main() -> bool:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Block until every process has called this."""
     state().wait_for_everyone()
 
 
@@ -48,6 +48,6 @@ def parallel(model: nn.Module) -> nn.Module:
 
 
 def gather(mine: Sequence[T]) -> list[T]:
-    """What all processes bring, joined, in every process."""
+    """The items of all processes, concatenated; the same in every process."""
     joined: list[T] = list(mine) if state().num_processes == 1 else gather_object(list(mine))
     return joined

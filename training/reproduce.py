@@ -1,10 +1,10 @@
 """python -m training.reproduce --preset fashion-mnist --out runs/fm --seeds 3
 
-Everything from data to report: the run of each seed in <out>/seed-<n>, with all its controls and a report that has the
-other seeds beside it. Every step is resumed where it was interrupted; a finished one costs seconds.
+Runs everything from data to report: each seed in <out>/seed-<n>, with all its controls and a report that compares it
+with the other seeds. Interrupted steps resume; finished ones take seconds.
 
-The jobs are independent processes of one or more threads, as many at a time as `--jobs` says: on a CPU, two trainings
-of one thread each get further than one after the other with two threads (NOTES.md).
+The jobs are independent processes of one or more threads; `--jobs` sets how many run at a time. On a CPU, two trainings
+of one thread each are faster than one after the other with two threads (NOTES.md).
 """
 
 import argparse
@@ -27,11 +27,11 @@ CONTROLS: dict[bool, dict[str, tuple[str, ...]]] = {
         "static": ("vit",), "heads": ("vit",),
     },
 }  # fmt: skip
-"""Of a model without and with a dial (evaluation/controls.py): what must be over before each."""
+"""Controls of a model without and with a dial (evaluation/controls.py), with the jobs that must finish before each."""
 
 
 def order_of(dial: bool) -> dict[str, tuple[str, ...]]:
-    """The jobs of one seed, and those that must be over before each. The longest chain comes first."""
+    """The jobs of one seed, with those that must finish before each. The longest chain comes first."""
     controls = CONTROLS[dial]
     return {
         "vit": (),
@@ -56,7 +56,7 @@ class Job:
 
 
 class JobFailed(Exception):
-    """A job ended with an exit status other than 0; the message names the jobs that wait for it."""
+    """A job ended with an exit status other than 0. The message names the jobs that depend on it."""
 
     def __init__(self, job: Job, code: int, blocked: Collection[Job]):
         super().__init__(f"{job}: exit {code}" + (f". Blocked: {'; '.join(map(str, blocked))}" if blocked else ""))
@@ -64,7 +64,7 @@ class JobFailed(Exception):
 
 
 def jobs_of(seeds: int, dial: bool = False) -> dict[Job, list[Job]]:
-    """All jobs, and those that must be over before each. A report shows all seeds, so it waits for all of them."""
+    """All jobs, with those that must finish before each. A report shows all seeds, so it waits for all of them."""
     order = order_of(dial)
     return {
         Job(seed, name): [
@@ -76,9 +76,9 @@ def jobs_of(seeds: int, dial: bool = False) -> dict[Job, list[Job]]:
 
 
 async def run_jobs(jobs: Mapping[Job, Collection[Job]], run: Callable[[Job], Awaitable[int]], limit: int) -> None:
-    """Run each job after those that it waits for, `limit` at a time, the first of `jobs` first.
+    """Run each job after its dependencies, `limit` at a time, in the order of `jobs`.
 
-    run: returns the exit status of a job. Raises JobFailed when one is not 0, and cancels the jobs that are running.
+    run: returns the exit status of a job. If it is not 0, cancels the running jobs and raises JobFailed.
     """
     order, sorter = list(jobs), TopologicalSorter(jobs)
     sorter.prepare()
@@ -103,7 +103,7 @@ async def run_jobs(jobs: Mapping[Job, Collection[Job]], run: Callable[[Job], Awa
 
 
 def _after(job: Job, jobs: Mapping[Job, Collection[Job]]) -> list[Job]:
-    """The jobs that wait for this one, directly or not."""
+    """The jobs that depend on this one, directly or indirectly."""
     blocked = {job}
     for other in TopologicalSorter(jobs).static_order():
         if not blocked.isdisjoint(jobs[other]):
@@ -113,19 +113,19 @@ def _after(job: Job, jobs: Mapping[Job, Collection[Job]]) -> list[Job]:
 
 @dataclass
 class Processes:
-    """Runs jobs as processes, each with a log of its own, and prints their progress."""
+    """Runs jobs as processes, each with its own log, and prints their progress."""
 
     options: argparse.Namespace
     flags: list[str]
-    """Of python -m training, for every job."""
+    """Flags of python -m training, for every job."""
     threads: int
-    """Of a job."""
+    """Threads of a job."""
     total: int
     ended: int = 0
     begun: float = field(default_factory=time.monotonic)
 
     async def run(self, job: Job) -> int:
-        """The exit status. A job that is cancelled is terminated."""
+        """Run a job and return its exit status. If cancelled, terminate the process."""
         log, started = self.log(job), time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
@@ -145,7 +145,7 @@ class Processes:
         return code
 
     def arguments(self, job: Job) -> list[str]:
-        """Of python -m training."""
+        """The arguments of python -m training for a job."""
         options, out = self.options, self.options.out
         step = ["controls", "--only", job.name] if job.name in {**CONTROLS[False], **CONTROLS[True]} else [job.name]
         if job.name == "report":
@@ -155,13 +155,13 @@ class Processes:
         return [*step, "--seed", f"{job.seed}", "--threads", f"{self.threads}", *self.flags]
 
     def log(self, job: Job) -> Path:
-        """Where the output of a job is."""
+        """The file with the output of a job."""
         folder: Path = self.options.out / "logs"
         return folder / f"seed-{job.seed}-{job.name}.log"
 
 
 def parser(prog: str = "python -m training.reproduce") -> argparse.ArgumentParser:
-    """Of the flags that are not passed on to the jobs. prog: what a user types."""
+    """The parser of the flags that are not passed on to the jobs. prog: the command that a user types."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s --out FOLDER [OPTION ...] [--GROUP.SETTING VALUE ...]",
@@ -179,9 +179,9 @@ def parser(prog: str = "python -m training.reproduce") -> argparse.ArgumentParse
 
 
 def main(arguments: list[str], prog: str = "python -m training.reproduce") -> int:
-    """Run all jobs, then write and print the table of the seeds; returns the exit status: 0, or 1 when a job fails.
+    """Run all jobs, then write and print the table of the seeds. Returns the exit status: 0, or 1 when a job fails.
 
-    arguments: those after the program's name, prog; unknown flags are passed on to the jobs. A failed job ends the
+    arguments: without the program's name, which is prog; unknown flags are passed on to the jobs. A failed job ends the
     others.
     """
     flags_of_all = parser(prog)
@@ -208,7 +208,7 @@ def main(arguments: list[str], prog: str = "python -m training.reproduce") -> in
 
 def _report(out: Path, seeds: int) -> None:
     """Write the table of the seeds, and print its main columns."""
-    from training.checkpoint import Run  # torch: not before it is needed
+    from training.checkpoint import Run  # imports torch: only when needed
     from training.evaluation.seeds import table
 
     of_seeds = table([Run(out / f"seed-{seed}") for seed in range(seeds)])

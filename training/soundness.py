@@ -1,6 +1,6 @@
 """Warnings of data that are too few or unbalanced, and of a model, gates or autoencoders that did not train.
 
-They are computed from what a run folder holds, so export has them for runs of any age. None of them stops a run.
+They are computed from the files of a run folder, so export shows them for older runs too. None of them stops a run.
 """
 
 import math
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 SMALL, SMALL_TEST = 20, 10
-"""Images of a label in training, and in selection or test, below which there is a warning."""
+"""Fewest images of a label in training, and in selection or test, without a warning."""
 UNBALANCED = 10
-"""Times as many training images of one label as of another."""
+"""Largest ratio of training images between two labels without a warning."""
 MOST_UNEXPLAINED = 0.5
-"""Fraction of variance unexplained of an autoencoder."""
+"""Largest fraction of variance unexplained of an autoencoder without a warning."""
 MOST_DEAD = 0.9
-"""Share of its latents that are active on no training image."""
+"""Largest share of latents that are active on no training image, without a warning."""
 LEAST_AGREEMENT = 0.8
-"""Share of gates that decide alike when they read what the autoencoder makes of the residual."""
+"""Smallest share of gates that decide alike on the residual and on its reconstruction, without a warning."""
 
 
 def show(step: str, warnings: Iterable[str]) -> None:
@@ -35,7 +35,7 @@ def most_common(classes: Tensor) -> float:
 
 
 def of_data(labels: Sequence[str], classes: Mapping[str, Tensor]) -> list[str]:
-    """classes: by split, each (B,)."""
+    """Warnings about the number of images per label. classes: by split, each (B,)."""
     warnings = []
     for split, of_split in classes.items():
         counts = of_split.bincount(minlength=len(labels))
@@ -54,7 +54,7 @@ def of_data(labels: Sequence[str], classes: Mapping[str, Tensor]) -> list[str]:
 
 
 def of_vit(vit: Mapping[str, Any]) -> list[str]:
-    """vit: vit.json. By its selection slice."""
+    """Warnings about a model, from its measurements on the selection slice. vit: the content of vit.json."""
     result, settings = vit["result"], vit["settings"]["vit"]
     measured = result["selection"]
     chance = measured.get("most_common_label", 1 / len(result["labels"]))
@@ -78,7 +78,7 @@ def of_vit(vit: Mapping[str, Any]) -> list[str]:
 
 
 def of_sae(sae: Mapping[str, Any]) -> list[str]:
-    """sae: sae.json. The worst site of each measure."""
+    """Warnings about autoencoders, from the worst site of each measure. sae: the content of sae.json."""
     sites, warnings = sae["result"]["fidelity"], []
     for key, what, limit in (
         ("fvu", "leaves a fraction of variance unexplained of", MOST_UNEXPLAINED),
@@ -96,7 +96,7 @@ def of_sae(sae: Mapping[str, Any]) -> list[str]:
 
 
 def of_results(results: Mapping[str, Any]) -> list[str]:
-    """results: results.json. By its test split."""
+    """Warnings about an evaluation, from its test split. results: the content of results.json."""
     chance = results.get("most_common_label", 1 / len(results["labels"]))
     accuracy = results["neutral"]["accuracy"]
     if not _near(accuracy, chance, results["images"]):
@@ -108,6 +108,6 @@ def of_results(results: Mapping[str, Any]) -> list[str]:
 
 
 def _near(accuracy: float, chance: float, images: int | None) -> bool:
-    """Less than a tenth of the way from chance to 1, or within two standard errors of chance."""
+    """Whether accuracy is less than a tenth of the way from chance to 1, or within two standard errors of chance."""
     error = math.sqrt(chance * (1 - chance) / images) if images else 0.0
     return not accuracy > chance + max(0.1 * (1 - chance), 2 * error)

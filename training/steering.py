@@ -1,8 +1,8 @@
-"""Steering terms and profiles: what a caller may ask of the gates, and the file that profiles are kept in.
+"""Steering terms and profiles: how a caller changes the gates, and the format of profiles.json.
 
-A term changes one latent of one site: z' = scale * z + shift. What is added to the gate's input is
-((scale - 1) * z + shift) * decoder row, so the neutral term (scale 1, shift 0) adds exactly nothing. A profile may also
-have gate biases of its own, which are added to the gate logits.
+A term changes one latent of one site: z' = scale * z + shift. It adds ((scale - 1) * z + shift) * decoder row to the
+gate's input, so the neutral term (scale 1, shift 0) adds exactly nothing. A profile may also have its own gate biases,
+which are added to the gate logits.
 
 Standard library, numpy and pydantic only: the server imports this module.
 """
@@ -26,18 +26,18 @@ SCHEMA_VERSION: Final = 2
 GATE_BOUND = 4.0
 """A gate logit is GATE_BOUND * tanh(linear / GATE_BOUND)."""
 GATE_EPSILON = 1e-5
-"""Of the layer norm of gates."""
+"""Epsilon of the layer norm of gates."""
 MAX_NAME = 200
-"""Characters of a profile's or label's name."""
+"""Longest name of a profile or label, in characters."""
 
 
 class SteeringError(ValueError):
-    """A term or profile that is not allowed; the message names the field, the value and what is allowed."""
+    """A term or profile is invalid; the message names the field, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class SteeringTerm:
-    """A change of one latent: z' = scale * z + shift. Raises SteeringError on a value that is not allowed."""
+    """A change of one latent: z' = scale * z + shift. Raises SteeringError on an invalid value."""
 
     latent: int
     """Index of the latent within its site, from 0."""
@@ -51,7 +51,7 @@ class SteeringTerm:
             raise SteeringError(f"latent is {self.latent}; allowed: 0 or more")
         for name in ("scale", "shift"):
             value = getattr(self, name)
-            if not -1e6 <= value <= 1e6:  # NaN too
+            if not -1e6 <= value <= 1e6:  # also true for NaN
                 raise SteeringError(f"{name} is {value}; allowed: a finite number from -1e6 to 1e6")
             object.__setattr__(self, name, float(np.float32(value)) + 0.0)  # no -0.0: equal terms look alike
 
@@ -63,13 +63,14 @@ class SteeringTerm:
 
 
 def canonical(name: str) -> str:
-    """The form that names are kept and compared in (Unicode's NFC): an accent is part of its letter, not a character of
-    its own, as file systems and keyboards may have it."""
+    """The form in which names are stored and compared (Unicode NFC). File systems and keyboards may write an accent as
+    a separate character; here it is part of its letter."""
     return unicodedata.normalize("NFC", name)
 
 
 def check_name(name: str) -> str:
-    """A name that every file, message and metric can carry, in its canonical form. Raises SteeringError."""
+    """The canonical form of a name that is allowed in files, messages and metrics. Raises SteeringError on any
+    other."""
     name = canonical(name)
     if not 0 < len(name) <= MAX_NAME:
         raise SteeringError(f"name is {name[:MAX_NAME]!r}; allowed: a string of 1 to {MAX_NAME} characters")
@@ -84,37 +85,37 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class TermEntry:
-    """A term in a file, where no field is left out: z' = scale * z + shift."""
+    """A term in a file, where every field is required: z' = scale * z + shift."""
 
     latent: Annotated[int, Field(strict=True, ge=0)]
     scale: Number
     shift: Number
 
     def term(self) -> SteeringTerm:
-        """Raises SteeringError on a value that is not allowed."""
+        """The term. Raises SteeringError on an invalid value."""
         return SteeringTerm(self.latent, self.scale, self.shift)
 
 
 Name = Annotated[str, AfterValidator(check_name)]
 SiteIndex = Annotated[int, read_as(Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$"), AfterValidator(int)])]
 BlockIndex = SiteIndex
-"""Of a transformer block, as in Manifest.gated_blocks; not its place among the gated ones."""
+"""Index of a transformer block, as in Manifest.gated_blocks; not its position among the gated blocks."""
 Term = Annotated[SteeringTerm, read_as(Annotated[TermEntry, AfterValidator(TermEntry.term)])]
 Terms = Mapping[SiteIndex, tuple[Term, ...]]
-"""The terms of one image, by site index. Sites without terms are left out."""
+"""The terms of one image, by site index. Sites without terms are omitted."""
 NEUTRAL: Terms = {}
 GateBias = Mapping[BlockIndex, tuple[Number, ...]]
-"""Gate biases of one image, by gated block: one for each of its units, heads first. Blocks without are left out."""
+"""Gate biases of one image, by gated block: one for each unit, heads first. Blocks without biases are omitted."""
 UNBIASED: GateBias = {}
 MAX_BIAS = 1e6
 Kind = Literal["class", "context", "selective"]
-"""What a profile is for: images of one label, of several, or all traffic, of which a selective one steers images of its
-classes and leaves the others alone."""
+"""What a profile is for: images of one label, images of several labels, or all traffic. A selective profile steers only
+the images of its classes."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is read of a profile's evaluation; there may be more in it."""
+    """The fields of a profile's evaluation that are read; it may have more."""
 
     images: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     before: Mapping[str, Number] = field(default_factory=dict)
@@ -123,21 +124,21 @@ class Measured:
 
 @dataclass(frozen=True)
 class SteeringProfile:
-    """Terms under a name, and what they do to the images of its classes."""
+    """A named set of terms, and its measured effect on the images of its classes."""
 
     name: Name
-    """A class profile bears its label's name."""
+    """The name of a class profile is its label."""
     classes: tuple[Name, ...]
-    """The set of labels that it was made for."""
+    """The labels that the profile is for."""
     strategy: Name
-    """How its terms were found."""
+    """The strategy that found its terms."""
     terms: Terms
     evaluation: Annotated[Mapping[str, Any], checked_as(Measured)] = field(default_factory=dict)
-    """Its measured effect, before and after."""
+    """Its measured effect: metrics before and after steering."""
     gate_bias: GateBias = field(default_factory=dict)
-    """Biases of its own, added to the gate logits; not in version 1."""
+    """Its own biases, added to the gate logits; not in schema version 1."""
     kind: Kind | None = None
-    """Absent in a file: class, or context where there are several classes."""
+    """If a file omits it: class, or context if there are several classes."""
 
     def __post_init__(self) -> None:
         if self.kind is None:
@@ -154,7 +155,7 @@ class ProfileFile:
 
 @dataclass(frozen=True)
 class SteeringArrays:
-    """The steering inputs of the graph for B images, S sites and T terms, padded with the neutral term."""
+    """The steering inputs of a graph for B images, S sites and T terms, padded with neutral terms."""
 
     latent: NDArray[np.int64]
     """(B, S, T)"""
@@ -163,20 +164,21 @@ class SteeringArrays:
     shift: NDArray[np.float32]
     """(B, S, T)"""
     gate_bias: NDArray[np.float32] | None = None
-    """(B, G, U) for G gated blocks and U units of each; None: no biases."""
+    """(B, G, U) for G gated blocks of U units each; None: no biases."""
 
 
 def at_strength(terms: Terms, strength: float) -> Terms:
-    """The terms at a strength: 0 is neutral, 1 is as given. Raises SteeringError unless it is finite."""
+    """The terms at a strength: 0 is neutral, 1 leaves them unchanged. Raises SteeringError unless the strength is
+    finite."""
     if not math.isfinite(strength):
         raise SteeringError(f"strength is {strength}; allowed: a finite number")
     return {site: tuple(term.at(strength) for term in of_site) for site, of_site in terms.items()}
 
 
 def check(terms: Terms, latents: Sequence[int], where: str = "terms") -> None:
-    """Raise SteeringError unless every term names a site and a latent that exist, at most once.
+    """Raise SteeringError unless every term names an existing site and latent, and none is named twice.
 
-    latents: number of latents of each site.
+    latents: the number of latents at each site.
     """
     for site, of_site in terms.items():
         if not 0 <= site < len(latents):
@@ -192,7 +194,7 @@ def check(terms: Terms, latents: Sequence[int], where: str = "terms") -> None:
 
 
 def check_gate_bias(gate_bias: GateBias, blocks: Sequence[int], units: int, where: str = "gate_bias") -> None:
-    """Raise SteeringError unless the biases are of gated blocks, one for each unit. blocks: the gated ones."""
+    """Raise SteeringError unless all biases belong to gated blocks, one for each unit. blocks: the gated blocks."""
     for block, of_block in gate_bias.items():
         if block not in blocks:
             allowed = ", ".join(map(str, blocks))
@@ -204,7 +206,7 @@ def check_gate_bias(gate_bias: GateBias, blocks: Sequence[int], units: int, wher
 
 
 def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
-    """Terms of B images as arrays (B, sites, T), T the most terms that any image has at a site (at least 1)."""
+    """Terms of B images as arrays (B, sites, T). T: the largest number of terms of an image at a site, at least 1."""
     count = max((len(of_site) for row in rows for of_site in row.values()), default=0)
     shape = (len(rows), sites, max(count, 1))
     latent, scale, shift = np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32)
@@ -218,8 +220,7 @@ def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
 
 
 def digest(terms: Terms, gate_bias: GateBias = UNBIASED) -> str:
-    """A short name for what the terms and biases do: 16 hexadecimal digits. Neutral ones do not count, nor does the
-    order."""
+    """A digest of terms and biases: 16 hexadecimal digits. It ignores neutral terms and biases, and their order."""
     entries = sorted(
         (site, term.latent, term.scale, term.shift)
         for site, of_site in terms.items()
@@ -230,7 +231,7 @@ def digest(terms: Terms, gate_bias: GateBias = UNBIASED) -> str:
 
 
 def biased_digest(of_terms: str, gate_bias: GateBias) -> str:
-    """The digest of terms with such a digest and of these biases."""
+    """The digest of these biases with terms that have the digest `of_terms`."""
     entries = sorted(
         (block, unit, float(np.float32(bias)))
         for block, of_block in gate_bias.items()
@@ -241,7 +242,7 @@ def biased_digest(of_terms: str, gate_bias: GateBias) -> str:
 
 
 def terms_to_json(terms: Terms) -> dict[str, Any]:
-    """The terms by site, which terms_from_json reads. Numbers are the shortest that give the same float32."""
+    """The terms by site, for terms_from_json. Each number is the shortest decimal of its float32."""
     return {
         str(site): [{"latent": t.latent, "scale": _short(t.scale), "shift": _short(t.shift)} for t in of_site]
         for site, of_site in sorted(terms.items())
@@ -249,17 +250,17 @@ def terms_to_json(terms: Terms) -> dict[str, Any]:
 
 
 def terms_from_json(value: Any) -> Terms:
-    """What terms_to_json wrote. Raises SteeringError, naming the field."""
+    """The terms that terms_to_json wrote. Raises SteeringError, naming the field."""
     return read(Terms, value, SteeringError)  # type: ignore[type-abstract]
 
 
 def profiles_to_json(profiles: Iterable[SteeringProfile]) -> dict[str, Any]:
-    """The value of profiles.json, which profiles_from_json reads."""
+    """The JSON value of profiles.json, for profiles_from_json."""
     return {"schema_version": SCHEMA_VERSION, "profiles": [_profile_to_json(profile) for profile in profiles]}
 
 
 def profiles_from_json(value: Any) -> tuple[SteeringProfile, ...]:
-    """Profiles of a profiles.json, whatever it holds. Raises SteeringError, naming the field."""
+    """The profiles in the JSON value of a profiles.json. Raises SteeringError on an invalid value, naming the field."""
     profiles = read(ProfileFile, value, SteeringError).profiles
     counts = Counter(profile.name for profile in profiles)
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -274,5 +275,5 @@ def _profile_to_json(profile: SteeringProfile) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that is the same float32."""
+    """The shortest decimal with the same float32."""
     return float(str(np.float32(value)))

@@ -20,7 +20,7 @@ from training.vit.fit import check_images, fit_vit, load_vit
 
 
 def run_steps(settings: Settings) -> int:
-    """Run the step or steps of the settings; returns 0, or 1 with the reason on standard error."""
+    """Run the step or steps of the settings. Returns 0, or 1 with the reason on standard error."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
@@ -36,7 +36,7 @@ def run_steps(settings: Settings) -> int:
 
 
 def run_step(step: str, settings: Settings, images: splits.Data, run: Run) -> None:
-    """One step, in every process; the ones before it must be finished in the run folder."""
+    """Run one step, in every process. Earlier steps must be finished in the run folder."""
     check_images(run, images)
     match step:
         case "vit":

@@ -1,4 +1,4 @@
-"""What command lines print, on terminals and pipes of every kind. Standard library only."""
+"""Output of the command lines on terminals and pipes. Standard library only."""
 
 import argparse
 import re
@@ -7,18 +7,18 @@ import sys
 import textwrap
 
 WIDTH = 80
-"""Columns of help texts at most."""
+"""Largest width of help texts, in columns."""
 METAVARS = {"Path": "PATH", "str": "TEXT", "int": "N", "float": "X"}
-"""By pydantic's name of a setting's type."""
+"""Metavars by pydantic's name of a setting's type."""
 SHORT = 24
-"""Characters of a metavar; a longer list of choices follows the help text instead."""
+"""Longest metavar, in characters; a longer list of choices follows the help text instead."""
 NO_DEFAULT = re.compile(r" \(default: (None|null|\(\)|\{\}|)\)$")
 
 
 def print_anything() -> None:
-    """Characters that the encoding of standard output or standard error lacks are written as escapes from now on."""
+    """From now on, escape characters that the encoding of standard output or standard error lacks."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not a stream that a test put there
+        if hasattr(stream, "reconfigure"):  # false for a stream that a test put there
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -34,7 +34,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def make_readable(parser: argparse.ArgumentParser) -> None:
-    """Rewrite the help that pydantic makes of settings: words for types, no empty defaults, short lists of choices."""
+    """Simplify the help that pydantic generates: words for types, no empty defaults, short lists of choices."""
     for action in parser._actions:
         if not action.help or action.help == argparse.SUPPRESS:
             continue

@@ -1,6 +1,6 @@
-"""Bundles on their way to a server: to and from registries of OCI artefacts, and from object stores.
+"""Delivery of bundles to servers: to and from OCI registries, and from object stores.
 
-The registry's client is our own, on the standard library: the server's image can then pull without another package.
-oras-py (0.2.43) was tried: its pulls check no digest, its uploads are read into memory, its requests have no timeout,
-and it pushes no artifactType. The tests use it, and skopeo, as the other side.
+The registry client is our own and uses only the standard library, so the server's image can pull without further
+packages. oras-py (0.2.43) was tried: it does not check digests of pulls, reads uploads into memory, has no timeouts,
+and pushes no artifactType. The tests use it, and skopeo, as counterparts.
 """

@@ -1,5 +1,6 @@
-"""python -m service.delivery push BUNDLE REFERENCE      a bundle goes into a registry
-python -m service.delivery pull SOURCE REPOSITORY     and from one, or an object store, to a server"""
+"""python -m service.delivery push BUNDLE REFERENCE      push a bundle into a registry
+python -m service.delivery pull SOURCE REPOSITORY     pull one from a registry or an object store
+"""
 
 import argparse
 import os
@@ -14,9 +15,9 @@ PROGRAM = "python -m service.delivery"
 
 
 def main(arguments: Sequence[str], prog: str = PROGRAM) -> int:
-    """Push or pull; returns the exit status: 0, or 1 with the reason on standard error.
+    """Push or pull. Returns the exit status: 0, or 1 with the reason on standard error.
 
-    arguments: `push` or `pull`, and those after it. Exits with 2 on wrong ones, as argparse does.
+    arguments: `push` or `pull`, and its own. Exits with 2 for invalid ones, as argparse does.
     """
     print_anything()
     from export.bundle import BundleError
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str], prog: str = PROGRAM) -> int:
     if arguments[:1] not in (["push"], ["pull"]):
         print(f"usage: {PROGRAM} push|pull ...", file=sys.stderr)
         return 2
-    if os.getpid() == 1:  # of a container: the kernel does not end that one by default
+    if os.getpid() == 1:  # process 1 of a container: the kernel ignores signals without a handler there
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return steps[arguments[0]](arguments[1:], prog)
@@ -37,32 +38,32 @@ def main(arguments: Sequence[str], prog: str = PROGRAM) -> int:
 
 
 def push_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    """Of `push`. prog: what a user types, with or without that word."""
+    """The parser of `push`. prog: the command that a user types, with or without `push`."""
     parser = argparse.ArgumentParser(
         prog=f"{prog.removesuffix(' push')} push",
         usage="%(prog)s BUNDLE REFERENCE [OPTION ...]",
         description="Push a bundle, or a folder of profiles, into a registry as an OCI artefact, and print the "
-        "reference with its digest, for `steervit pull`. What the registry has is not sent again.",
+        "reference with its digest, for `steervit pull`. Blobs that the registry has are not sent again.",
         epilog="Credentials are those of `docker login`: config.json in ~/.docker or $DOCKER_CONFIG.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="BUNDLE", help="a folder <repository>/<model>/<version>, or one of profiles")
-    add("reference", metavar="REFERENCE", help="<registry>/<path>[:<tag>]; default of the tag: the version")
-    add("--image", action="store_true", help="as an image, for image volumes; default of the tag: <version>-image")
+    add("reference", metavar="REFERENCE", help="<registry>/<path>[:<tag>]; default tag: the version")
+    add("--image", action="store_true", help="as an image, for image volumes; default tag: <version>-image")
     add("--move-tag", action="store_true", help="move the tag if it names something else")
-    add("--plain-http", action="store_true", help="without TLS; localhost is always asked so")
+    add("--plain-http", action="store_true", help="without TLS; always so for localhost")
     return parser
 
 
 def pull_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
-    """Of `pull`. prog: what a user types, with or without that word."""
+    """The parser of `pull`. prog: the command that a user types, with or without `pull`."""
     parser = argparse.ArgumentParser(
         prog=f"{prog.removesuffix(' pull')} pull",
         usage="%(prog)s SOURCE REPOSITORY [OPTION ...]",
         description="Pull a bundle into a repository folder. It appears there once all of it has been checked; "
-        "nothing is overwritten; a pull that was interrupted continues. Profiles go into a folder that the given link "
-        "then names.",
+        "nothing is overwritten; an interrupted pull is resumed. Profiles go into a new folder, and "
+        "the given link then points to it.",
         epilog="URLs need the extra `delivery`. Credentials of a registry are those of `docker login`: config.json in "
         "~/.docker or $DOCKER_CONFIG.",
         formatter_class=HelpFormatter,
@@ -75,9 +76,9 @@ def pull_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         "hf://..., file:///...",
     )
     add("folder", type=Path, metavar="REPOSITORY", help="the folder of bundles to add to; for profiles, a link")
-    add("--digest", default="", metavar="HEX", help="the bundle's digest; any other one is refused")
-    add("--label", default="", metavar="NAME", help="let this label of labels.json name the version afterwards")
-    add("--plain-http", action="store_true", help="without TLS; localhost is always asked so")
+    add("--digest", default="", metavar="HEX", help="required digest of the bundle; any other is refused")
+    add("--label", default="", metavar="NAME", help="set this label in labels.json to the version afterwards")
+    add("--plain-http", action="store_true", help="without TLS; always so for localhost")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""A bundle or profiles as an OCI artefact, by the conventions of oras: a layer a file, its name as the title.
+"""A bundle or profiles as an OCI artefact, by the conventions of oras: a layer per file, with its name as the title.
 
-`oras pull`, other clients and CRI-O's image volumes so find the files; every registry stores the artefact. containerd
-mounts images alone, so a bundle can be written as one too: a tar a file. What is written depends on the bundle alone:
-pushed twice it has one digest.
+`oras pull`, other clients and CRI-O's image volumes can thus read the files, and every registry stores the artefact.
+containerd mounts only images, so a bundle can also be written as one, with a tar per file. The output depends only on
+the bundle: pushing it twice gives the same digest.
 """
 
 import base64
@@ -32,14 +32,14 @@ TITLE = "org.opencontainers.image.title"
 VERSION = "org.opencontainers.image.version"
 DIGEST = "steervit.bundle.digest"
 PLATFORMS = ("amd64", "arm64")
-"""Of an image's entries, all with the same layers: a node takes the one of its own architecture."""
+"""Architectures of an image's entries, which all have the same layers: a node uses the entry for its architecture."""
 SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A blob, and how the artefact's manifest describes it."""
+    """A blob, and its description in the artefact's manifest."""
 
     descriptor: Json
     path: Path
@@ -48,7 +48,7 @@ class Layer:
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
-        """The blob's content."""
+        """Open the blob's content."""
         if not self.tar:
             with open(self.path, "rb") as file:
                 yield file
@@ -61,19 +61,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What to write into a registry."""
+    """The blobs and manifests to write into a registry."""
 
     layers: Sequence[Layer]
     blobs: Sequence[bytes]
     manifests: Sequence[bytes]
-    """Named by their digests alone."""
+    """Manifests that only their digests name."""
     top: bytes
     """The manifest that a tag names."""
     media_type: str
 
     @property
     def digest(self) -> str:
-        """Of the manifest that a tag names."""
+        """The digest of the manifest that a tag names."""
         return digest_of(self.top)
 
 
@@ -83,7 +83,7 @@ def artefact(bundle: Bundle) -> Artefact:
 
 
 def profiles_artefact(paths: Sequence[Path]) -> Artefact:
-    """Files of profiles, all of one folder, as an artefact."""
+    """Profile files, all of one folder, as an artefact."""
     return _artefact(PROFILES, paths[0].parent, {path.name: _entry(path.read_bytes()) for path in paths}, {})
 
 
@@ -95,7 +95,7 @@ def _artefact(kind: str, folder: Path, entries: Mapping[str, FileEntry], annotat
 
 
 def image(bundle: Bundle) -> Artefact:
-    """The bundle as an image with its files at the root, for nodes of each of PLATFORMS."""
+    """The bundle as an image with its files at the root, with an entry for each of PLATFORMS."""
     layers = []
     for name in _entries(bundle):
         layer = Layer({}, bundle.folder / name, tar=True)
@@ -121,7 +121,7 @@ def image(bundle: Bundle) -> Artefact:
 
 
 def files_of(document: Document) -> tuple[str, Mapping[str, FileEntry]]:
-    """The kind of an artefact, ARTEFACT or PROFILES, and its files by name. Raises DeliveryError when it is neither."""
+    """The kind of an artefact, ARTEFACT or PROFILES, and its files by name. Raises DeliveryError for any other kind."""
     value = document.value
     kind = value.get("artifactType") or value.get("mediaType") if isinstance(value, dict) else type(value).__name__
     if kind not in (ARTEFACT, PROFILES):
@@ -142,7 +142,7 @@ def files_of(document: Document) -> tuple[str, Mapping[str, FileEntry]]:
 
 
 def _entries(bundle: Bundle) -> dict[str, FileEntry]:
-    """Every file of the bundle, the manifest first."""
+    """All files of the bundle, the manifest first."""
     return {"manifest.json": _entry((bundle.folder / "manifest.json").read_bytes()), **bundle.manifest.files}
 
 
@@ -171,7 +171,7 @@ def _descriptor(media_type: str, content: bytes) -> Json:
 
 
 def _write_tar(path: Path, archive: IO[bytes]) -> None:
-    """One file, readable by all, without a time or an owner."""
+    """Write a tar of one file, readable by all, without time or owner."""
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.PAX_FORMAT) as tar, open(path, "rb") as file:
         entry = tarfile.TarInfo(path.name)
         entry.size, entry.mode = file.seek(0, io.SEEK_END), 0o444

@@ -1,4 +1,4 @@
-"""Credentials of registries as `docker login` and Kubernetes' secrets keep them: config.json in ~/.docker or
+"""Credentials for registries as `docker login` and Kubernetes Secrets store them: config.json in ~/.docker or
 $DOCKER_CONFIG."""
 
 import base64
@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 from service.delivery.errors import DeliveryError
 
 IDENTITY = "<token>"
-"""The user's name that says that the secret is a token to get others with."""
+"""The user name that marks the secret as an identity token, which is exchanged for others."""
 NAMES = {"docker.io": ("docker.io", "index.docker.io", "registry-1.docker.io")}
-"""Hosts that are one registry."""
+"""Hosts of the same registry."""
 
 
 class Credentials(NamedTuple):
-    """For one registry."""
+    """The credentials for a registry."""
 
     user: str
     secret: str
 
 
 def credentials(host: str) -> Credentials | None:
-    """Those for a registry, or None. host: with its port, as references have it.
+    """The credentials for a registry, or None. host: with its port, as in references.
 
     Raises DeliveryError when the configuration cannot be read, or a credential helper fails.
     """
@@ -53,7 +53,7 @@ def credentials(host: str) -> Credentials | None:
 
 
 def _host(name: str) -> str:
-    """Of an entry, whose name may be a URL."""
+    """The host of an entry, whose name may be a URL."""
     return name.partition("://")[2].partition("/")[0] or name.partition("/")[0]
 
 
@@ -74,7 +74,7 @@ def _entry(path: Path, name: str, entry: Any) -> Credentials | None:
 
 
 def _ask(path: Path, helper: str, key: str) -> Credentials | None:
-    """What docker-credential-<helper> has for a registry."""
+    """The credentials for a registry from docker-credential-<helper>."""
     program = shutil.which(f"docker-credential-{helper}") if re.fullmatch(r"[\w.-]+", helper) else None
     if program is None:
         raise DeliveryError(f"{path}: credential helper is {helper!r}; allowed: docker-credential-... in PATH")

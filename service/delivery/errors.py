@@ -1,4 +1,4 @@
-"""What can go wrong on the way, and what is worth another try."""
+"""Errors of delivery, and retries."""
 
 import sys
 import time
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 
 class DeliveryError(Exception):
-    """Something cannot be delivered; the message names the address, the value and what is allowed."""
+    """A delivery fails; the message names the address, the value and what is allowed."""
 
 
 class Interrupted(DeliveryError):
-    """The connection was lost or the other side is busy: another attempt may succeed."""
+    """The connection was lost or the server is busy; another attempt may succeed."""
 
 
 def retried(action: Callable[[], T]) -> T:
-    """What the action returns; after an Interrupted it is tried again, ATTEMPTS times in all."""
+    """The result of the action, which is tried again after an Interrupted, up to ATTEMPTS times in all."""
     for attempt in range(1, ATTEMPTS):
         try:
             return action()

@@ -1,4 +1,4 @@
-"""Profiles from a registry into a folder for a server's --profiles-dir, which running servers follow.
+"""Pulls profiles from a registry into a folder for a server's --profiles-dir, which running servers follow.
 
 ```
 <parent>/profiles -> .profiles.<digest>      a link, replaced at once
@@ -16,7 +16,7 @@ from service.profiles import files_in
 
 
 def pull_profiles(source: Artefact, folder: Path) -> Path:
-    """Let the link `folder` name a folder with these profiles. Returns that one.
+    """Pull profiles into a folder and point the link `folder` to it. Returns the folder.
 
     Raises BundleError when `folder` is not a link, SteeringError when a file is invalid, and DeliveryError.
     """
@@ -26,7 +26,7 @@ def pull_profiles(source: Artefact, folder: Path) -> Path:
     place = folder.parent / f".{folder.name}.{source.digest.removeprefix('sha256:')[:16]}"
     with locked(folder.parent):
         if place.exists():
-            fetch_all(source, source.files, place)  # compares: nothing is missing
+            fetch_all(source, source.files, place)  # compares only: no file is missing
         else:
             arriving = place.with_name(f"{place.name}.part")
             arriving.mkdir(exist_ok=True)

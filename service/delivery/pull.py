@@ -1,4 +1,4 @@
-"""A bundle into a repository folder, where it appears whole, and only once all of it has been checked."""
+"""Pulls a bundle into a repository folder, where it appears complete, once all of it has been checked."""
 
 import hashlib
 import json
@@ -17,24 +17,24 @@ from service.delivery.reference import Reference
 from service.delivery.registry import Registry
 
 LONGEST_MANIFEST = 64 << 20
-"""Bytes of a manifest.json, which is read into memory."""
+"""Largest manifest.json in bytes; it is read into memory."""
 
 
 class Source(Protocol):
-    """Where a bundle comes from."""
+    """A source of bundles."""
 
     def manifest(self) -> bytes:
-        """manifest.json. Raises DeliveryError."""
+        """The content of manifest.json. Raises DeliveryError."""
 
     def check(self, files: Mapping[str, FileEntry]) -> None:
-        """Raise DeliveryError when the source is known not to have these files."""
+        """Raise DeliveryError if the source is known to lack these files."""
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
-        """A file from byte `start` on, as it comes. Raises Interrupted, or DeliveryError."""
+        """The content of a file from byte `start` on, as it arrives. Raises Interrupted or DeliveryError."""
 
 
 class Artefact:
-    """A bundle, or profiles, in a registry. Raises DeliveryError when it is not there, or something else."""
+    """A bundle or profiles in a registry. Raises DeliveryError when there is none, or when it is something else."""
 
     def __init__(self, reference: Reference, plain_http: bool = False):
         if not reference.selector:
@@ -71,7 +71,7 @@ class Artefact:
 
 
 class Store:
-    """A bundle's folder in anything that fsspec reads: s3://, hf://, file:// and others."""
+    """A bundle's folder in any store that fsspec reads: s3://, hf://, file:// and others."""
 
     def __init__(self, url: str):
         self._url = url
@@ -89,7 +89,7 @@ class Store:
         return retried(lambda: _limited(self.read("manifest.json", 0), LONGEST_MANIFEST))
 
     def check(self, files: Mapping[str, FileEntry]) -> None:
-        """Each file is checked as it is read."""
+        """Does nothing: each file is checked when it is read."""
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
         """As of Source."""
@@ -101,13 +101,13 @@ class Store:
                     yield part
         except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             raise DeliveryError(f"{address}: {type(error).__name__}: {error}") from error
-        except Exception as error:  # of many libraries
+        except Exception as error:  # errors of many libraries
             kind = Interrupted if isinstance(error, OSError) else DeliveryError
             raise kind(f"{address}: {type(error).__name__}: {error}") from error
 
 
 def source_of(text: str, plain_http: bool = False) -> Source:
-    """text: a reference in a registry (also with oci://), or the URL of a bundle's folder.
+    """The source that a text names: a reference in a registry (also with oci://), or the URL of a bundle's folder.
 
     Raises DeliveryError when it is neither.
     """
@@ -120,11 +120,11 @@ def source_of(text: str, plain_http: bool = False) -> Source:
 
 
 def pull(source: Source, repository: Path, digest: str = "", label: str = "") -> tuple[Bundle, bool]:
-    """Put a bundle into the repository; returns it, and whether it was not there before.
+    """Pull a bundle into the repository. Returns it, and whether it is new there.
 
-    digest: the bundle's, if only that one is allowed. label: to let it name this version afterwards. A pull that was
-    interrupted continues where it ended. Raises BundleError when the version is there with another content, when the
-    bundle is invalid or the label cannot be given, and DeliveryError.
+    digest: if given, the required digest of the bundle. label: if given, a label to set to this version afterwards. An
+    interrupted pull is resumed. Raises BundleError when the version exists with other content, or when the bundle or
+    the label is invalid; and DeliveryError.
     """
     content = source.manifest()
     own = hashlib.sha256(content).hexdigest()[:16]
@@ -149,7 +149,7 @@ def pull(source: Source, repository: Path, digest: str = "", label: str = "") ->
 
 
 def _there(folder: Path, digest: str) -> Bundle | None:
-    """The bundle of a folder; None without one. Raises BundleError when it is another one, or broken."""
+    """The bundle in a folder, or None. Raises BundleError when it has another digest, or is broken."""
     if not folder.exists():
         return None
     bundle = load_bundle(folder)
@@ -167,20 +167,21 @@ def _arrive(source: Source, repository: Path, manifest: Manifest, content: bytes
             _write(arriving / "manifest.json", content)
             bundle = load_bundle(arriving, arriving)
     except BundleError:
-        if another := _there(folder, digest):  # by another one, while this one waited
+        if another := _there(folder, digest):  # pulled by another process, while this one waited
             return another, False
         raise
     return replace(bundle, folder=folder), True
 
 
 def fetch_all(source: Source, files: Mapping[str, FileEntry], folder: Path) -> None:
-    """Write these files, or what is missing of them. Raises DeliveryError when one cannot be read or is another."""
+    """Write these files, or their missing parts. Raises DeliveryError when a file cannot be read or has another
+    digest."""
     for name, entry in files.items():
         retried(lambda name=name, entry=entry: _fetch(source, name, entry, folder / name))  # type: ignore[misc]
 
 
 def _fetch(source: Source, name: str, entry: FileEntry, path: Path) -> None:
-    """Write a file, or the rest of it. Raises Interrupted, and DeliveryError when it has another digest."""
+    """Write a file, or the rest of it. Raises Interrupted, or DeliveryError when it has another digest."""
     sha256 = hashlib.sha256()
     with open(path, "a+b") as file:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""A bundle or a folder of profiles into a registry."""
+"""Pushes a bundle or a folder of profiles into a registry."""
 
 import io
 from contextlib import ExitStack
@@ -17,11 +17,11 @@ from service.profiles import files_in
 def push(
     folder: Path, to: Reference, as_image: bool = False, move_tag: bool = False, plain_http: bool = False
 ) -> Reference:
-    """Push a bundle or a folder of profiles; what the registry has is not sent again. Returns the reference with tag
-    and digest.
+    """Push a bundle or a folder of profiles. Blobs that the registry has are not sent again. Returns the reference with
+    tag and digest.
 
-    to: without a tag, the tag is the bundle's version. as_image: for image volumes. move_tag: a tag may be moved that
-    names something else. Raises BundleError, SteeringError and DeliveryError.
+    to: without a tag, the tag is the bundle's version. as_image: for image volumes. move_tag: move the tag if it names
+    something else. Raises BundleError, SteeringError and DeliveryError.
     """
     if to.digest:
         raise DeliveryError(f"reference is {str(to)!r}; allowed: one without a digest, which follows from the content")
@@ -42,7 +42,7 @@ def push(
 
 
 def _made(folder: Path, as_image: bool) -> tuple[Artefact, str]:
-    """What to write, and its tag by default."""
+    """The artefact to write, and its default tag."""
     if not as_image and not is_bundle(folder) and any(folder.glob("*.json")):
         paths = files_in(folder)
         if odd := [path.name for path in paths if not NAME.fullmatch(path.name)]:
@@ -54,7 +54,7 @@ def _made(folder: Path, as_image: bool) -> tuple[Artefact, str]:
 
 
 def _upload(registry: Registry, made: Artefact) -> None:
-    """Everything but the manifest that the tag names, which must come last."""
+    """Upload everything except the manifest that the tag names, which must come last."""
     for layer in made.layers:
         if not registry.has_blob(layer.descriptor["digest"]):
             _put_layer(registry, layer)

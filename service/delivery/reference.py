@@ -16,28 +16,28 @@ FORM = "<registry>/<path>[:<tag>][@sha256:<64 hexadecimal digits>], the path in 
 
 @dataclass(frozen=True)
 class Reference:
-    """One repository of a registry, and what in it."""
+    """A repository of a registry, and a manifest in it."""
 
     host: str
     path: str
     tag: str = ""
     digest: str = ""
-    """Of the manifest; it has precedence over the tag."""
+    """Digest of the manifest; it takes precedence over the tag."""
 
     @classmethod
     def parse(cls, text: str) -> "Reference":
-        """Raises DeliveryError when the text is no reference with a registry."""
+        """The reference that a text names. Raises DeliveryError when it is invalid or has no registry."""
         match = REFERENCE.fullmatch(text.removeprefix("oci://"))
         if not match:
             raise DeliveryError(f"reference is {text!r}; allowed: {FORM}")
         host = match["host"]
-        if not ({".", ":"} & {*host}) and host != "localhost":  # as docker tells a registry from a path
+        if not ({".", ":"} & {*host}) and host != "localhost":  # docker's rule for registries and paths
             raise DeliveryError(f"registry is {host!r}; allowed: a name with a dot or a port, or localhost")
         return cls(host, match["path"], match["tag"] or "", match["digest"] or "")
 
     @property
     def selector(self) -> str:
-        """What names the manifest: the digest, else the tag."""
+        """The digest of the manifest, or its tag if there is no digest."""
         return self.digest or self.tag
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""A client of registries, by the OCI Distribution Specification 1.1: blobs and manifests, up and down.
+"""A client for registries of the OCI Distribution Specification 1.1: uploads and downloads blobs and manifests.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md; tokens: https://distribution.github.io/
-distribution/spec/auth/token/. Proxies and further authorities are those of the environment (https_proxy, no_proxy,
+distribution/spec/auth/token/. Proxies and additional authorities come from the environment (https_proxy, no_proxy,
 SSL_CERT_FILE).
 """
 
@@ -24,12 +24,12 @@ from service.delivery.errors import DeliveryError, Interrupted, retried
 from service.delivery.reference import Reference
 
 TIMEOUT = 60.0
-"""Seconds without a byte."""
+"""Seconds without receiving a byte."""
 CHUNK = 1 << 20
 LONGEST_MANIFEST = 4 << 20
-"""Bytes; registries take no longer ones."""
+"""Bytes; registries accept no larger ones."""
 LONGEST_ANSWER = 1 << 20
-"""Bytes of a token or an error."""
+"""Bytes of a token response or an error."""
 BUSY = {408, 429, 500, 502, 503, 504}
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -37,14 +37,14 @@ API_HOSTS = {"docker.io": "registry-1.docker.io"}
 
 
 class Document(NamedTuple):
-    """A manifest, as the registry has it."""
+    """A manifest in a registry."""
 
     content: bytes
     digest: str
 
     @property
     def value(self) -> Any:
-        """Its JSON. Raises DeliveryError."""
+        """Its JSON value. Raises DeliveryError."""
         try:
             return json.loads(self.content)
         except (ValueError, RecursionError) as error:
@@ -52,17 +52,17 @@ class Document(NamedTuple):
 
 
 def digest_of(content: bytes) -> str:
-    """As registries write it: sha256:<64 hexadecimal digits>."""
+    """A digest in the form of registries: sha256:<64 hexadecimal digits>."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 class Registry:
-    """One repository of a registry."""
+    """A repository of a registry."""
 
     def __init__(self, reference: Reference, plain_http: bool = False, actions: str = "pull"):
-        """plain_http: without TLS; that is always so for this machine's own (localhost, 127.0.0.1, ::1).
+        """plain_http: without TLS, as always for registries on this machine (localhost, 127.0.0.1, ::1).
 
-        actions: what tokens are asked for: `pull`, or `pull,push`.
+        actions: the permissions to request tokens for: `pull`, or `pull,push`.
         """
         self.reference, self._plain_http, self._actions = reference, plain_http, actions
         self._authorization = ""
@@ -72,7 +72,8 @@ class Registry:
         self._opener = urllib.request.build_opener(_Redirects(self._check))
 
     def manifest(self, selector: str) -> Document | None:
-        """By a tag or a digest; None when there is none. Raises DeliveryError when it does not have that digest."""
+        """The manifest with a tag or a digest, or None. Raises DeliveryError when its content does not have the
+        digest."""
         return retried(lambda: self._manifest(selector))
 
     def _manifest(self, selector: str) -> Document | None:
@@ -96,7 +97,7 @@ class Registry:
         return retried(put)
 
     def blob(self, digest: str, start: int = 0) -> Iterator[bytes]:
-        """The content from byte `start` on, as it comes. It is not checked here. Raises Interrupted."""
+        """The content from byte `start` on, as it arrives. It is not checked here. Raises Interrupted."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         with self._ask("GET", f"blobs/{digest}", headers) as answer:
             assert answer is not None
@@ -106,7 +107,7 @@ class Registry:
                 skip = max(0, skip - len(part))
 
     def has_blob(self, digest: str) -> bool:
-        """Whether the repository has it."""
+        """Whether the repository has a blob."""
 
         def ask() -> bool:
             with self._ask("HEAD", f"blobs/{digest}", missing=True) as answer:
@@ -115,7 +116,7 @@ class Registry:
         return retried(ask)
 
     def put_blob(self, digest: str, size: int, opened: Callable[[], IO[bytes]]) -> None:
-        """Upload the content that `opened` gives anew for each attempt. size: bytes."""
+        """Upload a blob. opened: opens the content, once for each attempt. size: bytes."""
 
         def put() -> None:
             with self._ask("POST", "blobs/uploads/", body=lambda: b"") as answer:
@@ -137,13 +138,14 @@ class Registry:
         body: Callable[[], bytes | IO[bytes]] | None = None,
         missing: bool = False,
     ) -> Iterator[http.client.HTTPResponse | None]:
-        """The answer to a request, with a token if one is asked for. path: below the repository, or a whole URL.
+        """The answer to a request, with a token if the registry requires one. path: relative to the repository, or a
+        full URL.
 
-        missing: an answer of 404 is None. Raises Interrupted, or DeliveryError with the registry's own message.
+        missing: return None for an answer of 404. Raises Interrupted, or DeliveryError with the registry's own message.
         """
         url = urljoin(self._base, path)
         self._check(url)
-        ours = urlsplit(url).netloc == urlsplit(self._base).netloc  # uploads may go to a store elsewhere
+        ours = urlsplit(url).netloc == urlsplit(self._base).netloc  # uploads may go to a store on another host
         for last in (False, True):
             data = body() if body else None
             try:
@@ -167,7 +169,7 @@ class Registry:
                     data.close()
 
     def _authorize(self, headers: Message) -> None:
-        """Set the header that a refused request lacked."""
+        """Set the authorization header that a refused request lacked."""
         host = self.reference.host
         challenges = headers.get_all("WWW-Authenticate") or []
         known = credentials(host)
@@ -215,7 +217,7 @@ class Registry:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Stores of blobs are often elsewhere: followed, without the registry's token, where requests may go."""
+    """Follows redirects to blob stores on other hosts, if allowed, without the registry's token."""
 
     def __init__(self, check: Callable[[str], None]):
         self._check = check
@@ -246,7 +248,7 @@ def _open(opener: urllib.request.OpenerDirector, request: urllib.request.Request
 
 def _part(answer: http.client.HTTPResponse) -> bytes:
     try:
-        return answer.read1(CHUNK)  # as it comes: what has arrived before a connection breaks is not lost
+        return answer.read1(CHUNK)  # as it arrives: the content received before a connection breaks is not lost
     except (OSError, http.client.HTTPException) as error:
         raise Interrupted(f"GET {_address(answer.url)}: {type(error).__name__}: {error}") from error
 
@@ -262,7 +264,7 @@ def _read(answer: http.client.HTTPResponse, most: int, what: str) -> bytes:
 
 
 def _refusal(method: str, url: str, error: urllib.error.HTTPError) -> DeliveryError:
-    """With what the registry says of it."""
+    """The error for a refused request, with the registry's message."""
     try:
         first = json.loads(error.read(LONGEST_ANSWER))["errors"][0]
         reason = f"{first.get('code', '')} {first.get('message', '')}".strip()
@@ -273,7 +275,7 @@ def _refusal(method: str, url: str, error: urllib.error.HTTPError) -> DeliveryEr
 
 
 def _address(url: str) -> str:
-    """Without what signs it, which is a secret."""
+    """The URL without its signature, which is a secret."""
     return urlsplit(url)._replace(query="").geturl()
 
 

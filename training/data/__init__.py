@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are split and held, and the batches of a training."""
+"""Images: their sources, splits and storage, and the batches of training."""

@@ -1,8 +1,8 @@
-"""Characters as a scanned form has them: outlines, turned, blurred, noisy, between parts of their neighbours.
+"""Draws characters as on a scanned form: outlines rotated, blurred and noisy, between parts of their neighbours.
 
-Every drawing is a function of its key and row alone, so neither batches nor processes nor resuming change it.
+Every drawing depends only on its key and row, not on batches, processes or resuming.
 
-Letters: B images, S side of an outline in pixels, K outlines a face.
+Letters: B images, S side of an outline in pixels, K outlines per face.
 """
 
 from dataclasses import dataclass
@@ -19,34 +19,34 @@ DEGRADATIONS = (
     "size", "stretch", "rotation", "shear", "right", "down", "blur across", "blur down", "contrast",
     "brightness", "noise", "dark on light", "left gap", "right gap",
 )  # fmt: skip
-"""How an outline becomes an image, in this order: size and stretch as factors; rotation in radians; shear as a
-factor; right and down, and the blurs' standard deviations, in pixels of a 28-pixel image; contrast, brightness and the
-noise's standard deviation as shares of white; 1 for dark on light; gaps to the neighbours in pixels of the outline,
-NO_NEIGHBOUR without one."""
+"""The parameters that turn an outline into an image, in this order: size and stretch as factors; rotation in radians;
+shear as a factor; right and down, and the blurs' standard deviations, in pixels of a 28-pixel image; contrast,
+brightness and the noise's standard deviation as shares of white; 1 for dark on light; gaps to the neighbours in pixels
+of the outline, NO_NEIGHBOUR if there is none."""
 NO_NEIGHBOUR = 99.0
 DRAWS = 19
 """Uniform numbers that one drawing takes."""
 NOISE = np.random.default_rng(0).standard_normal(2**20, dtype=np.float32)
-"""A drawing's noise is a stretch of these, from a place that is drawn."""
+"""The noise of a drawing is a section of these numbers from a random start."""
 
 
 @dataclass(frozen=True)
 class DegradedPixels(Pixels):
-    """Drawings of the outlines in a mapped file. Row r shows outline r // drawings; indexed, it is drawn alike each
-    time, and by `draw` anew for each epoch."""
+    """Drawings of the outlines in a mapped file. Row r shows outline r // drawings. Indexing always gives the same
+    drawing; `draw` gives a new one for each epoch."""
 
     path: Path
-    """Of the outlines: uint8 (faces x K, S, S)."""
+    """The file of the outlines: uint8 (faces x K, S, S)."""
     total: int
     """Outlines in the file."""
     side: int
     """S."""
     characters: int
-    """K: rows of the file that are one face."""
+    """K: number of rows of a face in the file."""
     drawings: int
-    """Of each outline."""
+    """Number of drawings of each outline."""
     split: int
-    """Keeps the drawings of splits apart."""
+    """Number of the split, so that splits have different drawings."""
     strength: float
     """0: clean; 1: as in a poor scan."""
 
@@ -59,11 +59,11 @@ class DegradedPixels(Pixels):
         return self._drawn(self.rows[index], (0, seed % 2**64, epoch))
 
     def factors(self) -> torch.Tensor:
-        """float32 (B, DEGRADATIONS): of the images that indexing gives."""
+        """The parameters of the images that indexing gives: float32 (B, DEGRADATIONS)."""
         return self._factors(self._uniform(self.rows, (self.split, 0, 0)))
 
     def picture(self, index: int) -> Image.Image:
-        """As Pixels.picture: of the size that the model reads, as no other is stored."""
+        """As Pixels.picture, in the size that the model reads, the only one there is."""
         return as_picture(self[index])
 
     def _drawn(self, rows: torch.Tensor, key: tuple[int, int, int]) -> torch.Tensor:
@@ -78,7 +78,7 @@ class DegradedPixels(Pixels):
         return degraded(outlines, self._factors(uniform), noise, self.spec.height)
 
     def _uniform(self, rows: torch.Tensor, key: tuple[int, int, int]) -> np.ndarray:
-        """(B, DRAWS) numbers from 0 to 1, of each row its own."""
+        """Random numbers from 0 to 1, independent for each row: (B, DRAWS)."""
         drawn = [np.random.default_rng((*key, row)).random(DRAWS) for row in rows.tolist()]
         return np.stack(drawn) if drawn else np.empty((0, DRAWS))
 
@@ -105,14 +105,14 @@ class DegradedPixels(Pixels):
 
 
 def degraded(outlines: torch.Tensor, factors: torch.Tensor, noise: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (B, size, size, 1).
+    """The images of outlines with these parameters: uint8 (B, size, size, 1).
 
-    outlines: uint8 (B, 3, S, S): the character, its left and its right neighbour, ink centred from left to right.
+    outlines: uint8 (B, 3, S, S): the character, its left and its right neighbour, with the ink centred horizontally.
     factors: (B, DEGRADATIONS). noise: (B, size x size), standard normal.
     """
     scale, stretch, turn, shear, right, down, across, upright, contrast, brightness, sigma, dark, *gaps = factors.T
     b, _, s, _ = outlines.shape
-    # an image's pixel p, from its centre, shows the outline's point matrix (p - (right, down)) + (offset, 0)
+    # pixel p of an image, relative to its centre, shows point matrix (p - (right, down)) + (offset, 0) of the outline
     unit = size / 28
     cos, sin = torch.cos(turn), torch.sin(turn)
     forward = torch.stack(
@@ -140,14 +140,14 @@ def degraded(outlines: torch.Tensor, factors: torch.Tensor, noise: torch.Tensor,
 
 
 def half_widths(outlines: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., S, S) -> float32 (...): from the middle to the farthest column with ink, in pixels."""
+    """The distance from the middle to the farthest column with ink, in pixels: uint8 (..., S, S) -> float32 (...)."""
     s = outlines.shape[-1]
     distance = (torch.arange(s) - (s - 1) / 2).abs() + 0.5
     return ((outlines.amax(-2) > 64) * distance).amax(-1)
 
 
 def blur(size: int, sigma: torch.Tensor) -> torch.Tensor:
-    """(B, size, size): matrices that blur columns by normal distributions of these standard deviations, pixels."""
+    """Matrices (B, size, size) that blur columns by normal distributions with these standard deviations, in pixels."""
     place = torch.arange(size)
     weight: torch.Tensor = torch.exp(-0.5 * (place / sigma[:, None]).square())[:, (place - place[:, None]).abs()]
     return weight / weight.sum(-1, keepdim=True)

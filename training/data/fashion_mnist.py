@@ -17,7 +17,7 @@ FASHION_MNIST_LABELS = (
 
 
 def fashion_mnist(root: Path | None, part: str) -> Split:
-    """The `train` or `t10k` part, in memory. Raises DataError with the file that is missing or not in IDX format."""
+    """The `train` or `t10k` part, in memory. Raises DataError naming a file that is missing or not in IDX format."""
     if root is not None and not root.is_dir():
         raise DataError(f"data.root is {root}; allowed: the folder of Fashion-MNIST's four files, or none")
     root = root or DEBIAN_FASHION_MNIST

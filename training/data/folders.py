@@ -1,9 +1,9 @@
-"""Image files in folders as people have them: which folders are splits, which are labels, what is skipped and why.
+"""Finds image files in folders: which folders are splits, which are labels, what is skipped and why.
 
 ```
 root/<label>/**/*.png   or   root/train/<label>/ and root/test/<label>/: names of TRAIN and of TESTS, in any case
 ```
-Read by ourselves: timm's reader takes the innermost folder for the label and passes over empty ones.
+timm's reader is not used: it takes the innermost folder as the label and silently skips empty ones.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from training.steering import canonical
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 TRAIN = ("train", "training")
 TESTS = ("test", "testing", "val", "valid", "validation")
-"""Folders of test images, beside the one of training images. The first that is there is read."""
+"""Names of the folder of test images, next to the one of training images. The first that exists is used."""
 SYSTEM = {
     "__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "lost+found", "__pycache__",
     "system volume information",
 }  # fmt: skip
-"""Folders that operating systems and file servers make, in lower case."""
+"""Folders that operating systems and file servers create, in lower case."""
 MOST_SHOWN = 20
-"""Labels in what is printed."""
+"""Largest number of labels to print."""
 TAIL = 4096
-"""Bytes. Files of one size that end alike are compared as a whole."""
+"""Bytes. Files of equal size with the same last bytes are compared as a whole."""
 
 Skipped = dict[str, list[str]]
 """Reason -> names."""
@@ -43,11 +43,11 @@ class Part:
     root: Path
     labels: tuple[str, ...]
     folders: tuple[Path, ...]
-    """One a label."""
+    """One per label."""
     files: tuple[tuple[str, ...], ...]
-    """A sorted tuple a label."""
+    """A sorted tuple per label."""
     skipped: Mapping[str, Skipped]
-    """By label; under "" what lies beside the folders of the labels."""
+    """By label; under "" the skipped entries next to the folders of the labels."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -56,11 +56,11 @@ class Part:
 
     @property
     def classes(self) -> list[int]:
-        """The class of each of the paths: index into the labels."""
+        """The class of each path: an index into the labels."""
         return [index for index, files in enumerate(self.files) for _ in files]
 
     def without(self, paths: Iterable[str], reason: str) -> "Part":
-        """The part without these files, which are listed as skipped for that reason."""
+        """The part without these files, which are listed as skipped for this reason."""
         left_out, skipped = set(paths), dict(self.skipped)
         for label, folder, files in zip(self.labels, self.folders, self.files, strict=True):
             names = [os.path.relpath(path, folder) for path in files if path in left_out]
@@ -71,10 +71,11 @@ class Part:
 
 
 def find(root: Path, copies: str) -> tuple[Part, Part | None, tuple[str, ...]]:
-    """Training images, test images if the root has a folder of them, and warnings. Prints what is read and skipped.
+    """The training images, the test images if the root has a folder of them, and warnings. Prints what is read and
+    skipped.
 
-    copies: `refuse`, `drop` or `keep` images whose exact copies could be in training and in the test. Raises DataError
-    with the folder or files that are not allowed.
+    copies: `refuse`, `drop` or `keep` exact copies that could end up in both training and test. Raises DataError naming
+    the folder or files that are not allowed.
     """
     train_root, test_root, beside = _splits(root)
     train = _part(train_root, _labels(train_root), beside)
@@ -92,17 +93,18 @@ def find(root: Path, copies: str) -> tuple[Part, Part | None, tuple[str, ...]]:
 
 
 def show(path: object) -> str:
-    """A path as text that can be printed: bytes that are not UTF-8 as escapes."""
+    """A path as printable text, with bytes that are not UTF-8 escaped."""
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 def _splits(root: Path) -> tuple[Path, Path | None, Skipped]:
-    """The folders of training and test images, and what lies beside them. Without splits: the root, and none."""
+    """The folders of training and test images, and the skipped entries next to them; the root and None if there are no
+    splits."""
     folders, skipped = _folders(root)
     splits: dict[str, Path] = {}
     for name, path in folders.items():
         split = name.casefold()
-        if split not in TRAIN + TESTS or not _folders(path)[0]:  # a label of that name has images, not folders
+        if split not in TRAIN + TESTS or not _folders(path)[0]:  # a label with this name would have images, not folders
             continue
         kind = "train" if split in TRAIN else split
         if kind in splits:
@@ -121,7 +123,7 @@ def _splits(root: Path) -> tuple[Path, Path | None, Skipped]:
 
 
 def _folders(root: Path) -> tuple[dict[str, Path], Skipped]:
-    """The sub-folders by name, sorted; and what else lies there. None where there is no such folder."""
+    """The sub-folders by name, sorted, and the skipped entries; both empty if there is no such folder."""
     folders, skipped = {}, defaultdict(list)
     for entry in _entries(root) if root.is_dir() else ():
         reason = _reason(entry)
@@ -141,7 +143,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _reason(entry: os.DirEntry[str]) -> str | None:
-    """Why a file or folder is skipped, whatever is in it."""
+    """Why a file or folder is skipped regardless of its content."""
     if entry.name.startswith("."):
         return "hidden"
     if entry.name.casefold() in SYSTEM:
@@ -150,7 +152,7 @@ def _reason(entry: os.DirEntry[str]) -> str | None:
 
 
 def _labels(root: Path) -> dict[str, Path]:
-    """Folder by label, sorted. Raises DataError on fewer than two, and on names that are no labels."""
+    """The folders by label, sorted. Raises DataError for fewer than two, and for names that are not valid labels."""
     folders = _folders(root)[0]
     if len(folders) < 2:
         inner = [path for path in folders.values() if len(_folders(path)[0]) > 1]
@@ -168,7 +170,7 @@ def _labels(root: Path) -> dict[str, Path]:
 
 
 def _labels_of_test(root: Path, train: Part) -> dict[str, Path]:
-    """Folder by label of the training images: the same names, whichever way their accents are written."""
+    """The folders by label of the training images: the same names, regardless of how accents are encoded."""
     normal = {canonical(name): path for name, path in _folders(root)[0].items()}
     known = {canonical(label): label for label in train.labels}
     unknown = sorted(normal.keys() - known.keys())
@@ -196,7 +198,7 @@ def _part(root: Path, labels: Mapping[str, Path], beside: Skipped) -> Part:
 
 
 def _walk(top: Path, folder: Path, above: tuple[os.stat_result, ...], images: list[Path], skipped: Skipped) -> None:
-    """Collect the images below a folder, links followed."""
+    """Collect the images below a folder, following links."""
     here = (*above, folder.stat())
     for entry in _entries(folder):
         path, suffix = folder / entry.name, os.path.splitext(entry.name)[1].lower()
@@ -213,7 +215,7 @@ def _walk(top: Path, folder: Path, above: tuple[os.stat_result, ...], images: li
 
 
 def _look_like_splits(train: Part) -> tuple[str, ...]:
-    """A warning of labels that share their sub-folders. Raises DataError on labels that are surely splits."""
+    """A warning if labels have the same sub-folders. Raises DataError for labels that are certainly splits."""
     inner = [
         {os.path.relpath(path, folder).rpartition(os.sep)[0].partition(os.sep)[0] for path in files}
         for folder, files in zip(train.folders, train.files, strict=True)
@@ -238,7 +240,7 @@ def _look_like_splits(train: Part) -> tuple[str, ...]:
 
 
 def _without_copies(root: Path, train: Part, test: Part | None, copies: str) -> tuple[Part, Part | None, list[str]]:
-    """The parts without the copies that `copies` drops, and warnings of the others."""
+    """The parts without the copies that `copies` drops, and warnings about the others."""
     tests = set(test.paths) if test else set()
     groups = _copies([*train.paths, *tests])
     label_of = {
@@ -285,7 +287,7 @@ def _without_copies(root: Path, train: Part, test: Part | None, copies: str) -> 
 
 
 def _copies(paths: Sequence[str]) -> list[list[str]]:
-    """Groups of two or more files with the same content, each sorted. Few files are read as a whole."""
+    """Groups of two or more files with the same content, each sorted. Only few files are read as a whole."""
 
     def ending(path: str) -> bytes:
         with open(path, "rb") as file:
@@ -316,7 +318,7 @@ def _print(part: Part) -> None:
     each = f"{min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " each"
     print(f"data: {show(part.root)}: {sum(counts)} images of {len(counts)} labels, {each}")
     rows = {label: f"{count} images" for label, count in zip(part.labels, counts, strict=True)}
-    if len(rows) > MOST_SHOWN:  # those of which something is skipped
+    if len(rows) > MOST_SHOWN:  # labels with something skipped
         rows = {label: row for label, row in rows.items() if label in part.skipped}
     for label, row in [*rows.items()][:MOST_SHOWN]:
         print(

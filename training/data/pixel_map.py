@@ -1,12 +1,12 @@
-"""A cache of pixels on disk: data sets that can only be read from front to back are read once, into a mapped file.
+"""A cache of pixels on disk: streaming data sets are read once, into a memory-mapped file.
 
 ```
 <cache>/<name>-<digest>/
   pixels.u8      uint8 (B, H, W, C)        classes.npy    int64 (B,)
   made_for.json  what the pixels depend on
 ```
-A folder is written beside its place and moved there when it is complete: it is never there in part. Of several
-processes one writes and the others wait for it.
+A folder is written under a temporary name and renamed when it is complete, so it never exists in part. Of several
+processes, one writes and the others wait.
 """
 
 import fcntl
@@ -26,17 +26,17 @@ from training.image_spec import ImageSpec
 
 
 def default_cache() -> Path:
-    """steervit in the user's cache folder: $XDG_CACHE_HOME, by default ~/.cache. It may not exist."""
+    """The folder `steervit` in $XDG_CACHE_HOME, by default ~/.cache. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "steervit"
 
 
 def mapped(
     cache: Path, name: str, made_for: dict[str, Any], spec: ImageSpec, rows: Iterable[tuple[np.ndarray, int]]
 ) -> Split:
-    """The split of the mapped file that was made for `made_for` (JSON); made of `rows` if it is not there yet.
+    """The split in the mapped file for `made_for` (JSON); the file is made from `rows` if it does not exist yet.
 
-    `rows` are (uint8 (H, W, C), class), read only when the file is to be made. Raises DataError when there are no
-    rows, and when a file that is there is not what its JSON says.
+    `rows` are (uint8 (H, W, C), class), read only to make the file. Raises DataError when there are no rows, and when
+    an existing file does not match its JSON.
     """
     made_for = {**made_for, "image": {k: v for k, v in spec.to_json().items() if k not in ("mean", "std")}}
     digest = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()[:16]
@@ -54,7 +54,7 @@ def mapped(
 
 def _write(folder: Path, made_for: dict[str, Any], rows: Iterable[tuple[np.ndarray, int]]) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that died: the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that died: we hold the lock
     partial.mkdir()
     try:
         classes = []

@@ -1,4 +1,4 @@
-"""Images as a model reads them, uint8 (B, H, W, C): a tensor in memory, files decoded when asked for, or a mapped file.
+"""Images as a model reads them, uint8 (B, H, W, C): a tensor in memory, files decoded on access, or a mapped file.
 
 Letters: B images, H height, W width, C channels.
 """
@@ -23,51 +23,51 @@ from training.image_spec import ImageSpec, check_mode
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 64  # images that may wait, decoded, for their turn
+AHEAD = 64  # largest number of decoded images that wait for their turn
 SHOWN = 100
-"""Images that one message names."""
+"""Largest number of images that a message names."""
 
 
 class DataError(Exception):
-    """The data are not where, or not what, the settings say."""
+    """The data are missing, or are not what the settings say."""
 
 
 class Source(Protocol):
-    """Where images come from, by row."""
+    """A source of images, by row."""
 
     def open(self, row: int) -> Image.Image:
-        """The decoded image. Raises whatever Pillow or the library behind the source does."""
+        """The decoded image. Raises what Pillow or the library behind the source raises."""
         ...
 
     def name(self, row: int) -> str:
-        """What messages call the image."""
+        """The name of the image in messages."""
         ...
 
     def identity(self) -> str:
-        """A text that changes whenever the files do: what a mapped file was made from."""
+        """A text that changes whenever the files change; it identifies the source of a mapped file."""
         ...
 
     def contents(self) -> str:
-        """A digest of what the images are: Split.contents."""
+        """A digest of the images: Split.contents."""
         ...
 
 
 @dataclass(frozen=True)
 class Pixels(ABC):
-    """Rows of a set of images that is not in memory. Indexed as a tensor is (by slice, int, int64 or bool tensor), it
-    reads the images asked for: uint8 (B, H, W, C)."""
+    """Rows of a set of images that is not in memory. Indexing it like a tensor (by slice, int, int64 or bool tensor)
+    reads these images: uint8 (B, H, W, C)."""
 
     rows: torch.Tensor
-    """int64 (B,): which images of the set, in order."""
+    """int64 (B,): the rows of the set, in order."""
     spec: ImageSpec
-    """Of the pixels that indexing returns."""
+    """Specification of the pixels that indexing returns."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, W, C), as of a tensor."""
+        """(B, H, W, C), like a tensor's shape."""
         return (len(self), *self.spec.shape)
 
     def __getitem__(self, key: slice | int | torch.Tensor) -> torch.Tensor:
@@ -76,16 +76,16 @@ class Pixels(ABC):
 
     @abstractmethod
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the whole set -> uint8 (B, H, W, C)."""
+        """Read rows of the whole set: uint8 (B, H, W, C)."""
 
     @abstractmethod
     def picture(self, index: int) -> Image.Image:
-        """The image at `index`, upright, grey or RGB, as large as it is stored: what augmentation starts from."""
+        """The image at `index`, upright, grey or RGB, in its stored size: the input of augmentation."""
 
 
 @dataclass(frozen=True)
 class LazyPixels(Pixels):
-    """Decoded and transformed at every access, by a pool of threads."""
+    """Images decoded and transformed at every access, by a pool of threads."""
 
     source: Source
 
@@ -99,11 +99,11 @@ class LazyPixels(Pixels):
         return self._decoder(lambda image: upright(image, self.spec.channels))(int(self.rows[index]))
 
     def decoded(self, title: str) -> Iterator[np.ndarray | DataError]:
-        """Every image, uint8 (H, W, C), in order, or why it cannot be read; with a progress bar."""
+        """Every image in order, as uint8 (H, W, C), or the error if it cannot be read; shows a progress bar."""
         return self._every(eval_transform(self.spec), title)
 
     def check(self, title: str) -> list[DataError | None]:
-        """Why each image cannot be read; None: it can. Decodes all of them."""
+        """The error of each image that cannot be read, else None. Decodes all images."""
         return list(self._every(lambda image: check_mode(image.mode), title))
 
     def _every(self, transform: Callable[[Image.Image], R], title: str) -> Iterator[R | DataError]:
@@ -115,7 +115,7 @@ class LazyPixels(Pixels):
             try:
                 with self.source.open(row) as image:
                     return transform(image)
-            except Exception as error:  # Pillow and the libraries behind a source raise many kinds
+            except Exception as error:  # Pillow and the libraries behind a source raise many types
                 raise DataError(f"{self.source.name(row)} is not a readable image: {error}") from error
 
         return decode
@@ -130,13 +130,13 @@ class MappedPixels(Pixels):
     """Images in the file."""
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """As Pixels.read; a copy in memory."""
-        # opened at every access: a memmap cannot go to another process, and opening takes microseconds
+        """As Pixels.read; returns a copy in memory."""
+        # opened at every access: a memmap cannot be sent to another process, and opening takes microseconds
         mapped = np.memmap(self.path, np.uint8, "r", shape=(self.total, *self.spec.shape))
         return torch.from_numpy(np.asarray(mapped[rows.numpy()]))
 
     def picture(self, index: int) -> Image.Image:
-        """As Pixels.picture: of the size that the model reads, as no other is stored."""
+        """As Pixels.picture, in the size that the model reads, the only one stored."""
         return as_picture(self[index])
 
 
@@ -152,27 +152,29 @@ class Split:
     classes: torch.Tensor
     """int64 (B,): index into the labels."""
     contents: str = ""
-    """Of a whole data set: a digest of what its images are, the same wherever they lie. Those in memory need none."""
+    """For a whole data set, a digest of its images that does not depend on their location. Empty for images in
+    memory."""
     factors: torch.Tensor | None = None
-    """float32 (B, factors): what each image was made from, where that is known (typefaces.FACTORS)."""
+    """float32 (B, factors): the factors that each image was made from, if known (typefaces.FACTORS)."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def take(self, index: torch.Tensor) -> "Split":
-        """These rows. Images that are not in memory stay there."""
+        """The split of these rows. Images that are not in memory are not read."""
         images, factors = self.images, None if self.factors is None else self.factors[index]
         if isinstance(images, Pixels):
             return Split(replace(images, rows=images.rows[index]), self.classes[index], factors=factors)
         return Split(images[index], self.classes[index], factors=factors)
 
     def picture(self, index: int) -> Image.Image:
-        """One image, upright, grey or RGB, as large as it is stored."""
+        """The image at `index`, upright, grey or RGB, in its stored size."""
         return self.images.picture(index) if isinstance(self.images, Pixels) else as_picture(self.images[index])
 
 
 def in_memory(split: Split, title: str, errors: list[DataError]) -> Split:
-    """The same split, its images read into one uint8 tensor. Appends to `errors` why any of them cannot be read."""
+    """The same split with its images read into one uint8 tensor. Appends an error for each unreadable image to
+    `errors`."""
     images = split.images
     if isinstance(images, torch.Tensor):
         return split
@@ -190,7 +192,7 @@ def in_memory(split: Split, title: str, errors: list[DataError]) -> Split:
 
 
 def caught(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
-    """The same function; a DataError that it raises becomes what it returns."""
+    """The function, changed to return a DataError instead of raising it."""
 
     def call(item: T) -> R | DataError:
         try:
@@ -202,7 +204,7 @@ def caught(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
 
 
 def readable(rows: Iterable[tuple[R | DataError, int]], skip: bool, title: str) -> Iterator[tuple[R, int]]:
-    """The rows whose image could be read; then settles those that could not."""
+    """The rows with readable images; afterwards settles the errors of the others."""
     errors = []
     for image, index in rows:
         if isinstance(image, DataError):
@@ -213,7 +215,7 @@ def readable(rows: Iterable[tuple[R | DataError, int]], skip: bool, title: str) 
 
 
 def settle(errors: Sequence[DataError], skip: bool = False, title: str = "data") -> None:
-    """Raise DataError with all images that cannot be read; skip: print them, as they are left out."""
+    """Raise DataError listing all images that cannot be read; with skip, print the list instead."""
     if not errors:
         return
     number = "1 image is" if len(errors) == 1 else f"{len(errors)} images are"
@@ -227,7 +229,8 @@ def settle(errors: Sequence[DataError], skip: bool = False, title: str = "data")
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """function(item) of each item, in order, computed by a pool of threads a bounded number of items ahead."""
+    """function(item) for each item, in order, computed by a pool of threads that runs a bounded number of items
+    ahead."""
     with ThreadPoolExecutor() as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
@@ -239,7 +242,8 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def image_spec(settings: DataSettings, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> ImageSpec:
-    """Without mean and std: 0.5, for where the geometry alone matters."""
+    """The image specification of the settings. Without mean and std they are 0.5, for uses where only the geometry
+    matters."""
     return ImageSpec(
         height=settings.image_size,
         width=settings.image_size,
@@ -252,7 +256,7 @@ def image_spec(settings: DataSettings, mean: tuple[float, ...] = (), std: tuple[
 
 
 def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
-    """PIL image -> uint8 (H, W, C), as the server reads it. Raises ValueError for more than 8 bits a channel."""
+    """PIL image -> uint8 (H, W, C), as in the server. Raises ValueError for more than 8 bits per channel."""
 
     def transform(image: Image.Image) -> np.ndarray:
         check_mode(image.mode)
@@ -262,7 +266,7 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], np.ndarray]:
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """As image_files.upright. Raises ValueError when it has more than 8 bits a channel."""
+    """As image_files.upright. Raises ValueError for more than 8 bits per channel."""
     check_mode(image.mode)
     return image_files.upright(image, channels)
 

@@ -1,6 +1,6 @@
-"""Data sets that are read from front to back: webdataset shards, and Hugging Face sets that stream.
+"""Streaming data sets: webdataset shards, and streamed Hugging Face sets.
 
-They are read once, strictly: timm's own reading of shards passes over what it cannot decode, with a line in the log.
+They are read once, strictly: timm's reader of shards skips images that it cannot decode, with a line in the log.
 """
 
 import json
@@ -25,8 +25,8 @@ Sample = tuple[str, bytes | Image.Image, int]
 def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
     """A split of timm's IterableImageDataset as a mapped file, made on first use.
 
-    Raises DataError when `data.memory` is `lazy`, on the first image or class that cannot be read (named), and when
-    there are fewer images than the set says it has.
+    Raises DataError when `data.memory` is `lazy`, for the first image or class that cannot be read, and when there are
+    fewer images than the set declares.
     """
     if settings.memory == "lazy":
         raise DataError(f"data.memory is 'lazy'; allowed for {settings.dataset!r}: auto, map, memory")
@@ -46,7 +46,7 @@ def streamed(settings: DataSettings, split: str, dataset: Any) -> Split:
         name, image, index = sample
         try:
             return transform(open_image(image) if isinstance(image, bytes) else image), index
-        except Exception as error:  # Pillow raises many kinds
+        except Exception as error:  # Pillow raises many types
             return DataError(f"{name} is not a readable image: {error}"), index
 
     def decoded() -> Iterator[tuple[np.ndarray | DataError, int]]:

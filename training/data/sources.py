@@ -1,7 +1,7 @@
-"""Finding a data set by its name: labels, training images, and test images where it has some of its own.
+"""Finds a data set by its name: labels, training images, and test images if it has its own.
 
-Nothing is decoded here that can wait: sets with random access come as LazyPixels, or as MappedPixels when
-`data.memory` is `map`; sets that stream (`wds/`, `hfids/`) always come through the mapped file.
+Decoding is deferred where possible: sets with random access become LazyPixels, or MappedPixels when `data.memory` is
+`map`; streaming sets (`wds/`, `hfids/`) always become MappedPixels.
 """
 
 import codecs
@@ -36,14 +36,14 @@ class DataSet(NamedTuple):
     labels: tuple[str, ...]
     train: Split
     test: Split | None
-    """None: to be held out of `train`."""
+    """None: to be split off from `train`."""
     warnings: tuple[str, ...] = ()
     selection: Split | None = None
-    """Likewise."""
+    """None: to be split off from `train`."""
 
 
 def find(settings: DataSettings) -> DataSet:
-    """The data set of the settings, whole. Raises DataError with what is missing and where it was looked for."""
+    """The whole data set of the settings. Raises DataError naming what is missing and where it was expected."""
     return SOURCES.get(settings.dataset.partition("/")[0], _timm)(settings)
 
 
@@ -61,7 +61,7 @@ def _typefaces(settings: DataSettings) -> DataSet:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, one a row."""
+    """Image files, one per row."""
 
     paths: tuple[str, ...]
 
@@ -82,7 +82,7 @@ class Files:
         return digest.hexdigest()
 
     def contents(self) -> str:
-        """A digest that changes with the files' sizes, and with their names below the folder that holds all."""
+        """A digest that changes with the files' sizes, and with their names relative to their common folder."""
         digest, root = hashlib.sha256(), os.path.commonpath(self.paths)
         for path in self.paths:
             digest.update(os.fsencode(f"{path.removeprefix(root)}\0{os.stat(path).st_size}\n"))
@@ -91,8 +91,8 @@ class Files:
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set of timm with random access. Read below timm's ImageDataset, which puts the next image in the place
-    of one that it cannot decode."""
+    """A data set of timm with random access. Bypasses timm's ImageDataset, which replaces an image that it cannot
+    decode by the next one."""
 
     dataset: Any
     title: str
@@ -119,7 +119,7 @@ class Rows:
         return f"{len(self.dataset)} images of {root}: {files.identity()}"
 
     def contents(self) -> str:
-        """Their number: a fingerprint changes when the same set is downloaded again."""
+        """The number of images: a fingerprint would change when the same set is downloaded again."""
         return str(len(self.dataset))
 
 
@@ -128,7 +128,7 @@ def _split(settings: DataSettings, split: str, source: Source, classes: torch.Te
     pixels = LazyPixels(torch.arange(len(classes)), spec, source)
     skip, title = settings.skip_unreadable, f"data: {split}"
     if settings.memory != "map":
-        if skip:  # before the images are dealt out to the splits
+        if skip:  # before the images are divided among the splits
             reasons = pixels.check(f"{title}: check")
             settle([reason for reason in reasons if reason], skip, title)
             kept = torch.tensor([reason is None for reason in reasons])
@@ -173,7 +173,7 @@ def _timm(settings: DataSettings) -> DataSet:
                 part = _split(settings, split, *_rows(dataset, where))
         except DataError:
             raise
-        except Exception as error:  # timm and the libraries behind it raise many kinds
+        except Exception as error:  # timm and the libraries behind it raise many types
             raise DataError(f"{where}: {error}") from error
         splits.append(part)
         labels = labels or _labels(settings, dataset, part.classes)
@@ -192,7 +192,7 @@ def _create(settings: DataSettings, split: str) -> Any:
 
 
 def _rows(dataset: Any, where: str) -> tuple[Source, torch.Tensor]:
-    """The images of a data set and their classes, without decoding one."""
+    """The images of a data set and their classes, without decoding any."""
     reader = getattr(dataset, "reader", None)
     if reader is not None:
         classes = list(reader.dataset[reader.label_key])
@@ -220,12 +220,12 @@ def _labels(settings: DataSettings, dataset: Any, classes: torch.Tensor) -> tupl
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
-    """One label a line, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
+    """The labels in a file, one per line, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"data.labels is {path}: {error}") from error
-    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16: its mark begins alike
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first: UTF-16's mark begins alike
     marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8-sig")
     try:
@@ -248,4 +248,4 @@ SOURCES: dict[str, Callable[[DataSettings], DataSet]] = {
     "typefaces-small": _typefaces,
     "folder": _folder,
 }
-"""By data.dataset up to a slash; every other set is timm's. config.py says which names are allowed."""
+"""By data.dataset up to a slash; all other sets are timm's. config.py lists the allowed names."""

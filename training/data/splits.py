@@ -1,4 +1,4 @@
-"""The images of a run and their splits. Where images come from: sources.py; how they are held: pixels.py.
+"""The images of a run and their splits. Their sources: sources.py; their storage: pixels.py.
 
 Letters: B images, H height, W width, C channels.
 """
@@ -27,7 +27,7 @@ __all__ = (
     "eval_transform", "load", "shuffled", "steps",
 )  # fmt: skip
 MEASURED = 20_000
-"""Mean and standard deviation are measured on this many training images at most."""
+"""Largest number of training images on which mean and standard deviation are measured."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Data:
     spec: ImageSpec
     train: Split
     selection: Split
-    """Held out of train: profiles are chosen on it."""
+    """Held out from training, to choose profiles."""
     test: Split
-    """Read by `evaluate` alone."""
+    """Only read by `evaluate`."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """What was there before it was split: number and digest of the training images, and of the test images if the set
-    has its own. With the settings and the seed they decide which image is in which split."""
+    """Number and digest of the training images before splitting, and of the test images if the set has its own.
+    Together with the settings and the seed they determine the split of every image."""
     warnings: tuple[str, ...] = ()
-    """Of what may spoil a model or its evaluation."""
+    """Problems that may harm a model or its evaluation."""
 
 
 def load(settings: DataSettings, seed: int) -> Data:
-    """Find, split and, where they fit, read the images. The same settings and seed give the same splits and pixels,
-    wherever the pixels are held.
+    """Find and split the images, and read them into memory if they fit. The same settings and seed give the same splits
+    and pixels, however the pixels are stored.
 
-    Raises DataError with what is missing and where it was looked for, the label that has too few images, or all files
-    that are no images.
+    Raises DataError naming what is missing and where it was expected, a label with too few images, or all files that
+    are not images.
     """
     labels, train, test, warnings, selection = find(settings)
     labels = _check_classes(settings, labels, train, test)
@@ -131,7 +131,7 @@ def _check_classes(
 
 
 def _digest(split: Split) -> str:
-    """Of a whole data set; no file is read for it."""
+    """The digest of a whole data set; reads no file."""
     digest = hashlib.sha256(split.classes.numpy())  # type: ignore[arg-type]
     pixels = split.images.numpy() if isinstance(split.images, torch.Tensor) else split.contents.encode()
     digest.update(pixels)  # type: ignore[arg-type]
@@ -139,19 +139,21 @@ def _digest(split: Split) -> str:
 
 
 def _held(settings: DataSettings, split: Split, name: str, errors: list[DataError]) -> Split:
-    """The split in memory if it is to be there; else, its files checked. Appends to `errors` what cannot be read."""
+    """The split in memory, if the settings say so; otherwise its files are checked. Appends unreadable images to
+    `errors`."""
     if isinstance(split.images, DegradedPixels) and name == "train":  # drawn anew in each epoch
         return split
     one = settings.image_size**2 * settings.channels  # bytes
     if settings.memory == "memory" or (settings.memory == "auto" and len(split) * one <= settings.memory_limit):
         return in_memory(split, f"data: {name}", errors)
-    if isinstance(split.images, LazyPixels) and not settings.skip_unreadable:  # else they have been checked
+    if isinstance(split.images, LazyPixels) and not settings.skip_unreadable:  # otherwise they have been checked
         errors += filter(None, split.images.check(f"data: {name}: check"))
     return split
 
 
 def _mean_and_std(settings: DataSettings, train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, of pixels scaled to 0..1; from a count of every pixel value, so the same however they are held."""
+    """Mean and standard deviation per channel, of pixels scaled to 0..1. Computed from counts of pixel values, so they
+    do not depend on how the pixels are stored."""
     rows = torch.arange(min(len(train), MEASURED))
     if settings.dataset != "fashion-mnist":  # images may be sorted by class
         rows = torch.linspace(0, len(train) - 1, len(rows), dtype=torch.float64).long()
@@ -168,7 +170,7 @@ def _mean_and_std(settings: DataSettings, train: Split) -> tuple[tuple[float, ..
 
 
 def shuffled(images: int, size: int, seed: int, step: int) -> torch.Tensor:
-    """int64 (B,): the rows of the batch at `step`; at most as many as there are images."""
+    """The rows of the batch at `step`: int64 (B,); B is at most the number of images."""
     size = min(size, images)
     epoch, offset = divmod(step, images // size)
     return _order(images, seed, epoch)[offset * size : (offset + 1) * size]
@@ -180,7 +182,8 @@ def _order(images: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def steps(split: Split, size: int, epochs: float) -> int:
-    """Training steps in so many epochs. size: of a batch; an epoch leaves out images that do not fill one."""
+    """The number of training steps in `epochs`. size: of a batch; each epoch leaves out images that do not fill a
+    batch."""
     return round(epochs * (len(split) // min(size, len(split))))
 
 
@@ -192,9 +195,10 @@ def augment(
     rank: int = 0,
     processes: int = 1,
 ) -> torch.Tensor:
-    """uint8 (B, H, W, C): mirrored half of the time, shifted by up to `shift` pixels, edges repeated.
+    """Images uint8 (B, H, W, C), each mirrored with probability 1/2 and shifted by up to `shift` pixels, with edges
+    repeated.
 
-    With several processes, `images` are the rows rank::processes of a batch, and get what they would get in it.
+    With several processes, `images` are the rows rank::processes of a batch, and are augmented as in the whole batch.
     """
     b, h, w, _ = images.shape
 
@@ -210,7 +214,7 @@ def augment(
 
 
 def balanced(classes: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of a random share of every class (at least one image of each), and of the rest; both in order."""
+    """Indices of a random share of every class (at least one image of each), and of the rest, both in order."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(classes), dtype=torch.bool)
     for index in classes.unique():

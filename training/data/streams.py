@@ -1,11 +1,11 @@
-"""The batches of a training phase: order, augmentation and mixing, each a function of (seed, step) alone.
+"""The batches of a training phase: order, augmentation and mixing, each determined by (seed, step).
 
-So a resumed run sees what an uninterrupted one would have seen, and it makes no difference how many worker
-processes prepare the batches, or how many training processes share them.
+So a resumed run gets the same batches as an uninterrupted one, independent of the number of worker processes that
+prepare the batches and of training processes that share them.
 
-timm's `create_loader` is not used: its sampler cannot begin at a step, its random state depends on the number of
-workers, and its prefetcher normalises the pixels, which here is the model's first operation. What it is made of is
-used: torch's DataLoader, timm's transforms, RandomErasing and FastCollateMixup.
+timm's `create_loader` is not used: its sampler cannot start at a step, its random state depends on the number of
+workers, and its prefetcher normalises the pixels, which here is the model's first operation. Its parts are used:
+torch's DataLoader, timm's transforms, RandomErasing and FastCollateMixup.
 
 Letters: B images, H height, W width, C channels.
 """
@@ -30,12 +30,12 @@ from training.data.splits import Data, DataError, augment, shuffled, steps
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads, or one process's share of it."""
+    """The input of a training step, or a process's share of it."""
 
     images: torch.Tensor
     """uint8 (B, H, W, C): augmented, as they enter the model."""
     target: torch.Tensor
-    """int64 (B,): index into the labels. With mixup or cutmix float32 (B, classes): rows that sum to 1, smoothed."""
+    """int64 (B,): index into the labels. With mixup or cutmix, float32 (B, classes): smoothed rows that sum to 1."""
 
 
 def training_batches(
@@ -51,9 +51,9 @@ def training_batches(
 ) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from step `start` on, `steps(data.train, size, epochs)` in all, shuffled per epoch.
 
-    `size` is that of the global batch; process `rank` of `processes` gets its rows rank::processes. Labels are
-    smoothed here only when images are mixed; hard targets are left to the loss. Raises DataError when the processes
-    cannot share a batch equally, when an augmentation cannot be read, and on an image that cannot be decoded.
+    `size` is that of the global batch; process `rank` of `processes` gets its rows rank::processes. Labels are smoothed
+    here only when images are mixed; otherwise the loss does it. Raises DataError when the processes cannot share a
+    batch equally, when an augmentation is invalid, and for an image that cannot be decoded.
     """
     stream = _Stream(data, settings, size, seed, label_smoothing, rank, processes)
     return _run(stream, range(start, steps(data.train, size, epochs)), settings.workers)
@@ -66,7 +66,7 @@ def _run(stream: "_Stream", order: range, workers: int) -> Iterator[tuple[int, B
         sampler=order,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
-        generator=torch.Generator(),  # else it draws from the generator of the training
+        generator=torch.Generator(),  # otherwise it draws from the generator of the training
     )
     for step, batch in zip(order, loader, strict=True):
         if isinstance(batch, DataError):
@@ -75,7 +75,7 @@ def _run(stream: "_Stream", order: range, workers: int) -> Iterator[tuple[int, B
 
 
 class _Stream(Dataset[Batch | DataError]):
-    """step -> Batch. An error is returned, since one raised in a worker would arrive as text with its traceback."""
+    """step -> Batch. Errors are returned: one raised in a worker would arrive as text with its traceback."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Stream(Dataset[Batch | DataError]):
         return torch.stack(augmented).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
 
     def _erased(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As timm erases: normalised pixels, replaced by normal noise."""
+        """Erases as timm does: normalised pixels are replaced by normal noise."""
         if self.erasing is None:
             return pixels
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.data.spec.mean, self.data.spec.std))
@@ -145,7 +145,8 @@ class _Stream(Dataset[Batch | DataError]):
         return erased
 
     def _mixed(self, images: torch.Tensor, classes: torch.Tensor, step: int) -> Batch:
-        """Row i with row i + B/2, which is in the share of the same process; one draw for the whole global batch."""
+        """Mix row i with row i + B/2, which is in the share of the same process; one draw for the whole global
+        batch."""
         assert self.mix is not None
         half = torch.arange(len(classes) // 2)
         order = torch.cat([half, len(classes) - 1 - half])  # timm mixes first with last; its own inverse
@@ -179,7 +180,7 @@ def _timm_augmentation(data: Data, settings: DataSettings) -> tuple[Callable[[Im
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, Python, numpy and torch draw from `key`; outside, it is as if nothing had been drawn."""
+    """Inside, Python, numpy and torch draw from `key`; afterwards their random states are restored."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     one, two, three = _numbers(*key)
     random.seed(one)

@@ -1,8 +1,8 @@
-"""Typefaces: the characters 0-9A-Za-z as the typefaces of Debian's packages draw them, degraded as in scanned forms.
+"""Typefaces: the characters 0-9A-Za-z in the typefaces of Debian's packages, degraded as in scanned forms.
 
-Designs, not faces, are split into train, selection and test: a design is all faces of one family name, and of families
+Designs, not faces, are split into train, selection and test. A design has all faces of a family name, and of families
 that look alike (revivals, copies, the Latin letters that fonts of other scripts borrow). Outlines are rendered once,
-into mapped files; what is drawn of them is in degradation.py.
+into mapped files; degradation.py draws images from them.
 
 Letters: F faces, K characters, S side of an outline in pixels.
 """
@@ -31,31 +31,31 @@ PACKAGES = Path(__file__).with_name("typefaces.txt")
 SMALL = ("fonts-dustin", "fonts-eurofurence", "fonts-liberation")
 """The packages of `typefaces-small`."""
 INSTALLED = Path("/var/lib/dpkg/info")
-"""Where Debian lists the files of each package."""
+"""The folder with Debian's lists of the files of each package."""
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 ALIKE = "cijklmopsuvwxyz"
-"""Lower-case letters that `/merged` has in one class with their upper case, as EMNIST does (arXiv:1702.05373)."""
+"""Lower-case letters that `/merged` puts into one class with their upper case, as EMNIST does (arXiv:1702.05373)."""
 NOT_LATIN = {
     "90 Stars BRK", "Alfa-beta", "Binary BRK", "Binary X BRK", "Bit Blocks TTF BRK", "Code Of Life BRK", "Ellhnikh",
     "Faux Snow BRK", "FutharkAdapted", "Head-Ding Maker BRK", "Janken BRK", "Line Dings BRK", "Skull Capz BRK",
     "Snailets BRK", "Symmetry BRK", "Tearful BRK",
 }  # fmt: skip
-"""Families that draw pictures, or letters of other scripts, in the place of Latin letters."""
+"""Families with pictures, or letters of other scripts, instead of Latin letters."""
 SIDE = 40
 """S."""
 CAPITAL = 20
 """Height of an H in an outline, pixels."""
 FINER = 4
-"""Outlines are rendered so many times larger, where hinting matters little, and averaged."""
+"""Outlines are rendered this many times larger, where hinting matters little, and averaged."""
 LIKENESS = 0.98
-"""Faces whose outlines correlate above this are one design."""
+"""Faces whose outlines correlate above this belong to one design."""
 MOST_FACES = 4
-"""Of one design: more are left out."""
+"""Largest number of faces of a design; others are left out."""
 DRAWINGS = 4
-"""Of each outline, in selection and test."""
+"""Drawings of each outline in selection and test."""
 FACTORS = ("design", "face", *DEGRADATIONS)
-"""What Split.factors has of each image of selection and test: the numbers of the design and of the face within its
-split, and how the image is degraded."""
+"""The columns of Split.factors for selection and test: the number of the design and of the face within its split, and
+the parameters of the degradation."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Faces:
 def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]]:
     """Labels, and the images of `train`, `selection` and `test`.
 
-    Raises DataError on settings that are not allowed, and on packages that are not installed.
+    Raises DataError for invalid settings, and for packages that are not installed.
     """
     if settings.channels != 1 or settings.crop_fraction != 1:
         raise DataError(f"{settings.dataset} is grey and not cropped; allowed: channels 1, crop_fraction 1")
@@ -87,7 +87,7 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
         every = find()
         chosen = part_of(every.design, shares) == number
         for outlines, design in zip(every.outlines[chosen], every.design[chosen], strict=True):
-            yield from ((drawn[..., None], int(design)) for drawn in outlines)  # kept in the place of the class
+            yield from ((drawn[..., None], int(design)) for drawn in outlines)  # stored in place of the class
 
     labels, class_of = classes(bool(merged))
     splits, counts = {}, []
@@ -117,14 +117,16 @@ def typefaces(settings: DataSettings) -> tuple[tuple[str, ...], dict[str, Split]
 
 
 def classes(merged: bool) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Labels, and int64 (K,): the class of each character. merged: letters that differ in size alone are one class."""
+    """The labels, and the class of each character: int64 (K,). merged: upper and lower case of the same shape are one
+    class."""
     label_of = [c.upper() if merged and c in ALIKE else c for c in CHARACTERS]
     labels = tuple(dict.fromkeys(label_of))
     return labels, torch.tensor([labels.index(label) for label in label_of])
 
 
 def font_files(lines: Sequence[str]) -> list[Path]:
-    """The fonts of Debian packages, one a line, sorted. Raises DataError when a package is not installed."""
+    """The font files of Debian packages, sorted. lines: one package each. Raises DataError when a package is not
+    installed."""
     packages = [line for line in lines if line and not line.startswith("#")]
     missing = [package for package in packages if not (INSTALLED / f"{package}.list").is_file()]
     if missing:
@@ -138,7 +140,7 @@ def font_files(lines: Sequence[str]) -> list[Path]:
 
 
 def faces(files: Sequence[Path]) -> Faces:
-    """The faces that have every character, as outlines; at most MOST_FACES of a design, spread over its files."""
+    """The outlines of the faces that have every character; at most MOST_FACES of a design, spread over its files."""
     outlines, families = [], []
     for file in tqdm(files, "data: typefaces", unit="face", mininterval=5, delay=2, dynamic_ncols=True):
         family, drawn = outline(file)
@@ -156,8 +158,8 @@ def faces(files: Sequence[Path]) -> Faces:
 
 
 def outline(file: Path, characters: str = CHARACTERS) -> tuple[str, np.ndarray | None]:
-    """The family's name and uint8 (K, S, S): ink centred from left to right, on one base line; None when the face
-    lacks a character or draws two of them alike."""
+    """The family's name, and the outlines uint8 (K, S, S) with horizontally centred ink on a common baseline; None when
+    the face lacks a character or has two identical ones."""
     try:
         font = ImageFont.truetype(file, 100, layout_engine=ImageFont.Layout.BASIC)
         family = str(font.getname()[0])
@@ -184,15 +186,15 @@ def _drawn(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 
 
 def designs(outlines: np.ndarray, families: Sequence[str]) -> np.ndarray:
-    """int64 (F,): the design of each face. Faces are of one design when their family has one name or their outlines
-    correlate above LIKENESS, and so on through others (single linkage)."""
+    """int64 (F,): the design of each face. Faces belong to one design if they share the family name or their outlines
+    correlate above LIKENESS, directly or through other faces (single linkage)."""
     names = np.unique(families, return_inverse=True)[1]
     linked = (likeness(outlines) > LIKENESS) | (names[:, None] == names)
     return np.asarray(connected_components(linked, directed=False)[1], np.int64)
 
 
 def likeness(outlines: np.ndarray) -> np.ndarray:
-    """float32 (F, F): correlations of faces over the pixels of all characters, at half the resolution."""
+    """Correlations (F, F) of faces over the pixels of all characters, at half the resolution; float32."""
     f, k, s, _ = outlines.shape
     halved = outlines.reshape(f, k, s // 2, 2, s // 2, 2).mean((3, 5), dtype=np.float32).reshape(f, -1)
     halved -= halved.mean(1, keepdims=True)
@@ -201,7 +203,8 @@ def likeness(outlines: np.ndarray) -> np.ndarray:
 
 
 def part_of(design: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
-    """int64 (F,): 0 train, 1 selection, 2 test, by design, the same for every seed. shares: of selection and test."""
+    """The split of each face: int64 (F,); 0 train, 1 selection, 2 test. By design, the same for every seed. shares: of
+    selection and test."""
     count = int(design.max()) + 1
     selection, test = (max(1, round(share * count)) for share in shares)
     part = np.zeros(count, np.int64)

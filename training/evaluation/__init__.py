@@ -1,1 +1,1 @@
-"""Everything on the test split: profiles, their rivals, controls, and how sure that is."""
+"""Everything on the test split: profiles, their rivals, controls, and statistical significance."""

@@ -1,9 +1,9 @@
-"""What class profiles owe to the latents' activations, and to the class that they are told.
+"""How much class profiles gain from the latents' activations, and from knowing the class.
 
-Each class profile beside its shift terms alone, which add the same to every image, and its scale terms alone, the only
-ones through which a latent's activation counts. Beside all of them what is learned by the same search without the
-class: one bias on the gate logits, and one set of terms, for every image. What is learned, and each factor that
-matches a usage, comes from training and selection images.
+Compares each class profile with its shift terms only, which add the same to every image, and with its scale terms only,
+whose effect depends on a latent's activation. Also compares them with what the same search learns without the class:
+one bias on the gate logits, and one set of terms, for every image. All learned values, and the factors that match a
+usage, come from training and selection images.
 
 Letters: B images, C classes, G gated blocks, U units (heads, then MLP groups).
 """
@@ -42,20 +42,21 @@ PREDICTED = "profile of predicted class"
 
 @dataclass(frozen=True)
 class Learned:
-    """Found by the search of the profiles, on training images."""
+    """What the search for profiles finds on training images."""
 
     class_bias: Tensor
-    """(C, G, U): constants on the gate logits, per class."""
+    """Constants on the gate logits, per class: (C, G, U)."""
     bias: Tensor
-    """(G, U): the same for all classes."""
+    """Constants on the gate logits, the same for all classes: (G, U)."""
     terms: Terms
-    """The same for all classes."""
+    """Terms, the same for all classes."""
 
 
 def learn(
     settings: ProfileSettings, model: GatedVit, sae: Sae, pool: Split, classes: int, seed: int, bf16: bool
 ) -> Learned:
-    """pool: training images. A search without classes sees as many images a step as one for all classes."""
+    """Run the searches. pool: training images. A search without classes uses as many images per step as one for all
+    classes."""
     each, everything = [(label,) for label in range(classes)], [tuple(range(classes))]
     unsteered = answers(model, pool).logits.log_softmax(-1)
     sample = pool.take(torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:10_000])
@@ -70,9 +71,9 @@ def learn(
 def variants(
     model: GatedVit, macs: Macs, sae: Sae, selection: Split, profiles: Sequence[Terms], learnt: Learned
 ) -> dict[str, list[Rival]]:
-    """How each class's images are steered, by name. profiles: the terms of every class.
+    """The steering of each class's images, by name of the variant. profiles: the terms of every class.
 
-    Biases, and terms for all, are set to the unit usage of the profiles on selection images.
+    Biases, and terms for all classes, are scaled to the unit usage of the profiles on selection images.
     """
     rows = [own_and_others(selection, (label,), MATCHING, 0) for label in range(len(profiles))]
     own = [selection.take(of_class[: len(of_class) // 2]) for of_class in rows]
@@ -102,23 +103,23 @@ def variants(
 
 
 def shift_alone(terms: Terms) -> Terms:
-    """The terms with every scale at 1: what they add does not depend on the image."""
+    """The terms with every scale set to 1: their effect does not depend on the image."""
     return {site: tuple(SteeringTerm(t.latent, 1.0, t.shift) for t in of_site) for site, of_site in terms.items()}
 
 
 def scale_alone(terms: Terms) -> Terms:
-    """The terms with every shift at 0: a silent latent adds nothing."""
+    """The terms with every shift set to 0: a silent latent adds nothing."""
     return {site: tuple(SteeringTerm(t.latent, t.scale) for t in of_site) for site, of_site in terms.items()}
 
 
 def compare_variants(
     model: GatedVit, macs: Macs, split: Split, labels: Sequence[str], steerings: Mapping[str, Sequence[Rival]]
 ) -> dict[str, dict[str, Any]]:
-    """What every variant does on the split, by name; the profile of the class that is predicted without steering too.
+    """The effect of every variant on the split, by name, and of the profile of the class predicted without steering.
 
     own: each image under the steering of its own class. natural: all images under the steering of one class, mean over
-    the classes. balanced: the same on a slice of each class's images and as many others. Each variant has its change
-    from the class profile, in pairs over the images, with its 95% interval.
+    the classes. balanced: the same on a slice of each class's images and as many others. Each variant also has its
+    paired difference from the class profile, with the 95% interval.
     """
     under = {
         name: _outcomes(model, split, rivals)
@@ -147,7 +148,7 @@ def compare_variants(
 
 
 def _outcomes(model: GatedVit, split: Split, rivals: Sequence[Rival]) -> list[Outcome]:
-    """Under the steering of each class; what several classes share is computed once."""
+    """The outcomes under the steering of each class; steering shared by several classes is computed once."""
     outcomes = {rival: answers(model, split, rival.steer, rival.decide) for rival in dict.fromkeys(rivals)}
     return [outcomes[rival] for rival in rivals]
 
@@ -157,7 +158,7 @@ def _mean(effects: Sequence[Effect]) -> dict[str, float]:
 
 
 def _own(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
-    """Precision: mean over the classes."""
+    """Metrics of each image under its own class. Precision: mean over the classes."""
     effects = [effect(outcome, classes, (label,), macs) for label in range(outcome.logits.shape[1])]
     return {
         **{name: round(usage, 5) for name, usage in usages(outcome, macs).items()},
@@ -168,7 +169,7 @@ def _own(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
 
 
 def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: Tensor) -> dict[str, Any]:
-    """own: of each image under its class. all: of each image under every class, an image's mean."""
+    """own: each image under its own class. all: each image under every class, mean per image."""
 
     def right(some: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
         every = torch.stack([outcome.predicted == classes for outcome in some]).double()  # (C, B)
@@ -186,7 +187,7 @@ def _against(outcomes: Sequence[Outcome], profiles: Sequence[Outcome], classes: 
 
 
 def table(records: Mapping[str, dict[str, Any]]) -> str:
-    """The records as lines of at most 110 columns: means over the classes, then every class under every variant."""
+    """The records as text of at most 110 columns: means over the classes, then every class under every variant."""
     natural = (("recall", "recall"), ("precis.", "precision"), ("AUROC", "auroc"), ("accur.", "overall_accuracy"))
     half = (("recall", "recall"), ("precis.", "precision"), ("accur.", "overall_accuracy"))
     heads_alone = "unit_usage" not in records[NO_STEERING]["own"]
@@ -214,7 +215,7 @@ Columns = Sequence[tuple[str, str]]
 def _lines(
     rows: Sequence[tuple[str, Sequence[tuple[Mapping[str, float] | None, Columns]]]], width: int = 28
 ) -> list[str]:
-    """A line of titles, and one for every (name, [(values or none, columns)])."""
+    """A line of titles, then one line for every (name, [(values or none, columns)])."""
     lines = [" " * width + "".join(f"{title:>8}" for _, columns in rows[0][1] for title, _ in columns)]
     for name, groups in rows:
         cells = [f"{values[key]:.4f}" if values else "" for values, columns in groups for _, key in columns]

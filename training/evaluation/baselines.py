@@ -1,7 +1,7 @@
-"""What a sceptic would try instead of a steering profile, at the same unit usage (of heads alone: head usage).
+"""What a sceptic would try instead of a steering profile, at the same unit usage (head usage if only heads are gated).
 
-Those that run the network return a `Rival`: how it is steered and how its gates decide. The others are read off
-answers that are there already.
+Baselines that run the network return a `Rival`: its steering and the decisions of its gates. The others are computed
+from existing answers.
 
 Letters: B images, G gated blocks, U units (heads, then MLP groups), S sites, D width.
 """
@@ -23,14 +23,15 @@ from training.model.macs import Macs
 
 @dataclass(frozen=True)
 class Rival:
-    """How the network is run: what its gates read, and how they decide. By default as without steering."""
+    """A way to run the network: the inputs of its gates, and their decisions. The default is no steering."""
 
     steer: Steer | None = None
     decide: Decide = keep_positive
 
 
 def threshold_shift(model: GatedNetwork, macs: Macs, own: Split, usage: float) -> Rival:
-    """One threshold for all gates: a unit is kept when its logit is above t, t by bisection to `usage` on `own`."""
+    """One threshold t for all gates: a unit is open when its logit is above t. Bisection finds t for `usage` on
+    `own`."""
 
     def above(t: float) -> Decide:
         return lambda _, logit: (logit > t).to(logit.dtype)
@@ -40,9 +41,10 @@ def threshold_shift(model: GatedNetwork, macs: Macs, own: Split, usage: float) -
 
 
 def residual_direction(model: GatedNetwork, macs: Macs, own: Split, usage: float, difference: Tensor) -> Rival:
-    """Difference of means (S, D), own minus all, added to what each gate reads; its factor by bisection to `usage`.
+    """Adds a multiple of the difference of means (S, D), own minus all, to the input of each gate. Bisection finds the
+    factor for `usage`.
 
-    The factor may be negative; of the two directions the one that comes nearer to `usage` is taken.
+    The factor may be negative: the direction that comes nearer to `usage` is used.
     """
 
     def added(factor: float) -> Steer:
@@ -58,7 +60,7 @@ def residual_direction(model: GatedNetwork, macs: Macs, own: Split, usage: float
 def matched(
     model: GatedNetwork, macs: Macs, own: Split, usage: float, at: Callable[[float], Rival], rounds: int = 8
 ) -> Rival:
-    """What is learned once, at the factor of its effect (0 to 2, by bisection) that brings it to `usage` on `own`."""
+    """A learned rival, scaled by the factor (0 to 2, by bisection) at which it has `usage` on `own`."""
 
     def used(factor: float) -> float:
         rival = at(factor)
@@ -73,14 +75,15 @@ def logit_bias(bias: Tensor) -> Rival:
 
 
 def fixed_units(kept: Tensor) -> Rival:
-    """The same units (G, U) for every image."""
+    """The same open units (G, U) for every image."""
     return Rival(decide=lambda site, logit: kept[site].to(logit).expand_as(logit))
 
 
 def first_units(macs: Macs, heads: int, order: NDArray[np.int64], usage: float) -> Rival:
-    """The first units of an order (G * U,), as many as come nearest to the usage, for every image."""
+    """The first units of an order (G * U,), for every image; their number is the one that comes nearest to the
+    usage."""
     costs = macs.costs(heads).numpy()  # (G, U)
-    reached = np.concatenate([[0.0], costs.flat[order].cumsum()])  # by the first 0, 1, 2, ... units
+    reached = np.concatenate([[0.0], costs.flat[order].cumsum()])  # usage of the first 0, 1, 2, ... units
     count = round(float(np.interp(usage * reached[-1], reached, np.arange(len(reached)))))
     kept = torch.zeros(costs.size)
     kept[torch.from_numpy(order[:count])] = 1
@@ -88,20 +91,21 @@ def first_units(macs: Macs, heads: int, order: NDArray[np.int64], usage: float) 
 
 
 def random_units(macs: Macs, heads: int, usage: float, seed: Sequence[int]) -> Rival:
-    """A random set of units. seed: numbers that no two draws share."""
+    """A random set of units. seed: different for every draw."""
     order = np.random.default_rng(seed).permutation(macs.costs(heads).numel())
     return first_units(macs, heads, order, usage)
 
 
 def static_units(macs: Macs, model: GatedNetwork, own: Split, usage: float) -> Rival:
-    """Class-aware pruning: as many units as come nearest to the usage, those that `own` uses most without steering."""
+    """Class-aware pruning: the units that `own` uses most without steering; their number is the one nearest to the
+    usage."""
     used = answers(model, own).gate.double().mean(0).flatten()  # (G * U,)
     return first_units(macs, model.heads, used.argsort(descending=True, stable=True).numpy(), usage)
 
 
 def greedy_units(macs: Macs, model: GatedNetwork, split: Split, usage: float, loss: Callable[[Tensor], float]) -> Rival:
-    """Class-aware pruning by effect: from all units on, one after the other is closed for every image of the split, as
-    many as come nearest to the usage. loss: of the logits (B, C)."""
+    """Class-aware pruning by effect: starting with all units open, units are closed one by one for every image of the
+    split, until the usage is nearest. loss: of the logits (B, C)."""
     costs = macs.costs(model.heads)
 
     def without(kept: NDArray[np.bool_]) -> float:
@@ -115,12 +119,12 @@ def greedy_units(macs: Macs, model: GatedNetwork, split: Split, usage: float, lo
 def greedy_order(
     costs: NDArray[np.float64], loss: Callable[[NDArray[np.bool_]], float], usage: float
 ) -> NDArray[np.int64]:
-    """Backward elimination: next goes the unit whose absence adds the least loss for what it costs, until the others
-    cost the share `usage` at most. Returns the units, those that are kept first, the one that went first last.
+    """Backward elimination: repeatedly removes the unit that adds the least loss relative to its cost, until the others
+    cost at most the share `usage`. Returns the kept units, then the removed ones, the first removed last.
 
-    costs (units,) above 0; loss: of the mask of those that are kept. A unit is measured again only when it seemed the
-    best by its last measurement (lazy greedy, Minoux 1978, https://doi.org/10.1007/BFb0006528): exact where what a unit
-    adds does not fall as others go.
+    costs (units,) above 0; loss: of the mask of kept units. A unit is measured again only if its last measurement makes
+    it the best (lazy greedy, Minoux 1978, https://doi.org/10.1007/BFb0006528). This is exact if the loss that a unit
+    adds does not fall as others are removed.
     """
     kept = np.ones(len(costs), bool)
     now = loss(kept)
@@ -140,10 +144,10 @@ def greedy_order(
 
 
 def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precision: float) -> tuple[float, float]:
-    """The highest recall that a constant on the target's class logits reaches at a precision of at least `precision`.
+    """The highest recall with a constant added to the target's class logits, at a precision of at least `precision`.
 
-    What steering's recall must be compared with: recall at the same precision, and no steering. Constants from -4 to 4
-    in steps of 0.05. Returns (recall, its precision); (0, 0) when no constant reaches the precision.
+    This is the fair comparison for the recall under steering: the same precision without steering. Constants from -4 to
+    4 in steps of 0.05. Returns (recall, its precision); (0, 0) when no constant reaches the precision.
     """
     members = torch.tensor(list(target))
     own = torch.isin(classes, members)
@@ -161,7 +165,7 @@ def prior_bias(neutral: Outcome, classes: Tensor, target: Sequence[int], precisi
 
 
 def each_under(chosen: Tensor, under: Sequence[Outcome]) -> Outcome:
-    """Each image under the profile that is chosen for it.
+    """The outcome of each image under the profile chosen for it.
 
     chosen (B,): classes. under[c]: all images under the profile of class c.
     """
@@ -174,9 +178,9 @@ def each_under(chosen: Tensor, under: Sequence[Outcome]) -> Outcome:
 
 
 def bisect(value: Callable[[float], float], target: float, low: float, high: float, rounds: int = 12) -> float:
-    """Where a falling function of [low, high] comes to `target`; the end nearer to it where it does not.
+    """Where a falling function on [low, high] equals `target`; the nearer end if it never does.
 
-    low may be the larger number: the function then falls in the other direction.
+    low may be larger than high: the function then falls in the other direction.
     """
     for _ in range(rounds):
         middle = (low + high) / 2

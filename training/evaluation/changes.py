@@ -1,8 +1,8 @@
-"""Changes of metrics as means over images, so that one test and one bootstrap serve them all.
+"""Changes of metrics as means over images, so that one test and one bootstrap work for all metrics.
 
-Each image has a value; their mean is the change of the metric exactly, and their deviation / sqrt(B) is its standard
-error. Recall and precision are ratios of means, so their values are linearised; those of AUROC are the placement values
-of DeLong et al. (1988, https://doi.org/10.2307/2531595).
+Each image has a value; the mean of the values is exactly the change of the metric, and their deviation / sqrt(B) is its
+standard error. Recall and precision are ratios of means, so their values are linearised; the values of AUROC are the
+placement values of DeLong et al. (1988, https://doi.org/10.2307/2531595).
 
 Letters: B images.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from training.model.inference import Outcome
 
 CHANGES = "changes"
-"""Tensors of a run folder: by metric the values of all test images, float64 (B,), mean over the class profiles; and the
-digest of the images if all seeds have the same ones."""
+"""Name of the tensors in a run folder: for each metric the values of all test images, float64 (B,), mean over the class
+profiles; and the digest of the images if all seeds share them."""
 Values = NDArray[np.float64]
 """(B,)"""
 
@@ -53,10 +53,11 @@ def ratio(part: Values, whole: Values) -> Values:
 
 
 def placements(score: Values, own: NDArray[np.bool_]) -> Values:
-    """Values whose mean is the AUROC: how many of the other kind an image stands on the right side of."""
+    """Values whose mean is the AUROC: the share of images of the other kind that an image is ranked correctly
+    against."""
     ranks, values = rankdata(score), np.empty(len(score))
     for kind in (own, ~own):
-        below = (ranks[kind] - rankdata(score[kind])) / max((~kind).sum(), 1)  # share of the other kind with less
+        below = (ranks[kind] - rankdata(score[kind])) / max((~kind).sum(), 1)  # share of the other kind below
         values[kind] = below if kind is own else 1 - below
     area = values[own].mean()
     weight = np.where(own, own.mean(), 1 - own.mean())

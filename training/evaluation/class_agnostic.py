@@ -1,7 +1,8 @@
-"""Rivals that are told no class: one and the same steering for all images, at the mean usage of the class profiles.
+"""Rivals that do not know the class: the same steering for all images, at the mean usage of the class profiles.
 
-A constant on the gate logits and a set of terms, found by the search that finds class profiles, on all classes at once;
-and of a model with a dial, a position of it. What class profiles do beyond them is what the class is worth.
+They are a constant on the gate logits and a set of terms, found for all classes at once by the search for class
+profiles; and, for a model with a dial, a position of the dial. The advantage of class profiles over them is the value
+of knowing the class.
 
 Letters: B images, C classes.
 """
@@ -32,9 +33,9 @@ from training.steering import at_strength
 
 CLASS_AGNOSTIC = BIAS, TERMS, DIAL = "one bias for all", "one set of terms for all", "the dial alone"
 ROWS = 64
-"""Images of a search's step: five times as many as a class profile has by default."""
+"""Images per step of a search: five times as many as a class profile has by default."""
 SAMPLE = 2000
-"""Training images that the latents are chosen by."""
+"""Training images on which the latents are chosen."""
 EVERYONE = 500
 """Selection images on which the usage is matched, the same number of each class."""
 
@@ -49,7 +50,7 @@ def class_agnostic(
     usage: float,
     dial: Dial | None,
 ) -> dict[str, Rival]:
-    """By name; each at this unit usage, mean over the classes, on selection images. pool: training images."""
+    """The rivals by name, each at this unit usage on selection images, mean over the classes. pool: training images."""
     classes = int(selection.classes.max()) + 1
     everything = [tuple(range(classes))]
     each = max(5, EVERYONE // classes)
@@ -74,7 +75,8 @@ def class_agnostic(
 
 
 def dial_alone(model: GatedNetwork, macs: Macs, split: Split, usage: float, dial: Dial) -> Rival:
-    """The gate biases of the position that has this usage on the split; of the lowest, where even that has more."""
+    """The gate biases of the dial's position with this usage on the split, or of the lowest position if even that has
+    more."""
 
     def at(position: float) -> Rival:
         return logit_bias(torch.from_numpy(dial.at(np.array([position]))[0]))
@@ -88,11 +90,11 @@ def dial_alone(model: GatedNetwork, macs: Macs, split: Split, usage: float, dial
 def class_knowledge(
     split: Split, under: Mapping[Target, Outcome], alike: Mapping[str, Outcome], macs: Macs
 ) -> dict[str, dict[str, Any]]:
-    """What the class profiles add to each rival, on natural shares of the classes.
+    """The advantage of the class profiles over each rival, on natural shares of the classes.
 
-    under: the answers to all images under each class's profile. alike: those under the rivals, by name. Of each rival
-    its Effect, mean over the classes, and `adds`: by metric of criteria.MARGINS, the mean of the profiles minus that of
-    the rival, with the 95% interval, in pairs over the images.
+    under: the answers to all images under each class's profile. alike: the answers under the rivals, by name. Each
+    rival has its Effect, mean over the classes, and `adds`: for each metric of criteria.MARGINS the paired difference
+    between the profiles' mean and the rival, with the 95% interval.
     """
     found = {}
     for name, outcome in alike.items():

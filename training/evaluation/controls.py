@@ -1,8 +1,8 @@
-"""Step `controls`: the models that a sceptic would train instead, each an ordinary run in <run>/controls/<name>.
+"""Step `controls`: models that a sceptic would train instead, each an ordinary run in <run>/controls/<name>.
 
-All have the data, the seed and the total number of epochs of the run; those with gates start from its ungated model.
-A model with a dial is compared with plain ones along the dial and with simpler dials, another with models that spend as
-much as its profiles do.
+All have the data, the seed and the total number of epochs of the run; those with gates start from its ungated model. A
+model with a dial is compared with plain models along the dial and with simpler dials; a model without one is compared
+with models that spend as much as its profiles.
 """
 
 import math
@@ -18,9 +18,9 @@ from training.sae.fit import fit_sae
 from training.vit.fit import build, fit_vit
 
 LAST_BLOCK = "last-block"
-"""The paper's setting. It has autoencoders and profiles of its own."""
+"""The paper's setting. This control has its own autoencoders and profiles."""
 PLAIN = {"plain-75": 0.75, "plain-55": 0.55, "plain-40": 0.4}
-"""Plain ViTs beside a dial: their compute, as a share of the full width's."""
+"""Plain ViTs to compare a dial with: their compute, as a share of that of the full width."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Control:
 
 
 def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
-    """What there is to compare the model of `run` with, by name."""
+    """The controls for the model of `run`, by name."""
     changes = _of_dial(settings, data, run) if settings.vit.dial else _of_gates(settings, data, run)
     models = {}
     for name, (what, changed) in changes.items():
         own = Run(run.folder / "controls" / name)
         vit = VitSettings(**{**settings.vit.model_dump(), **changed})
         update: dict[str, Any] = {"out": own.folder, "vit": vit}
-        if name == LAST_BLOCK:  # a step costs a hundredth there (last_block.py), and of one block more heads can go
+        if name == LAST_BLOCK:  # steps cost a hundredth (last_block.py); one block can close more heads
             search = settings.profiles
             scaled = {"steps": 4 * search.steps, "usage_target": 0.75 * search.usage_target}
             update["profiles"] = search.model_copy(update=scaled)
@@ -55,7 +55,7 @@ def _ungated(vit: VitSettings) -> dict[str, Any]:
 
 
 def _of_gates(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For a model that is trained to one usage: by name, the sentence and the settings that are changed."""
+    """For a model trained to one usage: by name, the description and the changed settings."""
     vit, usage = settings.vit, settings.profiles.usage_target
     gated = {"backbone": run.folder}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,7 +77,7 @@ def _of_gates(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, 
 
 
 def _of_dial(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For a model with a dial, likewise: what spends as much without gates, or with simpler ones."""
+    """For a model with a dial: models of equal compute without gates or with simpler gates, as in _of_gates."""
     vit, gated = settings.vit, {"backbone": run.folder}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "dense": ("a plain ViT of the same shape, trained as long", _ungated(vit)),
@@ -99,7 +99,7 @@ def _of_dial(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, d
 
 
 def fit_controls(settings: Settings, data: Data, run: Run) -> None:
-    """Train those of `settings.only` (all, if none is named) that are not there yet."""
+    """Train the controls in `settings.only` (all, if it is empty) that are not finished."""
     for name, control in controls(settings, data, run).items():
         if settings.only and name not in settings.only:
             continue
@@ -111,19 +111,19 @@ def fit_controls(settings: Settings, data: Data, run: Run) -> None:
 
 
 def narrower(vit: VitSettings, data: Data, usage: float) -> int:
-    """The width of the ungated model that computes as much as the gated one of full width at that head usage."""
+    """The width of the ungated model whose compute equals that of the gated one of full width at this head usage."""
     gated = build(vit, data.spec, len(data.labels)).eval()
     macs = count(gated)
     return width_of(vit, data, 1 - (1 - usage) * gated.heads * sum(macs.per_head) / macs.dense)
 
 
 def width_of(vit: VitSettings, data: Data, share: float) -> int:
-    """The width at which the ungated model comes nearest to this share of the compute of the full width."""
+    """The width at which the ungated model's compute is nearest to this share of the compute at full width."""
 
     def dense(dim: int) -> int:
         plain = vit.model_copy(update={"dim": dim, "dial": False, "mlp_groups": 0})
         return count(build(plain, data.spec, len(data.labels)).eval()).dense
 
     target = share * dense(vit.dim)
-    step = math.lcm(4, vit.heads)  # four numbers a sin-cos position, as many a head for every head
+    step = math.lcm(4, vit.heads)  # four numbers per sin-cos position, and the same width for every head
     return min(range(step, vit.dim + 1, step), key=lambda dim: abs(dense(dim) - target))

@@ -1,8 +1,8 @@
-"""What class profiles must show. Committed before the test images of a run are read.
+"""The criteria for class profiles. Committed before the test images of a run are read.
 
-A profile is non-inferior in a metric when "worse by the margin or more" is rejected at LEVEL. For a claim about every
-class it must be rejected in every class: an intersection-union test, which needs no correction (Berger 1982,
-https://doi.org/10.1080/00401706.1982.10487790).
+A profile is non-inferior in a metric when the hypothesis "worse by the margin or more" is rejected at LEVEL. For a
+claim about all classes, it must be rejected in each class: an intersection-union test, which needs no correction
+(Berger 1982, https://doi.org/10.1080/00401706.1982.10487790).
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from typing import Any
 from training.model.inference import usage_of
 
 LEVEL = 0.05
-"""One-sided."""
+"""Significance level, one-sided."""
 MOST_USAGE = 0.30
-"""Unit usage (of heads alone: head usage) on own images under the profiles, mean over the classes."""
+"""Largest unit usage (head usage if only heads are gated) on own images under the profiles, mean over the classes."""
 MARGINS = {"recall": 0.01, "precision": 0.01, "auroc": 0.002, "overall_accuracy": 0.01}
-"""By metric: the loss against no steering that must be rejected. Shares: 0.01 is a point."""
+"""For each metric, the loss against no steering that must be rejected, as a share: 0.01 is one point."""
 TITLES = {"auroc": "AUROC", "overall_accuracy": "accuracy of all images"}
 MET, NOT_SHOWN, NOT_MET = "met", "not shown", "not met"
 
 
 def verdict(change: float, p: float, margin: float) -> str:
-    """met: a loss of the margin is rejected; not met: that much was lost; not shown: neither."""
+    """`met`: a loss of the margin is rejected; `not met`: that much was lost; `not shown`: neither."""
     return MET if p < LEVEL else NOT_MET if change <= -margin else NOT_SHOWN
 
 
 def criteria(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over the profiles of single classes: what was measured (of margins the worst class's change and the largest p),
-    the verdict, and in how many classes it is `met`."""
+    """The criteria over the profiles of single classes: the measurement (for margins, the worst class's change and the
+    largest p), the verdict, and the number of classes in which it is `met`."""
     usage = sum(usage_of(entry["after"]) for entry in entries) / len(entries)
     name = "unit usage" if "unit_usage" in entries[0]["after"] else "head usage"
     met = usage <= MOST_USAGE

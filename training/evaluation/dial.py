@@ -1,9 +1,9 @@
-"""What the dial does: compute and accuracy at each budget, without steering and under each profile.
+"""Measures the dial: compute and accuracy at each budget, without steering and under each profile.
 
-Curves are measured on the selection slice, and budgets are turned into positions by them, as the server does it. On the
-test split the same budgets are then asked for: what is spent there is how far the dial tells the truth.
+Curves are measured on the selection slice, and turn budgets into positions as in the server. The same budgets are then
+requested on the test split; the compute spent there shows how accurate the dial is.
 
-Under a profile its own images are measured: those of its classes, which it is for.
+A profile is measured on its own images: those of its classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,37 +30,37 @@ from training.model.sae import Sae
 from training.steering import SteeringProfile
 
 DRAWS = 3
-"""Of random units."""
+"""Number of draws of random units."""
 FINE = 0.02
-"""Compute fraction: a budget between two points of a curve that lie further apart gets a point of its own."""
+"""Compute fraction: between two points of a curve that are further apart, budgets get points of their own."""
 ROUNDS = 4
-"""In which it does."""
+"""Number of rounds that add such points."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
 
 @dataclass(frozen=True)
 class Steered:
-    """What a curve is measured of."""
+    """The steering and the images that a curve is measured with."""
 
     name: str
     steer: Steer | None
     classes: tuple[int, ...]
-    """Whose images."""
+    """The classes whose images are measured."""
 
 
 @dataclass(frozen=True)
 class Along:
-    """What a dial does to each image, along the compute that is spent on average."""
+    """The answers of a dial for each image, along the mean compute."""
 
     spent: np.ndarray
-    """(P,) mean compute fraction."""
+    """(P,): mean compute fraction at each position."""
     right: np.ndarray
     """(P, B): 1 where the image gets its label."""
 
     def area(self, low: float, high: float) -> np.ndarray:
         """(B,): the mean of `right` over compute from low to high, interpolated between points. Its mean over the
-        images is the mean accuracy along the dial, the area under the curve over its width."""
+        images is the mean accuracy along the dial: the area under the curve divided by its width."""
         spent, first = np.unique(np.maximum.accumulate(self.spent), return_index=True)
         places = np.unique(np.concatenate([[low, high], spent[(spent > low) & (spent < high)]]))
         along = interp1d(spent, self.right[first], axis=0)(places)
@@ -77,10 +77,10 @@ def measure_dial(
     macs: Macs,
     seed: int,
 ) -> tuple[dict[str, Any], Along]:
-    """For results.json, and what was right along the dial without steering.
+    """The measurements for results.json, and the correct answers along the dial without steering.
 
-    `dials`: the curves of the selection slice, by profile. `dial`: what the test split spends and gets at the same
-    budgets, the same with random units, and the largest distance between asked and spent compute.
+    `dials`: the curves on the selection slice, by profile. `dial`: compute and accuracy on the test split at the same
+    budgets, the same with random units, and the largest distance between requested and spent compute.
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
     at = partial(at_positions, dial, model)
@@ -106,12 +106,12 @@ def measure_dial(
 
 @dataclass(frozen=True)
 class Unsteered:
-    """What a dial does without steering."""
+    """The measurements of a dial without steering."""
 
     curve: list[Point]
-    """Of the selection slice."""
+    """The curve on the selection slice."""
     tested: list[dict[str, Any]]
-    """What the test split spends and gets at the budgets of the curve."""
+    """Compute and accuracy on the test split at the budgets of the curve."""
     along: Along
 
 
@@ -128,8 +128,8 @@ def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) 
 
 
 def compare_areas(one: Along, other: Along) -> dict[str, float]:
-    """The mean accuracy of two dials along the compute that both reach, measured on the same images: the difference,
-    its standard error, and the p-value of it not being above 0 (one-sided, paired over the images)."""
+    """Compares the mean accuracy of two dials over the compute that both reach, on the same images: the difference, its
+    standard error, and the p-value of a difference of 0 or less (one-sided, paired over the images)."""
     low, high = max(one.spent[0], other.spent[0]), min(one.spent[-1], other.spent[-1])
     difference = one.area(low, high) - other.area(low, high)
     error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
@@ -140,7 +140,7 @@ def compare_areas(one: Along, other: Along) -> dict[str, float]:
 
 
 def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, seed: int) -> dict[str, Any]:
-    """Random units, the same for all images, that spend the budget: mean of DRAWS."""
+    """Random units that spend the budget, the same for all images; mean of DRAWS."""
     units = model.heads * sum(macs.per_head) + macs.mlp_groups * sum(macs.per_mlp_group)
     usage = max(0.0, 1 - (1 - budget) * macs.dense / units)
     draws = [
@@ -160,7 +160,7 @@ def of_classes(split: Split, classes: tuple[int, ...]) -> Split:
 def at_positions(
     dial: Dial, model: GatedNetwork, split: Split, steer: Steer | None, positions: Sequence[float] | np.ndarray
 ) -> list[Outcome]:
-    """The answers at each position of the dial."""
+    """The outcome at each position of the dial."""
     biases = torch.from_numpy(dial.at(np.asarray(positions, np.float64))).to(model.device)
     return [answers(model, split, steer, gate_bias=bias) for bias in biases]
 
@@ -171,8 +171,9 @@ def fine_curve(
     classes: Tensor,
     macs: Macs,
 ) -> list[Point]:
-    """The curve through the positions `budgets` and, where it is steep, through those at which it reaches the budgets:
-    units that are closed for almost every image open at about the same position. at: the answers at positions."""
+    """The curve through the positions `budgets` and, where it is steep, through the positions at which it reaches the
+    budgets: units that are closed for almost every image open at about the same position. at: returns the outcomes at
+    positions."""
     measured = dict(zip(map(float, budgets), at(budgets), strict=True))
 
     def through() -> list[Point]:
@@ -197,7 +198,7 @@ def fine_curve(
 def curve(
     budgets: Sequence[float] | np.ndarray, outcomes: Sequence[Outcome], classes: Tensor, macs: Macs
 ) -> list[Point]:
-    """One point a position: mean compute and accuracy, both made monotone."""
+    """The curve with one point per position: mean compute and accuracy, both made monotone."""
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
     right = np.array([float((outcome.predicted == classes).double().mean()) for outcome in outcomes])
     rising = zip(isotonic_regression(spent).x, isotonic_regression(right).x, strict=True)
@@ -208,7 +209,7 @@ def curve(
 
 
 def asked(budget: float, outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, Any]:
-    """What a budget spent and got, in all and by class; MLP usage where MLPs have gates."""
+    """Compute and accuracy at a budget, overall and by class; also MLP usage if MLPs have gates."""
     spent, right = outcome.compute_fraction(macs), (outcome.predicted == classes).double()
     of_class: Mapping[int, Tensor] = {int(index): classes == index for index in classes.unique()}
     return {

@@ -1,7 +1,7 @@
-"""Autoencoders held against what is simpler: how faithful over k, how stable, and whether a latent's effect is known.
+"""Compares autoencoders with simpler dictionaries: fidelity over k, stability, predictability of a latent's effect.
 
-All fits here are small (SWEEP): they compare k and principal components with each other, not with the autoencoders of a
-bundle, which saw more residuals for longer.
+All fits here are small (SWEEP): they compare values of k and principal components with each other, not with the
+autoencoders of a bundle, which are trained longer on more residuals.
 
 Letters: B images, S sites, L latents, D residual width, A (image, latent) pairs, U units.
 """
@@ -21,19 +21,19 @@ from training.sae.fidelity import Reconstruct, fidelity, stability
 from training.sae.fit import Fitting
 
 KS = (2, 3, 4, 6, 8, 12, 16)
-"""Active latents, and principal components, an image."""
+"""Active latents, or principal components, per image."""
 SWEEP = SaeSettings(kind="topk", latents=256, epochs=12, batch_size=256, learning_rate=2e-3)
-"""Of every fit, but for k. TopK, so that an image has exactly k."""
+"""Settings of every fit except k. TopK, so that an image has exactly k active latents."""
 STABLE_AT = 8
 """The k of the fits whose stability is measured."""
 ACTIVE = 30
-"""A latent's effect is predicted when it is active on at least so many images, training and held-out."""
+"""Fewest images, both in training and held-out, on which a latent must be active for its effect to be predicted."""
 
 
 class RandomStart(Fitting):
-    """Autoencoders whose rows start in random directions, so that two seeds share no starting point.
+    """Autoencoders whose rows start in random directions, so that two seeds do not share a starting point.
 
-    Rows of `Fitting` start as residuals: two fits to the same residuals start close to each other.
+    Rows of `Fitting` start as residuals, so two fits to the same residuals start close to each other.
     """
 
     def __init__(self, train: Tensor, settings: SaeSettings):
@@ -52,7 +52,7 @@ def fitted(kind: type[Fitting], train: Tensor, k: int, seed: int, bf16: bool) ->
 
 
 def projection(train: Tensor, components: int) -> Reconstruct:
-    """Onto the first principal components of residuals (S, B, D)."""
+    """The projection onto the first principal components of residuals (S, B, D)."""
     means = train.mean(1)
     rows = [
         torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.T.flip(0)[:components]
@@ -67,9 +67,9 @@ def projection(train: Tensor, components: int) -> Reconstruct:
 
 
 def compared(model: GatedVit, train: Tensor, held_out: Tensor, fit: Fitting) -> dict[str, Any]:
-    """FVU and gate agreement on held-out residuals, beside as many principal components, mean over the sites.
+    """FVU and gate agreement on held-out residuals, compared with as many principal components, mean over the sites.
 
-    fit: measured as fitted, before the conversion to JumpReLU.
+    fit: measured before the conversion to JumpReLU.
     """
     k = fit.settings.k
     kinds = {"sae": fit.reconstruct, "pca": projection(train, k)}
@@ -86,10 +86,10 @@ def _means(sites: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def stabilities(train: Tensor, held_out: Tensor, seed: int, bf16: bool) -> dict[str, list[float]]:
-    """Per site, how well the decoder rows of one seed are found again by another (mean of the highest cosines).
+    """For each site, how well the decoder rows of one seed reappear with another (mean of the highest cosines).
 
-    residual start, random start: two fits each. untrained: two draws of residuals about their median, what a residual
-    start begins from; random directions: two draws. Stability beyond these two is the fit's own.
+    residual start, random start: two fits each. untrained: two draws of residuals about their median, as in a residual
+    start; random directions: two draws. Only stability beyond these two comes from the fit.
     """
     found = {}
     for name, kind in (("residual start", Fitting), ("random start", RandomStart)):
@@ -106,10 +106,11 @@ def stabilities(train: Tensor, held_out: Tensor, seed: int, bf16: bool) -> dict[
 
 @torch.no_grad()
 def effects(model: GatedVit, sae: Sae, train: Tensor, held_out: Tensor) -> list[dict[str, float]]:
-    """Per site: out-of-sample R2 of what each latent does to each gate logit.
+    """For each site, the out-of-sample R2 of the effect of each latent on each gate logit.
 
-    Its effect on an image: the logit of the residual minus that of the residual without the latent's share, z W_dec.
-    Predicted as slope x z, the slope (a number a latent and gate) fitted through the origin on the training images.
+    The effect on an image is the logit of the residual minus the logit of the residual without the latent's share, z
+    W_dec. It is predicted as slope x z, with one slope per latent and gate, fitted through the origin on training
+    images.
     r2_effect: 1 - squared error / squared effects, over all (image, active latent, gate); r2_variation: the same about
     each latent's own mean effect in training, so that only what differs between images counts. r2_median: of r2_effect
     over (latent, gate).
@@ -139,13 +140,13 @@ def effects(model: GatedVit, sae: Sae, train: Tensor, held_out: Tensor) -> list[
 
 
 def _summed(latents: int, index: Tensor, values: Tensor) -> Tensor:
-    """Values (A, U) added up by latent, index (A,): float64 (L, U)."""
+    """The sums of values (A, U) by latent, index (A,): float64 (L, U)."""
     total = torch.zeros(latents, values.shape[1], dtype=torch.float64)
     return total.index_add(0, index, values.double())
 
 
 def _removed(model: GatedVit, sae: Sae, site: int, residuals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of residuals (B, D): the latent of every active pair (A,), its activation (A,), its effect (A, U)."""
+    """For residuals (B, D): the latent of every active pair (A,), its activation (A,) and its effect (A, U)."""
     parts = []
     for x in residuals.split(250):
         z = sae.encode(site, x)

@@ -1,4 +1,4 @@
-"""What the latents of a profile stand for: the images that activate them most, and what each term does to the gates.
+"""What the latents of a profile respond to: the images that activate them most, and each term's effect on the gates.
 
 Letters: B images, U units (heads, then MLP groups), D residual width.
 """
@@ -20,7 +20,7 @@ from training.sae.activations import residuals
 from training.steering import SteeringProfile, SteeringTerm
 
 THUMBNAIL = 64
-"""Pixels of the longer side at most."""
+"""Largest length of the longer side, in pixels."""
 
 
 @torch.no_grad()
@@ -33,12 +33,13 @@ def describe_latents(
     per_profile: int = 6,
     images: int = 8,
 ) -> list[dict[str, Any]]:
-    """Per profile, its `per_profile` terms of largest effect on the gates. Give the selection split, never the test.
+    """The `per_profile` terms of each profile with the largest effect on the gates. Use the selection split, never
+    test.
 
-    effect (U): mean change of each unit's gate logit on the target's images when only this term is applied. A term's
-    rank is the sum of |effect| over the units. mean and active: mean activation, and share of images on which the
-    latent is active, on the target's images and on the rest. images: the strongest of the whole split, as base64 PNG.
-    A profile whose target has no image in the split, or that has no terms, is left out.
+    effect (U): mean change of each unit's gate logit on the target's images when only this term is applied. Terms are
+    ranked by the sum of |effect| over the units. mean and active: mean activation, and share of images on which the
+    latent is active, on the target's images and on the rest. images: those of the whole split with the highest
+    activation, as base64 PNG. Profiles without terms, or whose target has no image in the split, are left out.
     """
     read = residuals(model, split, "latents: residuals")  # (S, B, D)
     described = []
@@ -71,7 +72,7 @@ def describe_latents(
 
 
 def term_effect(model: GatedVit, sae: Sae, site: int, term: SteeringTerm, residual: Tensor) -> Tensor:
-    """(U,): mean over residuals (B, D) of a site of gate logits with this term alone minus those without steering."""
+    """(U,): gate logits with only this term minus those without steering, mean over residuals (B, D) of a site."""
     device, gate = sae.encoder.device, model.gates[site]
     x = residual.float().to(device)
     latent, scale, shift = (torch.tensor([[value]], device=device) for value in (term.latent, term.scale, term.shift))
@@ -107,7 +108,7 @@ def _activity(
 
 
 def thumbnail(pixels: Tensor) -> str:
-    """uint8 (height, width, channels) -> base64 of a PNG of at most THUMBNAIL x THUMBNAIL pixels."""
+    """uint8 (height, width, channels) -> a PNG of at most THUMBNAIL x THUMBNAIL pixels, as base64."""
     array = pixels.numpy()
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

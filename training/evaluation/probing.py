@@ -1,9 +1,9 @@
-"""k-sparse probing: how well a few latents tell the factors that an image was made from (typefaces).
+"""k-sparse probing: how well a few latents predict the factors that an image was made from (typefaces).
 
-A factor is regressed on k features of the residual, which are chosen and weighted on the images of one half of the
-designs and measured on those of the other (k-sparse probing, Gurnee et al. 2023, arXiv:2305.01610; the k are found by
-orthogonal matching pursuit). The features are an autoencoder's latents or, in their place, principal components, the
-latents of a random dictionary, and those of an autoencoder whose decoder is random (arXiv:2602.14111).
+A factor is regressed on k features of the residual, which are chosen and weighted on the images of half of the designs
+and measured on those of the other half (k-sparse probing, Gurnee et al. 2023, arXiv:2305.01610; the k are found by
+orthogonal matching pursuit). The features are an autoencoder's latents or, instead, principal components, the latents
+of a random dictionary, and those of an autoencoder whose decoder is random (arXiv:2602.14111).
 
 Letters: B images, S sites, L features, D residual width, F factors, K numbers of features.
 """
@@ -28,8 +28,8 @@ Encode = Callable[[int, Tensor], Tensor]
 
 
 def dictionaries(train: Tensor, held_out: Tensor, sae: Sae, seed: int, bf16: bool) -> dict[str, Encode]:
-    """By name. bundle: `sae`. The others are small fits to residuals (S, B, D), alike but for the random rows; random:
-    before it was fitted. Thresholds from held-out residuals."""
+    """The dictionaries by name. bundle: `sae`. The others are small fits to residuals (S, B, D), which differ only in
+    their random rows; random: not fitted. Thresholds come from held-out residuals."""
     kinds = {"sae": Fitting, "frozen decoder": FrozenDecoder}
     found = {name: fitted(kind, train, STABLE_AT, seed, bf16).folded(held_out) for name, kind in kinds.items()}
     torch.manual_seed(seed)
@@ -46,12 +46,12 @@ def dictionaries(train: Tensor, held_out: Tensor, sae: Sae, seed: int, bf16: boo
 
 
 def can_probe(split: Split) -> bool:
-    """Whether it is known what its images were made from, and they are of two designs or more."""
+    """Whether the factors of its images are known, and the images come from two designs or more."""
     return split.factors is not None and len(split.factors[:, FACTORS.index("design")].unique()) > 1
 
 
 def known_factors(split: Split) -> tuple[dict[str, Tensor], Tensor]:
-    """The factors (B,) by name, of a neighbour whether it is there; and the design of each image (B,)."""
+    """The factors (B,) by name (for a neighbour: whether there is one), and the design of each image (B,)."""
     assert split.factors is not None
     factors = dict(zip(FACTORS, split.factors.T, strict=True))
     design, _ = factors.pop("design"), factors.pop("face")
@@ -62,8 +62,8 @@ def known_factors(split: Split) -> tuple[dict[str, Tensor], Tensor]:
 
 @torch.no_grad()
 def probed(encodings: Mapping[str, Encode], residuals: Tensor, split: Split) -> dict[str, Any]:
-    """Out-of-sample R2 of each factor by each dictionary, mean over the sites: r2[dictionary][k, F]. `residual`: of a
-    ridge regression on all of its dimensions. residuals (S, B, D): those of the split's images, of two designs or more.
+    """Out-of-sample R2 of each factor with each dictionary, mean over the sites: r2[dictionary][k, F]. `residual`: with
+    a ridge regression on all dimensions. residuals (S, B, D): of the split's images, which have two designs or more.
     """
     factors, design = known_factors(split)
     fit = design.unique(return_inverse=True)[1] % 2 == 0
@@ -87,16 +87,16 @@ def probed(encodings: Mapping[str, Encode], residuals: Tensor, split: Split) -> 
 
 
 def sparse_r2(features: Tensor, values: Tensor, fit: Tensor) -> Tensor:
-    """(K, F): R2 of values (B, F) on the images that are not `fit` (B,), by k of the features (B, L) for each of KS.
+    """(K, F): R2 of values (B, F) on the images outside `fit` (B,), with k of the features (B, L) for each k in KS.
 
-    Of a factor, next comes the feature that correlates most with what the ones before it leave."""
+    For each factor, the next feature is the one that correlates most with the remainder of the previous ones."""
     x, y = _standardised(features, fit), _standardised(values, fit)
     scores = [[_r2(y[:, f], predicted, fit) for predicted in _pursuit(x, y[:, f], fit)] for f in range(y.shape[1])]
     return torch.tensor(scores).T
 
 
 def ridge_r2(features: Tensor, values: Tensor, fit: Tensor) -> Tensor:
-    """(F,): likewise, by all features."""
+    """(F,): the same with all features."""
     x, y = _standardised(features, fit), _standardised(values, fit)
     of_fit = x[fit]
     weight = torch.linalg.solve(of_fit.T @ of_fit + torch.eye(x.shape[1]).to(x), of_fit.T @ y[fit])
@@ -104,7 +104,7 @@ def ridge_r2(features: Tensor, values: Tensor, fit: Tensor) -> Tensor:
 
 
 def _pursuit(x: Tensor, y: Tensor, fit: Tensor) -> list[Tensor]:
-    """Predictions (B,) of y (B,), for each of KS; features (B, L) and y are standardised."""
+    """Predictions (B,) of y (B,) for each k in KS. Features (B, L) and y are standardised."""
     predicted, chosen, predictions = torch.zeros_like(y), list[int](), []
     for count in range(1, KS[-1] + 1):
         left = (x[fit].T @ (y - predicted)[fit]).abs()
@@ -118,13 +118,13 @@ def _pursuit(x: Tensor, y: Tensor, fit: Tensor) -> list[Tensor]:
 
 
 def _standardised(values: Tensor, fit: Tensor) -> Tensor:
-    """By mean and deviation over the images of `fit`; what is constant there is 0 everywhere."""
+    """Values standardised by mean and deviation over the images in `fit`; constant ones become 0."""
     deviation = values[fit].std(0, correction=0)
     centred = values - values[fit].mean(0)
     return torch.where(deviation > 1e-9, centred / deviation.clamp_min(1e-9), 0.0)
 
 
 def _r2(y: Tensor, predicted: Tensor, fit: Tensor) -> float:
-    """On the images that are not `fit`, about the mean of those that are, which is 0; 0 of what is constant."""
+    """R2 on the images outside `fit`, about the mean over `fit`, which is 0; 0 for a constant."""
     error, whole = (values[~fit].square().sum() for values in (y - predicted, y))
     return float(1 - error / whole) if whole else 0.0

@@ -1,6 +1,6 @@
-"""Step `evaluate`: the whole protocol on the test split. results.json has every number of the report.
+"""Step `evaluate`: the whole protocol on the test split. Writes results.json, with every number of the report.
 
-The criteria (criteria.py) were set before a test image was read, and count over all classes.
+The criteria (criteria.py) were set before a test image was read, and apply to all classes together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,13 +44,14 @@ PATTERN = (
     "steering, significantly so (McNemar, Benjamini-Hochberg over the classes, 5%)"
 )
 TOKENS = 2 * 2**30
-"""Bytes of what enters the first gate, of all images, up to which it is held in place of them."""
+"""Bytes. Up to this size, the tokens that enter the first gated block are kept for all images, in place of the
+images."""
 
 
 def evaluate(
     settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
 ) -> dict[str, Any]:
-    """Measure no steering, every profile, every rival and the controls that are there; write results.json."""
+    """Measure no steering, every profile, every rival and the trained controls; write results.json."""
     network, entered = _from_the_gates(settings, model, data)
     dial = _knots(run) if settings.vit.dial else None
     results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
@@ -81,8 +82,8 @@ def evaluate(
 
 
 def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[GatedNetwork, Data]:
-    """What answers as the model does, and faster, and the data as it reads them: what enters the first gate in place of
-    images, if that fits. Of the training images, those that profiles are found on."""
+    """A faster equivalent of the model, and its data: if they fit, the tokens that enter the first gated block instead
+    of images. Of the training images, only those for finding profiles."""
     train = data.train
     pool = train.take(balanced(train.classes, min(1.0, settings.profiles.pool / len(train)), settings.seed)[0])
     splits = [pool, data.selection, data.test]
@@ -102,7 +103,7 @@ def _protocol(
     profiles: Sequence[SteeringProfile],
     dial: Dial | None,
 ) -> dict[str, Any]:
-    """network, data: _from_the_gates."""
+    """The results. network, data: from _from_the_gates."""
     macs, selection, test = count(model), data.selection, data.test
     targets = [tuple(data.labels.index(label) for label in profile.classes) for profile in profiles]
     ungated = answers(network, test, decide=keep_all)
@@ -203,7 +204,7 @@ def _profile_entry(
 
 
 def _label_masking(neutral: Outcome, under: Outcome, classes: Tensor, target: Target) -> dict[str, Any]:
-    """Of a context: the accuracy of its images where its labels alone can be answered, which needs no steering."""
+    """The accuracy of a context's images when only its labels are allowed as answers, which needs no steering."""
     if len(target) == 1:
         return {}
     members = torch.tensor(target)
@@ -216,7 +217,7 @@ def _label_masking(neutral: Outcome, under: Outcome, classes: Tensor, target: Ta
 
 
 def _per_unit(outcome: Outcome, when: str) -> dict[str, Any]:
-    """Share of the images that keep each head (G, H), and each MLP group (G, M) where there are some."""
+    """Share of the images for which each head (G, H) is open, and each MLP group (G, M) if there are any."""
     found = {f"head_usage_{when}": rounded(outcome.head_gate.double().mean(0))}
     if outcome.mlp_gate.shape[2]:
         found[f"mlp_usage_{when}"] = rounded(outcome.mlp_gate.double().mean(0))
@@ -224,7 +225,8 @@ def _per_unit(outcome: Outcome, when: str) -> dict[str, Any]:
 
 
 def _power(before: significance.Right, after: significance.Right) -> dict[str, float]:
-    """Of the non-inferiority test of recall, with as many images and changed answers, if truly nothing changed."""
+    """The power of the non-inferiority test of recall at this number of images and changed answers, if nothing
+    changed."""
     discordance = float((before != after).mean())
     return {
         "discordance": round(discordance, 5),
@@ -234,7 +236,7 @@ def _power(before: significance.Right, after: significance.Right) -> dict[str, f
 
 
 def _adjust(entries: Sequence[dict[str, Any]]) -> None:
-    """Benjamini-Hochberg over the classes, in place."""
+    """Adjust the p-values by Benjamini-Hochberg over the classes, in place."""
     for entry, p in zip(entries, significance.benjamini_hochberg([e["mcnemar"] for e in entries]), strict=True):
         entry["mcnemar_adjusted"] = p
 
@@ -259,7 +261,7 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
-    """compute_fraction: of the MACs of the run's own model with every unit open."""
+    """The measurements of a control. compute_fraction: of the MACs of the run's own model with every unit open."""
     model = load_vit(control.run)
     gated = control.settings.vit.gate_epochs + control.settings.vit.joint_epochs > 0
     outcome = answers(model, data.test) if gated else answers(model, data.test, decide=keep_all)
@@ -280,7 +282,7 @@ def _knots(run: Run) -> Dial:
 
 
 def _last_block(control: Control, data: Data) -> dict[str, Any]:
-    """The same protocol for the model of which only the last block is gated, and the oracle of all its heads' sets."""
+    """The same protocol for the model with only the last block gated, and the oracle over all sets of its heads."""
     model = load_vit(control.run)
     network, entered = _from_the_gates(control.settings, model, data)
     sae, profiles = load_sae(control.run), load_profiles(control.run)

@@ -1,8 +1,8 @@
-"""What else could be done at a profile's unit usage (of heads alone: head usage): every strategy and baseline on one
-slice of images per target.
+"""The alternatives to a profile at its unit usage (head usage if only heads are gated): every strategy and baseline, on
+one slice of images per target.
 
-Whatever has a strength is set to the usage of the profile by bisection on selection images of the target; what is the
-same for all images (class_agnostic.py), to the profiles' mean.
+Methods with a strength are set to the profile's usage by bisection on selection images of the target; methods that are
+the same for all images (class_agnostic.py), to the profiles' mean usage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,31 +40,31 @@ from training.sae.activations import residuals
 from training.steering import SteeringProfile, Terms, at_strength, terms_from_json
 
 SLICE = 250
-"""Images of the target at most, and as many others."""
+"""Largest number of images of the target, and of others."""
 MATCHING = 200
 """Selection images of the target on which a rival's usage is matched to the profile's."""
 GREEDY = 80
-"""Of these, with as many others, on which units are closed greedily."""
+"""How many of these, with as many others, are used to close units greedily."""
 DRAWS = 5
-"""Of what is random."""
+"""Draws of random methods."""
 NO_STEERING, PROFILE, SHAM = "no steering", "profile", "another class's profile"
 AT_USAGE = ("learned, random latents",)
-"""Strategies whose strength is matched to the profile's usage; the others have the strength that served best."""
+"""Strategies whose strength is matched to the profile's usage; the others have their best strength."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The images that the rivals of a profile are measured on, and what is known of them already."""
+    """The images on which the rivals of a profile are measured, and their known outcomes."""
 
     split: Split
     target: Target
     neutral: Outcome
     under: Outcome
-    """Under the profile."""
+    """Outcome under the profile."""
     others: list[Outcome]
-    """Under the profiles of the other classes."""
+    """Outcomes under the profiles of the other classes."""
     alike: dict[str, Outcome]
-    """Under rivals that are the same for all images, by name."""
+    """Outcomes under rivals that are the same for all images, by name."""
 
     @classmethod
     def of(
@@ -76,7 +76,8 @@ class Slice:
         others: list[Outcome],
         alike: Mapping[str, Outcome],
     ) -> "Slice":
-        """At most SLICE images of the target and as many others; the outcomes are of the whole split."""
+        """A slice of at most SLICE images of the target and as many others. The outcomes passed in are of the whole
+        split."""
         rows = own_and_others(split, target, SLICE, 0)
         taken = {name: outcome.take(rows) for name, outcome in alike.items()}
         return cls(
@@ -86,17 +87,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rival does on a slice; of what is random, the mean of the draws."""
+    """The measured effect of a rival on a slice; for random methods, the mean of the draws."""
 
     effect: Effect
     own_right: Rightness
-    """Per image of the target: whether it got its label, or in which share of the draws."""
+    """For each image of the target, whether it got its label, or the share of the draws in which it did."""
 
 
 def usage_to_match(
     model: GatedNetwork, macs: Macs, sae: Sae, selection: Split, profile: SteeringProfile, target: Target
 ) -> float:
-    """The profile's unit usage on the images that its rivals are matched on."""
+    """The profile's unit usage on the images on which its rivals are matched."""
     return answers(model, _own(selection, target), steered_by(sae, profile.terms)).usage(macs)
 
 
@@ -112,7 +113,8 @@ def rivals_of(
     usages: Sequence[float],
     seed: int,
 ) -> Callable[[int, Slice], dict[str, Measured]]:
-    """(index of the profile, its slice) -> what every rival does there, by name. usages: those to match."""
+    """(index of the profile, its slice) -> the effect of every rival on the slice, by name. usages: the usages to
+    match."""
     choices = {choice["name"]: choice["best"] for choice in run.info("profiles")["result"]["choices"]}
     stored = run.read_tensors("gate_bias")
     assert stored is not None
@@ -164,10 +166,10 @@ def rivals_of(
 
 
 def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]]:
-    """Over the single classes, by name: mean usage, mean changes from no steering, and recall against the profile.
+    """Means over the single classes, by rival: usage, changes from no steering, and recall against the profile.
 
-    against_profile: recall minus that of the profile, in pairs over all images of all classes, with its 95% interval
-    and p. Of what is drawn several times an image has the mean of all draws.
+    against_profile: the paired difference of recall from the profile, over all images of all classes, with its 95%
+    interval and p. For random methods, an image has the mean of all draws.
     """
     found = {}
     for name in measured[0]:
@@ -199,7 +201,7 @@ def _own(selection: Split, target: Target) -> Split:
 
 
 def _loss(settings: ProfileSettings, split: Split, target: Target, neutral: Tensor, logits: Tensor) -> float:
-    """As the search of a profile sees it. neutral (B, C): the logits without steering."""
+    """The loss of the search for a profile. neutral (B, C): the logits without steering."""
     own = torch.isin(split.classes, torch.tensor(target))
     return answer_loss(settings, logits.log_softmax(-1), neutral.log_softmax(-1), split.classes, own).item()
 

@@ -1,4 +1,4 @@
-"""What the seeds of one preset agree on: a row a seed from its results.json, and mean and range over them."""
+"""The table over the seeds of a preset: one row per seed from its results.json, and mean and range over the seeds."""
 
 import json
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ RIVALS = (
     "causal",
     "class-mean",
 )
-"""Those that stand in the table; results.json has the others."""
+"""The rivals in the table; results.json also has the others."""
 
 
 def row(results: dict[str, Any]) -> dict[str, Any]:
-    """A seed's main numbers, shares between 0 and 1; usage is unit usage (of heads alone: head usage); changes are from
-    no steering, over the single classes."""
+    """A seed's main numbers, as shares between 0 and 1. Usage is unit usage (head usage if only heads are gated);
+    changes are relative to no steering, over the single classes."""
     singles = [p for p in results["profiles"] if len(p["classes"]) == 1]
     columns = {
         "seed": results["seed"],
@@ -58,7 +58,7 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(runs: Sequence[Run]) -> dict[str, Any]:
-    """Rows of evaluated runs, and their mean, lowest and highest. Raises RunError when one is not evaluated."""
+    """The rows of evaluated runs, with mean, lowest and highest values. Raises RunError when a run is not evaluated."""
     rows = []
     for run in runs:
         path = run.folder / "results.json"
@@ -72,8 +72,8 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _intervals(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """By metric the 95% interval of the mean change over seeds, classes and images; none unless all runs have the same
-    test images."""
+    """For each metric, the 95% interval of the mean change over seeds, classes and images; empty unless all runs have
+    the same test images."""
     stored = [run.read_tensors(CHANGES) for run in runs]
     present = [of_run for of_run in stored if of_run]
     images = {meta["images"] for _, meta in present}
@@ -84,7 +84,7 @@ def _intervals(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def _fidelity(run: Run) -> dict[str, float]:
-    """The worst site of a run's autoencoders."""
+    """The fidelity of the worst site of a run's autoencoders."""
     of_sites = run.info("sae")["result"]["fidelity"]
     worst = (
         ("fvu", max),
@@ -97,7 +97,7 @@ def _fidelity(run: Run) -> dict[str, float]:
 
 
 def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean, lowest and highest of every number of the rows."""
+    """The mean, lowest and highest value of every number of the rows."""
     numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
     functions = (("mean", mean), ("lowest", min), ("highest", max))
     return {name: {key: round(function([r[key] for r in rows]), 5) for key in numbers} for name, function in functions}

@@ -1,8 +1,8 @@
-"""How selective profiles and their rivals are found, chosen and measured.
+"""Finds, chooses and measures selective profiles and their rivals.
 
-Every method gets the same images: a few of the context (nested draws) and a background of others, all of them training
-images. Its strength is chosen on the selection slice under the bounds of selective_criteria.py. Only images that a
-method touches are run under it: the others are answered as without steering (profiles/selective.py, `touched`).
+Every method gets the same training images: a few of the context (nested draws) and a background of others. Its strength
+is chosen on the selection slice under the bounds of selective_criteria.py. Only images that a method touches are run
+under it: the others have their answers without steering (profiles/selective.py, `touched`).
 
 Letters: B images, S sites, D width.
 """
@@ -37,7 +37,7 @@ from training.steering import Terms, at_strength
 
 @dataclass(frozen=True)
 class Method:
-    """What was found, at any strength."""
+    """A method as found, for any strength."""
 
     at: Callable[[float], Rival]
     touches: Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ def of_probe(probe: Probe) -> Method:
 
 @torch.no_grad()
 def examples(network: GatedNetwork, split: Split, size: int = 500) -> Examples:
-    """The split, with what the model answers and reads on it without steering, in one pass."""
+    """The split with the model's answers and residuals without steering, in one pass."""
     read: list[Tensor] = []
 
     def keep(site: int, residual: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ def examples(network: GatedNetwork, split: Split, size: int = 500) -> Examples:
 
 
 def drawn(pool: Examples, target: Target, count: int, seed: int) -> tuple[Examples, Examples]:
-    """So many images of the target, and BACKGROUND others. With the same seed a smaller draw is part of a larger."""
+    """`count` images of the target, and BACKGROUND others. With the same seed, a smaller draw is part of a larger
+    one."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(pool), generator=generator)
     own = torch.isin(pool.split.classes[order], torch.tensor(target))
@@ -82,7 +83,7 @@ def drawn(pool: Examples, target: Target, count: int, seed: int) -> tuple[Exampl
 
 
 def under(network: GatedNetwork, images: Examples, method: Method, strength: float) -> Outcome:
-    """The answers of all images; only those that the method touches are run."""
+    """The outcome of all images; only those that the method touches are run."""
     rows = torch.nonzero(method.touches(images.residuals)).flatten()
     before = images.unsteered
     if not len(rows):
@@ -102,8 +103,8 @@ def chosen(
     method: Method,
     known: Sequence[dict[str, Any]] = (),
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The largest strength within the bounds on the selection slice, or the one that moves least if none is;
-    and what those that were tried do there. known: what was tried before."""
+    """The largest strength within the bounds on the selection slice, or the one with the smallest change if none is;
+    and the measurements of all strengths tried. known: earlier measurements."""
     tried: list[dict[str, Any]] = []
     for strength in STRENGTHS:
         values = next((values for values in known if values["strength"] == strength), None)
@@ -117,10 +118,10 @@ def chosen(
 
 
 def measured(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict[str, Any]:
-    """What a method does on a split: shares, 0 to 1; of compute, differences of compute fractions.
+    """The effect of a method on a split: shares, 0 to 1; for compute, differences of compute fractions.
 
     saved: on the context's images, mean. moved: on the others, mean of the absolute difference; moved_signed: mean.
-    untouched_others: share of the others whose logits are as before, to the bit. *_change: of the accuracy.
+    untouched_others: share of the others whose logits are identical to the bit. *_change: changes of accuracy.
     """
     classes, before = images.split.classes, images.unsteered
     own = torch.isin(classes, torch.tensor(target))
@@ -144,7 +145,7 @@ def measured(macs: Macs, images: Examples, after: Outcome, target: Target) -> di
 
 
 def judged(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict[str, Any]:
-    """`measured`, with the interval of the accuracy's change, the p of its non-inferiority, and the verdict."""
+    """`measured`, with the interval of the change of accuracy, the p of its non-inferiority, and the verdict."""
     values = measured(macs, images, after, target)
     right = [(outcome.predicted == images.split.classes).numpy() for outcome in (images.unsteered, after)]
     return {
@@ -161,7 +162,7 @@ def _compute(macs: Macs, outcome: Outcome) -> Tensor:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line a record, 110 columns at most."""
+    """The records as text, one line each, of at most 110 columns."""
     lines = [
         f"{'context':22}{'images':>7} {'method':18}{'strength':>9}{'saved':>8}{'moved':>8}{'untouched':>10}{'own':>8}"
         f"{'others':>8}{'all':>8}"

@@ -1,8 +1,8 @@
 """What a sceptic would use in place of SAE latents for a selective profile, found from the same images.
 
-- A linear probe on the residual that each gate reads; where it fires, a constant per unit is added to the gate logits.
-- The same search over scale terms with other dictionaries: principal components, cut off so that they are as sparse as
-  the SAE's latents, and an autoencoder whose decoder is random and frozen (arXiv:2602.14111).
+- A linear probe on the residual that each gate reads; if it fires, a constant per unit is added to the gate logits.
+- The same search over scale terms with other dictionaries: principal components, thresholded to be as sparse as the
+SAE's latents, and an autoencoder whose decoder is random and frozen (arXiv:2602.14111).
 
 Letters: B images, S sites, L latents, D width, G gated blocks, U units.
 """
@@ -23,28 +23,28 @@ from training.sae.fit import Fitting
 
 @dataclass(frozen=True)
 class Probe:
-    """A class bias that a linear probe of each site switches on."""
+    """A bias on the gate logits that a linear probe at each site switches on."""
 
     weight: Tensor
     """(S, D)"""
     offset: Tensor
-    """(S,): fires where weight x residual + offset is above 0."""
+    """(S,): the probe fires if weight x residual + offset is above 0."""
     bias: Tensor
-    """(G, U): added to the gate logits where it fires."""
+    """(G, U): added to the gate logits if the probe fires."""
     firing: dict[int, Tensor] = field(default_factory=dict, compare=False)
-    """Of the batch in progress: (B, 1) by site."""
+    """Whether the probe fires on the current batch: (B, 1) by site."""
 
     def fires(self, site: int, residual: Tensor) -> Tensor:
-        """bool (B,)"""
+        """Whether the probe of a site fires on each image: bool (B,)."""
         return residual @ self.weight[site] + self.offset[site] > 0
 
     def steer(self, site: int, residual: Tensor) -> Tensor:
-        """The residual itself; remembers where the probe fires."""
+        """Returns the residual unchanged; records where the probe fires."""
         self.firing[site] = self.fires(site, residual)[:, None].float()
         return residual
 
     def at(self, strength: float) -> Rival:
-        """The probe with its bias times a strength."""
+        """The probe with its bias multiplied by a strength."""
 
         def decide(site: int, logit: Tensor) -> Tensor:
             return keep_positive(site, logit + strength * self.bias[site] * self.firing[site])
@@ -52,12 +52,12 @@ class Probe:
         return Rival(self.steer, decide)
 
     def touched(self, residuals: Tensor) -> Tensor:
-        """bool (B,): whether it fires at any site on unsteered residuals (S, B, D)."""
+        """Whether it fires at any site on the unsteered residuals (S, B, D) of each image: bool (B,)."""
         return torch.stack([self.fires(site, of_site) for site, of_site in enumerate(residuals)]).any(0)
 
 
 def probe(task: Task, what: str = "probe") -> Probe:
-    """A logistic regression per site, set to fire on `leak` of the background; then the bias by the search of terms."""
+    """A logistic regression per site that fires on `leak` of the background, with a bias from the search for terms."""
     sites, _, dim = task.own.residuals.shape
     weight, offset = torch.zeros(sites, dim), torch.zeros(sites)
     for site in range(sites):
@@ -75,7 +75,8 @@ def probe(task: Task, what: str = "probe") -> Probe:
 
 
 def _fitted(own: Tensor, others: Tensor, leak: float) -> tuple[Tensor, Tensor]:
-    """Weight (D,) and offset of a logistic regression, both kinds of images weighing the same, L2 on the weight."""
+    """Weight (D,) and offset of a logistic regression; both kinds of images have equal total weight, L2 on the
+    weight."""
     mean, deviation = others.mean(0), others.std(0).clamp_min(1e-6)
     x, y = (torch.cat([own, others]) - mean) / deviation, torch.cat([torch.ones(len(own)), torch.zeros(len(others))])
     each = torch.where(y > 0, 0.5 / len(own), 0.5 / len(others))
@@ -97,8 +98,8 @@ def _fitted(own: Tensor, others: Tensor, leak: float) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def principal(residuals: Tensor, active: float) -> Sae:
-    """Both directions of every principal component of residuals (S, B, D), each as one latent: z = v (x - mean) where
-    that is above its quantile, so that it is active on this share of the residuals."""
+    """Both directions of every principal component of residuals (S, B, D), each as one latent: z = v (x - mean) if that
+    is above a quantile, so that the latent is active on this share of the residuals."""
     sites, _, dim = residuals.shape
     pca = Sae(sites, 2 * dim, dim)
     for site, x in enumerate(residuals):
@@ -111,7 +112,7 @@ def principal(residuals: Tensor, active: float) -> Sae:
 
 
 class FrozenDecoder(Fitting):
-    """Autoencoders whose decoder rows are random and stay so; the encoder learns."""
+    """Autoencoders with random, frozen decoder rows; only the encoder learns."""
 
     def __init__(self, train: Tensor, settings: SaeSettings):
         super().__init__(train, settings)
@@ -126,7 +127,7 @@ class FrozenDecoder(Fitting):
 
 
 def frozen(train: Tensor, held_out: Tensor, settings: SaeSettings, seed: int, bf16: bool) -> Sae:
-    """Fitted to residuals (S, B, D), thresholds from held-out ones."""
+    """Frozen-decoder autoencoders fitted to residuals (S, B, D), with thresholds from held-out ones."""
     torch.manual_seed(seed)
     fitting = FrozenDecoder(train, settings)
     fitting.fit(seed, bf16)

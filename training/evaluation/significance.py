@@ -1,6 +1,6 @@
-"""How sure a difference is: exact McNemar, non-inferiority, bootstrap, Wilson intervals, Benjamini-Hochberg.
+"""Significance of differences: exact McNemar, non-inferiority, bootstrap, Wilson intervals, Benjamini-Hochberg.
 
-Most functions take, per image and on the same images, whether it was right before, and after.
+Most functions take, for each of the same images, whether its label was right before and after.
 
 Letters: B images, S seeds, K clusters.
 """
@@ -13,43 +13,43 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap, false_discovery_control, norm, permutation_test
 
 RESAMPLES = 2000
-"""Of a bootstrap."""
+"""Resamples of a bootstrap."""
 Right = NDArray[np.bool_]
 """(B,)"""
 Rightness = NDArray[np.float64]
-"""(B,): 0 or 1, or between them the share of several draws in which the image was right."""
+"""(B,): 0 or 1, or the share of several draws in which the image was right."""
 
 
 def mcnemar(before: Right, after: Right) -> float:
-    """Two-sided p of the exact test: of the images whose answer changed, as many got right as got wrong."""
+    """Two-sided p of the exact test that, of the images whose answer changed, as many became right as became wrong."""
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def non_inferiority(before: Right, after: Right, margin: float) -> float:
-    """One-sided p of the score test that the share of right images falls by `margin` or more; small: it does not.
+    """One-sided p of the score test of the hypothesis that the share of right images falls by `margin` or more.
 
     Tango 1998 (Statistics in Medicine 17, 891-908), for paired shares: (gained - lost + n margin) over its standard
-    deviation at the boundary, where the likelihood is largest. At margin 0 it is McNemar's test without correction.
+    deviation at the boundary, where the likelihood is largest. With margin 0 it is McNemar's test without correction.
     """
     n = len(before)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-    # 2 n q^2 - b q + c = 0: the largest likelihood of P(lost) = q, P(gained) = q - margin
+    # 2 n q^2 - b q + c = 0: the maximum likelihood of P(lost) = q, P(gained) = q - margin
     b, c = gained + lost + margin * (2 * n + lost - gained), lost * margin * (1 + margin)
     q = (b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
     return float(norm.sf((gained - lost + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))))
 
 
 def not_below(values: Rightness, margin: float) -> float:
-    """One-sided p that the mean of the images' values is -margin or less, by the normal approximation; 0 when no image
-    changes."""
+    """One-sided p of the hypothesis that the mean of the images' values is -margin or less, by the normal
+    approximation; 0 when no image changes."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     above = float(np.mean(values)) + margin
     return float(norm.sf(above / error)) if error else 0.0 if above > 0 else 1.0
 
 
 def power(images: int, discordance: float, margin: float, level: float) -> float:
-    """How likely `non_inferiority` shows it when truly nothing changes on average, by the normal approximation.
+    """The power of `non_inferiority` when nothing truly changes on average, by the normal approximation.
 
     discordance: share of the images whose answer becomes right or wrong.
     """
@@ -58,7 +58,7 @@ def power(images: int, discordance: float, margin: float, level: float) -> float
 
 
 def detectable(images: int, discordance: float, level: float, power: float = 0.8) -> float:
-    """The smallest margin that is shown with that power when truly nothing changes on average."""
+    """The smallest margin that is shown with this power when nothing truly changes on average."""
     return float(norm.isf(level) + norm.ppf(power)) * math.sqrt(discordance / images)
 
 
@@ -67,9 +67,9 @@ def hierarchical_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of values (S, B) of S seeds on the same B images.
 
-    Seeds and images are drawn apart, each with replacement: images are common to the seeds (the pigeonhole bootstrap,
-    Owen 2007, https://arxiv.org/abs/0712.1111). clusters (B,): images that go together are drawn together, whole
-    clusters only (Davison & Hinkley 1997, section 3.8). Few seeds make an interval too narrow: of S, by about
+    Seeds and images are drawn independently, each with replacement, because the seeds share the images (the pigeonhole
+    bootstrap, Owen 2007, https://arxiv.org/abs/0712.1111). clusters (B,): images of a cluster are drawn together
+    (Davison & Hinkley 1997, section 3.8). With few seeds the interval is too narrow: with S seeds, by a factor of about
     sqrt((S - 1) / S).
     """
     _, member = np.unique(np.arange(values.shape[1]) if clusters is None else clusters, return_inverse=True)
@@ -85,11 +85,11 @@ def hierarchical_interval(
 
 
 def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
-    """Two-sided p that the mean does not change. McNemar's, or where draws were averaged what that is a case of: in
-    how many of 9,999 random choices of the images' signs is the mean change as large?"""
+    """Two-sided p of the hypothesis that the mean does not change. McNemar's test, or for averaged draws its
+    generalisation: the share of 9,999 random choices of the images' signs whose mean change is as large."""
     change = after - before
     if not (change % 1).any():
-        return mcnemar(change < 0, change > 0)  # only images whose answer changed count
+        return mcnemar(change < 0, change > 0)  # only changed answers count
     if np.count_nonzero(change) == 1:
         return 1.0  # either sign is as large
     return float(
@@ -115,13 +115,13 @@ def change_interval(
 
 
 def wilson(right: Right, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a share."""
+    """The Wilson interval of a share."""
     interval = binomtest(int(right.sum()), len(right)).proportion_ci(level, "wilson")
     return float(interval.low), float(interval.high)
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p: what is below q is a set with an expected share of false discoveries of at most q."""
+    """Adjusted p-values: those below q have an expected share of false discoveries of at most q."""
     return [float(p) for p in false_discovery_control(np.asarray(p_values), method="bh")] if p_values else []
 
 

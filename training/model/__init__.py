@@ -1,1 +1,1 @@
-"""The networks: a gated ViT, its autoencoders, what they cost, and what they answer."""
+"""The networks: a gated ViT and its autoencoders, their compute, and their answers."""

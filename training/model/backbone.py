@@ -22,13 +22,13 @@ from training.model.weights import load_weights
 from training.presets import PRESETS
 
 OF_CONV_STEM = ("dim", "depth", "heads", "patch", "unpadded", "mlp_ratio")
-"""The settings of VitSettings that other models have of their own."""
+"""The settings of VitSettings that apply to conv_stem only; timm models define them themselves."""
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions down to one vector a token (arXiv:2106.14881); timm's `embed_layer` interface.
+    """3x3 convolutions down to one vector per token (arXiv:2106.14881), with timm's `embed_layer` interface.
 
-    One of stride 1, then of stride 2 down to the patch size, then `unpadded` without padding.
+    First one of stride 1, then some of stride 2 down to the patch size, then `unpadded` ones without padding.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ConvStem(nn.Module):
         halvings = patch_size.bit_length() - 1
         widths = [
             max(embed_dim * 2**i // (3 * 2 ** (halvings - 1)), 8) for i in range(halvings + 1)
-        ]  # 32, 64, 128 of 192
+        ]  # 32, 64, 128 for width 192
         side, before, layers = img_size, in_chans, []
         steps = [(1, 1), *[(2, 1)] * halvings, *[(1, 0)] * unpadded]
         for (stride, padding), after in zip(steps, [*widths, *[embed_dim] * unpadded], strict=True):
@@ -63,7 +63,7 @@ class ConvStem(nn.Module):
 
 
 def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTransformer:
-    """The ungated backbone. Raises UnsupportedModel when timm does not know it or it cannot be gated."""
+    """The ungated backbone. Raises UnsupportedModel when timm has no such model or it cannot be gated."""
     if settings.model == "conv_stem":
         _check_conv_stem(settings, spec)
         vit = VisionTransformer(
@@ -99,7 +99,7 @@ def create_vit(settings: VitSettings, spec: ImageSpec, classes: int) -> VisionTr
 
 
 def _start(vit: VisionTransformer, settings: VitSettings, classes: int) -> None:
-    """Load vit.weights, if any. Says which classifier the model starts with, if it starts from weights."""
+    """Load vit.weights, if given. Prints which classifier a model with weights starts from."""
     if settings.weights is not None:
         random, sentences = load_weights(vit, settings.weights, settings.model)
     elif settings.pretrained:
@@ -116,7 +116,7 @@ def _start(vit: VisionTransformer, settings: VitSettings, classes: int) -> None:
 
 
 def check_given(settings: Settings) -> None:
-    """Raises UnsupportedModel when a setting of conv_stem alone was changed from the preset's for another model."""
+    """Raise UnsupportedModel when a setting that only conv_stem has was changed from the preset for another model."""
     preset = VitSettings(**PRESETS[settings.preset].get("vit", {}))
     for name in OF_CONV_STEM if settings.vit.model != "conv_stem" else ():
         value = getattr(settings.vit, name)
@@ -132,7 +132,7 @@ def _check_conv_stem(settings: VitSettings, spec: ImageSpec) -> None:
             raise UnsupportedModel(
                 f"vit.{name} is {getattr(settings, name)} with vit.model 'conv_stem'; allowed: a timm model"
             )
-    step = math.lcm(4, settings.heads)  # four numbers a sin-cos position, as many a head for every head
+    step = math.lcm(4, settings.heads)  # four numbers per sin-cos position, and the same width for every head
     if settings.dim % step:
         raise UnsupportedModel(f"vit.dim is {settings.dim} with {settings.heads} heads; allowed: a multiple of {step}")
     side = -(-spec.height // settings.patch) - 2 * settings.unpadded

@@ -1,4 +1,4 @@
-"""A gated model from its first gate on. What comes before is the same under every steering: a third of a pass or more.
+"""A gated model from its first gate on. The blocks before it, a third of a pass or more, do not depend on steering.
 
 Letters: B images, N tokens, D residual width.
 """
@@ -20,8 +20,8 @@ from training.model.gated_vit import GatedVit, attention
 
 @torch.no_grad()
 def from_first_gate(model: GatedVit, splits: Sequence[Split], size: int = 500) -> tuple[GatedVit, list[Split]]:
-    """The model from its first gated block on, and the splits with the tokens that enter it (B, N, D), on the CPU, in
-    place of images."""
+    """The model from its first gated block on, and the splits with the tokens (B, N, D) that enter this block instead
+    of images, on the CPU."""
     first = model.gated_blocks[0]
     before = cast(Iterable[Block], model.vit.blocks[:first])
 
@@ -46,5 +46,5 @@ def from_first_gate(model: GatedVit, splits: Sequence[Split], size: int = 500) -
 
 @torch.no_grad()
 def tokens_size(model: GatedVit, splits: Sequence[Split]) -> int:
-    """Bytes of the tokens of `from_first_gate`."""
+    """Size of the tokens of `from_first_gate`, in bytes."""
     return model.embed(splits[0].images[:1]).nbytes * sum(len(split) for split in splits)

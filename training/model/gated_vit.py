@@ -1,10 +1,10 @@
-"""A timm VisionTransformer whose attention heads and MLP groups are switched on and off per image.
+"""A timm VisionTransformer whose attention heads and MLP groups are switched on and off for each image.
 
-A gate reads the class token of the residual stream that enters its block and decides, per unit, whether the unit runs:
-`logit = Linear(LayerNorm(residual))`, kept when the logit is above 0 (the policy head of AdaViT, arXiv:2111.15668).
-A unit is an attention head or an MLP group, an equal slice of the hidden neurons of the block's MLP. A closed head
-contributes exactly zero before the output projection, a closed group exactly zero before the second layer's bias, which
-is always added.
+A gate reads the class token of the residual stream that enters its block and decides for each unit whether it runs:
+`logit = Linear(LayerNorm(residual))`; the unit is open when its logit is above 0 (the policy head of AdaViT,
+arXiv:2111.15668). A unit is an attention head or an MLP group, an equal slice of the hidden neurons of the block's MLP.
+A closed head contributes exactly zero before the output projection, a closed group exactly zero before the second
+layer's bias, which is always added.
 
 Letters: B images, N tokens, D residual width, H heads, E head width, M MLP groups, U = H + M units, G gated blocks,
 Q query tokens.
@@ -27,28 +27,28 @@ from training.steering import GATE_BOUND, GATE_EPSILON
 Decide = Callable[[int, Tensor], Tensor]
 """(index among the gated blocks, gate logits (B, U)) -> gates (B, U), 0 to 1. Heads come first, then MLP groups."""
 Steer = Callable[[int, Tensor], Tensor]
-"""(index among the gated blocks, residual (B, D)) -> what the gate reads instead, (B, D)."""
+"""(index among the gated blocks, residual (B, D)) -> the gate's input in its place, (B, D)."""
 
 
 class UnsupportedModel(Exception):
-    """The model cannot be gated; the message says which part, and what is supported."""
+    """The model cannot be gated; the message names the unsupported part and what is supported."""
 
 
 class Intermediates(TypedDict):
-    """What the gates read, and how they decided."""
+    """The inputs and decisions of the gates."""
 
     residual: Tensor
     """float32 (B, G, D): the class token that enters each gated block."""
     gate_logit: Tensor
-    """float32 (B, G, U), the gate bias added."""
+    """float32 (B, G, U), including the gate bias."""
     head_gate: Tensor
-    """float32 (B, G, H): 0 or 1 (in the forward pass)."""
+    """float32 (B, G, H): 0 or 1 in the forward pass."""
     mlp_gate: Tensor
-    """float32 (B, G, M), likewise."""
+    """float32 (B, G, M): 0 or 1 in the forward pass."""
 
 
 class GatedNetwork(Protocol):
-    """What answers with gates: a GatedVit for images, or what takes its place (profiles/last_block.py)."""
+    """A network with gates: a GatedVit, or its replacement for a single gated block (profiles/last_block.py)."""
 
     @property
     def gates(self) -> nn.ModuleList:
@@ -56,11 +56,11 @@ class GatedNetwork(Protocol):
 
     @property
     def heads(self) -> int:
-        """Heads of a block."""
+        """Heads per block."""
 
     @property
     def mlp_groups(self) -> int:
-        """MLP groups of a gated block; 0 where only heads are gated."""
+        """MLP groups per gated block; 0 if only heads are gated."""
 
     @property
     def dim(self) -> int:
@@ -68,21 +68,21 @@ class GatedNetwork(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of its parameters."""
 
     def __call__(
         self, image: Tensor, steer: Steer | None = None, decide: Decide = ..., gate_bias: Tensor | None = None, /
     ) -> tuple[Tensor, Intermediates]:
-        """Logits (B, classes) and the intermediates, as GatedVit.forward."""
+        """Logits (B, classes) and the intermediates, as of GatedVit.forward."""
 
 
 def keep_positive(_: int, logit: Tensor) -> Tensor:
-    """The decision at inference: keep a unit when its logit is above 0."""
+    """The decision at inference: a unit is open when its logit is above 0."""
     return (logit > 0).to(logit.dtype)
 
 
 def keep_all(_: int, logit: Tensor) -> Tensor:
-    """The ungated model."""
+    """Every unit open: the ungated model."""
     return torch.ones_like(logit)
 
 
@@ -108,7 +108,8 @@ def lowered(decide: Decide, offset: Tensor) -> Decide:
 
 
 class Gate(nn.Module):
-    """(B, D) -> gate logits (B, U), softly bounded to +-GATE_BOUND so that no gate is beyond recall. Starts open."""
+    """(B, D) -> gate logits (B, U), softly bounded to +-GATE_BOUND so that training can still reverse every gate.
+    Starts open."""
 
     def __init__(self, dim: int, units: int):
         super().__init__()
@@ -125,8 +126,8 @@ class Gate(nn.Module):
 class GatedVit(nn.Module):
     """The model of this project: pixels in, logits and named intermediates out.
 
-    Only the class token (of a distilled model: and the distillation token) leaves the last block, so there the query,
-    the output projection and the MLP are computed for that alone.
+    The last block's only output is the class token (and the distillation token of a distilled model), so its query,
+    output projection and MLP are computed for these tokens only.
     """
 
     mean: Tensor
@@ -141,8 +142,8 @@ class GatedVit(nn.Module):
         mlp_groups: int = 0,
         dial: float | None = None,
     ):
-        """mlp_groups: of each gated block's MLP; 0: the MLPs run whole. dial: the usage at which the gates of a model
-        with a dial have no bias; None: without one. Raises UnsupportedModel."""
+        """mlp_groups: the groups of each gated block's MLP; 0: MLPs have no gates. dial: the usage at which all biases
+        of the dial are 0; None: no dial. Raises UnsupportedModel."""
         super().__init__()
         check_supported(vit)
         check_mlps(vit, gated_blocks, mlp_groups)
@@ -165,7 +166,7 @@ class GatedVit(nn.Module):
         usage: Tensor | None = None,
     ) -> tuple[Tensor, Intermediates]:
         """image: uint8 (B, height, width, channels). gate_bias: float32 (B, G, U), added to the bounded gate logits.
-        usage (B,): the gate bias is that of the dial, of a model that has one.
+        usage (B,), for a model with a dial: the gate bias is that of the dial at this usage.
 
         Returns logits (B, classes) and the intermediates.
         """
@@ -204,7 +205,7 @@ class GatedVit(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters and buffers."""
+        """The device of the parameters and buffers."""
         return self.mean.device
 
     def embed(self, image: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class GatedVit(nn.Module):
 def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> Tensor:
     """Attention of the first `queries` tokens over all tokens, each head multiplied by its gate.
 
-    x (B, N, D), gate (B, H) or None for all on; returns (B, Q, D).
+    x (B, N, D), gate (B, H) or None for all open. Returns (B, Q, D).
     """
     b, n, _ = x.shape
     h, e = attn.num_heads, attn.head_dim
@@ -232,7 +233,7 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
     q, k = attn.q_norm(q), attn.k_norm(k)
     if x.is_cuda:
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    else:  # few tokens on a CPU: three times as fast as the fused form, forward and backward
+    else:  # with few tokens on a CPU, three times as fast as the fused form, forward and backward
         weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)  # (B, H, Q, N)
         mixed = attn.attn_drop(weights).to(v.dtype) @ v  # (B, H, Q, E)
     if gate is not None:
@@ -252,7 +253,7 @@ def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def check_supported(vit: nn.Module) -> None:
-    """Raises UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
+    """Raise UnsupportedModel unless closing a head of `vit` by its gate is the same as removing the head."""
 
     def require(condition: bool, feature: str, allowed: str) -> None:
         if not condition:
@@ -275,7 +276,8 @@ def check_supported(vit: nn.Module) -> None:
 
 
 def check_mlps(vit: VisionTransformer, gated_blocks: tuple[int, ...], groups: int) -> None:
-    """Raises UnsupportedModel unless the MLPs of these blocks fall into so many groups that can be removed each."""
+    """Raise UnsupportedModel unless the MLPs of these blocks can be split into this many groups that can each be
+    removed."""
     for index in gated_blocks if groups else ():
         module = vit.blocks[index].mlp
         if type(module) is not Mlp or not isinstance(module.norm, nn.Identity) or not isinstance(module.fc1, nn.Linear):

@@ -1,7 +1,7 @@
-"""Measuring a model under some steering: its answers on a split, and what they mean for a target.
+"""Measures a model under steering: its answers on a split, and the effect on a target.
 
-A profile presumes that the class is known. So recall never stands alone: precision, the false-positive rate and the
-accuracy of the other images under that profile stand beside it.
+A profile presumes that the class is known. So recall is never reported alone, but with precision, the false-positive
+rate and the accuracy of the other images under that profile.
 
 Letters: B images, C classes, G gated blocks, H heads, M MLP groups, U = H + M units.
 """
@@ -21,12 +21,12 @@ from training.model.sae import Sae
 from training.steering import Terms, to_arrays
 
 NEAR = 0.1
-"""|gate logit| below which a gate counts as near its threshold, in reports."""
+"""A gate counts as near its threshold, in reports, if its |logit| is below this."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model answered for B images."""
+    """The model's answers for B images."""
 
     logits: Tensor
     """float32 (B, C)"""
@@ -35,7 +35,7 @@ class Outcome:
     gate_logit: Tensor
     """float32 (B, G, U)"""
     heads: int
-    """Of a block."""
+    """Heads per block."""
 
     @property
     def predicted(self) -> Tensor:
@@ -57,7 +57,7 @@ class Outcome:
         return macs.fraction(self.head_gate, self.mlp_gate)
 
     def usage(self, macs: Macs) -> float:
-        """Unit usage (Macs.usage), mean over the images. Sums are exact, so equal usage compares equal."""
+        """Mean unit usage (Macs.usage) over the images. Sums are exact, so equal usages compare as equal."""
         costs = macs.costs(self.heads)
         return ((self.gate * costs).sum() / (len(self.gate) * costs.sum())).item()
 
@@ -68,38 +68,38 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Effect:
-    """Measured on one set of images, with some of the target and some not. All are shares, 0 to 1."""
+    """Metrics on a set of images, some of the target and some not. All are shares, 0 to 1."""
 
     recall: float
-    """Images of the target that get their own label."""
+    """Share of the target's images that get their own label."""
     precision: float
-    """Images labelled as one of the target's classes that are correct."""
+    """Share of images labelled as one of the target's classes that are correct."""
     f1: float
-    """Harmonic mean of the two."""
+    """Harmonic mean of recall and precision."""
     false_positive_rate: float
-    """Other images that get a label of the target."""
+    """Share of other images that get a label of the target."""
     auroc: float
-    """How well the target's probability tells its images from the others."""
+    """Area under the ROC curve of the target's probability, for its images against the others."""
     others_accuracy: float
-    """Other images that get their own label under this steering."""
+    """Share of other images that get their own label under this steering."""
     overall_accuracy: float
-    """All images under this steering."""
+    """Accuracy of all images under this steering."""
     head_usage: float
     """On the target's images."""
     compute_fraction: float
     """On the target's images."""
     mlp_usage: float | None = None
-    """On the target's images; None where only heads are gated."""
+    """On the target's images; None if only heads are gated."""
     unit_usage: float | None = None
-    """Likewise, of Macs.usage."""
+    """Macs.usage on the target's images; None if only heads are gated."""
 
     @property
     def usage(self) -> float:
-        """Unit usage: where only heads are gated, head usage."""
+        """Unit usage; head usage if only heads are gated."""
         return self.head_usage if self.unit_usage is None else self.unit_usage
 
     def to_json(self) -> dict[str, float]:
-        """The fields by name, rounded to five decimals; without those that are None."""
+        """The fields by name, rounded to five decimals, without those that are None."""
         return {key: round(value, 5) for key, value in asdict(self).items() if value is not None}
 
 
@@ -125,10 +125,10 @@ def answers(
 
 
 def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
-    """How the gates decide. classes (B,): the true ones.
+    """Statistics of the gates' decisions. classes (B,): the true ones.
 
-    usage: class x gated block x unit, share of the class's images that keep the unit. near_threshold: gated block x
-    unit, share of gates with a |logit| below NEAR.
+    usage: class x gated block x unit, share of the class's images for which the unit is open. near_threshold: gated
+    block x unit, share of images with a |gate logit| below NEAR.
     """
     usage = [outcome.gate[classes == index].double().mean(0) for index in range(int(classes.max()) + 1)]
     near = (outcome.gate_logit.abs() < NEAR).double().mean(0)
@@ -143,7 +143,7 @@ def rounded(values: Tensor, digits: int = 4) -> list[Any]:
 
 
 def steered_by(sae: Sae, terms: Terms) -> Steer | None:
-    """Every image of a batch steered by the same terms; None where there are none."""
+    """Steers every image of a batch by the same terms; None without terms."""
     if not terms:
         return None
     arrays = to_arrays([terms], sae.sites)
@@ -153,7 +153,7 @@ def steered_by(sae: Sae, terms: Terms) -> Steer | None:
 
 
 def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Macs) -> Effect:
-    """classes (B,): the true ones of the outcome's images."""
+    """The effect on a target. classes (B,): the true classes of the outcome's images."""
     members = torch.tensor(target)
     own, claimed = torch.isin(classes, members), torch.isin(outcome.predicted, members)
     correct = outcome.predicted == classes
@@ -173,7 +173,7 @@ def effect(outcome: Outcome, classes: Tensor, target: tuple[int, ...], macs: Mac
 
 
 def usages(outcome: Outcome, macs: Macs) -> dict[str, float]:
-    """head_usage, and where MLP groups are gated mlp_usage and unit_usage, mean over the images."""
+    """Means over the images: head_usage and, if MLP groups are gated, mlp_usage and unit_usage."""
     usage = {"head_usage": outcome.head_gate.double().mean().item()}
     if macs.mlp_groups:
         usage |= {"mlp_usage": outcome.mlp_gate.double().mean().item(), "unit_usage": outcome.usage(macs)}
@@ -181,7 +181,7 @@ def usages(outcome: Outcome, macs: Macs) -> dict[str, float]:
 
 
 def usage_of(measured: Mapping[str, float]) -> float:
-    """Unit usage, of an Effect or `usages` in JSON: where only heads are gated, head usage."""
+    """Unit usage from the JSON of an Effect or of `usages`; head usage if only heads are gated."""
     return measured["unit_usage" if "unit_usage" in measured else "head_usage"]
 
 

@@ -1,8 +1,8 @@
-"""The one counter of multiply-accumulates (MACs), per image.
+"""Counts multiply-accumulates (MACs) per image; the only place that does.
 
-Counted: every convolution and Linear layer, and the two matrix products of attention, of the model with every unit
-open and with only the class token in the last block's query, output projection and MLP. Not counted: norms,
-activations, softmax, biases, and the gates with their steering (D*U + 2*T*D a site: below 0.1% here).
+Counted: every convolution and Linear layer, and the two matrix products of attention, with every unit open and with
+only the class token in the last block's query, output projection and MLP. Not counted: norms, activations, softmax,
+biases, and the gates with their steering (D*U + 2*T*D per site: below 0.1% here).
 
 Letters: B images, G gated blocks, H heads, M MLP groups, U = H + M units.
 """
@@ -21,19 +21,19 @@ from training.model.gated_vit import GatedVit
 
 @dataclass(frozen=True)
 class Macs:
-    """What an image costs, in MACs."""
+    """The compute of an image, in MACs."""
 
     dense: int
     """The whole model with every unit open."""
     per_head: tuple[int, ...]
-    """What one head costs in each gated block: its share of q, k, v, of the attention and of the output projection."""
+    """MACs of one head in each gated block: its share of q, k and v, the attention and the output projection."""
     per_mlp_group: tuple[int, ...] = ()
-    """What one MLP group costs in each gated block; empty where only heads are gated."""
+    """MACs of one MLP group in each gated block; empty if only heads are gated."""
     mlp_groups: int = 0
-    """M; 0 where only heads are gated."""
+    """M; 0 if only heads are gated."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name; without those of MLP groups where only heads are gated."""
+        """The fields by name, without those of MLP groups if only heads are gated."""
         return {name: value for name, value in asdict(self).items() if "mlp_group" not in name or value}
 
     def fraction(self, head_gate: torch.Tensor, mlp_gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Macs:
         return 1 - closed / self.dense
 
     def costs(self, heads: int) -> torch.Tensor:
-        """What each unit counts in `usage`, float64 (G, U), whole numbers: its MACs; where only heads are gated, 1."""
+        """The weight of each unit in `usage`, float64 (G, U), whole numbers: its MACs, or 1 if only heads are gated."""
         if not self.mlp_groups:
             return torch.ones(len(self.per_head), heads, dtype=torch.float64)
         of_blocks = zip(self.per_head, self.per_mlp_group, strict=True)
@@ -54,19 +54,19 @@ class Macs:
         )
 
     def weights(self, heads: int) -> torch.Tensor:
-        """The costs over their sum, float64 (G, U)."""
+        """The costs divided by their sum, float64 (G, U)."""
         costs = self.costs(heads)
         return costs / costs.sum()
 
     def usage(self, gate: torch.Tensor) -> torch.Tensor:
-        """Unit usage (B,) of gates (B, G, U): MACs of the open units / MACs of all units. Where only heads are gated
-        it is head usage, in which every head counts the same."""
+        """Unit usage (B,) of gates (B, G, U): MACs of the open units / MACs of all units. If only heads are gated, it
+        is head usage: every head counts the same."""
         costs = self.costs(gate.shape[2] - self.mlp_groups).to(gate)
         return (gate * costs).sum((1, 2)) / costs.sum()
 
 
 def count(model: GatedVit) -> Macs:
-    """Count the MACs of a model in evaluation mode."""
+    """The MACs of a model in evaluation mode."""
     vit = model.vit
     stem = 0
 
@@ -101,5 +101,6 @@ def count(model: GatedVit) -> Macs:
 
 
 def head_macs(dim: int, head_dim: int, tokens: int, queries: int) -> int:
-    """q and output projection of the query tokens, k and v of all tokens, scores and their weighted sum."""
+    """MACs of a head: q and output projection of the query tokens, k and v of all tokens, scores and their weighted
+    sum."""
     return 2 * queries * dim * head_dim + 2 * tokens * dim * head_dim + 2 * queries * tokens * head_dim

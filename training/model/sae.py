@@ -1,11 +1,9 @@
-"""Sparse autoencoders of the residuals that the gates read, one a site, how they steer, and what makes
-them sparse in the fit.
+"""Sparse autoencoders of the residuals that the gates read, one per site: steering, and the sparsity of the fit.
 
     z  = JumpReLU(W_enc (x - b_dec) + b_enc)      the pre-activation where it exceeds the latent's threshold, else 0
     x' = x + sum_k ((scale_k - 1) z_k + shift_k) W_dec[k]
 
-(JumpReLU: arXiv:2407.14435.) Steering preserves the error of the autoencoder, so neutral terms change nothing, to the
-bit.
+(JumpReLU: arXiv:2407.14435.) Steering keeps the reconstruction error, so neutral terms change nothing, to the bit.
 
 Letters: B images, S sites, L latents, D residual width, T terms.
 """
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Sae(nn.Module):
-    """The autoencoders of all sites, as they are saved and served."""
+    """The autoencoders of all sites, in the form that is saved and served."""
 
     def __init__(self, sites: int, latents: int, dim: int):
         super().__init__()
@@ -28,17 +26,17 @@ class Sae(nn.Module):
 
     @property
     def sites(self) -> int:
-        """How many sites have an autoencoder."""
+        """The number of sites."""
         return self.encoder.shape[0]
 
     @property
     def latents(self) -> int:
-        """Latents a site."""
+        """Latents per site."""
         return self.encoder.shape[1]
 
     @property
     def product_bias(self) -> Tensor:
-        """(S, L): a pre-activation is W_enc x plus this, b_enc - W_enc b_dec, with the biases multiplied out."""
+        """(S, L): the bias b_enc - W_enc b_dec, so that a pre-activation is W_enc x plus this."""
         return self.encoder_bias - torch.einsum("sld,sd->sl", self.encoder, self.decoder_bias)
 
     def encode(self, site: int, residual: Tensor) -> Tensor:
@@ -51,7 +49,8 @@ class Sae(nn.Module):
         return latents @ self.decoder[site] + self.decoder_bias[site]
 
     def steer(self, site: int, residual: Tensor, latent: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """What the gate reads: residual (B, D), terms each (B, T) -> (B, D). Computes the T named latents only."""
+        """The steered input of the gate: residual (B, D), terms each (B, T) -> (B, D). Computes only the T named
+        latents."""
         rows = self.encoder[site][latent]  # (B, T, D)
         centred = (residual - self.decoder_bias[site])[:, :, None]  # (B, D, 1)
         raw = (rows @ centred)[:, :, 0] + self.encoder_bias[site][latent]  # (B, T)
@@ -61,17 +60,18 @@ class Sae(nn.Module):
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Sae:
-    """The frozen autoencoders that `sae.safetensors` holds."""
+    """The frozen autoencoders in the tensors of `sae.safetensors`."""
     sae = Sae(*tensors["encoder"].shape)
     sae.load_state_dict(tensors)
     return sae.eval().requires_grad_(False)
 
 
 def thresholds(raw: Tensor, k: int, kind: str) -> Tensor:
-    """Pre-activations (B, L) of one site -> what each latent must exceed (L,), >= 0.
+    """The JumpReLU threshold of each latent (L,), >= 0, from the pre-activations (B, L) of one site.
 
-    BatchTopK has one threshold for all latents, and so has its JumpReLU. TopK has none: each latent gets the one at
-    which it is active as often as under TopK; a latent that TopK never chose stays above all it was seen at.
+    BatchTopK has one threshold for all latents, which its JumpReLU uses. TopK has none: each latent gets the threshold
+    at which it is active as often as under TopK; for a latent that TopK never chose, it is above all values in the
+    sample.
     """
     count, latents = raw.shape
     keep = min(k * count, raw.numel() - 1)
@@ -86,21 +86,21 @@ def thresholds(raw: Tensor, k: int, kind: str) -> Tensor:
 
 
 def batch_top_k(values: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of each site's (B, L) values, none below 0; zero the rest."""
+    """Keep the `count` largest of each site's values (B, L) that are above 0; set the rest to 0."""
     threshold = kth_largest(values.detach().flatten(1), count).clamp_min(0)  # (S,)
     return values * (values >= threshold[:, None, None])
 
 
 def kth_largest(values: Tensor, count: int) -> Tensor:
-    """Of each row of (S, N) the `count`-th largest, exactly; (S,).
+    """The exact `count`-th largest value of each row of (S, N), as (S,).
 
-    On a CPU most values are left out first, by a guess from a sample: a third of the time of `topk` or `kthvalue` over
-    all of them. A guess that is too high is seen, and costs time only.
+    On a CPU, most values are first discarded by a threshold guessed from a sample, which takes a third of the time of
+    `topk` or `kthvalue` over all values. A guess that is too high is detected, and only costs time.
     """
     count = min(count, values.shape[1])
     if values.is_cuda or count < 4096:
         return values.topk(count, dim=1, sorted=False).values.amin(1)
-    sample = values[:, ::17]  # odd, so that all latents are in it
+    sample = values[:, ::17]  # odd, so that the sample has all latents
     guesses = sample.topk(min(round(1.2 * count / 17), sample.shape[1]), dim=1, sorted=False).values.amin(1)
     largest = []
     for row, guess in zip(values, guesses, strict=True):
@@ -110,6 +110,6 @@ def kth_largest(values: Tensor, count: int) -> Tensor:
 
 
 def top_k(values: Tensor, k: int) -> Tensor:
-    """Keep the k largest of each image's latents (S, B, L), none below 0; zero the rest."""
+    """Keep the k largest of each image's latents (S, B, L) that are above 0; set the rest to 0."""
     best = values.topk(min(k, values.shape[-1]), dim=-1)
     return torch.zeros_like(values).scatter(-1, best.indices, F.relu(best.values))

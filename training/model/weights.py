@@ -1,9 +1,9 @@
-"""Weights of a file for a timm VisionTransformer: what fits is kept, what does not is left out and named.
+"""Loads a file of weights into a timm VisionTransformer; tensors that do not fit are left out and listed.
 
-Read are safetensors and PyTorch checkpoints, the latter with `weights_only`: tensors, numbers, text and the flags that
-timm's own training saves (argparse.Namespace, which runs nothing). For others the error has a command that converts
-them. The model may lie deeper in the checkpoint (`state_dict`, `model`) and its names may have a prefix (`module.`,
-`model.`); of several, averaged weights (`state_dict_ema`) come first, as in timm.
+Supported are safetensors and PyTorch checkpoints, the latter with `weights_only`: tensors, numbers, text and the flags
+that timm's own training saves (argparse.Namespace, which runs no code). For other files, the error has a command that
+converts them. The model may be nested in the checkpoint (`state_dict`, `model`), and its names may have a prefix
+(`module.`, `model.`). Of several models, averaged weights (`state_dict_ema`) are preferred, as in timm.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from training.model.gated_vit import UnsupportedModel
 
 CLASSIFIERS = ("head", "head_dist")
 INNER = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where checkpoints keep a model, the preferred one first."""
+"""Keys under which checkpoints store a model, in order of preference."""
 MARK = "blocks.0.attn.qkv.weight"
-"""Every timm VisionTransformer has a tensor of this name; what stands before it is a prefix."""
+"""A tensor that every timm VisionTransformer has; anything before this name is a prefix."""
 STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 ALLOWED = "allowed: a safetensors file, or a PyTorch file of tensors"
 CONVERT = (
@@ -35,16 +35,16 @@ CONVERT = (
     f"c = plain(next((c[k] for k in {INNER} if c.get(k) is not None), c)); "
     "s.save_file({k: v.contiguous().clone() for k, v in c.items() if isinstance(v, torch.Tensor)}, sys.argv[2])"
 )
-"""Unpickles, so it runs what the file says. Never run by this program."""
+"""Unpickling can run code from the file. This program never runs the command."""
 
 
 def load_weights(vit: VisionTransformer, path: Path, model: str) -> tuple[list[str], list[str]]:
-    """Load the weights of `path` into `vit`, a new timm model of that name. Returns the classifiers that start from
-    random numbers, because the file has none or one for another number of classes, and sentences that say what was
-    kept, adapted and left out.
+    """Load the weights in `path` into `vit`, a new timm model of that name. Returns the classifiers that start from
+    random numbers because the file has none for this number of classes, and sentences about what was kept, adapted and
+    left out.
 
-    Another image size, patch size or number of channels is adapted as timm does it. Raises UnsupportedModel when the
-    file cannot be read, or lacks a part other than the classifier.
+    Weights for another image size, patch size or number of channels are adapted as in timm. Raises UnsupportedModel
+    when the file cannot be read, or lacks a part other than the classifier.
     """
     where, tensors = _read(path, model)
     expected = vit.state_dict()
@@ -88,7 +88,7 @@ def load_weights(vit: VisionTransformer, path: Path, model: str) -> tuple[list[s
 
 
 def _read(path: Path, model: str) -> tuple[str, dict[str, Tensor]]:
-    """The model of a file: where in the file it was, and its tensors by their names without prefix."""
+    """The model in a file: its place in the file, and its tensors by their names without the prefix."""
     checkpoint = _checkpoint(path, model)
     models = list(_models(checkpoint))
     if not models:
@@ -111,7 +111,7 @@ def _rank(where: tuple[str, ...]) -> int:
 def _models(
     checkpoint: dict[Any, Any], where: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every VisionTransformer of a checkpoint: the keys and the prefix that lead to it, and its tensors."""
+    """Every VisionTransformer in a checkpoint: the keys and the prefix that lead to it, and its tensors."""
     tensors = {key: value for key, value in checkpoint.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in sorted(key.removesuffix(MARK) for key in tensors if key.endswith(MARK)):
         inner = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -142,7 +142,7 @@ def _checkpoint(path: Path, model: str) -> dict[Any, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnsupportedModel:
         raise
-    except Exception as error:  # of a broken file many kinds
+    except Exception as error:  # many types of exceptions for a broken file
         if type(error).__name__ != "UnpicklingError":
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise UnsupportedModel(f"vit.weights is {path}: {why}; {ALLOWED}") from error
@@ -155,7 +155,7 @@ def _checkpoint(path: Path, model: str) -> dict[Any, Any]:
 
 
 def _of_numpy(path: Path, model: str) -> str:
-    """timm reads the NumPy files of JAX models into a model of the right size."""
+    """The command that converts a NumPy file of a JAX model: timm reads it into a model of the right size."""
     code = (
         "import sys, timm, safetensors.torch as s; m = timm.create_model(sys.argv[1]); "
         "m.load_pretrained(sys.argv[2]); s.save_file(m.state_dict(), sys.argv[3])"
@@ -166,7 +166,7 @@ def _of_numpy(path: Path, model: str) -> str:
 def _adapted(
     vit: VisionTransformer, path: Path, model: str, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors with positions, patches and channels of the model's image size, and what was changed."""
+    """The tensors adapted to the model's image size, patches and channels, and sentences about the changes."""
     before = {key: tensors[key].shape for key in (STEM, POSITIONS) if key in tensors}
     try:
         adapted: dict[str, Tensor] = checkpoint_filter_fn(tensors, vit, adapt_layer_scale=True)

@@ -1,6 +1,7 @@
-"""Stage `profiles`: terms by every strategy, then strategy and strength per target by the selection slice.
+"""Stage `profiles`: finds terms with every strategy, then chooses strategy and strength per target on the selection
+slice.
 
-A target is a set of classes: every class alone, and the contexts of the settings. Nothing of the test split is read.
+A target is a set of classes: each single class, and the contexts of the settings. The test split is not read.
 """
 
 import json
@@ -44,17 +45,17 @@ Trial = tuple[str, float, Terms]
 """(strategy, strength, the terms at that strength)"""
 STRENGTHS = {name: strengths for name, (_, strengths) in (*STRATEGIES.items(), *LEARNED.items())}
 CONTROLS = ("random", "learned, random latents")
-"""Found and measured like the others, never chosen."""
+"""Strategies that are found and measured like the others, but never chosen."""
 SCREENING, FINAL = 100, 500
-"""Own images (and as many others) that all candidates, and the best of them, are measured on."""
+"""Number of own images (and as many others) on which all candidates, and then the best of them, are measured."""
 FINALISTS = 3
 AT_A_TIME = 25
-"""Targets of one search: each has its rows in every step, with their gradients."""
+"""Targets per search. Each adds its rows, with their gradients, to every step."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The terms of a strategy at a strength, and what they do on some images: their `cost` and their effect."""
+    """The terms of a strategy at a strength, with their `cost` and effect on some images."""
 
     strategy: str
     strength: float
@@ -71,7 +72,7 @@ class Candidate:
 def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]]) -> dict[str, Target]:
     """Class indices by profile name: every label, and every context.
 
-    Raises RunError when a context names a label that is not there, or bears a label's name or one that is not allowed.
+    Raises RunError when a context has an unknown label, the name of a label, or an invalid name.
     """
     targets: dict[str, Target] = {label: (index,) for index, label in enumerate(labels)}
     for given, of_context in contexts.items():
@@ -90,7 +91,7 @@ def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]])
 
 
 def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae) -> tuple[SteeringProfile, ...]:
-    """Find, or load, one profile a target. The targets are dealt out to the processes."""
+    """Find or load one profile per target. The targets are divided among the processes."""
     fingerprint = settings.fingerprint("profiles")
     if run.finished("profiles", fingerprint):
         return load_profiles(run)
@@ -132,8 +133,8 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
 def find(
     settings: Settings, run: Run, model: GatedNetwork, sae: Sae, macs: Macs, pool: Split, targets: list[Target]
 ) -> tuple[dict[str, list[Terms]], list[Tensor]]:
-    """Per target: terms of every strategy and control, and the gate-logit bias (G, U), a baseline. The pool is of
-    training images."""
+    """For each target, the terms of every strategy and control, and the gate-logit bias (G, U), a baseline. The pool
+    has training images only."""
     options = settings.profiles
     sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
     stats = measure(model, sae, macs, residuals(model, sample, "profiles: residuals"), sample)
@@ -150,7 +151,8 @@ def find(
 
 
 def _in_parts(targets: list[Target], search: Callable[[list[Target]], list[T]]) -> list[T]:
-    """What a search finds for each target. It depends on no other target, so how many share a search is free."""
+    """The results of a search for each target. They do not depend on the other targets, so any number can share a
+    search."""
     parts = [targets[start : start + AT_A_TIME] for start in range(0, len(targets), AT_A_TIME)]
     return [result for part in parts for result in search(part)]
 
@@ -165,7 +167,7 @@ def _choose(
     target: Target,
     proposals: dict[str, Terms],
 ) -> tuple[Candidate, list[Candidate]]:
-    """The best candidate for a target, and all that were screened, the least cost first."""
+    """The best candidate for a target, and all screened candidates in order of rising cost."""
 
     def ranked(images: int, tried: Iterable[Trial]) -> list[Candidate]:
         rows = own_and_others(selection, target, images, settings.seed)
@@ -177,9 +179,9 @@ def _choose(
 
 
 def _learned_once(settings: Settings, run: Run, name: str, search: Callable[[], list[Terms]]) -> list[Terms]:
-    """The terms of a search that takes minutes: from the run folder when it was finished before an interruption."""
+    """The terms of a search that takes minutes; read from the run folder if it finished before an interruption."""
     file = f"profiles.{name.replace(', ', '-').replace(' ', '-')}"
-    if processes.state().num_processes > 1:  # every process searches for other targets
+    if processes.state().num_processes > 1:  # each process searches for different targets
         return search()
     stored = run.read_state(file, settings.fingerprint("profiles"))
     if stored:
@@ -198,7 +200,7 @@ def rank(
     target: Target,
     tried: Iterable[Trial],
 ) -> list[Candidate]:
-    """What each trial does on the split, the least `cost` first. neutral: the answers without steering."""
+    """The trials measured on the split, in order of rising `cost`. neutral: the answers without steering."""
     before = effect(neutral, split.classes, target, macs)
     candidates = []
     for strategy, strength, terms in tried:
@@ -214,13 +216,13 @@ def load_profiles(run: Run) -> tuple[SteeringProfile, ...]:
 
 
 def cost(before: Effect, after: Effect) -> float:
-    """Unit usage, plus 10 for every unit of recall lost, and of the others' accuracy lost."""
+    """Unit usage + 10 x (lost recall + lost accuracy of the others)."""
     lost = max(0.0, before.recall - after.recall) + max(0.0, before.others_accuracy - after.others_accuracy)
     return after.usage + 10 * lost
 
 
 def own_and_others(split: Split, target: Target, count: int, seed: int) -> torch.Tensor:
-    """Indices of at most `count` images of the target and of as many others, drawn at random."""
+    """Indices of at most `count` random images of the target, and of as many others."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.isin(split.classes, torch.tensor(target))
     picked = []

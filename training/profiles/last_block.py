@@ -1,10 +1,10 @@
-"""The last block, exactly, without the network: what enters it and what each head adds are stored once an image.
+"""The last block, computed exactly from stored vectors: for each image, its input and the contribution of each head.
 
     logits = tail(residual + bias + sum of the kept heads' contributions)
 
-where tail is the block's MLP, the final norm and the classifier, of the class token alone. For models in which only
-the last block is gated (the paper's setting) every question about gates is then a question about small vectors: a
-LastBlock takes the place of the model, and row numbers that of the images.
+where tail is the block's MLP, the final norm and the classifier, for the class token only. In models in which only the
+last block is gated (the paper's setting), gates can then be studied with these small vectors: a LastBlock replaces the
+model, and row numbers replace the images.
 
 Letters: B images, H heads, U units (heads, then MLP groups), D width, C classes.
 """
@@ -25,13 +25,13 @@ from training.model.gated_vit import Decide, GatedNetwork, GatedVit, Intermediat
 
 @dataclass(frozen=True)
 class LastBlock:
-    """Of the images of some splits, with the gates of earlier blocks as they decide without steering."""
+    """The stored vectors of the images of some splits. The gates of earlier blocks decide as without steering."""
 
     model: GatedVit
     residual: Tensor
-    """float32 (B, D): the class token that enters the block: what its gate reads."""
+    """float32 (B, D): the class token that enters the block, which its gate reads."""
     contribution: Tensor
-    """float32 (B, H, D): what each head adds to it when it is kept."""
+    """float32 (B, H, D): the contribution of each head when it is open."""
 
     def __call__(
         self,
@@ -40,7 +40,8 @@ class LastBlock:
         decide: Decide = keep_positive,
         gate_bias: Tensor | None = None,
     ) -> tuple[Tensor, Intermediates]:
-        """As GatedVit, for the images of these row numbers (B,); only if the last block alone is gated."""
+        """As GatedVit.forward, for the images with these row numbers (B,); only for models in which no other block is
+        gated."""
         residual = self.residual[rows]
         with torch.autocast(residual.device.type, enabled=False):
             logit = self.gates[0](residual if steer is None else steer(0, residual))
@@ -79,7 +80,7 @@ class LastBlock:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """The device of the model."""
         return self.residual.device
 
     def logits(self, gate: Tensor, size: int = 4096) -> Tensor:
@@ -88,7 +89,7 @@ class LastBlock:
         return torch.cat([self.tail(self.residual[p], self.contribution[p], gate[p].to(self.device)) for p in parts])
 
     def tail(self, residual: Tensor, contribution: Tensor, gate: Tensor) -> Tensor:
-        """(B, D), (B, H, D), (B, U) -> logits (B, C)."""
+        """Residual (B, D), contribution (B, H, D) and gates (B, U) -> logits (B, C)."""
         block, vit = cast(Block, self.model.vit.blocks[-1]), self.model.vit
         bias = cast(Attention, block.attn).proj.bias
         constant = block.ls1(bias) if bias is not None else 0.0
@@ -100,9 +101,10 @@ class LastBlock:
 
 
 def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, list[Split]]:
-    """The model and the splits, or what answers the same and faster: a LastBlock and row numbers.
+    """A faster equivalent of the model and the splits, if there is one: a LastBlock and row numbers. Otherwise, the
+    arguments.
 
-    That takes a model of which the last block alone is gated, and of which only the class token leaves that block.
+    It requires that only the last block is gated and that only the class token leaves that block.
     """
     if model.gated_blocks != (len(model.vit.blocks) - 1,) or model.leaving != 1:
         return model, list(splits)
@@ -114,7 +116,8 @@ def shortcut(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, li
 
 @torch.no_grad()
 def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
-    """One forward pass over the split. Raises ValueError for a distilled model, of which two tokens leave the block."""
+    """Store the vectors of a split in one forward pass. Raises ValueError for a distilled model, where two tokens leave
+    the block."""
     if model.leaving != 1:
         raise ValueError("the last-block cache is for models of which only the class token leaves the last block")
     block = cast(Block, model.vit.blocks[-1])
@@ -143,16 +146,16 @@ def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
 
 
 def subsets(heads: int) -> Tensor:
-    """float32 (2^H, H): every set of heads, the empty one included."""
+    """Every set of heads, including the empty one: float32 (2^H, H)."""
     return torch.tensor(list(product((0.0, 1.0), repeat=heads)))
 
 
 @torch.no_grad()
 def best_subsets(cache: LastBlock, classes: Tensor, label: int) -> list[dict[str, float | list[int]]]:
-    """The oracle: for every number of heads, the fixed set that keeps the class's recall highest on this split.
+    """The oracle: for every number of heads, the fixed set with the highest recall of the class on this split.
 
     classes (B,). Chosen and measured on the same images, so it is a bound, not a method. MLP groups are open: in the
-    last block, of one token, they cost next to nothing.
+    last block they run for one token and cost next to nothing.
     """
     own = torch.nonzero(classes == label).flatten()
     of_class = LastBlock(cache.model, cache.residual[own], cache.contribution[own])

@@ -1,12 +1,12 @@
-"""Terms found by gradient, for all targets at once, through the frozen network; and the baselines found the same way.
+"""Finds terms by gradient descent through the frozen network, for all targets at once; and baselines in the same way.
 
-One search serves all: every step takes rows for every target, half of the target's classes, half any images; the loss
-is the cross-entropy on true labels (so that other classes are not pulled in; own rows count less, or precision pays
-for recall) + the KL divergence to the unsteered answers + a usage term per target + a penalty. The weight of the usage
-term follows the target's distance from `usage_target`, from both sides: what is compared is compared at the same usage.
-Every target draws its images by itself, so what is found for it does not depend on which others share the batch.
+One search serves all targets. Every step takes rows for every target: half from its classes, half from any. The loss is
+the cross-entropy on true labels (which keeps other classes from being labelled as the target; own rows weigh less, to
+protect precision), the KL divergence from the unsteered answers, a usage term per target, and a penalty. The weight of
+the usage term integrates the distance from `usage_target`, above or below, so that methods are compared at equal usage.
+Every target draws its own images, so its result does not depend on the targets that share the batch.
 
-Usage is unit usage (Macs.usage): of heads alone, head usage.
+Usage is unit usage (Macs.usage); head usage if only heads are gated.
 
 Letters: P profiles (targets), R rows a profile, S sites, G gated blocks, K candidates, U units, D width.
 """
@@ -33,24 +33,25 @@ LEARNED: dict[str, tuple[bool, Strengths]] = {
     "learned": (False, (0.5, 0.75, 0.9, 1.0, 1.15)),
     "learned, random latents": (True, (0.75, 1.0, 1.25)),
 }
-"""By the name of the strategy: `random_candidates` of learned(), and the strengths that are tried."""
+"""By name of the strategy: `random_candidates` of learned(), and the strengths to try."""
 BIAS_RATE, BIAS_DAMPING = 2.0, 30.0
-"""A bias has further to go than terms: with their learning rate and no damping head usage swings between 0 and 0.47."""
+"""A bias has to move further than terms do: with their learning rate and no damping, head usage swings between 0 and
+0.47."""
 PRIME = 2**63 - 25
-"""Of the seeds of targets: powers of 2 do not soon come round to the same number."""
+"""Modulus of the seeds of targets, chosen so that powers of 2 do not soon repeat."""
 PerRow = Callable[[int, Tensor, Tensor], Tensor]
-"""(site, value of every row, profile index of every row (P*R,)) -> the value as its profile changes it."""
+"""(site, value of every row, profile index of every row (P*R,)) -> the values as changed by their profiles."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every search by gradient starts from."""
+    """The common input of all searches by gradient."""
 
     network: GatedNetwork
     macs: Macs
     train: Split
     unsteered: Tensor
-    """(B, C): log-probabilities of the training images without steering."""
+    """Log-probabilities (B, C) of the training images without steering."""
     settings: ProfileSettings
     seed: int
     bf16: bool
@@ -59,9 +60,9 @@ class Search:
 def learned(
     search: Search, sae: Sae, stats: SiteStatistics, targets: Sequence[Target], random_candidates: bool = False
 ) -> list[Terms]:
-    """Scale and shift of the `settings.terms` candidates a site, for every target.
+    """Learned scale and shift of `settings.terms` candidates per site, for every target.
 
-    random_candidates: draw the latents among all that are active on the target, the control of choosing them.
+    random_candidates: a control that draws the candidates at random from all latents active on the target.
     """
     settings, device = search.settings, search.network.device
     if random_candidates:
@@ -73,7 +74,7 @@ def learned(
         scores = [gate_reach(stats, target) for target in targets]
     count = min(settings.terms, stats.mean.shape[-1])
     latent = torch.stack([score.topk(count, dim=1).indices for score in scores])  # (P, S, K)
-    unit = torch.stack([  # each latent's own scale on the target, so that one step size fits all
+    unit = torch.stack([  # the scale of each latent on the target, so that one step size fits all
         _activity(stats, target).gather(1, chosen) for target, chosen in zip(targets, latent, strict=True)
     ]).clamp_min(1e-3)  # fmt: skip
     latent, unit = latent.to(device), unit.to(device)
@@ -96,13 +97,13 @@ def learned(
 
 
 def gate_bias(search: Search, targets: Sequence[Target]) -> list[Tensor]:
-    """The baseline that steering must beat: one constant added to each gate logit. Returns (G, U) for every target."""
+    """The baseline that steering must beat: a constant (G, U) for every target, added to the gate logits."""
     network = search.network
     shape = len(targets), len(network.gates), network.heads + network.mlp_groups
     raw = torch.zeros(shape, device=network.device, requires_grad=True)
 
     def bounded() -> Tensor:
-        return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: further out no gradient comes back
+        return 6 * torch.tanh(raw / 6)  # gate logits lie within +-4: beyond that there is no gradient
 
     def shifted(site: int, logit: Tensor, profile: Tensor) -> Tensor:
         return logit + bounded()[profile, site]
@@ -123,9 +124,9 @@ def optimise(
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
     damping: float = 0.0,
 ) -> None:
-    """Optimise `parameters` in place. steer changes what a gate reads (P*R, D), shift_logit its logits (P*R, U).
+    """Optimise `parameters` in place. steer changes the input of a gate (P*R, D), shift_logit its logits (P*R, U).
 
-    damping: of the weight of the usage term, for parameters that follow it slowly: without it usage oscillates about
+    damping: of the weight of the usage term, for parameters that follow it slowly; without it, usage oscillates about
     the target.
     """
     settings, train, device = search.settings, search.train, search.network.device
@@ -163,9 +164,9 @@ def optimise(
 
 
 def answer_loss(settings: ProfileSettings, answer: Tensor, unsteered: Tensor, classes: Tensor, own: Tensor) -> Tensor:
-    """What a search lowers beside usage: the cross-entropy on true labels, in which own images have a weight of their
-    own, and of the others the KL divergence to the unsteered answers. answer, unsteered (B, C): log-probabilities;
-    classes, own (B,)."""
+    """The loss of a search without the usage term: the cross-entropy on true labels, in which own images have their own
+    weight, and for the others also the KL divergence from the unsteered answers. answer, unsteered (B, C):
+    log-probabilities; classes, own (B,)."""
     lost = F.nll_loss(answer, classes, reduction="none")
     if settings.keep_weight:
         moved = F.kl_div(answer, unsteered, reduction="none", log_target=True).sum(-1)
@@ -175,8 +176,8 @@ def answer_loss(settings: ProfileSettings, answer: Tensor, unsteered: Tensor, cl
 
 
 def rows(search: Search, targets: Sequence[Target]) -> Iterator[Tensor]:
-    """For each step, without end, the numbers of the training images of all targets (P*R,): half of a target's images
-    have its classes, half any."""
+    """For each step, endlessly, the row numbers (P*R,) of the training images of all targets. Half of a target's images
+    have its classes, half any class."""
     own, rest = search.settings.rows // 2, search.settings.rows - search.settings.rows // 2
     draws = [drawing(search.seed, target) for target in targets]
     members = [torch.nonzero(torch.isin(search.train.classes, torch.tensor(target))).flatten() for target in targets]
@@ -191,25 +192,25 @@ def rows(search: Search, targets: Sequence[Target]) -> Iterator[Tensor]:
 
 
 def drawing(seed: int, target: Target) -> torch.Generator:
-    """A target's own random numbers, whichever others it is searched with."""
+    """The random generator of a target, independent of the other targets in the search."""
     return torch.Generator().manual_seed((seed * 1_000_003 + sum(pow(2, index, PRIME) for index in target)) % 2**63)
 
 
 def gate_reach(stats: SiteStatistics, target: Target) -> Tensor:
-    """(S, L): norm of a latent's effect on the gates x its activity on the target."""
+    """(S, L): the norm of each latent's effect on the gates x its activity on the target."""
     reach: Tensor = stats.of(target, "effect").norm(dim=-1) * _activity(stats, target)
     return reach
 
 
 def _activity(stats: SiteStatistics, target: Target) -> Tensor:
-    """(S, L): mean + standard deviation of the activation on the target."""
+    """(S, L): the mean + standard deviation of each latent's activation on the target."""
     return stats.of(target, "mean") + stats.of(target, "deviation")
 
 
 def _pruned(
     stats: SiteStatistics, target: Target, latent: Tensor, scale: Tensor, shift: Tensor, min_effect: float
 ) -> Terms:
-    """Terms (S, K) without those that move no gate logit of the target by more than `min_effect` on average."""
+    """The terms (S, K) without those that change no gate logit of the target by more than `min_effect` on average."""
     terms: dict[int, tuple[SteeringTerm, ...]] = {}
     for site, chosen in enumerate(latent):
         change = ((scale[site] - 1) * _activity(stats, target)[site, chosen]).abs() + shift[site].abs()  # (K,)

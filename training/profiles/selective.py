@@ -1,14 +1,15 @@
-"""Selective profiles: one for all traffic, which closes units on images of a context and leaves other images alone.
+"""Selective profiles: for all traffic; they close units on images of a context and leave other images alone.
 
     x' = x + sum_k (scale_k - 1) z_k W_dec[k]
 
 A scale term adds exactly nothing where its latent is inactive (z = 0), so an image on which no steered latent is active
-is answered as without steering, to the bit. Where a latent is active, its z exceeds its threshold and the gate's layer
-norm bounds what a large scale does, so such a term is close to "this direction, if the latent is active". A constant on
-the gate logits cannot do this: it is the same for every image.
+has the same answer as without steering, to the bit. Where a latent is active, z exceeds its threshold and the gate's
+layer norm bounds the effect of a large scale, so such a term comes close to adding a fixed direction whenever the
+latent is active. A constant on the gate logits cannot do this: it is the same for every image.
 
-The search knows a few images of the context and a background of others. It closes units on the former, at a price for
-changed answers, and holds the compute that moves on the latter below an allowance, whose price rises until it holds.
+The search uses a few images of the context and a background of others. It closes units on the context's images, at a
+price for changed answers. It keeps the change of compute on the background below an allowance, by a price that rises
+until this holds.
 
 Letters: B images, S sites, L latents, K candidates, D width, G gated blocks, U units, C classes.
 """
@@ -34,28 +35,28 @@ PerImage = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SelectiveSettings:
-    """Of the search."""
+    """Settings of the search."""
 
     terms: int = 32
-    """A site, at most."""
+    """Largest number of terms per site."""
     leak: float = 0.05
-    """A latent is a candidate when at most this share of the background has it active."""
+    """A latent is a candidate if it is active on at most this share of the background."""
     allowance: float = 0.004
-    """Compute fraction that may move on a background image, on average, in the search."""
+    """Largest mean change of the compute fraction on background images in the search."""
     closing: float = 1.0
-    """Weight of the unit usage of the context's images, beside 1 for the KL divergence of their answers in nats."""
+    """Weight of the unit usage of the context's images; the KL divergence of their answers, in nats, has weight 1."""
     steps: int = 120
     rows: int = 16
-    """Images of the context in a step, and as many of the background."""
+    """Images of the context per step, and as many of the background."""
     learning_rate: float = 0.1
-    """Adam; falls to 0 over the last third of the steps."""
+    """Learning rate of Adam; falls to 0 over the last third of the steps."""
     min_change: float = 0.05
-    """|scale - 1| below which a term is dropped."""
+    """Terms with a smaller |scale - 1| are dropped."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Some images, and what the model answers and reads on them without steering."""
+    """Some images, with the model's answers and residuals on them without steering."""
 
     split: Split
     unsteered: Outcome
@@ -66,13 +67,13 @@ class Examples:
         return len(self.split)
 
     def take(self, index: Tensor) -> "Examples":
-        """These rows, int64."""
+        """The examples at `index`, int64 rows."""
         return Examples(self.split.take(index), self.unsteered.take(index), self.residuals[:, index])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a search starts from: the images of the context, and a background of images that are not of it."""
+    """The input of a search: images of the context, and a background of images outside it."""
 
     network: GatedNetwork
     macs: Macs
@@ -84,7 +85,7 @@ class Task:
 
 
 def selective(task: Task, sae: Sae, what: str = "selective") -> Terms:
-    """Scale terms alone, on latents that are exclusive to the context's images."""
+    """The terms that a search finds: scales only, on latents that are exclusive to the context's images."""
     settings, sites = task.settings, sae.sites
     latent, allowed = candidates(task, sae)  # (S, K)
     change = torch.zeros(latent.shape, requires_grad=True)  # scale - 1
@@ -109,8 +110,8 @@ def selective(task: Task, sae: Sae, what: str = "selective") -> Terms:
 
 
 def candidates(task: Task, sae: Sae) -> tuple[Tensor, Tensor]:
-    """Latents (S, K), and which of them may be steered (float32, 0 or 1): those that leak on no more than
-    `settings.leak` of the background, the furthest-reaching on the context's images first."""
+    """Latents (S, K), and whether each may be steered (float32, 0 or 1): it is active on at most `settings.leak` of the
+    background. Latents with the largest effect on the context's images come first."""
     latents, allowed = [], []
     for site in range(sae.sites):
         own, others = (sae.encode(site, some.residuals[site]) for some in (task.own, task.others))
@@ -129,9 +130,9 @@ def optimise(
     steer: PerImage | None = None,
     shift_logit: PerImage | None = None,
 ) -> None:
-    """Optimise `parameters` in place. steer changes what a gate reads, shift_logit its logits (steer is called first).
+    """Optimise `parameters` in place. steer changes the input of a gate, shift_logit its logits; steer is called first.
 
-    within (B,): of the background, what can be moved at all. Only those images are run; the others count as unmoved.
+    within (B,): the background images that can change at all. Only these are run; the others count as unchanged.
     """
     settings, network = task.settings, task.network
     others = task.others.take(torch.nonzero(within).flatten())
@@ -179,7 +180,7 @@ def optimise(
 
 
 def _costs(task: Task) -> Tensor:
-    """(G, U): what one unit is of the compute of the whole model."""
+    """(G, U): the share of each unit in the compute of the whole model."""
     network, macs = task.network, task.macs
     heads = torch.tensor(macs.per_head).float()[:, None].expand(-1, network.heads)
     groups = torch.tensor(macs.per_mlp_group or [0] * len(heads)).float()[:, None].expand(-1, network.mlp_groups)
@@ -187,10 +188,10 @@ def _costs(task: Task) -> Tensor:
 
 
 def touched(sae: Sae, residuals: Tensor, terms: Terms) -> Tensor:
-    """bool (B,): whether any steered latent is active on an image's unsteered residuals (S, B, D).
+    """Whether any steered latent is active on the unsteered residuals (S, B, D) of each image: bool (B,).
 
-    Where none is, the first gate reads what it read without steering, so the next block does too, and so on: the answer
-    is the unsteered one.
+    If none is, the first gate reads the same as without steering, and so does every later one: the answer is the
+    unsteered one.
     """
     found = torch.zeros(residuals.shape[1], dtype=torch.bool)
     for site, of_site in terms.items():
@@ -202,7 +203,7 @@ def touched(sae: Sae, residuals: Tensor, terms: Terms) -> Tensor:
 
 
 def composed(profiles: Sequence[Terms]) -> Terms:
-    """One profile that does what each of them does: changes of a latent that several name are added.
+    """One profile with the effect of several: changes of a latent that several profiles name are added.
 
     Raises ValueError for a term with a shift, which acts on every image.
     """

@@ -1,4 +1,4 @@
-"""What the latents do on images, and what they do to the gates and to the answer: the ground that strategies choose on.
+"""Statistics of the latents on images, and their effect on the gates and the answer; strategies choose by them.
 
 Letters: B images, C classes, S sites, L latents, U units (heads, then MLP groups), D width.
 """
@@ -18,7 +18,7 @@ from training.model.sae import Sae
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """Measured on training images."""
+    """Statistics measured on training images."""
 
     mean: Tensor
     """(S, C, L): mean activation on the images of a class."""
@@ -29,7 +29,7 @@ class SiteStatistics:
     rest: Tensor
     """(S, C, L): mean activation on the images of all other classes."""
     auroc: Tensor
-    """(S, C, L): how well the activation tells the class from the rest; 0.5: not at all."""
+    """(S, C, L): how well the activation separates the class from the rest; 0.5: not at all."""
     effect: Tensor
     """(S, C, L, U): mean change of a gate logit per unit of the latent, on the images of a class."""
     attribution: Tensor
@@ -50,7 +50,8 @@ def measure(
     sample: int = 64,
     usage_weight: float = 10.0,
 ) -> SiteStatistics:
-    """residuals: (S, B, D) of the split's images. Effect and attribution are taken from `sample` images a class."""
+    """The statistics of a split. residuals: (S, B, D) of its images. Effect and attribution use `sample` images per
+    class."""
     classes, device = int(split.classes.max()) + 1, model.device
     members = [torch.nonzero(split.classes == index).flatten() for index in range(classes)]
     columns: dict[str, list[Tensor]] = {
@@ -80,7 +81,8 @@ def measure(
 
 
 def auroc(z: Tensor, members: list[Tensor]) -> Tensor:
-    """Activations (B, L) and the images of each class -> (C, L), ties counted half (the Mann-Whitney U / (n m))."""
+    """AUROC (C, L) of activations (B, L) for each class, given the images of each. Ties count half (Mann-Whitney U / (n
+    m))."""
     ranks = torch.from_numpy(rankdata(z.numpy(), axis=0)).float()  # (B, L), from 1
     rows = []
     for own in members:

@@ -1,9 +1,9 @@
-"""How steering terms are chosen for a set of classes, in closed form. Every strategy has one signature:
+"""Strategies that choose steering terms for a set of classes in closed form. All have the same signature:
 
-    strategy(stats, target, count) -> Terms of at most `count` latents a site
+    strategy(stats, target, count) -> Terms of at most `count` latents per site
 
-STRATEGIES names them. Strength 1 is the strategy as written here; the selection slice decides among its strengths.
-learned.py finds terms by gradient instead.
+STRATEGIES lists them by name. At strength 1 a strategy is as written here; the selection slice decides among its
+strengths. learned.py finds terms by gradient instead.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Target = tuple[int, ...]
 """Class indices."""
 Strategy = Callable[[SiteStatistics, Target, int], Terms]
 Strengths = tuple[float, ...]
-"""The strengths that are tried. A negative one turns an amplification into a suppression."""
+"""The strengths to try. A negative one turns an amplification into a suppression."""
 
 
 def amplify_all(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Double every latent that is active on the target (`count` does not limit it), as VS2 (arXiv:2506.01247) does."""
+    """Double every latent that is active on the target, as VS2 (arXiv:2506.01247) does. `count` is ignored."""
     return scaled(stats.of(target, "frequency"), stats.mean.shape[-1], 2.0)
 
 
@@ -32,17 +32,17 @@ def class_mean(stats: SiteStatistics, target: Target, count: int) -> Terms:
 
 
 def selectivity(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Double the latents that tell the target from the rest best, by AUROC above 0.5."""
+    """Double the latents that separate the target best from the rest, by AUROC above 0.5."""
     return scaled(stats.of(target, "auroc") - 0.5, count, 2.0)
 
 
 def attribution(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Double the latents whose growth raises the class logit and lowers usage, by gradient x activation."""
+    """Double the latents that raise the class logit and lower usage when they grow, by gradient x activation."""
     return scaled(stats.of(target, "attribution"), count, 2.0)
 
 
 def causal(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Shift the latents that move the gates most per unit of their own activity, each towards closing units."""
+    """Shift the latents that change the gates most per unit of their own activity, each towards closing units."""
     effect = stats.of(target, "effect").sum(-1)  # (S, L): summed over units
     reach = stats.of(target, "mean") + stats.of(target, "deviation")
     terms = {}
@@ -53,7 +53,7 @@ def causal(stats: SiteStatistics, target: Target, count: int) -> Terms:
 
 
 def clamp(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Set the latents that tell the target best to their mean on it, whatever the image shows."""
+    """Set the latents that separate the target best to their mean on the target, for every image."""
     terms = {}
     for site, score in enumerate(stats.of(target, "auroc") - 0.5):
         mean = stats.of(target, "mean")[site]
@@ -62,12 +62,12 @@ def clamp(stats: SiteStatistics, target: Target, count: int) -> Terms:
 
 
 def suppress(stats: SiteStatistics, target: Target, count: int) -> Terms:
-    """Silence the latents that belong to other classes: most active on the rest beyond the target."""
+    """Silence the latents of other classes: those most active on the rest relative to the target."""
     return scaled(stats.of(target, "rest") - stats.of(target, "mean"), count, 0.0)
 
 
 def random_matched(seed: int) -> Strategy:
-    """The control of class_mean: as many latents, drawn among those of like frequency and magnitude on the target."""
+    """The control of class_mean: random latents of similar frequency and magnitude on the target, as many."""
 
     def strategy(stats: SiteStatistics, target: Target, count: int) -> Terms:
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ STRATEGIES: dict[str, tuple[Strategy, Strengths]] = {
 
 
 def scaled(score: Tensor, count: int, scale: float) -> Terms:
-    """The same scale for the `count` latents a site of the highest score (S, L) above 0."""
+    """Terms with this scale for the `count` latents per site with the highest score (S, L) above 0."""
     return _without_empty({
         site: tuple(SteeringTerm(k, scale) for k in _top(of_site, count)) for site, of_site in enumerate(score)
     })  # fmt: skip

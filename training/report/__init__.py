@@ -1,1 +1,1 @@
-"""What was measured -> pages and pictures."""
+"""Measurements -> pages and pictures."""

@@ -1,4 +1,4 @@
-"""The frontier of a model with a dial: accuracy against compute, with everything that it is compared with."""
+"""The frontier of a model with a dial: accuracy against compute, with all controls and rivals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

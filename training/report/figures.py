@@ -1,6 +1,6 @@
-"""Pictures of what profiles do, from results.json: per class, against other strategies and baselines, and on seeds.
+"""Pictures of the effect of profiles, from results.json: per class, against other strategies and baselines, over seeds.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; kinds also differ by the marker.
+The colours of Okabe and Ito, which colour-blind readers can distinguish; kinds also have different markers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
 }
 """Marker, colour and meaning of each kind of rival."""
 FLOOR = -0.08
-"""Changes below this are drawn at the edge, with their number: they would flatten everything else."""
+"""Changes below this are drawn at the edge, with their number, because they would flatten everything else."""
 
 
 def kind_of(name: str) -> str:
@@ -41,17 +41,17 @@ def kind_of(name: str) -> str:
 
 
 def single_classes(profiles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The profiles of one class: those that means and tests are taken over."""
+    """The profiles of single classes, which means and tests are taken over."""
     return [profile for profile in profiles if len(profile["classes"]) == 1]
 
 
 def usage_name(results: Mapping[str, Any]) -> str:
-    """What is compared: unit usage; in a model without MLP groups, head usage."""
+    """The name of the usage that is compared: unit usage, or head usage in a model without MLP groups."""
     return "unit usage" if "unit_usage" in results["neutral"] else "head usage"
 
 
 def style(axis: Any, grid: str = "both") -> None:
-    """Give the axis the look of all figures. grid: x, y or both."""
+    """Apply the common style of all figures to an axis. grid: x, y or both."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")
     axis.tick_params(labelsize=8.5, color="#999999", length=3)
@@ -60,7 +60,7 @@ def style(axis: Any, grid: str = "both") -> None:
 
 
 def rows_of(axis: Any, profiles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """One row a profile from the top, contexts set apart; returns the heights."""
+    """Set up an axis with a row per profile from the top, contexts set apart. Returns the heights of the rows."""
     apart = np.array([0.6 if len(profile["classes"]) > 1 else 0.0 for profile in profiles])
     heights: np.ndarray = np.arange(len(profiles)) + apart
     axis.set_yticks(heights, [profile["name"] for profile in profiles])
@@ -69,7 +69,8 @@ def rows_of(axis: Any, profiles: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def arrows(results: Mapping[str, Any]) -> Figure:
-    """Per profile, before -> after: usage; recall with Wilson intervals; the change with its paired interval."""
+    """Before -> after for each profile: usage, recall with Wilson intervals, and the change with its paired
+    interval."""
     profiles = results["profiles"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.4) * len(profiles) + 1.3), layout="constrained")
     usage, recall, change = figure.subplots(1, 3, sharey=True, width_ratios=[3, 4, 3])
@@ -111,7 +112,7 @@ def arrows(results: Mapping[str, Any]) -> Figure:
 
 
 def precision(results: Mapping[str, Any]) -> Figure:
-    """Per profile: change of recall, of precision, of the others' accuracy; and of recall by a bias on the logit."""
+    """Changes for each profile: recall, precision, the others' accuracy; and recall by a bias on the logit."""
     profiles = results["profiles"]
     figure = Figure(figsize=(11.5, row_height(len(profiles), 0.36) * len(profiles) + 1.3), layout="constrained")
     axis = figure.subplots()
@@ -137,7 +138,7 @@ def precision(results: Mapping[str, Any]) -> Figure:
 
 
 def trained_models(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The controls that were trained apart, as rivals: changes against the gated model without steering."""
+    """The separately trained controls as rivals: changes against the gated model without steering."""
     singles = single_classes(results["profiles"])
     counts = {p["classes"][0]: p["images"] for p in singles}
     models = []
@@ -194,7 +195,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
 
 
 def _frontier_panel(axis: Any, points: Sequence[dict[str, Any]], field: str, height: float) -> None:
-    """Labels stand in a column at the right, in the order of their points and at least a line apart."""
+    """Draw a panel, with labels in a column at the right, in the order of their points and at least a line apart."""
     values = np.array([point[field] for point in points])
     shown = np.maximum(values, FLOOR) * 100
     reach = max(shown.max() - shown.min(), 1.0)
@@ -217,20 +218,20 @@ def _frontier_panel(axis: Any, points: Sequence[dict[str, Any]], field: str, hei
 
 
 def number(value: float) -> str:
-    """Signed, one decimal, a true minus; 0.0 has no sign."""
+    """A number with sign, one decimal and a true minus; 0.0 has no sign."""
     text = f"{value:+.1f}"
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def row_height(rows: int, usual: float) -> float:
-    """Inches a row of a picture with a row a class."""
+    """Inches per row of a picture that has a row per class."""
     return usual if rows <= 40 else min(usual, 0.18)
 
 
 def spread(ideal: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
-    """Places at least `gap` apart that lie nearest (least squares) to the `ideal` ones, which are in rising order.
+    """Positions at least `gap` apart that are nearest (least squares) to the `ideal` ones, which must be rising.
 
-    They stay between low and high when that is wide enough for all. (Isotonic regression of ideal[i] - i * gap.)
+    They are between low and high if that range is wide enough. (Isotonic regression of ideal[i] - i * gap.)
     """
     steps = gap * np.arange(len(ideal))
     shifted = isotonic_regression(np.asarray(ideal, float) - steps).x
@@ -239,7 +240,8 @@ def spread(ideal: Sequence[float] | np.ndarray, gap: float, low: float, high: fl
 
 
 def last_block(results: Mapping[str, Any], most: int = 20) -> Figure:
-    """Per class, change of recall over the heads kept: the best subset of each size, and the profile's arrow."""
+    """For each class, the change of recall over the open heads: the best subset of each size, and the profile's
+    arrow."""
     part = results["last_block"]
     profiles = [p for p in single_classes(part["profiles"]) if p["classes"][0] in part.get("oracle", {})][:most]
     columns = min(5, len(profiles))

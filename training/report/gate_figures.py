@@ -1,4 +1,4 @@
-"""Pictures of gates, latents and training: which units run, for which class, and how the model came to it."""
+"""Pictures of gates, latents and training: which units run for which class, and how the model learned it."""
 
 import base64
 import io
@@ -17,8 +17,8 @@ HEADS, GROUPS = "Blues", "Oranges"
 
 
 def heads(results: Mapping[str, Any]) -> Figure:
-    """Class x unit: share of the target's images that keep the unit, before and after. A block's heads come first, then
-    its MLP groups."""
+    """Class x unit: share of the target's images for which the unit is open, before and after. In each block, heads
+    come first, then MLP groups."""
     profiles, blocks, names = results["profiles"], results["gated_blocks"], unit_names(results)
     count, with_groups = len(names), names[-1].startswith("m")
     height = row_height(len(profiles), 0.27) * len(profiles) + 1.2
@@ -37,29 +37,30 @@ def heads(results: Mapping[str, Any]) -> Figure:
         axis.set_xlabel(
             "head (blue), then MLP group (orange) of the block" if with_groups else "head of the block", fontsize=8.5
         )
-    for image, unit in reversed([*zip(images, ("head", "MLP group"), strict=False)]):  # each stands left of the last
+    for image, unit in reversed([*zip(images, ("head", "MLP group"), strict=False)]):  # each is left of the last
         bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.01)
         bar.set_label(f"share of images that keep the {unit}", fontsize=8.5)
     return figure
 
 
 def unit_names(results: Mapping[str, Any]) -> list[str]:
-    """Of a block's units: h0, h1, ... for its heads, then m0, m1, ... for its MLP groups."""
+    """The names of a block's units: h0, h1, ... for its heads, then m0, m1, ... for its MLP groups."""
     profile = results["profiles"][0]
     groups = profile.get("mlp_usage_before", [[]])[0]
     return [f"h{head}" for head in range(len(profile["head_usage_before"][0]))] + [f"m{m}" for m in range(len(groups))]
 
 
 def per_unit(profile: Mapping[str, Any], when: str) -> list[list[float]]:
-    """Share of the target's images that keep each unit (G, U), before or after steering."""
+    """Share of the target's images for which each unit is open (G, U), before or after steering."""
     of_heads = profile[f"head_usage_{when}"]
     groups = profile.get(f"mlp_usage_{when}", [[]] * len(of_heads))
     return [[*heads, *of_groups] for heads, of_groups in zip(of_heads, groups, strict=True)]
 
 
 def heat_map(axis: Any, values: np.ndarray, names: Sequence[str], top: float = 1.0) -> list[Any]:
-    """Draw values (rows, columns) from 0 to `top`. names: of the columns, h for heads and m for MLP groups, which have
-    colours of their own and a gap between them. Returns the image of the heads and, where there are any, of groups."""
+    """Draw values (rows, columns) from 0 to `top`. names: of the columns, h... for heads and m... for MLP groups, which
+    have different colours and a gap between them. Returns the image of the heads and, if there are any, that of the
+    groups."""
     is_group = np.array([name.startswith("m") for name in names])
     images = []
     for shown, colours in ((~is_group, HEADS), (is_group, GROUPS)):
@@ -122,7 +123,8 @@ def gates(results: Mapping[str, Any]) -> Figure:
 
 
 def latents(described: Sequence[dict[str, Any]], names: Sequence[str]) -> Figure:
-    """A row a term: its effect on each unit's gate logit, and the images that activate it most. names: unit_names."""
+    """A row per term: its effect on each unit's gate logit, and the images that activate its latent most. names:
+    unit_names."""
     terms = [(profile["name"], term) for profile in described for term in profile["terms"]]
     effects = np.array([term["effect"] for _, term in terms])  # (rows, U)
     most = max(max(len(term["images"]) for _, term in terms), 1)
@@ -152,9 +154,9 @@ def latents(described: Sequence[dict[str, Any]], names: Sequence[str]) -> Figure
 
 
 def curves(points: Sequence[dict[str, Any]], usage: str = "head usage") -> Figure:
-    """Accuracy and usage on training batches over all phases, and the usage asked for where points have it.
+    """Accuracy and usage on training batches over all phases, and the requested usage if points have it.
 
-    usage: its name.
+    usage: the name of the usage.
     """
     figure = Figure(figsize=(11.5, 3.5), layout="constrained")
     axis = figure.subplots()
@@ -190,6 +192,6 @@ def curves(points: Sequence[dict[str, Any]], usage: str = "head usage") -> Figur
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window of a twentieth of the points around each: no lag, as a running average would have."""
+    """Mean over a centred window of a twentieth of the points: unlike a running average, it has no lag."""
     half = len(values) // 40
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]

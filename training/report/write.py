@@ -1,7 +1,6 @@
-"""Step `report`: results.json and what the stages measured as one self-contained page, report.html, with pictures.
+"""Step `report`: writes results.json and the measurements of the stages as one self-contained page, report.html.
 
-Nothing is computed here that would need a model. Parts that results.json lacks are left out of the page and of its
-table of contents.
+No model is needed. Parts that results.json lacks are omitted from the page and from its table of contents.
 """
 
 import base64
@@ -27,13 +26,14 @@ from training.vit.phases import annealed
 
 TEMPLATES = Path(__file__).parent
 MOST_DESCRIBED = 16
-"""Profiles whose latents are shown; those of the others stand in results.json."""
+"""Number of profiles whose latents are shown; those of the others are in results.json."""
 
 
 def write_report(run: Run, others: Sequence[Run] = ()) -> None:
-    """Reads results.json, vit.json and sae.json of the run; writes report.html and a PNG file a picture beside them.
+    """Read results.json, vit.json and sae.json of a run, and write report.html and the pictures as PNG files next to
+    them.
 
-    others: runs of other seeds, for the table of seeds. Raises RunError when a run was not evaluated.
+    others: runs of other seeds, for the table of seeds. Raises RunError when a run is not evaluated.
     """
     path = run.folder / "results.json"
     if not path.is_file():
@@ -58,7 +58,8 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
 
 
 def pictures(results: Mapping[str, Any], points: Sequence[dict[str, Any]], usage: str) -> dict[str, Figure]:
-    """By file name; points: the training curves (phase, step, accuracy, usage, maybe target). usage: what theirs is."""
+    """The pictures by file name. points: the training curves (phase, step, accuracy, usage, maybe target). usage: the
+    name of their usage."""
     drawn = {"dial": dial_figures.frontier(results)} if results.get("dial") else {}
     drawn |= {
         "effects": figures.arrows(results),
@@ -110,7 +111,8 @@ def page(
 
 
 def class_adds(adds: Mapping[str, Any]) -> str:
-    """What class profiles add to a rival that is told no class, in words, by the 95% intervals of the differences."""
+    """The advantage of class profiles over a rival that does not know the class, in words, by the 95% intervals of the
+    differences."""
     found: dict[str, list[str]] = {"higher": [], "lower": [], "no shown difference in": []}
     for metric in MARGINS:
         low, high = adds[metric]["interval"]
@@ -123,7 +125,7 @@ def class_adds(adds: Mapping[str, Any]) -> str:
 
 
 def always_higher(rivals: Mapping[str, Any]) -> list[str]:
-    """The metrics in which class profiles are shown to be above every one of these rivals."""
+    """The metrics in which class profiles are shown to be above all these rivals."""
     return [
         TITLES.get(metric, metric)
         for metric in MARGINS
@@ -132,7 +134,7 @@ def always_higher(rivals: Mapping[str, Any]) -> list[str]:
 
 
 def with_targets(points: Sequence[dict[str, Any]], usage_target: float) -> list[dict[str, Any]]:
-    """Points of the joint phase with the usage that was asked for there, unless they say it."""
+    """The points, with the requested usage added to those of the joint phase that lack it."""
     last = max((point["step"] for point in points if point["phase"] == "joint"), default=0) + 1
     return [
         {"target": annealed(usage_target, point["step"] / last), **point} if point["phase"] == "joint" else point
@@ -141,14 +143,14 @@ def with_targets(points: Sequence[dict[str, Any]], usage_target: float) -> list[
 
 
 def oracle_at(best: Sequence[dict[str, Any]], usage: float) -> dict[str, Any]:
-    """Of the best subsets of each size, the smallest that keeps at least `usage` of the heads."""
+    """The smallest of the best subsets of each size that keeps at least `usage` of the heads."""
     return min(
         (subset for subset in best if subset["head_usage"] >= usage - 1e-9), key=lambda subset: subset["head_usage"]
     )
 
 
 def shade(value: float, top: float) -> tuple[str, str]:
-    """(background, text) colour of a signed value, white at 0: orange lowers, purple raises."""
+    """The (background, text) colours of a signed value: white at 0, orange below, purple above."""
     colour = matplotlib.colormaps["PuOr"](0.5 + 0.42 * max(-1.0, min(1.0, value / max(top, 1e-9))))
     luminance = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
     return to_hex(colour), "#ffffff" if luminance < 0.4 else "#222222"
@@ -161,7 +163,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def standard_deviation(values: Iterable[float]) -> float:
-    """Of a sample (n - 1); 0 for a single value."""
+    """The standard deviation of a sample (n - 1); 0 for a single value."""
     listed = list(values)
     centre = mean(listed)
     return math.sqrt(sum((value - centre) ** 2 for value in listed) / max(len(listed) - 1, 1))

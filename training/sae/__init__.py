@@ -1,1 +1,1 @@
-"""The residuals that gates read -> autoencoders, and how faithful these are."""
+"""The residuals that gates read -> autoencoders, and their fidelity."""

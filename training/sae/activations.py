@@ -1,4 +1,4 @@
-"""The residuals that the gates read, for a whole split: in memory, or in a memory-mapped file when they are many.
+"""The residuals that the gates read, for a whole split: in memory, or in a memory-mapped file if there are many.
 
 Letters: B images, S sites, D residual width.
 """
@@ -22,10 +22,10 @@ from training.model.gated_vit import GatedNetwork
 def residuals(
     model: GatedNetwork, split: Split, what: str, size: int = 500, folder: Path | None = None, memory: int | None = None
 ) -> Tensor:
-    """(S, B, D) on the CPU, without augmentation; all sites in one pass, on the model's device.
+    """Residuals (S, B, D) on the CPU, without augmentation; computed for all sites in one pass, on the model's device.
 
-    float32 in memory; when that would take more than `memory` bytes, float16 in a file in `folder`, mapped into memory
-    and gone with the tensor (or the process). Raises RunError when a residual does not fit float16.
+    They are float32 in memory. If that takes more than `memory` bytes, they are float16 in a mapped file in `folder`,
+    which is deleted with the tensor (or the process). Raises RunError when a residual does not fit float16.
     """
     shape = (len(model.gates), len(split), model.dim)
     mapped = folder is not None and memory is not None and 4 * shape[0] * shape[1] * shape[2] > memory
@@ -44,20 +44,20 @@ def residuals(
 
 
 def _file(folder: Path, shape: tuple[int, int, int]) -> Tensor:
-    """float16: a file that has no name, so that an interruption leaves nothing behind."""
+    """A float16 tensor in a file without a name, so that an interruption leaves nothing behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         return torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
 
 
 def chunks(values: Tensor, size: int = 8192) -> Iterator[Tensor]:
-    """Residuals (S, B, D) as float32 pieces (S, <= size, D), in order."""
+    """The residuals (S, B, D) as float32 pieces (S, <= size, D), in order."""
     for piece in values.split(size, 1):
         yield piece.float()
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of residuals (S, B, D): their mean (S, 1, D), and the root mean square about it (S, 1, 1). Summed in float64."""
+    """The mean (S, 1, D) of residuals (S, B, D), and the root mean square about it (S, 1, 1). Summed in float64."""
     sites, count, dim = values.shape
     mean = torch.zeros(sites, 1, dim, dtype=torch.float64)
     for piece in chunks(values):

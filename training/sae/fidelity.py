@@ -1,4 +1,4 @@
-"""How faithful autoencoders are: to the residuals, to the decisions of the gates, and to the whole model.
+"""The fidelity of autoencoders: to the residuals, to the decisions of the gates, and to the whole model.
 
 Letters: B images, S sites, L latents, D residual width.
 """
@@ -25,7 +25,7 @@ Reconstruct = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 def reconstruction(sae: Sae) -> Reconstruct:
-    """By autoencoders as they are saved."""
+    """The reconstruction of autoencoders in their saved form."""
 
     def reconstruct(site: int, residual: Tensor) -> tuple[Tensor, Tensor]:
         latents = sae.encode(site, residual)
@@ -39,7 +39,7 @@ def measure(
 ) -> dict[str, Any]:
     """Fidelity of autoencoders before (`size` images at a time) and after the conversion to JumpReLU, as JSON.
 
-    train (S, N, D): the residuals that they were fitted to. held_out (S, B, D): those of the images of the split.
+    train (S, N, D): the residuals of the fit. held_out (S, B, D): the residuals of the images of the split.
     dead_training: share of latents that are active on no training image, after the conversion.
     """
     after = reconstruction(sae.to(model.device))
@@ -65,8 +65,9 @@ def fidelity(
 
     l0: active latents an image. fvu: fraction of variance unexplained (sums over all images and dimensions about the
     per-dimension mean). cosine: of a residual and its reconstruction, mean over images. dead, dense: share of latents
-    that are never active, and on more than half of the images. gate_agreement: share of gates that decide alike when
-    they read the reconstruction; gate_agreement_clear: of those with |logit| above NEAR (1 when there are none).
+    that are never active, and that are active on more than half of the images. gate_agreement: share of gates that
+    decide alike on the reconstruction; gate_agreement_clear: the same among gates with |logit| above NEAR (1 when there
+    are none).
     """
     device, count = model.device, held_out.shape[1]
     scale = moments(held_out)[1]
@@ -108,13 +109,12 @@ def silent(reconstruct: Reconstruct, residual: Tensor, site: int, device: torch.
 
 @torch.no_grad()
 def recovered(reconstruct: Reconstruct, model: GatedVit, held_out: Tensor, split: Split) -> dict[str, float | None]:
-    """What the whole model loses when every gate reads the reconstruction of its residual.
+    """The loss of the whole model when every gate reads the reconstruction of its residual.
 
-    held_out (S, B, D): the residuals of the split's images; their mean is the ablation that CE recovered is measured
-    against: ce_recovered = (ce_mean - ce_reconstructed) / (ce_mean - ce), 1 when nothing is lost and 0 when the
-    reconstruction is worth no more than the mean; None when the mean does no harm, so that nothing can be recovered.
-    Of a model with MLP groups, head usage and MLP usage too.
-    (The loss recovered of https://transformer-circuits.pub/2023/monosemantic-features, with the mean in place of 0.)
+    held_out (S, B, D): the residuals of the split's images; the ablation replaces them by their mean. ce_recovered =
+    (ce_mean - ce_reconstructed) / (ce_mean - ce): 1 when nothing is lost, 0 when the reconstruction is no better than
+    the mean, None when the mean does no harm. A model with MLP groups also has head usage and MLP usage. (The loss
+    recovered of https://transformer-circuits.pub/2023/monosemantic-features, with the mean in place of 0.)
     """
     mean = moments(held_out)[0].to(model.device)  # (S, 1, D)
 
@@ -144,9 +144,9 @@ def recovered(reconstruct: Reconstruct, model: GatedVit, held_out: Tensor, split
 
 
 def stability(a: Sae, b: Sae) -> list[float]:
-    """Per site: mean over the latents of `a` of the best cosine of its decoder row with one of `b`'s.
+    """For each site, the mean over the latents of `a` of the highest cosine of their decoder row with a row of `b`.
 
-    The mean max cosine similarity of arXiv:2309.08600, for two seeds; 1 when every latent was found again.
+    This is the mean max cosine similarity of arXiv:2309.08600, for two seeds; 1 if every latent reappears.
     """
     return [
         (F.normalize(rows, dim=-1) @ F.normalize(others, dim=-1).T).amax(1).mean().item()

@@ -23,11 +23,11 @@ from training.sae.activations import moments, residuals
 from training.sae.fidelity import measure, stability
 
 SAMPLE = 20_000
-"""Residuals that the starting point and the thresholds are taken from, at most."""
+"""Largest number of residuals for the starting point and the thresholds."""
 
 
 def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
-    """Fit, go on fitting, or load the autoencoders of a run. Process 0 fits, the others wait."""
+    """Fit, resume fitting, or load the autoencoders of a run. Process 0 fits; the others wait."""
     finished = run.finished("sae", settings.fingerprint("sae"))
     if processes.is_main() and not finished:
         _fit_all(settings, data, run, model)
@@ -36,7 +36,7 @@ def fit_sae(settings: Settings, data: Data, run: Run, model: GatedVit) -> Sae:
 
 
 def _fit_all(settings: Settings, data: Data, run: Run, model: GatedVit) -> None:
-    """The autoencoders, and those of further seeds for their stability.
+    """Fit the autoencoders, and those of further seeds to measure stability.
 
     One half of the held-out residuals sets the thresholds, the other half measures the fidelity.
     """
@@ -88,7 +88,7 @@ def _stored(run: Run) -> Sae:
 
 
 class Fitting(nn.Module):
-    """Autoencoders in normalised coordinates (x - mean) / scale, one scale a site."""
+    """Autoencoders in normalised coordinates (x - mean) / scale, with one scale per site."""
 
     mean: Tensor
     scale: Tensor
@@ -97,8 +97,8 @@ class Fitting(nn.Module):
     def __init__(self, train: Tensor, settings: SaeSettings, device: torch.device | str = "cpu"):
         """train (S, B, D): raw residuals on the CPU, in memory or mapped; the parameters live on `device`.
 
-        The rows start as residuals about the median: random directions miss the few that the residuals vary along, and
-        a fifth of the latents or more would end dead.
+        The rows start as residuals about the median: residuals vary along few directions, which random rows miss, so
+        that a fifth of the latents or more would end up dead.
         """
         super().__init__()
         self.settings = settings
@@ -125,13 +125,14 @@ class Fitting(nn.Module):
         return torch.baddbmm(self.encoder_bias[sites] - self.decoder_bias[sites] @ weight, x, weight)
 
     def sparse(self, raw: Tensor) -> Tensor:
-        """Pre-activations (S, B, L) -> latents, by the kind of autoencoder."""
+        """Pre-activations (S, B, L) -> latents, as the kind of autoencoder defines."""
         k = self.settings.k
         return batch_top_k(raw, k * raw.shape[1]) if self.settings.kind == "batch-topk" else top_k(raw, k)
 
     @torch.no_grad()
     def reconstruct(self, site: int, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """As fitted, before the conversion: residual (B, D) -> latents (B, L), reconstruction (B, D), both raw."""
+        """The reconstruction before the conversion: residual (B, D) -> latents (B, L), reconstruction (B, D), both in
+        raw units."""
         only = slice(site, site + 1)
         z = self.sparse(self.raw((residual - self.mean[only]) / self.scale[only], only))
         rebuilt = (z @ self.decoder[only] + self.decoder_bias[only]) * self.scale[only] + self.mean[only]
@@ -145,10 +146,10 @@ class Fitting(nn.Module):
         save: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
         save_every: float = 60,
     ) -> list[dict[str, float]]:
-        """Train in place, from `state` if given; returns the curve.
+        """Train in place, from `state` if given. Returns the training curve.
 
         save: called with a state every `save_every` seconds.
-        bf16: matrix products in bfloat16. A fit that resumes from a state ends as an uninterrupted one, to the bit.
+        bf16: matrix products in bfloat16. A resumed fit equals an uninterrupted one, to the bit.
         """
         s = self.settings
         count = self.train_residuals.shape[1]
@@ -191,9 +192,9 @@ class Fitting(nn.Module):
         return curve
 
     def _loss(self, rows: Tensor, patience: float, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the residuals with these numbers: the loss, the errors (S, B, D), and which latents are dead (S, L).
+        """For these rows of the residuals: the loss, the errors (S, B, D), and which latents are dead (S, L).
 
-        patience: the steps that a latent may be silent for. Counts the silent steps.
+        Updates the count of silent steps. patience: the number of steps after which a silent latent is dead.
         """
         x = (self.train_residuals[:, rows].to(self.mean.device).float() - self.mean) / self.scale
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -208,7 +209,8 @@ class Fitting(nn.Module):
         return loss.sum(), error.detach(), dead
 
     def _auxiliary(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """(S,): AuxK (arXiv:2406.04093), what the dead latents (S, L) leave of the error; computes those rows only."""
+        """The AuxK loss (S,) (arXiv:2406.04093): the error that the dead latents (S, L) leave. Computes only their
+        rows."""
         width = int(dead.sum(1).max())
         index = dead.to(torch.uint8).topk(width, dim=1).indices  # (S, A); a site with fewer is padded with live ones
         sites = torch.arange(len(dead), device=dead.device)[:, None]
@@ -218,16 +220,17 @@ class Fitting(nn.Module):
         return (error - spare @ self.decoder[sites, index]).pow(2).mean((1, 2))
 
     def _remove_parallel_gradient(self) -> None:
-        """Decoder rows have unit norm: drop the part of the gradient that would only change it."""
+        """Remove the part of the gradient that would only change the norm of decoder rows, which is 1."""
         gradient = self.decoder.grad
         assert gradient is not None
         gradient -= (gradient * self.decoder.data).sum(-1, keepdim=True) * self.decoder.data
 
     @torch.no_grad()
     def folded(self, held_out: Tensor) -> Sae:
-        """As JumpReLU on raw residuals, with thresholds that keep k latents active on average on `held_out`.
+        """The autoencoders as JumpReLU on raw residuals, with thresholds that keep k latents active on average on
+        `held_out`.
 
-        With x_n = (x - mean) / scale, z = scale * z_n: the encoder and the unit decoder rows stay, biases and
+        With x_n = (x - mean) / scale, z = scale * z_n: the encoder and the unit decoder rows are unchanged, biases and
         thresholds are multiplied by the scale, b_dec = mean + scale * b_dec_n.
         """
         sites, latents, dim = self.encoder.shape

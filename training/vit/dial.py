@@ -1,9 +1,9 @@
-"""A model with a dial: the step that trains it, and the knots that are measured when it is trained.
+"""A model with a dial: its training step, and the knots that are measured after training.
 
-Each image of a batch is asked for a usage, the share of the units' MACs that it may spend. The loss has cross-entropy
-for images with every unit open, divergence from the averaged model with every unit open for the others (in-place
-distillation, arXiv:1903.05134), and a term that draws the mean usage of images to what they are asked for, whatever
-that is; a single image may spend more or less.
+Each image of a batch gets a requested usage: the share of the units' MACs that it may spend. The loss is the
+cross-entropy for images with every unit open, the divergence from the averaged model with every unit open for the
+others (in-place distillation, arXiv:1903.05134), and a term that trains the mean usage of images towards their
+requested usage, at every level; a single image may spend more or less.
 
 Letters as in gated_vit.py.
 """
@@ -28,28 +28,28 @@ from training.model.inference import answers
 from training.model.macs import Macs
 
 OPEN_SHARE, LOWEST_SHARE = 0.15, 0.1
-"""Of the images of a training batch: with every unit open, and at the lowest usage. The others are spread evenly.
-Always running the smallest network hurts the others (arXiv:2412.04786)."""
+"""Shares of the images of a training batch with every unit open, and at the lowest usage. The others are spread evenly.
+Always training the smallest network hurts the others (arXiv:2412.04786)."""
 OTHERS = 0.3
-"""Weight of the cross-entropy of images without every unit open, beside 1."""
+"""Weight of the cross-entropy of images without every unit open; the others have weight 1."""
 NEIGHBOURS = 0.1
-"""Usages that differ by less than this are compared with each other by `excess`."""
+"""`excess` compares images whose requested usages differ by less than this."""
 PARTS = 2
-"""Places between two learned knots at which compute is measured."""
+"""Points between two learned knots at which compute is measured."""
 KNOTS = 17
-"""Of the finished dial."""
+"""Knots of the finished dial."""
 MOST = 0.98
-"""Compute at the lowest usage that a dial may spend."""
+"""Largest compute fraction that a dial may spend at its lowest usage."""
 
 
 def dial_step(
     network: nn.Module, teacher: nn.Module, noise: float, settings: Settings, batch: Batch, macs: Macs
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, and what is recorded of it: loss, accuracy, usage, and its mean distance from what was
-    asked. Draws from torch's generator.
+    """The loss of a batch, and its record: loss, accuracy, usage, and mean distance from the requested usage. Draws
+    from torch's generator.
 
-    network: the GatedVit that is trained, or what wraps it. teacher: its average. noise: share of Gumbel noise in the
-    gates' decisions.
+    network: the GatedVit in training, or its wrapper. teacher: its average. noise: share of Gumbel noise in the gates'
+    decisions.
     """
     vit, device = settings.vit, processes.device()
     target = batch.target.to(device)
@@ -77,7 +77,7 @@ def dial_step(
 
 
 def draw(images: int, device: torch.device) -> Tensor:
-    """The usages (B,) that a batch is asked for."""
+    """The requested usages (B,) of a batch."""
     usage = LOWEST + (1 - LOWEST) * torch.rand(images, device=device)
     kind = torch.rand(images, device=device)
     usage = torch.where(kind < OPEN_SHARE + LOWEST_SHARE, LOWEST, usage)
@@ -85,11 +85,11 @@ def draw(images: int, device: torch.device) -> Tensor:
 
 
 def excess(spent: Tensor, asked: Tensor) -> Tensor:
-    """How far the mean of `spent` lies from `asked`, squared, on average over what is asked; all (B,).
+    """The squared distance of the mean of `spent` from `asked`, averaged over the requested usages; all (B,).
 
-    The mean of (spent_i - asked_i)(spent_j - asked_j) over pairs of different images that are asked for about the same:
-    an unbiased estimate, so that it does not matter how far images of one budget lie apart, as it does in the square of
-    a batch's mean. (A kernel estimate of a conditional moment: Bierens, J. Econometrics 20, 1982.)
+    The mean of (spent_i - asked_i)(spent_j - asked_j) over pairs of different images with about the same request. This
+    estimate is unbiased: unlike the square of a batch's mean, it does not penalise the variance between images. (A
+    kernel estimate of a conditional moment: Bierens, J. Econometrics 20, 1982.)
     """
     error = spent - asked
     near = (1 - (asked[:, None] - asked).abs() / NEIGHBOURS).clamp(min=0)
@@ -98,17 +98,17 @@ def excess(spent: Tensor, asked: Tensor) -> Tensor:
 
 
 def open_where(whole: Tensor, decide: Decide) -> Decide:
-    """`decide`, but every unit of the images `whole` (B,) open, without noise."""
+    """`decide`, but with every unit of the images `whole` (B,) open, without noise."""
     return lambda site, logit: torch.where(whole[:, None], 1.0, decide(site, logit))
 
 
 @torch.no_grad()
 def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
-    """The knots of the dial, evenly spread over the budgets that the model can spend, and the biases that spend them.
+    """The dial of a trained model: knots evenly spread over the budgets that it can spend, and their biases.
 
-    The mean compute of the images of `split` is measured along the learned knots, and once more where the knots of the
-    dial would come to lie by that; between these places it is interpolated. Raises RunError when the model has hardly
-    learned to spend less.
+    The mean compute on `split` is measured along the learned knots, and again at the positions that this gives for the
+    knots of the dial; between these it is interpolated. Raises RunError when the model has hardly learned to spend
+    less.
     """
     assert model.dial is not None
     learned = model.dial.usage.double().cpu().numpy()
@@ -129,7 +129,7 @@ def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
 
 
 def _biases(model: GatedVit, usage: np.ndarray) -> Tensor:
-    """(P, G, U) at P usages of the learned dial."""
+    """Gate biases (P, G, U) at P usages of the learned dial."""
     assert model.dial is not None
     biases: Tensor = model.dial(torch.tensor(usage, dtype=torch.float32, device=model.device))
     return biases
@@ -142,8 +142,8 @@ def _spent(model: GatedVit, split: Split, macs: Macs, usage: np.ndarray) -> np.n
 
 
 def _place_of(budget: np.ndarray, usage: np.ndarray, spent: np.ndarray) -> np.ndarray:
-    """Usages of the learned dial that spend these budgets, by what was measured at rising `usage`."""
+    """Usages of the learned dial that spend these budgets, interpolated from the compute `spent` at rising `usage`."""
     spent = np.maximum.accumulate(spent)
-    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # of places that spend the same
+    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # among usages that spend the same
     usages: np.ndarray = np.interp(budget, spent[last], usage[last])
     return usages

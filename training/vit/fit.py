@@ -1,12 +1,12 @@
-"""Stage `vit`: a ViT is trained with every head on, then learns which heads it can do without.
+"""Stage `vit`: trains a ViT with every head open, then teaches it which heads it can do without.
 
 Three phases: `backbone` (ungated), `gates` (gates alone, from fully open), `joint` (both; cross-entropy + KL to the
 ungated model + usage_weight * (usage - target)^2, the target annealed from 1 over the first 60% of the phase).
-In the joint phase a share of the images runs with all its gate logits lowered by a random offset, so that the network
-learns to do with fewer heads than its gates would keep: that is what steering will ask of it. A model with a dial
-(vit.dial) is trained at every usage instead, see dial.py.
+In the joint phase, some images run with all their gate logits lowered by a random offset. The network thereby learns to
+work with fewer heads than its gates would open, as steering will require. A model with a dial (vit.dial) is trained at
+every usage instead: see dial.py.
 
-Under `accelerate launch` every process trains on its share of each batch.
+Under `accelerate launch`, every process trains on its share of each batch.
 """
 
 from pathlib import Path
@@ -54,7 +54,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
     if state:
         _check_images(run.folder / "vit.state.safetensors", state.meta, data)
         first, curves = state.meta["phase"], state.meta["curves"]
-        model.load_state_dict(part(state.tensors, "model"))  # it may have been saved after the last phase
+        model.load_state_dict(part(state.tensors, "model"))  # the state may have been saved after the last phase
     elif vit.backbone is not None:
         first = 1
         model.load_state_dict(_shared_backbone(vit.backbone, settings, data), strict=False)
@@ -78,7 +78,7 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
 
 
 def build(settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
-    """A new model on the CPU, with the pretrained weights if the settings ask for some. Raises UnsupportedModel."""
+    """A new model on the CPU, with pretrained weights if the settings ask for them. Raises UnsupportedModel."""
     if settings.mlp_groups and not settings.dial:
         raise UnsupportedModel(f"vit.mlp_groups is {settings.mlp_groups}; allowed: 0, or more with --vit.dial")
     backbone = create_vit(settings, spec, classes)
@@ -112,14 +112,14 @@ def _teacher(settings: VitSettings) -> GatedVit | None:
 
 
 def check_images(run: Run, data: Data) -> None:
-    """Raises RunError when the model of the run was trained on other images or labels: images that it has seen could
-    be in the test split. A run that has no model yet, or that was made before the images were written down, passes."""
+    """Raise RunError when the model of the run was trained on other images or labels: its training images could be in
+    the test split. A run without a model, or from before images were recorded, passes."""
     if run.has("vit"):
         _check_images(run.folder / "vit.json", run.info("vit")["result"], data)
 
 
 def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
-    """made: has `data` and `labels`, where they were written down."""
+    """made: has `data` and `labels` if they were recorded."""
     there, now = made.get("data", data.digests), data.digests
     different = [name for name in sorted(there | now) if there.get(name) != now.get(name)]
     changed = [f"{name}: {there.get(name)} before, {now.get(name)} now" for name in different]
@@ -135,7 +135,7 @@ def _check_images(path: Path, made: dict[str, Any], data: Data) -> None:
 
 
 def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, Tensor]:
-    """The ungated model of another run. Raises RunError unless it was trained as this run would train its own."""
+    """The ungated model of another run. Raises RunError unless it was trained with the settings of this run."""
     run = Run(folder)
     stored = run.read_tensors("backbone")
     if stored is None:
@@ -145,7 +145,7 @@ def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, 
     if different:
         raise RunError(f"vit.backbone is {folder}, trained with another {', '.join(different)}")
     check_images(run, data)
-    # gates are the run's own: it may gate other blocks
+    # the gates belong to the run: it may gate other blocks
     return {key: value for key, value in stored.tensors.items() if key.startswith("vit.")}
 
 

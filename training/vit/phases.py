@@ -1,4 +1,4 @@
-"""The phases of the training of a gated ViT: what each optimises, one step of it, and the loop around the steps."""
+"""The phases of training a gated ViT: what each optimises, its training step, and the loop."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -26,12 +26,12 @@ from training.vit.dial import dial_step
 
 UNDECAYED = ("cls_token", "pos_embed")
 Schedule = Callable[[float], float]
-"""The share of a phase that is over -> a value."""
+"""The completed share of a phase -> a value."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of stage `vit`. Where a learning rate is 0, that part of the model is frozen."""
+    """A phase of stage `vit`. A learning rate of 0 freezes that part of the model."""
 
     index: int
     name: str
@@ -43,13 +43,13 @@ class Phase:
     gate_noise: Schedule = lambda done: 0.0
     """Share of Gumbel noise in the gates' decisions."""
     usage_target: Schedule = lambda done: 1.0
-    """Head usage that the loss draws the gates to."""
+    """Head usage towards which the loss trains the gates."""
     offset: float = 0.0
-    """The largest offset by which the gate logits of an image are lowered; 0: none are drawn."""
+    """Largest offset by which the gate logits of an image are lowered; 0: no offsets."""
 
 
 def phases_of(vit: VitSettings) -> tuple[Phase, Phase, Phase]:
-    """`backbone` (every head on), `gates` (gates alone) and `joint`."""
+    """The phases `backbone` (every head open), `gates` (only the gates are trained) and `joint`."""
 
     def noise(schedule: Schedule) -> Schedule:
         return schedule if vit.gate == "gumbel" else lambda done: 0.0
@@ -77,15 +77,15 @@ def run_phase(
     state: Stored | None,
     curves: list[dict[str, Any]],
 ) -> None:
-    """Train `model` through one phase; it ends with the averaged weights.
+    """Train `model` through one phase. It ends with the averaged weights.
 
-    teacher: what the answers are drawn to, from the second phase on the ungated model; with a dial it is the averaged
-    model itself instead. state: what `model` was loaded from, if a run is resumed.
+    teacher: the model for distillation, from the second phase on the ungated model; with a dial, the averaged model is
+    used instead. state: the state that `model` was loaded from, if a run is resumed.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
     model.train(phase.backbone_rate > 0)
-    # the others may hold gradients of the phase before
+    # the others may hold gradients of the previous phase
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     network = processes.parallel(model)
     average = ModelEmaV3(model, decay=vit.ema_decay, use_warmup=True)
@@ -109,7 +109,7 @@ def run_phase(
             tensors = {**average.module.state_dict(prefix="average."), **optimizer_tensors(optimizer)}
             save(settings, data, run, model, phase.index, step, curves, tensors)
             saved = time.monotonic()
-        # a resumed step draws what it would have drawn; each process its own gate noise
+        # a resumed step draws the same numbers; each process has its own gate noise
         torch.manual_seed((settings.seed * 3 + phase.index) * 10_000_000 + step + rank * 1_000_000_007)
         schedule.step_update(step + 1)
         if vit.dial and phase.gate_rate:
@@ -135,9 +135,9 @@ def run_phase(
 def train_step(
     network: nn.Module, teacher: GatedVit | None, phase: Phase, settings: Settings, batch: Batch, done: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, and what is recorded of it: loss, accuracy and head usage. Draws from torch's generator.
+    """The loss of a batch, and its record: loss, accuracy and head usage. Draws from torch's generator.
 
-    network: the GatedVit that is trained, or what wraps it. done: the share of the phase that is over.
+    network: the GatedVit in training, or its wrapper. done: the completed share of the phase.
     """
     vit, device = settings.vit, processes.device()
     target, images = batch.target.to(device), len(batch.target)
@@ -173,17 +173,17 @@ def save(
     curves: list[dict[str, Any]],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Write what the stage resumes from, before `step` of `phase`: the model and the further `tensors`."""
+    """Write the state for resuming before `step` of `phase`: the model and the additional `tensors`."""
     meta = {"phase": phase, "step": step, "curves": curves, "data": dict(data.digests)}
     run.write_state("vit", settings.fingerprint("vit"), {**model.state_dict(prefix="model."), **tensors}, meta)
 
 
 def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.Optimizer:
-    """AdamW over what the phase trains; everything else is frozen."""
+    """AdamW over the parameters that the phase trains; all others are frozen."""
     model.vit.requires_grad_(phase.backbone_rate > 0)
     model.gates.requires_grad_(phase.gate_rate > 0)
     dial = [] if model.dial is None else list(model.dial.requires_grad_(phase.gate_rate > 0).parameters())
-    if vit.gate == "static":  # the biases alone decide
+    if vit.gate == "static":  # only the biases decide
         for gate in cast(Iterable[Gate], model.gates):
             gate.linear.weight.requires_grad_(False)
     if vit.model == "conv_stem":
@@ -219,14 +219,14 @@ def _schedule(optimizer: torch.optim.Optimizer, name: str, total: int) -> Schedu
 
 
 def offsets(images: int, largest: float, share: float, device: torch.device) -> Tensor:
-    """(B, 1): zero for most images, for a random `share` of them uniform between 0 and `largest`."""
+    """Offsets (B, 1): uniform between 0 and `largest` for a random `share` of the images, zero for the others."""
     chosen = torch.rand(images, 1, device=device) < share
-    chosen[0] = False  # at least one image tells the usage
+    chosen[0] = False  # at least one image counts towards the usage
     return chosen * torch.rand(images, 1, device=device) * largest
 
 
 def fading(done: float) -> float:
-    """Gate noise of the joint phase: 1 for the first half of it, falling to 0 for the last fifth."""
+    """Gate noise of the joint phase: 1 in the first half, falling to 0 for the last fifth."""
     return min(1.0, max(0.0, (0.8 - done) / 0.3))
 
 
