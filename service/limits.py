@@ -88,7 +88,7 @@ class Limits:
     @classmethod
     def _other_is_taken(cls, clients: dict[str, Limit]) -> dict[str, Limit]:
         if OTHER in clients:
-            raise ValueError(f"a client is named {OTHER!r}; allowed: any other name, as this one is of all the rest")
+            raise ValueError(f"a client is named {OTHER!r}; allowed: any other name (it means all other clients)")
         return clients
 
 

@@ -45,7 +45,7 @@ def read(value: Any) -> Mapping[str, Any]:
         first = error.errors(include_url=False)[0]
         if first["type"] == "extra_forbidden":
             raise ValueError(
-                f"{first['loc'][0]!r} is no setting of a model; allowed: {', '.join(PER_MODEL)}"
+                f"{first['loc'][0]!r} is not a setting of a model; allowed: {', '.join(PER_MODEL)}"
             ) from error
         raise ValueError(sentence(error)) from error
 

@@ -399,7 +399,7 @@ def test_profiles_go_through_a_registry_to_running_servers(hub: Registry, tmp_pa
             until(lambda: tag in {profile.name for profile in client.profiles()})  # noqa: B023
             assert other not in {profile.name for profile in client.profiles()}
     assert "neither --digest nor --label" in refusal("pull", f"{reference}:one", folder, "--label", "stable")
-    assert "is there; allowed: a new name, or the link" in refusal("pull", f"{reference}:one", tmp_path / "one")
+    assert "is not a link; allowed: a new name, or the link" in refusal("pull", f"{reference}:one", tmp_path / "one")
     (tmp_path / "two" / "own.json").write_text("{}")
     assert "schema_version is missing" in refusal("push", tmp_path / "two", f"{reference}:three")
 

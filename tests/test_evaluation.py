@@ -439,7 +439,7 @@ def test_contexts_are_sets_of_labels() -> None:
     assert targets_of((composed, "b"), {"drinks": (decomposed, "b")})["drinks"] == (0, 1)
     with pytest.raises(RunError, match=r"profiles\.contexts has 'caf\xe9', which is a label"):
         targets_of((composed, "b"), {decomposed: ("b",)})
-    with pytest.raises(RunError, match=r"profiles\.contexts has 'caf\xe9', which is there already"):
+    with pytest.raises(RunError, match=r"profiles\.contexts has 'caf\xe9', which is given twice"):
         targets_of(labels, {composed: ("b",), decomposed: ("c",)})
     with pytest.raises(RunError, match=r"profiles\.contexts: name is ''; allowed: a string of 1 to 200 characters"):
         targets_of(labels, {"": ("b",)})

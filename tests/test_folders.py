@@ -169,7 +169,7 @@ def test_a_test_image_that_is_also_in_training_is_refused_dropped_or_reported(
     kept = read(tmp_path, copies="keep")
     assert sizes(kept) == (12, 4)
     assert kept.warnings[:2] == (
-        "1 images are there under several labels (test/a/1.png = train/b/other.png)",
+        "1 images have several labels (test/a/1.png = train/b/other.png)",
         "2 test images are exact copies of training images (test/a/0.png = train/a/again.png, "
         "test/a/1.png = train/b/other.png)",
     )
@@ -233,7 +233,7 @@ def test_a_label_is_found_in_the_test_folder_however_its_accent_is_written(tmp_p
     data = read(tmp_path)
     assert (data.labels, sizes(data)) == (("b", "caf\u00e9"), (10, 4))
     label_folders(tmp_path / "test", ("d",), seed=2000)
-    with pytest.raises(DataError, match=r"test has the folder 'd', which .*train has not; allowed: the same labels"):
+    with pytest.raises(DataError, match=r"test has the folder 'd', which .*train lacks; allowed: the same labels"):
         read(tmp_path)
 
 
@@ -293,7 +293,7 @@ def run_info(accuracy: float, usage: float, fvu: float, images: int = 1000, **sa
         (run_info(0.9, 0.5, 29.0), ["an autoencoder leaves a fraction of variance unexplained of 29.0000"]),
         (run_info(0.9, 0.5, float("nan")), ["an autoencoder leaves a fraction of variance unexplained of nan"]),
         (run_info(0.9, 0.5, 0.01, dead_training=0.95), ["an autoencoder has a share of dead latents of 0.9500"]),
-        (run_info(0.9, 0.5, 0.01, gate_agreement=0.7), ["gates decide alike behind an autoencoder in 0.7000"]),
+        (run_info(0.9, 0.5, 0.01, gate_agreement=0.7), ["gates agree behind an autoencoder in a share of 0.7000"]),
     ],
 )
 def test_runs_that_did_not_train_are_warned_of(run: tuple[dict, dict, dict], expected: list[str]) -> None:

@@ -353,10 +353,10 @@ def test_what_the_class_adds_is_said_whichever_way_it_falls() -> None:
         "higher recall (+0.60 [+0.20, +1.00]); lower precision (-1.25 [-2.00, -0.50]); no shown difference in AUROC "
         "(+1.00 [-1.00, +3.00]), accuracy of all images (+1.00 [-1.00, +3.00])."
     ) in said
-    assert "So knowing the class adds to recall beyond every one of them." in said
+    assert "So knowing the class improves recall over all of them." in said
     results["class_agnostic"]["the dial alone"] = told_no_class(random.Random(0), recall=(-0.01, -0.002))
     said = " ".join(read(results)[0].split())
-    assert "So knowing the class is not shown to add to any of these metrics beyond every one of them." in said
+    assert "So knowing the class is not shown to improve any of these metrics over all of them." in said
     del results["class_agnostic"]
     assert "nowing the class" not in read(results)[0]
 

@@ -128,7 +128,7 @@ def test_a_changed_file_is_followed_and_a_wrong_one_changes_nothing(polling: Ser
         other_batches = polling.count("steervit_model_info", model="other")
         for wrong, reason in (
             ({"max_queue": 0}, "max_queue is 0; allowed: 1 or more"),
-            ({"max_bach": 2}, "'max_bach' is no setting of a model; allowed: graph, specialised"),
+            ({"max_bach": 2}, "'max_bach' is not a setting of a model; allowed: graph, specialised"),
             ("{", "Expecting property name"),
             ({"default_profile": "night"}, "default_profile is 'night'; allowed: 'b'"),
             ({"graph": "compact.fp16"}, "graph is 'compact.fp16'; "),

@@ -90,7 +90,7 @@ def of_sae(sae: Mapping[str, Any]) -> list[str]:
     agreement = min(site["gate_agreement"] for site in sites)
     if not agreement >= LEAST_AGREEMENT:
         warnings.append(
-            f"gates decide alike behind an autoencoder in {agreement:.4f}; advised: {LEAST_AGREEMENT} or more"
+            f"gates agree behind an autoencoder in a share of {agreement:.4f}; advised: {LEAST_AGREEMENT} or more"
         )
     return [f"{warning}. Train longer (--sae.epochs) or on more images" for warning in warnings]
 

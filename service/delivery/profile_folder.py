@@ -21,7 +21,7 @@ def pull_profiles(source: Artefact, folder: Path) -> Path:
     Raises BundleError when `folder` is not a link, SteeringError when a file is invalid, and DeliveryError.
     """
     if folder.exists() and not folder.is_symlink():
-        raise BundleError(f"{folder} is there; allowed: a new name, or the link that an earlier pull made")
+        raise BundleError(f"{folder} is not a link; allowed: a new name, or the link that an earlier pull made")
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder.parent / f".{folder.name}.{source.digest.removeprefix('sha256:')[:16]}"
     with locked(folder.parent):

@@ -154,7 +154,7 @@ def _there(folder: Path, digest: str) -> Bundle | None:
         return None
     bundle = load_bundle(folder)
     if bundle.digest != digest:
-        raise BundleError(f"{folder} is there with the digest {bundle.digest}, not {digest}; allowed: a new version")
+        raise BundleError(f"{folder} has the digest {bundle.digest}, not {digest}; allowed: a new version")
     return bundle
 
 

@@ -177,7 +177,7 @@ def _labels_of_test(root: Path, train: Part) -> dict[str, Path]:
     if unknown:
         name = show(normal[unknown[0]].name)
         raise DataError(
-            f"{show(root)} has the folder {name!r}, which {show(train.root)} has not; allowed: the same labels"
+            f"{show(root)} has the folder {name!r}, which {show(train.root)} lacks; allowed: the same labels"
         )
     return {label: normal.get(name, root / label) for name, label in known.items()}
 
@@ -256,7 +256,7 @@ def _without_copies(root: Path, train: Part, test: Part | None, copies: str) -> 
     warnings = []
     contradicting = [group for group in groups if len({label_of[path] for path in group}) > 1]
     if contradicting:
-        warnings.append(f"{len(contradicting)} images are there under several labels ({pairs(contradicting)})")
+        warnings.append(f"{len(contradicting)} images have several labels ({pairs(contradicting)})")
     if test is None:
         leaks, surplus = groups, [path for group in groups for path in group[1:]]
         what = f"{len(surplus)} images are exact copies of others, so one could be in training and one in the test"
@@ -325,7 +325,7 @@ def _print(part: Part) -> None:
             f"data:   {label}: {row}" + (f"; skipped: {_listed(part.skipped[label])}" if label in part.skipped else "")
         )
     if len(rows) > MOST_SHOWN:
-        print(f"data:   and {len(rows) - MOST_SHOWN} other labels of which something is skipped")
+        print(f"data:   and {len(rows) - MOST_SHOWN} other labels with skipped entries")
     if "" in part.skipped:
         print(f"data:   beside the labels, skipped: {_listed(part.skipped[''])}")
     print(end="", flush=True)

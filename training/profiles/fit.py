@@ -84,7 +84,7 @@ def targets_of(labels: tuple[str, ...], contexts: Mapping[str, tuple[str, ...]])
         if unknown or not members:
             raise RunError(f"profiles.contexts[{name!r}] names {unknown}; allowed: one or more of {', '.join(labels)}")
         if name in targets:
-            what = "a label" if name in labels else "there already"
+            what = "a label" if name in labels else "given twice"
             raise RunError(f"profiles.contexts has {name!r}, which is {what}; allowed: another name")
         targets[name] = tuple(labels.index(label) for label in members)
     return targets
