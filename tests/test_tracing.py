@@ -1,34 +1,32 @@
 """Traces: spans that a collector receives over OTLP, and exemplars that a Prometheus scrapes.
 
-The collector here is only the receiving end of the protocol: HTTP, and the messages of opentelemetry-proto.
+The collector is the sink of oteltest, the test tool of OpenTelemetry's Python developers.
 """
 
 import asyncio
 import contextlib
-import gzip
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
 from opentelemetry.sdk.trace import TracerProvider
+from oteltest import sink
+from oteltest.sink.handler import RequestHandler
 from processes import MODELS, ROOT, SMALL, run_main, start_server, stop_server, until
 from prometheus import JOB, running
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -45,20 +43,32 @@ EXEMPLARS = "--enable-feature=exemplar-storage"
 """Prometheus keeps none without it."""
 
 
-class Collector:
+class Collector(RequestHandler):  # type: ignore[misc]
     """Receives spans over OTLP. `spans` has all so far, with their attributes as a dict of Python values."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
         self.resource: dict[str, Any] = {}
 
-    def take(self, body: bytes) -> None:
-        for of in ExportTraceServiceRequest.FromString(body).resource_spans:
+    def handle_trace(self, request: Any, headers: dict[str, str]) -> None:
+        for of in request.resource_spans:
             self.resource = attributes(of.resource)
             self.spans += [span for scope in of.scope_spans for span in scope.spans]
 
+    def handle_metrics(self, request: Any, headers: dict[str, str]) -> None:
+        raise AssertionError("the server sends traces alone")
+
+    handle_logs = handle_metrics
+
     def trace(self, trace_id: int) -> list[Any]:
         return [span for span in self.spans if span.trace_id == trace_id.to_bytes(16)]
+
+
+class Local(HTTPServer):
+    """What the sink listens with, on this machine alone and on a free port."""
+
+    def __init__(self, address: tuple[str, int], handler: Any):
+        super().__init__(("127.0.0.1", 0), handler)
 
 
 def attributes(of: Any) -> dict[str, Any]:
@@ -69,27 +79,12 @@ def attributes(of: Any) -> dict[str, Any]:
 def collecting() -> Iterator[tuple[Collector, str]]:
     """A collector, and its URL."""
     collector = Collector()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            known = (self.path, self.headers["Content-Type"]) == ("/v1/traces", "application/x-protobuf")
-            if known:
-                collector.take(gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
-            self.send_response(200 if known else 400)
-            self.send_header("Content-Type", "application/x-protobuf")
-            self.end_headers()
-            self.wfile.write(ExportTraceServiceResponse().SerializeToString())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield collector, f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with patch("oteltest.sink.HTTPServer", Local):
+        receiver = sink.HttpSink(collector, logging.getLogger("oteltest"))
+        receiver.start()
+        until(lambda: receiver.httpd is not None)
+    yield collector, f"http://127.0.0.1:{receiver.httpd.server_port}"
+    receiver.stop()
 
 
 def application() -> Any:
