@@ -31,8 +31,9 @@ from training.steering import SteeringProfile
 
 DRAWS = 3
 """Number of draws of random units."""
-FINE = 0.02
-"""Compute fraction: between two points of a curve that are further apart, budgets get points of their own."""
+NEAR, FINE = 0.003, 0.02
+"""Compute fractions: a budget that is further than NEAR from both of its neighbours on a curve, which are further than
+FINE apart, gets a point of its own."""
 ROUNDS = 4
 """Number of rounds that add such points."""
 UNSTEERED = ""
@@ -186,7 +187,9 @@ def fine_curve(
         steep = [
             budget
             for budget, end in zip(budgets, right, strict=True)
-            if 0 < end < len(spent) and spent[end] - spent[end - 1] > FINE
+            if 0 < end < len(spent)
+            and spent[end] - spent[end - 1] > FINE
+            and min(budget - spent[end - 1], spent[end] - budget) > NEAR
         ]
         places = sorted({round(position(budget, points), 6) for budget in steep} - measured.keys())
         if not places:
