@@ -108,9 +108,9 @@ def run_main(main: Callable[[list[str]], int], *arguments: str) -> "subprocess.C
     return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue())
 
 
-def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait until something holds."""
+def until(holds: Callable[[], bool], seconds: float = 60.0, found: Callable[[], object] = lambda: "") -> None:
+    """Wait until something holds. found: for the message, what there is instead."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come true in time"
+        assert time.monotonic() < end, f"it did not come true in time {found()}"
         time.sleep(0.05)
