@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from export.bundle import Knot, Macs, load_bundle, versions
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import OUT, ROOT, SAMPLES, Model, deit_s
+from tests.perf.heads import OUT, ROOT, SAMPLES, deit_s
 from tests.perf.serving import load, server
 from training.data.pixels import Split
 from training.dial import Dial
@@ -38,13 +37,12 @@ LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
 POSITIONS = np.linspace(0.3, 1.0, 15)
 
 
-def dialled_bundle(create: Callable[[int], Model], repository: Path) -> Path:
-    """A model with random weights, 4 MLP groups a block, a dial that opens its units in a random order and the profile
-    `odd`, which opens odd units and closes even ones; a repository, written when it is not there yet. create: the
-    model, of the number of groups."""
+def dialled_bundle(repository: Path) -> Path:
+    """DeiT-S with random weights, 4 MLP groups a block, a dial that opens its units in a random order and the profile
+    `odd`, which opens odd units and closes even ones; a repository, written when it is not there yet."""
     if repository.is_dir():
         return repository
-    model = create(4)
+    model = deit_s(mlp_groups=4)
     network, draw = model.steered.model, np.random.default_rng(0)
     pixels = torch.from_numpy(draw.integers(0, 256, (8, *model.spec.shape), np.uint8))
     split = Split(pixels, torch.arange(8))
@@ -138,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     committed = options.model == "committed" and not options.repository
     repository: Path = options.repository or (
-        ROOT / "deploy" / "models" if committed else dialled_bundle(deit_s, OUT / "dialled")
+        ROOT / "deploy" / "models" if committed else dialled_bundle(OUT / "dialled")
     )
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
     manifest = load_bundle(repository / name / str(versions(repository / name)[-1])).manifest

@@ -218,11 +218,11 @@ def vit_b() -> Model:
     return Model("vit_b", vit, ImageSpec(224, 224, 3, 256, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
-def fashion_mnist(mlp_groups: int = 4) -> Model:
+def fashion_mnist() -> Model:
     torch.manual_seed(0)
     spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.286,), (0.353,))
     vit = create_vit(VitSettings(**PRESETS["fashion-mnist"]["vit"]), spec, 10).eval()
-    return Model("fashion_mnist", vit, spec, mlp_groups)
+    return Model("fashion_mnist", vit, spec, mlp_groups=4)
 
 
 def patterns(model: Model, batch: int, usage: float, gates: str, groups: float = 1.0) -> NDArray[np.bool_]:
