@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from processes import COMMITTED
 
 from export.bundle import load_bundle, write_bundle
 from training.checkpoint import Run
 
 SETTINGS = {"steps": 100}
-COMMITTED = load_bundle(Path("deploy/models/fashion_mnist/4"))
-FILES = {name: (COMMITTED.folder / name).read_bytes() for name in COMMITTED.manifest.files}
+BUNDLE = load_bundle(COMMITTED)
+FILES = {name: (BUNDLE.folder / name).read_bytes() for name in BUNDLE.manifest.files}
 
 
 def tensors(number: int) -> dict[str, torch.Tensor]:
@@ -49,7 +50,7 @@ def bundle(folder: Path) -> None:
     """Write one version of a model after the other."""
     there = [int(path.name) for path in (folder / "fashion_mnist").glob("[0-9]*")]
     for number in itertools.count(max(there, default=0) + 1):
-        write_bundle(folder, replace(COMMITTED.manifest, version=number), FILES)
+        write_bundle(folder, replace(BUNDLE.manifest, version=number), FILES)
 
 
 if __name__ == "__main__":

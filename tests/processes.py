@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "deploy" / "models"
+COMMITTED = max((MODELS / "fashion_mnist").glob("*/"), key=lambda folder: int(folder.name))
+"""The folder of the committed bundle; its name is the version."""
 SAMPLES = ROOT / "deploy" / "samples"
 SMALL = ROOT / "tests" / "bundles"
 """A repository of a small model, as the exporter wrote it in version 2 of the schema. It is loaded at once."""

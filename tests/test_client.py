@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from numpy.typing import NDArray
-from processes import MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+from processes import COMMITTED, MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
 
 from service.client import AsyncClient, Client
 from service.pb import open_inference_pb2 as oi
@@ -181,7 +181,8 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
     measured = {key: first.pop(key) for key in (*TIMES, "peer", "asctime")}
     assert first == {
         "name": "steervit.requests", "levelname": "INFO", "message": "",
-        "method": "/steering.v1.SteeringService/Predict", "code": "OK", "model": "fashion_mnist", "version": "4",
+        "method": "/steering.v1.SteeringService/Predict", "code": "OK", "model": "fashion_mnist",
+        "version": COMMITTED.name,
         "profile": "Bag", "images": 1, "request_bytes": good.ByteSize(), "response_bytes": answer.ByteSize(),
         "client": "till-7", "request_id": "order-66", "trace_id": "0af7651916cd43dd8448eb211c80319c",
     }  # fmt: skip

@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from processes import MODELS, run_main, serving
+from processes import COMMITTED, MODELS, run_main, serving
 from torch import nn
 
 from export.__main__ import main as export_main
@@ -269,7 +269,10 @@ def test_unknown_graphs_are_refused_before_anything_is_done(
     [
         (("--name", "../x"), "name is '../x'; allowed: [A-Za-z0-9]"),
         (("--name", "x", "--version", "0"), "version is 0; allowed: a positive integer"),
-        (("--name", "fashion_mnist", "--version", "4"), "fashion_mnist/4 already exists; allowed: another version"),
+        (
+            ("--name", "fashion_mnist", "--version", COMMITTED.name),
+            f"{COMMITTED} already exists; allowed: another version",
+        ),
     ],
 )
 def test_names_and_versions_are_refused_before_the_run_is_read(

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from processes import COMMITTED
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -211,7 +212,7 @@ def test_a_profile_removed_again_is_retained_for_the_full_time(bundle: Bundle, n
         served.use(profiles)
     for seconds, lines in ((125, 1), (235, 0)):
         now[0] = seconds
-        assert page.lines("steervit_images_total", 'profile="Shirt"', 'version="4"') == lines
+        assert page.lines("steervit_images_total", 'profile="Shirt"', f'version="{COMMITTED.name}"') == lines
 
 
 def test_a_profile_that_comes_back_keeps_counting(bundle: Bundle, now: list[float]) -> None:

@@ -39,7 +39,7 @@ async def test_a_profile_called_none_is_shadowed_and_counted_as_a_profile(
 ) -> None:
     await model.predict(sample_pixels[:4], model.steering("none", NEUTRAL, 1.0), None)
     await model.predict(sample_pixels[:2], model.steering("", NEUTRAL, 1.0), None)
-    of_model = {"model": "fashion_mnist", "version": "4"}
+    of_model = {"model": "fashion_mnist", "version": str(model.bundle.manifest.version)}
     for name, profile, images in (
         ("steervit_shadow_images_total", "profile:none", 4), ("steervit_images_total", "profile:none", 4),
         ("steervit_shadow_images_total", "none", 0), ("steervit_images_total", "none", 2),

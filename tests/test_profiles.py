@@ -15,7 +15,18 @@ import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, start_server, until
+from processes import (
+    COMMITTED,
+    MODELS,
+    SAMPLES,
+    SMALL,
+    ServerProcess,
+    run_main,
+    run_module,
+    serving,
+    start_server,
+    until,
+)
 
 from export.bundle import Bundle
 from service import check_profiles
@@ -88,7 +99,9 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
     until(lambda: names(client) == own | {"dusk"})
     assert client.predict(samples["Bag"], profile="Shirt").receipt.steering_digest == digest(DARK)
     for gone in ("night", "Shirt"):  # no profile any more; one without an evaluation
-        series = f'steervit_profile_expected_head_usage{{model="fashion_mnist",version="4",profile="{gone}"'
+        series = (
+            f'steervit_profile_expected_head_usage{{model="fashion_mnist",version="{COMMITTED.name}",profile="{gone}"'
+        )
         assert series not in server.page()
     (folder / "night.json").unlink()
     until(lambda: names(client) == own)

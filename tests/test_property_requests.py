@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import CALLS, INFER, PREDICT, Live
 from messages import messages, mutated
-from processes import SAMPLES, ServerProcess
+from processes import COMMITTED, SAMPLES, ServerProcess
 
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
@@ -22,7 +22,9 @@ TERMS = [pb.SteeringTerm(site=1, latent=7, scale=0.5, shift=2.0), pb.SteeringTer
 VALID: dict[str, list[pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest | oi.ModelInferRequest]] = {
     PREDICT: [
         pb.PredictRequest(images=IMAGES, steering=pb.Steering(profile="Shirt", strength=0.5), top_k=3),
-        pb.PredictRequest(model="fashion_mnist", version="4", images=IMAGES, steering=pb.Steering(terms=TERMS)),
+        pb.PredictRequest(
+            model="fashion_mnist", version=COMMITTED.name, images=IMAGES, steering=pb.Steering(terms=TERMS)
+        ),
     ],
     "/steering.v1.SteeringService/Compare": [pb.CompareRequest(images=IMAGES, steering=pb.Steering(terms=TERMS))],
     "/steering.v1.SteeringService/Explain": [

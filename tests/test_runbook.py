@@ -189,7 +189,8 @@ def test_faults_raise_their_alerts(
                 dead_alone = {job: "SteervitAllTargetsDown" in prometheus.raised(job=job) for job in watched}
                 assert dead_alone == {job: job == "steervit-dead" for job in watched}
 
-                version = repository / "fashion_mnist" / "5"  # a version that does not work
+                # a version that does not work
+                version = repository / "fashion_mnist" / f"{bundle.manifest.version + 1}"
                 shutil.copytree(bundle.folder, version)
                 (version / "dispatch.fp32.onnx").write_bytes(b"")
                 (profiles / "wrong.json").write_text("{")  # a profile folder that is wrong

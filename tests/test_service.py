@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from masks import unit_mask
 from numpy.typing import NDArray
 from processes import (
+    COMMITTED,
     MODELS,
     ROOT,
     SAMPLES,
@@ -126,7 +127,7 @@ def test_profiles_are_listed_in_pages(client: Client, server: ServerProcess, bun
 def test_counts_on_the_metrics_page_equal_what_was_sent(samples: dict[str, list[bytes]], bundle: Bundle) -> None:
     with serving(MODELS) as server:
         page = server.page()
-        assert 'steervit_images_total{model="fashion_mnist",version="4",profile="Shirt"' in page
+        assert f'steervit_images_total{{model="fashion_mnist",version="{COMMITTED.name}",profile="Shirt"' in page
         with Client(server.address) as client:
             for label, files in samples.items():
                 predictions = client.predict(files, profile=label).predictions

@@ -27,7 +27,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from oteltest import sink
 from oteltest.sink.handler import RequestHandler
-from processes import MODELS, ROOT, SMALL, run_main, start_server, stop_server, until
+from processes import COMMITTED, MODELS, ROOT, SMALL, run_main, start_server, stop_server, until
 from prometheus import JOB, running
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -118,7 +118,7 @@ def test_a_trace_spans_client_to_inference_with_the_times_of_the_receipt(
     assert known.pop("network.peer.port") > 0
     assert known == {
         "rpc.system.name": "grpc", "rpc.method": PREDICT, "rpc.response.status_code": "OK",
-        "network.peer.address": "127.0.0.1", "steervit.model": "fashion_mnist", "steervit.version": "4",
+        "network.peer.address": "127.0.0.1", "steervit.model": "fashion_mnist", "steervit.version": COMMITTED.name,
         "steervit.profile": "Bag", "steervit.images": 40, "steervit.request_id": "order-66",
     }  # fmt: skip
     by_id = {found.span_id: found for found in trace}

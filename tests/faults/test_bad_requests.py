@@ -13,6 +13,7 @@ from service.pb import steering_pb2 as pb
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from tests.faults.protocols import OIP, PROTOCOLS, V1, Protocol, tensors
 from tests.faults.traffic import Traffic
+from tests.processes import COMMITTED
 
 IMAGE = np.zeros((1, 28, 28, 1), np.uint8)
 NAN, INFINITE = float("nan"), float("inf")
@@ -98,7 +99,7 @@ STEERING_V1 = [
     Case("unknown model", lambda: named(typed(), model="resnet"), "model is 'resnet'; allowed: 'fashion_mnist'",
          "NOT_FOUND"),
     Case("unknown version", lambda: named(typed(), version="99"),
-         "version of model 'fashion_mnist' is '99'; allowed: '4', or none", "NOT_FOUND"),
+         f"version of model 'fashion_mnist' is '99'; allowed: '{COMMITTED.name}', or none", "NOT_FOUND"),
     Case("unknown profile", lambda: typed(profile="Shoe"),
          "steering.profile is 'Shoe'; allowed: 'Ankle boot', 'Bag'", "NOT_FOUND"),
     Case("NaN scale", lambda: typed(1, pb.SteeringTerm(scale=NAN)),
@@ -130,7 +131,8 @@ STEERING_V1 = [
          r"model is 'fashion_mnist\x00'; allowed: 'fashion_mnist'", "NOT_FOUND"),
     Case("null characters", lambda: typed(profile="Shirt\0"), r"steering.profile is 'Shirt\x00'; allowed: 'Ankle boot'",
          "NOT_FOUND"),
-    Case("null characters", lambda: named(typed(), version="4\0"), r"is '4\x00'; allowed: '4'", "NOT_FOUND"),
+    Case("null characters", lambda: named(typed(), version=f"{COMMITTED.name}\0"),
+         rf"is '{COMMITTED.name}\x00'; allowed: '{COMMITTED.name}'", "NOT_FOUND"),
     Case("null characters", lambda: with_image(encoded=bytes(1000)), "is not a readable image (1000 bytes"),
 ]  # fmt: skip
 
@@ -170,7 +172,7 @@ OPEN = [
     Case("unknown model", lambda: tensor(IMAGES, bytes(784), model="resnet"),
          "model is 'resnet'; allowed: 'fashion_mnist'", "NOT_FOUND"),
     Case("unknown version", lambda: tensor(IMAGES, bytes(784), version="99"),
-         "version of model 'fashion_mnist' is '99'; allowed: '4', or none", "NOT_FOUND"),
+         f"version of model 'fashion_mnist' is '99'; allowed: '{COMMITTED.name}', or none", "NOT_FOUND"),
     Case("unknown profile", lambda: parameter("profile", string_param="Hat"),
          "steering.profile is 'Hat'; allowed: 'Ankle boot'", "NOT_FOUND"),
     Case("unknown input", lambda: tensor(IMAGES, bytes(784), name="pixels"),
