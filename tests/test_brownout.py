@@ -338,6 +338,16 @@ def test_allowing_brownout_makes_no_call_later_or_refused_more_often(load: float
 PLAIN = SteeringArrays(*(np.zeros((1, 1, 1), kind) for kind in (np.int64, np.float32, np.float32)))
 
 
+def test_lowered_images_keep_the_gate_biases_of_their_steering() -> None:
+    """Each image its own; the dial's are the same for all."""
+    own = np.array([[[1.0, -1.0]], [[2.0, 0.0]]], np.float32)  # (B, G, U)
+    rows = SteeringArrays(PLAIN.latent, PLAIN.scale, PLAIN.shift, own)
+    for arrays, biases in ((PLAIN, [[[5, 5]]]), (rows, [[[6, 4]], [[7, 5]]])):
+        lowered_arrays = Permission(0.3, arrays, lambda budget: np.full((1, 2), 10 * budget, np.float32)).at(0.5)
+        assert lowered_arrays.gate_bias is not None
+        assert lowered_arrays.gate_bias.tolist() == biases
+
+
 def test_what_calls_spend_is_learned_by_profile_and_limits_how_far_they_are_lowered() -> None:
     """Of 100 MACs, images of profile a spend 50, and those of b 90; c has budgets."""
 

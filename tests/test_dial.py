@@ -239,6 +239,9 @@ def test_curves_are_of_the_selection_slice_and_results_of_the_test_split(model: 
     profile = SteeringProfile("b", ("b",), "by hand", STEERED)
     results, _ = measure_dial(dial, model, sae, [profile], data, macs, 0)
     assert results["dials"].keys() == results["dial"]["test"].keys() == {"", "b"}
+    largest = max(*macs.per_head, *macs.per_mlp_group) / macs.dense
+    for point in results["dial"]["random"]:
+        assert point["compute_fraction"] == pytest.approx(point["budget"], abs=largest), "to within a unit"
 
     def measured(split: Split, name: str, positions: Sequence[float]) -> list[Outcome]:
         own = split.take((split.classes == 1).nonzero()[:, 0]) if name else split
