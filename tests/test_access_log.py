@@ -10,17 +10,49 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from PIL import Image
 from processes import MODELS, ROOT, ServerProcess, serving
 
+from service.access_log import Record, line
 from service.client import Client
 
 PREDICT = "/steering.v1.SteeringService/Predict"
 LIMITS = {"clients": {"greedy": {"images_per_second": 0.01, "burst": 2}, "stranger": {"models": []}}}
 Rows = list[list[str]]
+
+
+class Arrival:
+    """What gRPC knows of a call."""
+
+    def __init__(self, *metadata: tuple[str, str], certificate: str = ""):
+        self._metadata, self._certificate = metadata, certificate
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._metadata
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_common_name": [self._certificate.encode()]} if self._certificate else {}
+
+    def peer(self) -> str:
+        return "ipv4:10.0.0.7:5000"
+
+
+def test_a_line_has_every_known_field_and_no_other() -> None:
+    record = Record("small", "2", "b", "class", 3, 0.8, 0.5, 0.01, 0.0205, 0.03, "rate")
+    arrival = Arrival(("x-client-name", "shop"), ("traceparent", f"00-{5:032x}-{6:016x}-01"), certificate="till")
+    known: dict[str, Any] = {
+        "method": PREDICT, "code": "OK", "model": "small", "version": "2", "profile": "b", "images": 3, "budget": 0.8,
+        "budget_applied": 0.5, "refused": "rate", "duration_ms": 61.5, "decode_ms": 30.0, "queue_ms": 10.0,
+        "inference_ms": 20.5, "request_bytes": 700, "response_bytes": 90, "peer": "ipv4:10.0.0.7:5000",
+        "client": "shop", "certificate": "till", "request_id": "7", "trace_id": f"{5:032x}",
+    }  # fmt: skip
+    assert line(record, PREDICT, "OK", 0.0615, "7", (700, 90), arrival) == known
+    least = ("method", "code", "duration_ms", "request_bytes", "response_bytes", "peer", "request_id")
+    assert line(Record(), PREDICT, "OK", 0.0615, "7", (700, 90), Arrival()) == {name: known[name] for name in least}
 
 
 def ask(server: ServerProcess, name: str, images: Sequence[bytes], calls: int, profile: str = "") -> None:

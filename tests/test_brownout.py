@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ from service.brownout import (
     needed,
     size_of,
 )
-from service.calls import Call, CallQueue
+from service.calls import Call, CallQueue, Piece
+from service.lowering import Brownout
 from service.steering import Permission, Steering
 from tests.perf.brownout_sim import Machine, Policy, flood, main, serve
 from training.steering import SteeringArrays
@@ -332,17 +335,52 @@ def test_allowing_brownout_makes_no_call_later_or_refused_more_often(load: float
     assert (outcome.budgets[~may] == 1).all()
 
 
+PLAIN = SteeringArrays(*(np.zeros((1, 1, 1), kind) for kind in (np.int64, np.float32, np.float32)))
+
+
+def test_lowered_images_keep_the_gate_biases_of_their_steering() -> None:
+    """Each image its own; the dial's are the same for all."""
+    own = np.array([[[1.0, -1.0]], [[2.0, 0.0]]], np.float32)  # (B, G, U)
+    rows = SteeringArrays(PLAIN.latent, PLAIN.scale, PLAIN.shift, own)
+    for arrays, biases in ((PLAIN, [[[5, 5]]]), (rows, [[[6, 4]], [[7, 5]]])):
+        lowered_arrays = Permission(0.3, arrays, lambda budget: np.full((1, 2), 10 * budget, np.float32)).at(0.5)
+        assert lowered_arrays.gate_bias is not None
+        assert lowered_arrays.gate_bias.tolist() == biases
+
+
+def test_what_calls_spend_is_learned_by_profile_and_limits_how_far_they_are_lowered() -> None:
+    """Of 100 MACs, images of profile a spend 50, and those of b 90; c has budgets."""
+
+    def call(profile: str, images: int, budget: float | None = None) -> Call:
+        steering = Steering(PLAIN, profile, False, "", budget=budget, permission=Permission(0.7, PLAIN, lambda _: None))
+        return Call(np.zeros((images, 1, 1, 1), np.uint8), steering, False, math.inf, 0.0, cast(Any, None))
+
+    def spends(profile: str, budget: float | None = None) -> tuple[float, float]:
+        brownout.enter(new := call(profile, 1, budget))
+        return new.own, new.floor
+
+    brownout = Brownout(1.0, 100, 1, 8, [(1.0, 0.1)])
+    assert spends("a") == (1.0, 0.7)
+    batch = [Piece(call(*of), 0, of[1]) for of in (("a", 1), ("c", 1, 0.2), ("b", 2))]  # type: ignore[misc]
+    outputs: Any = SimpleNamespace(macs=np.array([50, 20, 90, 90]))
+    for _ in range(2):
+        brownout.ran(batch, outputs, 0.2)
+    assert spends("a") == (0.5, 0.5)  # less than the floor: not lowered
+    assert spends("b") == (0.9, 0.7)
+    assert spends("c") == (1.0, 0.7)
+    assert spends("b", 0.6) == (0.6, 0.6)
+
+
 @given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=12), st.integers(1, 8))
 def test_turns_do_not_depend_on_permissions(asked: list[tuple[int, bool]], most: int) -> None:
     """asked: the images of each call, and whether it may be lowered."""
-    plain = SteeringArrays(*(np.zeros((1, 1, 1), kind) for kind in (np.int64, np.float32, np.float32)))
-    permission = Permission(0.3, plain, lambda _: None)
+    permission = Permission(0.3, PLAIN, lambda _: None)
 
     def order(permitted: bool, loop: asyncio.AbstractEventLoop) -> list[list[tuple[int, int, int]]]:
         queue = CallQueue(None, lambda *_: None, Waits())
         numbers = {}
         for number, (images, may) in enumerate(asked):
-            steering = Steering(plain, "", False, "", permission=permission if may and permitted else None)
+            steering = Steering(PLAIN, "", False, "", permission=permission if may and permitted else None)
             call = Call(np.zeros((images, 1, 1, 1), np.uint8), steering, False, math.inf, 0.0, loop.create_future())
             call.floor = permission.floor if steering.permission else 1.0
             numbers[id(call)] = number

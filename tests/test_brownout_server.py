@@ -15,18 +15,18 @@ import pytest
 from masks import unit_mask
 from numpy.typing import NDArray
 from PIL import Image
-from processes import ServerProcess, start_server, stop_server
+from processes import SMALL, ServerProcess, start_server, stop_server
 from prometheus_client import CollectorRegistry
 from small_models import STEERED, dial_of, images, of_kind, source_of
 
-from export.bundle import Bundle
+from export.bundle import Bundle, load_bundle
 from export.write import ExportSettings, write_source
 from service.batcher import Batcher
 from service.calls import Answer
 from service.client import Asked, AsyncClient, Client
 from service.client.__main__ import main
 from service.config import Settings
-from service.dial import budget_bias
+from service.dial import budget_bias, floor_of
 from service.engine import Engine, Outputs
 from service.errors import InvalidRequest, Overloaded
 from service.lowering import Brownout
@@ -155,6 +155,16 @@ def test_a_flood_of_large_calls_is_lowered_and_refused_and_small_ones_are_not(bu
         assert isinstance(answer, Answer)
         assert answer.lowered is None
         assert answer.queue_seconds < 1.2 * TARGET
+
+
+def test_floors_by_hand(bundle: Bundle) -> None:
+    """The dial begins at 0.3; what is lowered below it has no gate biases."""
+    for budget, asked, default, floor in (
+        (None, None, 0.1, 0.3), (None, None, 0.6, 0.6), (0.5, None, 0.6, None), (None, None, 1.0, None),
+        (0.8, 0.3 - 1e-7, 1.0, 0.3), (0.8, 0.6, 0.1, 0.6), (0.6, 0.6, 0.1, None),
+    ):  # fmt: skip
+        assert floor_of(bundle, budget, asked, default) == floor, (budget, asked, default)
+    assert floor_of(load_bundle(SMALL / "small" / "1"), None, None, 0.1) is None
 
 
 def test_the_queue_is_bounded_by_work(bundle: Bundle) -> None:

@@ -27,7 +27,7 @@ from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import Arrays, inputs_of, open_session, run_onnx
 from export.verify import verify
-from export.write import ExportSettings, _dial, write_source
+from export.write import ExportSettings, _dial, _ranges, _specialised, write_source
 from service.buckets import Buckets
 from service.calls import Call, CallQueue, Piece
 from service.client import Asked, AsyncClient, Client
@@ -41,6 +41,7 @@ from service.pb.steering_pb2_grpc import SteeringServiceStub
 from service.steering import Steering, resolve, stack, with_bias
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from training.checkpoint import RunError
+from training.dial import Dial
 from training.model.macs import count
 from training.steering import (
     NEUTRAL,
@@ -97,8 +98,28 @@ def test_a_bundle_has_the_dial_and_the_curves_that_it_was_written_from(bundle: B
     assert bundle.curves.keys() == {"", "b", "own", "replaced"}
     assert bundle.profiles["own"] == PROFILES[1]
     assert verify(bundle.folder).manifest == manifest
+    assert [graph.certificate["biases"] for graph in manifest.graphs] == [len(manifest.dial)] * 3
     golden = load_golden(bundle.folder, "fp32")
     assert (golden.inputs["gate_bias"] != 0).any((1, 2)).sum() == len(golden.inputs["image"]) // 3
+
+
+def test_int8_is_calibrated_with_and_without_budgets(steered: SteeredVit) -> None:
+    """A dial that closes every unit below budget 1: without budgets the tokens of block 2 have other ranges, and with
+    budgets alone there are no hidden neurons."""
+    closing = np.full((7, 2, 7), -1000, np.float32)
+    closing[-1] = 8
+    with_dial, without = (
+        _ranges(source_of(steered, PROFILES[:1], dial)) for dial in (Dial(np.linspace(0.3, 1, 7), closing), None)
+    )
+    assert with_dial["block1/attention/in"] == without["block1/attention/in"]
+    assert with_dial["block2/attention/in"] != without["block2/attention/in"]
+    assert with_dial["block1/mlp/hidden"][1] > 0
+
+
+def test_no_graph_is_specialised_for_a_profile_with_biases(steered: SteeredVit, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, specialise=("own",))
+    with pytest.raises(BundleError, match="--specialise: profile 'own' has a gate_bias; allowed: profiles of terms"):
+        _specialised(source_of(steered, PROFILES), settings, {}, tmp_path, {})
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

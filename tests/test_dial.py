@@ -2,21 +2,35 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import images, model_of, small
+from small_models import SPEC, STEERED, images, model_of, small
 
+from training.config import Settings, VitSettings
 from training.data.pixels import Split
+from training.data.splits import Data
+from training.data.streams import Batch
 from training.dial import ALL_OPEN, Dial, DialError, Point, check_curve, position
-from training.evaluation.dial import ROUNDS, asked, at_positions, curve, fine_curve
+from training.evaluation.dial import (
+    ROUNDS,
+    Along,
+    asked,
+    at_positions,
+    compare_areas,
+    curve,
+    fine_curve,
+    measure_dial,
+)
 from training.model.dial import KNOTS, LOWEST, LearnedDial
 from training.model.gated_vit import GatedVit, keep_all, keep_positive
-from training.model.inference import Outcome, answers
+from training.model.inference import Outcome, answers, steered_by
 from training.model.macs import Macs, count
+from training.steering import SteeringProfile
 from training.vit import dial as training
 
 RISING = np.linspace(0.4, 1, 7)
@@ -84,6 +98,33 @@ def test_batches_ask_for_every_usage() -> None:
 def test_an_open_image_is_open_under_any_noise() -> None:
     decide = training.open_where(torch.tensor([True, False]), keep_positive)
     assert decide(0, torch.tensor([[-3.0, 2.0], [-3.0, 2.0]])).tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_loss_of_a_batch_by_hand(model: GatedVit, split: Split, tmp_path: Path) -> None:
+    """Cross-entropy with every unit open; elsewhere less of it, and the divergence from the average with every unit
+    open. The excess is of those alone."""
+    vit = VitSettings(dial=True, mlp_groups=2, label_smoothing=0, usage_weight=3, distillation_weight=0.5)
+    batch, macs = Batch(split.images, split.classes), count(model)
+    teacher = model_of(small(), mlp_groups=2).model
+    torch.nn.init.normal_(teacher.vit.head.weight)
+    torch.manual_seed(0)
+    requested = training.draw(len(split), torch.device("cpu"))
+    torch.manual_seed(0)
+    settings = Settings(step="vit", out=tmp_path, bf16=False, vit=vit)  # type: ignore[call-arg]
+    loss, record = training.dial_step(model, teacher, 0.0, settings, batch, macs)
+
+    whole, own_label = requested == 1, (torch.arange(len(split)), split.classes)
+    assert 20 < whole.sum() < 80
+    logits, out = model(split.images, usage=requested)
+    spent = macs.usage(torch.cat([out["head_gate"], out["mlp_gate"]], 2))[~whole]
+    answer, taught = logits.log_softmax(1), teacher(split.images, decide=keep_all)[0].log_softmax(1)
+    divergence = (taught.exp() * (taught - answer)).sum(1)
+    each = 0.5 * divergence - training.OTHERS * answer[own_label]
+    each[whole] = -model(split.images, decide=keep_all)[0].log_softmax(1)[own_label][whole]
+    expected = each.mean() + 3 * training.excess(spent, requested[~whole])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert record["error"].item() == pytest.approx((spent - requested[~whole]).mean().item(), rel=1e-5)
+    assert record["usage"].item() == pytest.approx((spent.sum() + whole.sum()).item() / len(split), rel=1e-5)
 
 
 def test_the_finished_dial_spends_what_its_knots_say(model: GatedVit, split: Split) -> None:
@@ -189,3 +230,42 @@ def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own() -> None:
     assert distance(coarse) > 0.2
     assert distance(fine) < 0.01
     assert len(fine) < 9 * (1 + ROUNDS)
+
+
+def test_curves_are_of_the_selection_slice_and_results_of_the_test_split(model: GatedVit) -> None:
+    splits = [Split(torch.from_numpy(images(size, size)), torch.arange(size) % 5) for size in (5, 60, 40)]
+    data, macs, sae = Data(tuple("abcde"), SPEC, *splits), count(model), model_of(small(), mlp_groups=2).sae
+    dial = training.calibrate(model, data.selection, macs)
+    profile = SteeringProfile("b", ("b",), "by hand", STEERED)
+    results, _ = measure_dial(dial, model, sae, [profile], data, macs, 0)
+    assert results["dials"].keys() == results["dial"]["test"].keys() == {"", "b"}
+    largest = max(*macs.per_head, *macs.per_mlp_group) / macs.dense
+    for point in results["dial"]["random"]:
+        assert point["compute_fraction"] == pytest.approx(point["budget"], abs=largest), "to within a unit"
+
+    def measured(split: Split, name: str, positions: Sequence[float]) -> list[Outcome]:
+        own = split.take((split.classes == 1).nonzero()[:, 0]) if name else split
+        return at_positions(dial, model, own, steered_by(sae, STEERED) if name else None, positions)
+
+    for name, points in results["dials"].items():
+        tested = results["dial"]["test"][name]
+        outcomes = measured(data.selection, name, [point["budget"] for point in points])
+        spent = [outcome.compute_fraction(macs).mean().item() for outcome in outcomes]
+        assert np.mean([p["compute_fraction"] for p in points]) == pytest.approx(np.mean(spent), abs=1e-6), "monotone"
+        along = [Point(**point) for point in points]
+        outcomes = measured(data.test, name, [position(point["budget"], along) for point in tested])
+        spent = [outcome.compute_fraction(macs).mean().item() for outcome in outcomes]
+        assert [point["compute_fraction"] for point in tested] == pytest.approx(spent, abs=1e-5)
+        assert {point["images"] for point in tested} == {len(outcomes[0].logits)} == {8 if name else 40}
+
+
+def test_areas_under_two_dials_by_hand() -> None:
+    """From 0.6 on, where both begin: 0.875, 0.875, 1 and 1 of the four images; and 0.5, 0.5, 0.5 and 1."""
+    one = Along(np.array([0.4, 0.8, 1.0]), np.array([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], float))
+    other = Along(np.array([0.6, 1.0]), np.array([[0, 0, 0, 1], [1, 1, 1, 1]], float))
+    assert one.area(0.6, 1.0).tolist() == pytest.approx([0.875, 0.875, 1, 1])
+    assert compare_areas(one, other) == {
+        "from": 0.6, "to": 1.0, "difference": 0.3125, "standard_error": 0.108253, "p": 0.001946,
+    }  # fmt: skip
+    assert compare_areas(other, one)["p"] == pytest.approx(1 - 0.001946)
+    assert compare_areas(one, one)["p"] == 1

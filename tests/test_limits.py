@@ -167,6 +167,18 @@ def test_who_shares_a_limit_with_whom(tmp_path: Path) -> None:
         entered(of, Arrival()).permit("small")
 
 
+def test_a_client_with_calls_in_flight_is_never_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond MOST_CERTIFICATES only idle clients are dropped: others would have their limits anew."""
+    monkeypatch.setattr("service.limits.MOST_CERTIFICATES", 2)
+    of = limits(tmp_path, {"default": {"calls_in_flight": 1}})
+    entered(of, Arrival("", "busy"))
+    for name in ("one", "two", "three"):
+        entered(of, Arrival("", name)).leave()
+    with pytest.raises(OverLimit, match="client 'busy': 1 calls in flight"):
+        entered(of, Arrival("", "busy"))
+    assert of._clients.keys() == {"busy", "three"}
+
+
 async def test_new_limits_apply_and_a_wrong_file_changes_nothing(tmp_path: Path, clock: Clock) -> None:
     of, shop = limits(tmp_path, {"clients": {"shop": {"calls_in_flight": 1}}}, clock), Arrival("shop")
     call = entered(of, shop)

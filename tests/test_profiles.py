@@ -126,6 +126,8 @@ def test_the_default_profile_steers_requests_that_ask_for_nothing(
         assert nothing.predictions == named.predictions
         assert nothing.receipt.profile == "always"
         compared = client.compare(files)
+        of_kind = "steervit_profile_request_duration_seconds_count"
+        assert running.count(of_kind, profile_group="selective") == 3
         assert [c.steered for c in compared.comparisons] == list(nothing.predictions)
         plain = client.predict(files, strength=0.0)
         assert (plain.receipt.profile, plain.receipt.steering_digest) == ("", digest({}))
