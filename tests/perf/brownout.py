@@ -13,22 +13,20 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.bundle import Knot, Macs, load_bundle, versions
-from export.write import ExportSettings, Source, write_source
+from export.bundle import Knot, load_bundle, versions
 from service.client.load import Load, Report
 from service.client.tables import table
 from tests.perf.heads import OUT, ROOT, SAMPLES, deit_s
-from tests.perf.serving import load, server
-from training.data.pixels import Split
+from tests.perf.serving import load, server, source_of, write_bench
 from training.dial import Dial
 from training.evaluation.dial import at_positions, curve
 from training.steering import SteeringProfile, SteeringTerm
@@ -37,29 +35,23 @@ LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
 POSITIONS = np.linspace(0.3, 1.0, 15)
 
 
-def dialled_bundle(repository: Path) -> Path:
+def dialled_bundle() -> Path:
     """DeiT-S with random weights, 4 MLP groups a block, a dial that opens its units in a random order and the profile
     `odd`, which opens odd units and closes even ones; a repository, written when it is not there yet."""
+    repository = OUT / "dialled"
     if repository.is_dir():
         return repository
-    model = deit_s(mlp_groups=4)
-    network, draw = model.steered.model, np.random.default_rng(0)
-    pixels = torch.from_numpy(draw.integers(0, 256, (8, *model.spec.shape), np.uint8))
-    split = Split(pixels, torch.arange(8))
+    model, draw = deit_s(mlp_groups=4), np.random.default_rng(0)
+    shifts = tuple(SteeringTerm(unit, 1.0, 1.0 if unit % 2 else -1.0) for unit in range(model.units))
+    source = source_of(model, [SteeringProfile("odd", ("c0",), "by hand", dict.fromkeys(range(model.sites), shifts))])
     start = draw.permutation(np.linspace(0.3, 0.95, model.sites * model.units)).reshape(model.sites, model.units)
     rising = np.clip(400 * (POSITIONS[:, None, None] - start) - 8, -8, 8).astype(np.float32)
     rising[-1] = 8
     dial = Dial(POSITIONS, rising)
-    outcomes = at_positions(dial, network, split, None, POSITIONS)
-    points = curve(POSITIONS, outcomes, split.classes, model.macs)
+    outcomes = at_positions(dial, model.steered.model, source.selection, None, POSITIONS)
+    points = curve(POSITIONS, outcomes, source.selection.classes, model.macs)
     knots = tuple(Knot(k["budget"], tuple(map(tuple, k["gate_bias"]))) for k in dial.to_json())
-    macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
-    labels = tuple(f"c{index}" for index in range(network.vit.num_classes))
-    shifts = tuple(SteeringTerm(unit, 1.0, 1.0 if unit % 2 else -1.0) for unit in range(model.units))
-    odd = SteeringProfile("odd", ("c0",), "by hand", dict.fromkeys(range(model.sites), shifts))
-    source = Source(model.spec, labels, macs, model.steered, (odd,), {}, split, None, knots, {"": tuple(points)})
-    settings = ExportSettings(model.name, attentions=("dispatch",), verify_images=4, accuracy_images=4)
-    write_source(source, repository, settings)
+    write_bench(replace(source, dial=knots, dials={"": tuple(points)}), repository, model.name, ("dispatch",))
     return repository
 
 
@@ -135,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default: %(default)g)")
     options = parser.parse_args(arguments)
     committed = options.model == "committed" and not options.repository
-    repository: Path = options.repository or (
-        ROOT / "deploy" / "models" if committed else dialled_bundle(OUT / "dialled")
-    )
+    repository: Path = options.repository or (ROOT / "deploy" / "models" if committed else dialled_bundle())
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
     manifest = load_bundle(repository / name / str(versions(repository / name)[-1])).manifest
     if not manifest.dial:

@@ -6,8 +6,8 @@ with the copies to it and back, for DeiT-S and ViT-B with random weights, with a
 gRPC; and timm's plain model compiled by PyTorch, if torch sees the GPU. Writes build/bench/gpu.json; the exit code is 0
 if everything is right.
 
-`specialised` has a third of the heads and a quarter of the hidden neurons of every gated block, and fixed terms: what
-is left of a model for one profile at about 0.36 of the compute.
+`specialised` has a third of the heads and one MLP group of four of every gated block, and fixed terms: what is left of
+a model for one profile at about 0.36 of the compute.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from service.cuda import Gpu
 from service.engine import resolve_provider
 from service.tuning import Surroundings, start
 from tests.perf.heads import BUNDLE, OUT, Model, deit_s, patterns, vit_b
-from tests.perf.serving import bundle_of, load, rate, server
+from tests.perf.serving import load, rate, server, thirds, write_bench
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
 from training.steering import SteeringTerm, to_arrays
@@ -251,7 +251,8 @@ def through_grpc(
     model: Model, batches: Sequence[int], seconds: float, clients: int, instances: int = 0
 ) -> dict[str, dict[str, float]]:
     """Images a second through calls with this many images, from several client processes, and of the engines alone."""
-    repository = bundle_of(model, OUT / "gpu", (("fused", "fp16"),))
+    repository = OUT / "gpu"
+    write_bench(thirds(model), repository, model.name, ("fused",), ("fp16",))
     say(f"{model.name}: bundle written")
     bundle = load_bundle(repository / model.name / "1")
     images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(128)]

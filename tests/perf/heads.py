@@ -15,7 +15,6 @@ itself decides for sample images at budgets.
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -147,6 +146,8 @@ class Model:
 
     def _write(self, variant: str, precision: str) -> bytes:
         model, sae = self.steered.model, self.steered.sae
+        if variant == "specialised":
+            return self._specialised()
         if variant == "timm":
             example = torch.zeros(2, *self.spec.shape, dtype=torch.uint8)
             g = Builder()
@@ -158,8 +159,6 @@ class Model:
             arithmetic = Int8(self.ranges)
         if precision == "fp16":
             arithmetic = Float(np.float16)
-        if variant == "specialised":
-            return build_fused(*self.specialised(), self.spec, {}, np.float16, *self.profile()).SerializeToString()
         if variant.startswith("compact"):
             heads, groups = map(int, variant.split("-")[1:])
             left = (*range(heads), *range(self.heads, self.heads + groups))
@@ -167,23 +166,14 @@ class Model:
         attention = {"dense": "masked", "by_head": "dispatch"}.get(variant, variant)
         return build(steered, self.spec, attention, {}, arithmetic).SerializeToString()
 
-    def specialised(self) -> tuple[GatedVit, Sae]:
-        """The model with a quarter of the hidden neurons in every gated block's MLP, as for a profile with one open
-        group of four."""
-        model = copy.deepcopy(self.steered.model)
-        for index in model.gated_blocks:
-            mlp = model.vit.blocks[index].mlp
-            left = mlp.fc1.out_features // 4
-            for layer, weight in ((mlp.fc1, mlp.fc1.weight[:left]), (mlp.fc2, mlp.fc2.weight[:, :left])):
-                layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            mlp.fc1.bias = nn.Parameter(mlp.fc1.bias[:left].clone(), requires_grad=False)
-        return model, self.steered.sae
-
-    def profile(self) -> tuple[list[tuple[int, ...]], Terms]:
-        """A third of the heads in every gated block, held open by their terms."""
-        left = tuple(range(self.heads // 3))
-        terms = (SteeringTerm(h, 1.0, FORCE if h in left else -FORCE) for h in range(self.heads))
-        return [left] * self.sites, dict.fromkeys(range(self.sites), tuple(terms))
+    def _specialised(self) -> bytes:
+        """A graph for one profile, which holds a third of the heads and one MLP group of four open in every block."""
+        model = Model(self.name, self.steered.model.vit, self.spec, mlp_groups=4)
+        left = (*range(self.heads // 3), self.heads)
+        terms = tuple(SteeringTerm(unit, 1.0, FORCE if unit in left else -FORCE) for unit in range(model.units))
+        of_sites: Terms = dict.fromkeys(range(model.sites), terms)
+        network, sae, kept = model.steered.model, model.steered.sae, [left] * model.sites
+        return build_fused(network, sae, self.spec, {}, np.float16, kept, of_sites).SerializeToString()
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:

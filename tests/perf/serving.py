@@ -19,21 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from export.builder import OPSET
-from export.bundle import (
-    Graph,
-    Macs,
-    Manifest,
-    Site,
-    gates_sae_digest,
-    golden_bytes,
-    load_bundle,
-    versions,
-    write_bundle,
-)
-from export.certify import Reference, steerings
+from export.bundle import Macs, load_bundle, versions
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report, run
 from service.config import Settings
@@ -47,30 +34,43 @@ from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, pro
 
 def deit_bundle() -> Path:
     """DeiT-S with random weights as a repository: profiles `third0` ... open two heads of six in every block."""
-    return bundle_of(deit_s(), OUT / "models", (("dispatch", "fp32"), ("masked", "fp32")))
+    model, repository = deit_s(), OUT / "models"
+    write_bench(thirds(model), repository, model.name, ("dispatch", "masked"))
+    return repository
 
 
 def units_bundle() -> Path:
     """As deit_bundle, with 4 MLP groups a block, in fp32 and int8: profiles `open0` ... open two heads of six and one
     group of four in every block."""
-    repository, model = OUT / "units", deit_s(mlp_groups=4)
-    if (repository / model.name / "1").is_dir():
-        return repository
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
-    write_source(
-        Source(
-            model.spec,
-            tuple(f"c{index}" for index in range(1000)),
-            Macs(model.macs.dense, tuple(model.macs.per_head), tuple(model.macs.per_mlp_group)),
-            model.steered,
-            [SteeringProfile(f"open{o}", ("c0",), "forced", forced(model, o, 2, 1)) for o in range(6)],
-            {},
-            Split(pixels, torch.arange(8)),
-        ),
-        repository,
-        ExportSettings(model.name, None, ("dispatch",), ("fp32", "int8"), verify_images=4, accuracy_images=4),
-    )
+    model, repository = deit_s(mlp_groups=4), OUT / "units"
+    profiles = [SteeringProfile(f"open{o}", ("c0",), "forced", forced(model, o, 2, 1)) for o in range(6)]
+    write_bench(source_of(model, profiles), repository, model.name, ("dispatch",), ("fp32", "int8"))
     return repository
+
+
+def thirds(model: Model) -> Source:
+    """Profile `all` opens every head, `third0` ... `third5` a third of them in every block."""
+    third = model.heads // 3
+    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model, 0, model.heads))]
+    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(model, o, third)) for o in range(6)]
+    return source_of(model, profiles)
+
+
+def source_of(model: Model, profiles: Sequence[SteeringProfile]) -> Source:
+    """The source of a bundle of the model, with eight images of random pixels as the selection slice."""
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
+    labels = tuple(f"c{index}" for index in range(model.steered.model.vit.num_classes))
+    macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
+    return Source(model.spec, labels, macs, model.steered, profiles, {}, Split(pixels, torch.arange(8)))
+
+
+def write_bench(
+    source: Source, repository: Path, name: str, attentions: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)
+) -> None:
+    """Write the bundle into the repository when it is not there yet."""
+    if not (repository / name / "1").is_dir():
+        settings = ExportSettings(name, 1, attentions, precisions, verify_images=4, accuracy_images=4)
+        write_source(source, repository, settings)
 
 
 def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, tuple[SteeringTerm, ...]]:
@@ -95,46 +95,6 @@ def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "many.json").write_text(json.dumps(content))
     return folder, tuple(profile.name for profile in profiles)
-
-
-def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) -> Path:
-    """A repository with the model, written when it is not there yet: profiles `third0` ... open a third of the heads in
-    every block. kinds: attention and precision of the graphs."""
-    folder = repository / model.name / "1"
-    if folder.is_dir():
-        return repository
-    steered, spec = model.steered, model.spec
-    pixels = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
-
-    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model, 0, model.heads))]
-    third = model.heads // 3
-    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(model, o, third)) for o in range(6)]
-    reference = Reference(
-        steered, pixels, steerings([p.terms for p in profiles], [32] * model.sites)[:3], pixels, np.zeros(4, np.int64)
-    )
-    weights = {key: value.numpy() for key, value in steered.sae.state_dict().items()}
-    weights |= {f"gates.{key}": value.numpy() for key, value in steered.model.gates.state_dict().items()}
-    contents, graphs, first = {}, [], {}
-    for attention, precision in kinds:
-        file = f"{attention}.{precision}.onnx"
-        contents[file] = content = model.graph(attention, precision).read_bytes()
-        certificate = reference.certify(content, attention, precision)
-        graphs.append(Graph(file, attention, precision, OPSET, certificate.to_json()))
-        first.setdefault(precision, content)
-    contents |= {
-        "profiles.json": json.dumps(profiles_to_json(profiles)).encode(),
-        "sae.safetensors": save(weights),
-        "golden.npz": golden_bytes(reference.golden(first, 4)),
-    }
-    manifest = Manifest(
-        schema_version=2, name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)),
-        image=spec, gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
-        sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
-        macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
-        gates_sae_digest=gates_sae_digest(weights, steered.model.gated_blocks), files={},
-    )  # fmt: skip
-    write_bundle(repository, manifest, contents)
-    return repository
 
 
 class Running(NamedTuple):
