@@ -288,8 +288,5 @@ def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bu
     assert "profile Shirt" in done.stdout
     done = run_main(client_main, "profiles", "--address", server.address)
     assert len(done.stdout.splitlines()) == len(bundle.profiles) + 2
-    done = run_main(client_main, "predict", "--address", server.address, "--profile", "Shoe", *files)
-    assert done.returncode == 1
-    assert done.stderr.startswith("NOT_FOUND: steering.profile is 'Shoe'; allowed: 'Ankle boot'")
     done = run_module("service.client", "predict", "--address", server.address, "no-such-file.png")
     assert done.stderr == "no-such-file.png: No such file or directory\n"
