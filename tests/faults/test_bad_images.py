@@ -15,7 +15,7 @@ from export.bundle import Bundle
 from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, Protocol
 from tests.faults.traffic import Traffic
-from tests.photos import IN_PNG, OTHERS, TURNED, encoded, with_exif
+from tests.photos import IN_PNG, OTHERS, TURNED, chunk, encoded, with_exif
 
 Picture = NDArray[np.uint8]
 """(28, 28)"""
@@ -47,10 +47,6 @@ def bomb(_: Picture) -> bytes:
     packer, side = zlib.compressobj(9), 30_000
     row = b"\0" + b"\xff" * (side // 8)
     pixels = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 

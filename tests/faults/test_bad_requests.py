@@ -11,7 +11,7 @@ import pytest
 from service.pb import open_inference_pb2 as oip
 from service.pb import steering_pb2 as pb
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
-from tests.faults.protocols import OIP, PROTOCOLS, V1, Protocol, tensors
+from tests.faults.protocols import OIP, V1, Protocol, both, tensors
 from tests.faults.traffic import Traffic
 
 IMAGE = np.zeros((1, 28, 28, 1), np.uint8)
@@ -243,16 +243,7 @@ def test_what_is_wrong_is_named(protocol: Protocol, case: Case, channel: grpc.Ch
     traffic.check()
 
 
-def marked(name: str, sees: str) -> list[Any]:
-    return [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-
-
-@pytest.mark.parametrize(
-    "protocol",
-    marked(
-        "request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`"
-    ),
-)
+@both("request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`")
 def test_bytes_that_are_no_message_are_refused(protocol: Protocol, channel: grpc.Channel, traffic: Traffic) -> None:
     call = channel.unary_unary(protocol.path)
     with pytest.raises(grpc.RpcError) as caught:
@@ -263,12 +254,9 @@ def test_bytes_that_are_no_message_are_refused(protocol: Protocol, channel: grpc
     traffic.check()
 
 
-@pytest.mark.parametrize(
-    "protocol",
-    marked(
-        "request: 100 MB message",
-        "RESOURCE_EXHAUSTED: gRPC's own sentence, with the size and what is allowed (`--max-message-mb`)",
-    ),
+@both(
+    "request: 100 MB message",
+    "RESOURCE_EXHAUSTED: gRPC's own sentence, with the size and what is allowed (`--max-message-mb`)",
 )
 def test_a_message_of_100_mb_is_refused_before_it_is_read(
     protocol: Protocol, channel: grpc.Channel, traffic: Traffic
