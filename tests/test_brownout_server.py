@@ -15,7 +15,7 @@ import pytest
 from masks import unit_mask
 from numpy.typing import NDArray
 from PIL import Image
-from processes import ServerProcess, start_server, stop_server
+from processes import ServerProcess, serving
 from prometheus_client import CollectorRegistry
 from small_models import STEERED, dial_of, images, of_kind, source_of
 
@@ -239,9 +239,8 @@ def test_lowered_images_run_at_their_own_budget_afterwards(bundle: Bundle, monke
 @pytest.fixture(scope="module")
 def server(bundle: Bundle) -> Iterator[ServerProcess]:
     flags = ("--instances", "1", "--threads", "1", "--max-batch", "8", "--target-latency-ms", "15")
-    running = start_server(bundle.folder.parents[1], *flags)
-    yield running
-    assert stop_server(running) == 0
+    with serving(bundle.folder.parents[1], *flags) as running:
+        yield running
 
 
 ASKED: tuple[Asked, ...] = (

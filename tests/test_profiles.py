@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, run_module, serving, start_server, until
+from processes import MODELS, SAMPLES, SMALL, ServerProcess, run_main, serving, start_server, stop_server, until
 
 from export.bundle import Bundle
 from service import check_profiles
@@ -131,7 +130,7 @@ def test_the_default_profile_steers_requests_that_ask_for_nothing(
         file.write_text(content(bundle, profile("dusk")))
         until(lambda: failed_reads(running) >= 1)
         assert client.predict(files).receipt.profile == "always"
-    done = run_module("service", "--repository", str(SMALL), "--default-profile", "nobody", "--port", "0")
+    done = run_main(service_main, "--repository", str(SMALL), "--default-profile", "nobody", "--port", "0")
     assert done.returncode == 1
     assert "model small version 1: default_profile is 'nobody'; allowed: " in done.stderr
 
@@ -228,9 +227,7 @@ def test_an_invalid_profile_folder_at_the_start_keeps_the_server_not_ready(bundl
             with Client(running.address) as client:
                 assert "night" in names(client)
     finally:
-        running.process.send_signal(signal.SIGTERM)
-        _, log = running.process.communicate(timeout=60)
-    assert running.process.returncode == 0
+        log = stop_server(running)
     assert f"not ready: {said}" in log
     assert f"profiles are unchanged: {said}" in log
 
