@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from altered import put
 from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, until
 
 from export.bundle import Bundle, load_bundle
@@ -22,17 +23,6 @@ from training.steering import SteeringProfile, SteeringTerm, profiles_to_json
 
 BAG = next((SAMPLES / "Bag").glob("*.png")).read_bytes()
 POLL = ("--model-control", "poll", "--poll-seconds", "0.1")
-
-
-def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """Write a bundle under another name and version; it appears only when complete."""
-    folder, part = repository / name / str(version), repository / f".{name}.{version}"
-    shutil.copytree(bundle.folder, part)
-    manifest = json.loads((part / "manifest.json").read_text()) | {"name": name, "version": version}
-    (part / "manifest.json").write_text(json.dumps(manifest))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.rename(folder)
-    return folder
 
 
 def breaks(folder: Path) -> None:

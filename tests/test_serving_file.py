@@ -9,11 +9,12 @@ from typing import Any
 
 import grpc
 import pytest
+from altered import put
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from processes import ROOT, SMALL, ServerProcess, run_main, serving, until
-from test_repository import BAG, POLL, index, put, version_of
+from test_repository import BAG, POLL, index, version_of
 
 from export.bundle import load_bundle
 from service import doctor

@@ -1,7 +1,5 @@
 """Bundles that are broken, and models that go while they are in use: the others go on."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,28 +12,13 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.pb import open_inference_pb2 as oip
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.altered import put, sign
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import UNLIMITED, V1
 from tests.processes import ServerProcess, serving, until
 
 GRAPH = "dispatch.fp32.onnx"
-
-
-def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """The committed bundle under another name and version."""
-    folder = Path(shutil.copytree(bundle.folder, repository / name / str(version)))
-    state(folder, name=name, version=version)
-    return folder
-
-
-def state(folder: Path, **changes: object) -> None:
-    """Change fields of the manifest, and update its entries for the files."""
-    manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def without_profiles(folder: Path) -> None:
@@ -49,7 +32,7 @@ def one_bit_off(folder: Path) -> None:
 
 
 def of_tomorrow(folder: Path) -> None:
-    state(folder, schema_version=4)
+    sign(folder, schema_version=4)
 
 
 def cut(folder: Path) -> None:
@@ -58,14 +41,14 @@ def cut(folder: Path) -> None:
 
 def cut_and_signed(folder: Path) -> None:
     cut(folder)
-    state(folder)
+    sign(folder)
 
 
 def other_answers(folder: Path) -> None:
     golden = dict(np.load(folder / "golden.npz"))
     golden["fp32.logits"] += 0.01
     np.savez(folder / "golden.npz", **golden)
-    state(folder)
+    sign(folder)
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
