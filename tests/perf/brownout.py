@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
-from export.bundle import Knot, load_bundle, versions
+from export.bundle import Knot
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import OUT, ROOT, SAMPLES, deit_s
-from tests.perf.serving import load, server, source_of, write_bench
+from tests.committed import newest, pixels
+from tests.perf.heads import OUT, deit_s
+from tests.perf.serving import load, noise, server, source_of, write_bench
+from tests.processes import MODELS
 from training.dial import Dial
 from training.evaluation.dial import at_positions, curve
 from training.steering import SteeringProfile, SteeringTerm
@@ -127,9 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default: %(default)g)")
     options = parser.parse_args(arguments)
     committed = options.model == "committed" and not options.repository
-    repository: Path = options.repository or (ROOT / "deploy" / "models" if committed else dialled_bundle())
+    repository: Path = options.repository or (MODELS if committed else dialled_bundle())
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
-    manifest = load_bundle(repository / name / str(versions(repository / name)[-1])).manifest
+    manifest = newest(repository / name).manifest
     if not manifest.dial:
         print(
             f"{name} version {manifest.version} has no dial, so brownout has nothing to lower: nothing was measured. "
@@ -137,9 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 0
     per_call = 16 if committed else 1
-    images: list[bytes] = [_pixels(index, manifest.image.shape).tobytes() for index in range(32)]
-    if committed:
-        images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()] if committed else noise(manifest.image.shape, 32)
     lowest = manifest.dial[0].budget
     capacity = 0.0
     for _ in range(2):  # the first one warms the machine
@@ -183,10 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     plot(rows, options.target, OUT / "brownout.png")
     print(f"\n{OUT / 'brownout.json'}, {OUT / 'brownout.png'}")
     return 0
-
-
-def _pixels(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 from export.bundle import Bundle, versions
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
-from tests.perf.heads import ROOT
+from tests.processes import ROOT
 from training.steering import profiles_to_json
 
 PATHS = ("/steering.v1.SteeringService/Predict", "/inference.GRPCInferenceService/ModelInfer")

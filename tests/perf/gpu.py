@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.bundle import load_bundle, versions
+from export.bundle import load_bundle
 from export.graph import SteeredVit, build
 from export.precision import Float
 from export.session import Arrays, inputs_of, open_session, session_options
@@ -39,8 +39,9 @@ from service.config import Settings
 from service.cuda import Gpu
 from service.engine import resolve_provider
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, OUT, Model, deit_s, patterns, vit_b
-from tests.perf.serving import load, rate, server, thirds, write_bench
+from tests.committed import BUNDLE, newest
+from tests.perf.heads import OUT, Model, deit_s, patterns, vit_b
+from tests.perf.serving import load, noise, rate, server, thirds, write_bench
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
 from training.steering import SteeringTerm, to_arrays
@@ -255,7 +256,7 @@ def through_grpc(
     write_bench(thirds(model), repository, model.name, ("fused",), ("fp16",))
     say(f"{model.name}: bundle written")
     bundle = load_bundle(repository / model.name / "1")
-    images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(128)]
+    images = noise(model.spec.shape, 128)
     found = {}
     for batch in batches:
         settings = Settings(repository=repository, provider="cuda", max_batch=batch, instances=instances)
@@ -317,7 +318,7 @@ def main() -> int:
     parser.add_argument("--device", type=int, default=0, help="index of the GPU (default: %(default)s)")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    bundle = verify(BUNDLE / str(versions(BUNDLE)[-1]))
+    bundle = verify(newest(BUNDLE).folder)
     say(f"{bundle.manifest.name}: golden rows are right on the CPU")
     gpu, name = None, ""
     if resolve_provider("auto") == "cuda":

@@ -29,13 +29,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
-from PIL import Image
 from timm.models import create_model
 from torch import nn
 from tqdm import tqdm
 
 from export.builder import Builder
-from export.bundle import Bundle, load_bundle, versions
 from export.calibration import calibrate
 from export.fused import build_fused
 from export.graph import SteeredVit, build
@@ -43,6 +41,8 @@ from export.precision import Float, Int8
 from export.session import Arrays, inputs_of, session_options
 from service.engine import Engine
 from service.steering import resolve, stack
+from tests.committed import BUNDLE, newest, pixels
+from tests.processes import ROOT
 from training.config import VitSettings
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -52,10 +52,7 @@ from training.model.sae import Sae
 from training.presets import PRESETS
 from training.steering import NEUTRAL, SteeringTerm, Terms
 
-ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
-BUNDLE = ROOT / "deploy" / "models" / "fashion_mnist"
-SAMPLES = ROOT / "deploy" / "samples"
 PLAIN = ("timm", "dense", "by_head")
 """Graphs without gates: timm's model through PyTorch's exporter; ours in the layouts of `masked` and `dispatch`. The
 others are compared with the fastest of them."""
@@ -225,17 +222,11 @@ def patterns(model: Model, batch: int, usage: float, gates: str, groups: float =
     return np.broadcast_to(np.concatenate(open_, 2), (batch, model.sites, model.units))
 
 
-def committed() -> Bundle:
-    return load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-
-
 def budget_gates(batch: int, budget: float) -> NDArray[np.bool_]:
     """Gates of the committed graph for sample images at a budget: (B, sites, units)."""
-    bundle = committed()
-    files = sorted(SAMPLES.glob("*/*.png"))[:: max(1, 100 // batch)][:batch]
-    pixels = np.stack([np.asarray(Image.open(file))[:, :, None] for file in files])
+    bundle = newest(BUNDLE)
     arrays = stack([resolve(bundle, "", NEUTRAL, 1.0, budget=budget)], [batch])
-    return Engine(bundle, "cpu", 1).run(pixels, arrays).gate_logit > 0
+    return Engine(bundle, "cpu", 1).run(pixels()[:: max(1, 100 // batch)][:batch], arrays).gate_logit > 0
 
 
 def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
@@ -273,7 +264,7 @@ def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
             cells.append(Cell(model.name, "compact", *at, 1 / 3, "uniform", groups=1 / 4))
     yield model, cells
     model = fashion_mnist()
-    lowest, cells = committed().manifest.dial[0].budget, []
+    lowest, cells = newest(BUNDLE).manifest.dial[0].budget, []
     for batch in (1, 8, 32):
         for precision in ("fp32", "int8"):
             at = (precision, batch, 2)

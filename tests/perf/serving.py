@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.bundle import Macs, load_bundle, versions
+from export.bundle import Macs, load_bundle
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report, run
 from service.config import Settings
 from service.engine import Engine
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, FORCE, OUT, PLAIN, SAMPLES, Cell, Model, Runner, deit_s, patterns
+from tests.committed import BUNDLE, newest, pixels
+from tests.perf.heads import FORCE, OUT, PLAIN, Cell, Model, Runner, deit_s, patterns
 from tests.processes import MODELS, serving, start_server
 from training.data.pixels import Split
 from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
@@ -58,10 +59,10 @@ def thirds(model: Model) -> Source:
 
 def source_of(model: Model, profiles: Sequence[SteeringProfile]) -> Source:
     """The source of a bundle of the model, with eight images of random pixels as the selection slice."""
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
+    drawn = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
     labels = tuple(f"c{index}" for index in range(model.steered.model.vit.num_classes))
     macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
-    return Source(model.spec, labels, macs, model.steered, profiles, {}, Split(pixels, torch.arange(8)))
+    return Source(model.spec, labels, macs, model.steered, profiles, {}, Split(drawn, torch.arange(8)))
 
 
 def write_bench(
@@ -88,7 +89,7 @@ def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, 
 
 def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
     """A folder with this many copies of the committed bundle's profile Shirt, and their names."""
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    bundle = newest(BUNDLE)
     profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
     content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
     folder = OUT / "profiles"
@@ -114,6 +115,11 @@ def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator
         yield Running(running.address, running.process.pid, seconds, running.metrics_url)
 
 
+def noise(shape: tuple[int, ...], count: int) -> list[bytes]:
+    """Images of random pixels."""
+    return [np.random.default_rng(i).integers(0, 256, shape, np.uint8).tobytes() for i in range(count)]
+
+
 def load(address: str, images: list[bytes], asked: Load) -> Report:
     return asyncio.run(run(address, images, asked, raw=True))
 
@@ -122,12 +128,12 @@ def alone(
     repository: Path, graph: str, images: list[bytes], batch: int, profiles: tuple[str, ...], seconds: float
 ) -> float:
     """Images a second of onnxruntime at a batch size, with as many instances and threads as the server chooses."""
-    bundle = load_bundle(repository / str(versions(repository)[-1]))
+    bundle = newest(repository)
     engines = start(bundle, Settings(repository=repository, graph=graph), Surroundings(False, True)).engines
-    pixels = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
+    given = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
     terms = [bundle.profiles[profiles[i % len(profiles)]].terms if profiles[0] else {} for i in range(batch)]
     rows = to_arrays(terms, len(bundle.manifest.sites))
-    return rate(engines, pixels.reshape(batch, *bundle.manifest.image.shape), rows, seconds)
+    return rate(engines, given.reshape(batch, *bundle.manifest.image.shape), rows, seconds)
 
 
 def rate(engines: Sequence[Engine], images: NDArray[np.uint8], rows: SteeringArrays, seconds: float) -> float:
@@ -167,7 +173,7 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
     """Images a second through gRPC / of onnxruntime alone, one image a call, 16 calls at a time."""
     repository = deit_bundle()
     spec = load_bundle(repository / "deit_s" / "1").manifest.image
-    images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(32)]
+    images = noise(spec.shape, 32)
     thirds = tuple(f"third{offset}" for offset in range(6))
     kinds = {"dense": ("masked.fp32", ("",)), "third": ("dispatch.fp32", thirds)}
     seen: dict[str, list[tuple[float, Report]]] = {kind: [] for kind in kinds}
@@ -195,7 +201,7 @@ def units(rounds: int, seconds: float) -> dict[str, object]:
     image: one image a call, 16 calls at a time, over the plain fp32 graph in one session of two threads, batch 8, in
     turn."""
     repository, model = units_bundle(), deit_s(mlp_groups=4)
-    images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(32)]
+    images = noise(model.spec.shape, 32)
     profiles = tuple(f"open{offset}" for offset in range(6))
     seen: dict[str, list[float]] = {"plain": [], "fp32": [], "int8": []}
     for _ in range(rounds):
@@ -225,9 +231,7 @@ def _plain(model: Model, seconds: float) -> float:
 
 def committed(rounds: int, seconds: float) -> dict[str, object]:
     """The committed bundle: CPU of a one-image call, 16 images a call, 10,000 profiles, start to ready."""
-    from PIL import Image
-
-    images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()]
     starts, ratios = [], []
     own: dict[int, list[float]] = {1: [], 8: []}
     p50: dict[int, list[float]] = {10: [], 10_000: []}

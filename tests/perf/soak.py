@@ -26,17 +26,17 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from export.bundle import Bundle, load_bundle, versions
+from export.bundle import Bundle
 from service.engine import Engine
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from service.steering import resolve
+from tests.committed import BUNDLE, newest, pixels
 from tests.masks import unit_mask
 from tests.perf.disturbances import Disturbances, put_version
-from tests.perf.heads import BUNDLE, OUT, SAMPLES
+from tests.perf.heads import OUT
 from tests.perf.serving import Running, server
 from training.steering import NEUTRAL
 
@@ -257,9 +257,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     begun = time.perf_counter()
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-    images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
-    alone, every = Alone(bundle, images), ["", *bundle.profiles]
+    bundle = newest(BUNDLE)
+    alone, every = Alone(bundle, pixels()), ["", *bundle.profiles]
     parts: dict[str, tuple[float, Sequence[Kind], Sequence[str]]] = {
         "plain": (2 / 3, [Kind(*of) for of in product(every, STRENGTHS, BUDGETS)], ()),
         "brownout": (1 / 3, [Kind(*of) for of in product(every, STRENGTHS, BUDGETS, FLOORS)], BROWNOUT),
