@@ -28,6 +28,8 @@ class ServerProcess:
     process: "subprocess.Popen[str]"
     address: str
     metrics_url: str
+    start_seconds: float
+    """Time until the server was ready."""
 
     def page(self, path: str = "metrics") -> str:
         with urllib.request.urlopen(self.metrics_url.replace("metrics", path), timeout=10) as answer:
@@ -59,13 +61,14 @@ def start_server(
     """program: what Python runs. prefix: a command that runs the command after it. options: of subprocess.Popen."""
     command = [*prefix, sys.executable, *program, "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
     options = {"stderr": subprocess.PIPE, "cwd": ROOT, **options}
+    begun = time.perf_counter()
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     ready = re.match(r"(?:not )?ready: grpc (\S+), metrics (\S+)", process.stdout.readline())
     if not ready:
         _, errors = process.communicate(timeout=30)
         raise AssertionError(f"the server did not start: {errors}")
-    return ServerProcess(process, ready[1], ready[2])
+    return ServerProcess(process, ready[1], ready[2], time.perf_counter() - begun)
 
 
 def stop_server(server: ServerProcess) -> str:

@@ -12,7 +12,6 @@ import json
 import sys
 import threading
 import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,11 @@ def dialled_bundle() -> Path:
     return repository
 
 
-def series(metrics: str, name: str) -> list[float]:
-    """The values of a metric on a server's page."""
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
-
-
 def measured(repository: Path, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
     """The report of a load on a new server, and the mean compute fraction of its answers."""
     with server(repository, *flags) as running:
         report = load(running.address, images, asked)
-        spent, dense = (sum(series(running.metrics, f"steervit_macs_{kind}_total")) for kind in ("spent", "dense"))
+        spent, dense = (running.count(f"steervit_macs_{kind}_total") for kind in ("spent", "dense"))
     return report, spent / dense
 
 
@@ -79,7 +71,7 @@ def recovery(repository: Path, images: list[bytes], before: Load, after: Load, *
 
         def watch() -> None:
             while not done.wait(0.1):
-                levels.append((time.perf_counter(), max(series(running.metrics, "steervit_brownout_level"))))
+                levels.append((time.perf_counter(), running.count("steervit_brownout_level")))
 
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -24,17 +24,13 @@ from tests.perf.serving import deit_bundle, load, many_profiles, noise, server
 from tests.processes import MODELS
 
 
-def resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
-
-
 def measure(repository: Path, processes: int, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
     """The load on this many servers, and the memory of one of them afterwards, MiB."""
     with contextlib.ExitStack() as stack:
         threads = ("--threads", str(2 // processes))
         servers = [stack.enter_context(server(repository, *threads, *flags)) for _ in range(processes)]
         report = load("ipv4:" + ",".join(one.address for one in servers), images, asked)
-        return report, resident_mb(servers[0].pid)
+        return report, servers[0].resident_mb()
 
 
 def line(name: str, processes: int, asked: Load, found: tuple[Report, float]) -> list[str]:
@@ -89,7 +85,7 @@ def by_profiles(seconds: float) -> list[list[str]]:
         with server(MODELS, "--profiles-dir", str(folder)) as running:
             report = load(running.address, images, Load(8, seconds, 1, names))
             shown = [f"{running.start_seconds:.1f}", f"{report.images_per_second:.0f}", f"{report.p50_ms:.1f}"]
-            rows.append([str(count), *shown, f"{resident_mb(running.pid):.0f}"])
+            rows.append([str(count), *shown, f"{running.resident_mb():.0f}"])
     return rows
 
 
@@ -102,15 +98,15 @@ def scrapes(seconds: float) -> list[list[str]]:
         with server(MODELS, "--profiles-dir", str(folder), "--max-profile-series", "1000") as running:
             asked = Load(4, seconds, 1, names)
 
-            def scrape(url: str = running.metrics) -> bytes:
+            def scrape(url: str = running.metrics_url) -> bytes:
                 request = urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})
                 with urllib.request.urlopen(request, timeout=30) as page:
                     return bytes(page.read())
 
-            page, before = gzip.decompress(scrape()), cpu_seconds(running.pid)
+            page, before = gzip.decompress(scrape()), cpu_seconds(running.process.pid)
             for _ in range(10):
                 scrape()
-            each = (cpu_seconds(running.pid) - before) / 10
+            each = (cpu_seconds(running.process.pid) - before) / 10
             alone = load(running.address, images, asked)
             done = threading.Event()
 

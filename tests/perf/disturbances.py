@@ -18,6 +18,7 @@ import numpy as np
 from export.bundle import Bundle, versions
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
+from tests.altered import put
 from tests.processes import ROOT
 from training.steering import profiles_to_json
 
@@ -106,7 +107,7 @@ class Disturbances:
         """Add the next version, and remove the previous one."""
         model = self.repository / self.bundle.manifest.name
         last = versions(model)[-1]
-        put_version(self.bundle, self.repository, last + 1)
+        put(self.bundle, self.repository, last + 1)
         await asyncio.sleep(5)
         shutil.rmtree(model / str(last))
         self.counts["models swapped"] += 1
@@ -134,17 +135,3 @@ class Disturbances:
             "memory_percent_an_hour": round(100 * 3600 * slope / float(memory.mean()), 2),
             "last_two_quarters": quarters,
         }
-
-
-def put_version(bundle: Bundle, repository: Path, version: int) -> None:
-    """The bundle under another version; it appears only when complete. Its large files are links."""
-    part = repository / f".{version}"
-    part.mkdir()
-    for file in bundle.folder.iterdir():
-        os.link(file, part / file.name)
-    manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": version}
-    (part / "manifest.json").unlink()
-    (part / "manifest.json").write_text(json.dumps(manifest))
-    folder = repository / bundle.manifest.name / str(version)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.rename(folder)

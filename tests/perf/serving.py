@@ -6,15 +6,14 @@ round: ratios of one run. Writes build/bench/serving.json.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from service.engine import Engine
 from service.tuning import Surroundings, start
 from tests.committed import BUNDLE, newest, pixels
 from tests.perf.heads import FORCE, OUT, PLAIN, Cell, Model, Runner, deit_s, patterns
-from tests.processes import MODELS, serving, start_server
+from tests.processes import MODELS, ServerProcess, serving, start_server
 from training.data.pixels import Split
 from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 
@@ -98,21 +97,8 @@ def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
     return folder, tuple(profile.name for profile in profiles)
 
 
-class Running(NamedTuple):
-    address: str
-    pid: int
-    start_seconds: float
-    """Time until the server was ready."""
-    metrics: str
-    """URL of the metrics page."""
-
-
-@contextlib.contextmanager
-def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator[Running]:
-    begun = time.perf_counter()
-    with serving(repository, "--log-level", "error", *flags, stderr=stderr) as running:
-        seconds = time.perf_counter() - begun
-        yield Running(running.address, running.process.pid, seconds, running.metrics_url)
+def server(repository: Path, *flags: str, stderr: int | None = None) -> AbstractContextManager[ServerProcess]:
+    return serving(repository, "--log-level", "error", *flags, stderr=stderr)
 
 
 def noise(shape: tuple[int, ...], count: int) -> list[bytes]:
@@ -180,8 +166,8 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
     for _ in range(rounds):
         for kind, (graph, profiles) in kinds.items():
             rate = alone(repository / "deit_s", graph, images, 8, profiles, seconds)
-            with server(repository, "--graph", graph) as (address, *_):
-                seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
+            with server(repository, "--graph", graph) as running:
+                seen[kind].append((rate, load(running.address, images, Load(16, seconds, 1, profiles))))
     found: dict[str, object] = {}
     for kind, pairs in seen.items():
         ratios = [report.images_per_second / rate for rate, report in pairs]
@@ -207,8 +193,8 @@ def units(rounds: int, seconds: float) -> dict[str, object]:
     for _ in range(rounds):
         seen["plain"].append(_plain(model, seconds))
         for precision in ("fp32", "int8"):
-            with server(repository, "--graph", f"dispatch.{precision}") as (address, *_):
-                report = load(address, images, Load(16, seconds, 1, profiles))
+            with server(repository, "--graph", f"dispatch.{precision}") as running:
+                report = load(running.address, images, Load(16, seconds, 1, profiles))
             seen[precision].append(report.images_per_second)
     gains = {p: list(np.divide(seen[p], seen["plain"])) for p in ("fp32", "int8")}
     return {
@@ -237,16 +223,16 @@ def committed(rounds: int, seconds: float) -> dict[str, object]:
     p50: dict[int, list[float]] = {10: [], 10_000: []}
     for _ in range(rounds):
         alone_16 = alone(BUNDLE, "auto", images, 16, ("Shirt",), seconds)
-        with server(MODELS) as (address, _, start):
-            starts.append(start)
-            report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
+        with server(MODELS) as running:
+            starts.append(running.start_seconds)
+            report = load(running.address, images, Load(2, seconds, 16, ("Shirt",)))
             ratios.append(report.images_per_second / alone_16)
         for concurrency in own:
             own[concurrency].append(own_cpu_ms(images, concurrency, seconds))
         for count in p50:
             folder, names = many_profiles(count)
-            with server(MODELS, "--profiles-dir", str(folder)) as (address, *_):
-                p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
+            with server(MODELS, "--profiles-dir", str(folder)) as running:
+                p50[count].append(load(running.address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
         "start_to_ready_seconds": float(np.median(starts)),
         "own_cpu_ms_by_calls_at_a_time": {str(count): float(np.median(found)) for count, found in own.items()},
