@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from service.cuda import Gpu
 from service.engine import resolve_provider
 from service.tuning import Surroundings, start
 from tests.committed import BUNDLE, newest
-from tests.perf.heads import OUT, Model, deit_s, patterns, vit_b
+from tests.perf.heads import OUT, Model, deit_s, median_ms, patterns, vit_b
 from tests.perf.serving import load, noise, rate, server, thirds, write_bench
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
@@ -207,24 +207,12 @@ def timings(model: Model, batches: Sequence[int], seconds: float, device: int) -
             buckets = opened(path, max(batches), Gpu(device, graphs=graphs))
             for batch in batches:
                 inputs = model.inputs(patterns(model, batch, 2 / 3, "random"))
-                alone = median(partial(buckets.again, batch), seconds)
-                whole = median(partial(buckets.run, NAMES, inputs), seconds)
+                alone = median_ms(partial(buckets.again, batch), seconds, 5)
+                whole = median_ms(partial(buckets.run, NAMES, inputs), seconds, 5)
                 found.append(Timing(model.name, f"{attention}.{precision}", graphs, batch, alone, whole))
             says = " ".join(f"{t.batch}: {t.device_ms:.2f}" for t in found[-len(batches) :])
             say(f"{model.name} {attention}.{precision}{' CUDA graphs' if graphs else ''}, ms by batch: {says}")
     return found
-
-
-def median(run: Callable[[], object], seconds: float) -> float:
-    """Median milliseconds of a run."""
-    for _ in range(2):
-        run()
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < seconds:
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return 1000 * float(np.median(taken))
 
 
 def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, float]:
@@ -242,7 +230,7 @@ def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, 
 
             for _ in range(3):
                 run()
-            found[batch] = median(run, seconds)
+            found[batch] = median_ms(run, seconds, 5)
             say(f"{model.name} plain in PyTorch, batch {batch}: {found[batch]:.2f} ms")
     model.steered.model.vit.cpu().float()
     return found

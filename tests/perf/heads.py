@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -301,17 +301,23 @@ class Runner:
         self.names = [entry.name for entry in session.get_inputs()]
         self.run = lambda inputs: session.run(["logits"], inputs)
 
-    def time(self, cell: Cell, gates: NDArray[np.bool_], seconds: float) -> float:
+    def time(self, gates: NDArray[np.bool_], seconds: float) -> float:
         """Median milliseconds of one batch."""
         inputs = self.model.inputs(gates)
         feed = {name: inputs[name] for name in self.names}
-        self.run(feed)
-        taken: list[float] = []
-        while len(taken) < 2 or sum(taken) < seconds:
-            start = time.perf_counter()
-            self.run(feed)
-            taken.append(time.perf_counter() - start)
-        return 1000 * float(np.median(taken))
+        return median_ms(lambda: self.run(feed), seconds)
+
+
+def median_ms(run: Callable[[], object], seconds: float, least: int = 2) -> float:
+    """Median milliseconds of a run. least: of the runs, after half as many that do not count."""
+    for _ in range(least // 2):
+        run()
+    taken: list[float] = []
+    while len(taken) < least or sum(taken) < seconds:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return 1000 * float(np.median(taken))
 
 
 def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> list[Row]:
@@ -339,7 +345,7 @@ def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> lis
             for of_session in sessions.values():
                 runner = Runner(model, of_session[0])
                 for cell in of_session:
-                    found[cell].append(runner.time(cell, gates[cell], seconds))
+                    found[cell].append(runner.time(gates[cell], seconds))
                     progress.update()
                 del runner
     rows = []

@@ -210,7 +210,7 @@ def _plain(model: Model, seconds: float) -> float:
     for variant in PLAIN:
         cell = Cell(model.name, variant, "fp32", 8, 2, 1.0, "random")
         runner = Runner(model, cell)
-        rates.append(8000 / runner.time(cell, patterns(model, 8, 1.0, "random"), seconds / len(PLAIN)))
+        rates.append(8000 / runner.time(patterns(model, 8, 1.0, "random"), seconds / len(PLAIN)))
         del runner
     return max(rates)
 
