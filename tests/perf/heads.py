@@ -39,6 +39,7 @@ from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float, Int8
 from export.session import Arrays, inputs_of, session_options
+from service.client.tables import table
 from service.engine import Engine
 from service.steering import resolve, stack
 from tests.committed import BUNDLE, newest, pixels
@@ -381,39 +382,23 @@ def _fastest(found: dict[Cell, list[float]], cell: Cell, precision: str) -> list
     return min(plain, key=lambda times: float(np.median(times)))
 
 
-def show(rows: list[Row]) -> None:
-    head = (
-        "model",
-        "variant",
-        "precision",
-        "batch",
-        "threads",
-        "heads",
-        "groups",
-        "gates",
-        "ms",
-        "(rounds)",
-        "ratio",
-        "ideal",
-        "eff.",
-    )
-    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}{:>8}  {:12}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
-    before = None
+HEAD = (
+    "model", "variant", "precision", "batch", "threads", "heads", "groups", "gates", "ms", "(rounds)", "ratio", "ideal",
+    "eff.", "(quartiles)",
+)  # fmt: skip
 
+
+def show(rows: list[Row]) -> None:
     def place(r: Row) -> tuple[object, ...]:
         return r.model, r.threads, r.batch, r.precision, r.variant, -r.usage, -r.groups, r.gates
 
-    for row in sorted(rows, key=place):
-        group = (row.model, row.threads, row.batch)
-        if before not in (None, group):
-            print()
-        before = group
-        print(
-            f"{row.model:14}{row.variant:10}{row.precision:10}{row.batch:6}{row.threads:8}{row.usage:7.2f}"
-            f"{row.groups:8.2f}  {row.gates:12}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}"
-            f"{row.ratio_to_dense:6.2f}"
-            f"{row.ideal:7.2f}{row.efficiency:7.2f}  {row.efficiency_low:.2f}-{row.efficiency_high:.2f}"
-        )
+    shown = [
+        [r.model, r.variant, r.precision, str(r.batch), str(r.threads), f"{r.usage:.2f}", f"{r.groups:.2f}", r.gates,
+         f"{r.ms:.2f}", f"({r.low:.2f}-{r.high:.2f})", f"{r.ratio_to_dense:.2f}", f"{r.ideal:.2f}",
+         f"{r.efficiency:.2f}", f"({r.efficiency_low:.2f}-{r.efficiency_high:.2f})"]
+        for r in sorted(rows, key=place)
+    ]  # fmt: skip
+    print(f"\n{table(HEAD, shown)}")
     print("\nratio: to the fastest plain fp32 model. ideal: share of the multiply-accumulates that are left.")
     print("eff.: ideal / ratio to the fastest plain model of the same precision.")
 
