@@ -1,4 +1,4 @@
-"""Bundles that are not as they were exported."""
+"""Bundles that are not as they were exported, and files that change while they are read."""
 
 import hashlib
 import json
@@ -19,6 +19,13 @@ def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mni
     folder.parent.mkdir(parents=True, exist_ok=True)
     part.rename(folder)
     return folder
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, which changes as a whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def sign(folder: Path, **changes: object) -> None:

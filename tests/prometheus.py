@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from altered import write
 from processes import ROOT, until
 
 ALERTS = ROOT / "deploy" / "alerts"
@@ -62,9 +63,7 @@ class Prometheus:
     def watch(self, targets: Mapping[str, str]) -> None:
         """Scrape these targets: job -> host:port. (Prometheus takes up to 5 seconds to notice.)"""
         content = [{"targets": [address], "labels": {"job": job}} for job, address in targets.items()]
-        part = self.config.with_name("targets.part")
-        part.write_text(json.dumps(content))
-        part.rename(self.config.with_name("targets.json"))
+        write(self.config.with_name("targets.json"), json.dumps(content))
 
 
 @contextmanager

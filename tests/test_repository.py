@@ -5,12 +5,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from altered import put
+from altered import put, write
 from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, until
 
 from export.bundle import Bundle, load_bundle
@@ -178,12 +179,7 @@ def test_a_model_without_a_working_version_is_reported_while_its_folder_exists(
 
 def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repository: Path, small: Bundle) -> None:
     put(small, repository, 2)
-    labels = repository / "fashion_mnist" / "labels.json"
-
-    def label(text: str) -> None:
-        labels.with_suffix(".part").write_text(text)
-        labels.with_suffix(".part").rename(labels)
-
+    label = partial(write, repository / "fashion_mnist" / "labels.json")
     with Client(polling.address) as client:
         until(lambda: version_of(client) == "2")
         label('{"stable": 1, "canary": 2}')
@@ -277,19 +273,14 @@ def test_a_requested_version_that_is_missing_is_reported(repository: Path, small
 
 
 def test_a_label_on_a_broken_version_moves_nobody(polling: ServerProcess, repository: Path, small: Bundle) -> None:
-    labels = repository / "fashion_mnist" / "labels.json"
-
-    def label(**versions: int) -> None:
-        labels.with_suffix(".part").write_text(json.dumps(versions))
-        labels.with_suffix(".part").rename(labels)
-
+    label = partial(write, repository / "fashion_mnist" / "labels.json")
     put(small, repository, 2)
-    label(stable=1, canary=2)
+    label('{"stable": 1, "canary": 2}')
     until(lambda: ready(polling) == {("fashion_mnist", "1"), ("fashion_mnist", "2")})
     part = put(small, repository, 3, "elsewhere")
     breaks(part)
     shutil.move(part, repository / "fashion_mnist" / "3")
-    label(stable=3, canary=2)
+    label('{"stable": 3, "canary": 2}')
     with Client(polling.address) as client:
         until(lambda: index(polling).get(("fashion_mnist", "3"), ("", ""))[0] == "UNAVAILABLE")
         time.sleep(0.5)

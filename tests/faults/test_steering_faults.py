@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from export.bundle import Bundle
 from service.client import Client
 from service.engine import Engine
+from tests.altered import write
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone, both
@@ -133,13 +134,12 @@ def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
     versions = [bundle.profiles["Shirt"].terms, bundle.profiles["Bag"].terms]
     expected: Mapping[str, Alone] = {digest(terms): alone(engine, sample_pixels[:8], terms) for terms in versions}
 
-    def write(terms: Terms) -> None:
+    def use(terms: Terms) -> None:
         content = profiles_to_json([SteeringProfile("night", ("Bag",), "by hand", terms)])
         content["gates_sae_digest"] = bundle.manifest.gates_sae_digest
-        (tmp_path / "night.part").write_text(json.dumps(content))
-        (tmp_path / "night.part").rename(tmp_path / "night.json")
+        write(tmp_path / "night.json", json.dumps(content))
 
-    write(versions[0])
+    use(versions[0])
     running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.05")
     done, seen, problems = threading.Event(), [], []
 
@@ -164,7 +164,7 @@ def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
             for thread in askers:
                 thread.start()
             for turn in range(1, 7):
-                write(versions[turn % 2])
+                use(versions[turn % 2])
                 until(lambda turn=turn: answered(versions[turn % 2]))  # type: ignore[misc]
             done.set()
     finally:

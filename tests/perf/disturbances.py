@@ -18,7 +18,7 @@ import numpy as np
 from export.bundle import Bundle, versions
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
-from tests.altered import put
+from tests.altered import put, write
 from tests.processes import ROOT
 from training.steering import profiles_to_json
 
@@ -98,9 +98,7 @@ class Disturbances:
         turn = self.counts["profile folders changed"]
         some = [replace(p, name=f"extra {turn % 3} {name}") for name, p in self.bundle.profiles.items()]
         content = {**profiles_to_json(some), "gates_sae_digest": self.bundle.manifest.gates_sae_digest}
-        part = self.profiles / ".part"
-        part.write_text("{" if turn % 3 == 2 else json.dumps(content))
-        part.rename(self.profiles / "extra.json")
+        write(self.profiles / "extra.json", "{" if turn % 3 == 2 else json.dumps(content))
         self.counts["profile folders changed"] += 1
 
     async def swap_model(self) -> None:
