@@ -74,13 +74,11 @@ def of_tensor(kind: str, name: str, **value: Any) -> oip.ModelInferRequest:
     return made
 
 
-def terms(
-    latents: list[int], scale: float = 1.0, shift: float = 1.0, sites: int = 5, profile: str = ""
-) -> oip.ModelInferRequest:
+def terms(latents: list[int], scale: float = 1.0, sites: int = 5, profile: str = "") -> oip.ModelInferRequest:
     """Steering tensors of one image: these latents at the first site."""
     shape = (1, sites, len(latents))
     latent, scales, shifts = np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32)
-    latent[0, 0], scales[0, 0], shifts[0, 0] = latents, scale, shift
+    latent[0, 0], scales[0, 0], shifts[0, 0] = latents, scale, 1.0
     return tensors(OIP.request(IMAGE, profile), {"latent": latent, "scale": scales, "shift": shifts})
 
 

@@ -236,9 +236,7 @@ def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, 
     return found
 
 
-def through_grpc(
-    model: Model, batches: Sequence[int], seconds: float, clients: int, instances: int = 0
-) -> dict[str, dict[str, float]]:
+def through_grpc(model: Model, batches: Sequence[int], seconds: float, clients: int) -> dict[str, dict[str, float]]:
     """Images a second through calls with this many images, from several client processes, and of the engines alone."""
     repository = OUT / "gpu"
     write_bench(thirds(model), repository, model.name, ("fused",), ("fp16",))
@@ -247,19 +245,13 @@ def through_grpc(
     images = noise(model.spec.shape, 128)
     found = {}
     for batch in batches:
-        settings = Settings(repository=repository, provider="cuda", max_batch=batch, instances=instances)
+        settings = Settings(repository=repository, provider="cuda", max_batch=batch)
         engines = start(bundle, settings, Surroundings(False, False)).engines
         pixels = np.stack([np.frombuffer(images[i], np.uint8).reshape(model.spec.shape) for i in range(batch)])
         terms = [bundle.profiles[PROFILES[i % 4]].terms if PROFILES[i % 4] else {} for i in range(batch)]
         alone = rate(engines, pixels, to_arrays(terms, len(bundle.manifest.sites)), seconds)
         del engines
-        flags = {
-            "provider": "cuda",
-            "max-batch": batch,
-            "instances": instances,
-            "max-queue": 4096,
-            "max-message-mb": 256,
-        }
+        flags = {"provider": "cuda", "max-batch": batch, "max-queue": 4096, "max-message-mb": 256}
         with (
             server(repository, *(f"--{name}={value}" for name, value in flags.items())) as running,
             ProcessPoolExecutor(clients, get_context("spawn")) as pool,
