@@ -17,6 +17,7 @@ from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import UNLIMITED, V1
 from tests.processes import ServerProcess, serving, until
+from tests.refusals import refusal
 
 GRAPH = "dispatch.fp32.onnx"
 
@@ -103,10 +104,11 @@ def test_a_broken_version_is_refused_with_the_reason_and_the_older_one_answers(
         folder = put(bundle, repository, 2)
         breaks(folder)
         try:
-            with pytest.raises(grpc.RpcError) as caught:
-                control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert sentence in caught.value.details()
+            code, said = refusal(
+                control.RepositoryModelLoad, oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30
+            )
+            assert code == "UNAVAILABLE"
+            assert sentence in said
             index = control.RepositoryIndex(oip.RepositoryIndexRequest(), timeout=10).models
             assert {entry.version: entry.state for entry in index if entry.name == "fashion_mnist"} == {
                 "1": "READY", "2": "UNAVAILABLE",
@@ -137,10 +139,7 @@ def test_a_model_that_is_unloaded_answers_what_it_accepted(
         until(lambda: controlled.count("steervit_queue_images", model="other") > 500)
         control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="other"), timeout=60)
         assert [len(each.result().predictions) for each in calls] == [500] * 4
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=10)
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert caught.value.details() == "model is 'other'; allowed: 'fashion_mnist'"
+        assert refusal(call, request, timeout=10) == ("NOT_FOUND", "model is 'other'; allowed: 'fashion_mnist'")
     shutil.rmtree(repository / "other")
 
 
@@ -173,9 +172,7 @@ def test_a_server_without_a_model_says_so(tmp_path: Path, bundle: Bundle) -> Non
         request = V1.request(np.zeros((1, 28, 28, 1), np.uint8))
         for name in ("fashion_mnist", ""):
             request.model = name
-            with pytest.raises(grpc.RpcError) as caught:
-                V1.call(channel)(request, timeout=10)
-            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-            assert caught.value.details() == f"model is {name!r}; allowed: none is loaded"
+            sentence = f"model is {name!r}; allowed: none is loaded"
+            assert refusal(V1.call(channel), request, timeout=10) == ("NOT_FOUND", sentence)
         control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
         assert len(V1.call(channel)(request, timeout=10).predictions) == 1

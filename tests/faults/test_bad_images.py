@@ -16,6 +16,7 @@ from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, Protocol
 from tests.faults.traffic import Traffic
 from tests.photos import IN_PNG, OTHERS, TURNED, chunk, encoded, with_exif
+from tests.refusals import refusal
 
 Picture = NDArray[np.uint8]
 """(28, 28)"""
@@ -80,11 +81,10 @@ def test_a_broken_or_lying_file_is_refused(
     _, make, sentence = REFUSED[name]
     picture = sample_pixels[10, :, :, 0]
     good = encoded(Image.fromarray(picture), "PNG")
-    with pytest.raises(grpc.RpcError) as caught:
-        protocol.call(channel)(protocol.request([good, make(picture)]), timeout=30)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "[1]" in caught.value.details(), "the image is named"
-    assert sentence in caught.value.details()
+    code, said = refusal(protocol.call(channel), protocol.request([good, make(picture)]), timeout=30)
+    assert code == "INVALID_ARGUMENT"
+    assert "[1]" in said, "the image is named"
+    assert sentence in said
     traffic.check()
 
 

@@ -20,6 +20,7 @@ from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone, both
 from tests.faults.traffic import Traffic
 from tests.processes import MODELS, serving, start_server, stop_server, until
+from tests.refusals import refusal
 from training.steering import (
     SteeringProfile,
     SteeringTerm,
@@ -94,10 +95,9 @@ def test_extreme_strengths_give_finite_answers_or_a_sentence(
         (None, "Shirt", 101.0, "steering.strength is 101.0; allowed: -100 to 100"),
         (strongest, "", 2.0, "scale is -2000001.0; allowed: a finite number from -1e6 to 1e6"),
     ):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(protocol.request(images, profile_name, terms, strength), timeout=30)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert sentence in caught.value.details()
+        code, said = refusal(call, protocol.request(images, profile_name, terms, strength), timeout=30)
+        assert code == "INVALID_ARGUMENT"
+        assert sentence in said
     traffic.check()
 
 
