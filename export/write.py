@@ -155,7 +155,7 @@ def _version(repository: Path, settings: ExportSettings) -> int:
 
 
 def _read(run: Run, settings: ExportSettings) -> Source:
-    info, results = run.info("vit"), _results(run)
+    info, results = run.info("vit"), run.results()
     made = info["result"]
     labels, macs = tuple(made["labels"]), read(Macs, made["macs"], BundleError, "macs: ")
     model, sae = load_vit(run).cpu(), load_sae(run).cpu()
@@ -355,11 +355,3 @@ def _with_evaluation(results: Mapping[str, Any], profiles: Sequence[SteeringProf
         return {key: entry[key] for key in ("images", "before", "after", *usages) if key in entry}
 
     return [replace(p, evaluation={"split": results["split"], **kept(measured[p.name])}) for p in profiles]
-
-
-def _results(run: Run) -> dict[str, Any]:
-    path = run.folder / "results.json"
-    if not path.is_file():
-        raise RunError(f"{path} is missing: run the step 'evaluate' first")
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value

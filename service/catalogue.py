@@ -12,8 +12,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def scan(repository: Path) -> Catalogue:
             with contextlib.suppress(FileNotFoundError):  # removed since
                 versions[int(folder.name)] = VersionFolder(folder, _fingerprint(folder) + of_settings)
         if versions:
+            labels = _read(path := model / "labels.json", repository, partial(_labels, path, versions))
             shelves[model.name] = Shelf(
-                versions, *_labels(repository, model, versions), *_settings(model / "serving.json", repository)
+                versions, *labels, *_read(model / "serving.json", repository, serving_file.read)
             )
     if not shelves:
         skipped = "".join(f"; {path}: {reason}" for path, reason in shelves.skipped.items())
@@ -111,22 +113,17 @@ def _folders(parent: Path, named: Callable[[str], bool], skipped: dict[Path, str
     return folders
 
 
-def _labels(repository: Path, model: Path, versions: Mapping[int, VersionFolder]) -> tuple[dict[str, int], str]:
-    path = model / "labels.json"
-    try:
-        value = _content(path, repository)
-    except FileNotFoundError:
-        return {}, ""
-    except ValueError as error:
-        return {}, str(error)
+def _labels(path: Path, versions: Collection[int], value: Any) -> dict[str, int]:
+    """The labels in the JSON value of a labels.json. Raises BundleError."""
     if not isinstance(value, dict):
-        return {}, f"{path} holds a {type(value).__name__}; allowed: an object of versions by name"
+        raise BundleError(f"{path} holds a {type(value).__name__}; allowed: an object of versions by name")
     for label, version in value.items():
         if not LABEL.fullmatch(label):
-            return {}, f"{path}: label {label!r}; allowed: {LABEL.pattern}"
+            raise BundleError(f"{path}: label {label!r}; allowed: {LABEL.pattern}")
         if type(version) is not int or version not in versions:
-            return {}, f"{path}: {label} is {version!r}; allowed: one of {', '.join(map(str, sorted(versions)))}"
-    return value, ""
+            allowed = ", ".join(map(str, sorted(versions)))
+            raise BundleError(f"{path}: {label} is {version!r}; allowed: one of {allowed}")
+    return value
 
 
 def set_label(repository: Path, name: str, label: str, version: int) -> None:
@@ -136,7 +133,7 @@ def set_label(repository: Path, name: str, label: str, version: int) -> None:
     """
     model = repository / name
     with locked(model):
-        labels = check_label(repository, name, label) | {label: version}
+        labels = {**check_label(repository, name, label), label: version}
         if version not in versions(model):
             raise BundleError(f"{model}: {label} is {version}; allowed: one of {versions(model)}")
         temporary = model / f".labels.json.{os.getpid()}"
@@ -147,50 +144,35 @@ def set_label(repository: Path, name: str, label: str, version: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check_label(repository: Path, name: str, label: str) -> dict[str, int]:
+def check_label(repository: Path, name: str, label: str) -> Mapping[str, int]:
     """The labels of a model. Raises BundleError when they cannot be read or `label` cannot be added: its name is
     invalid, or the model would have labels without DEFAULT_LABEL, so that the newest version would serve requests
     without a version."""
     if not LABEL.fullmatch(label):
         raise BundleError(f"label is {label!r}; allowed: {LABEL.pattern}")
     model = repository / name
-    there = {version: VersionFolder(model / str(version), ()) for version in versions(model)}
-    labels, problem = _labels(repository, model, there)
+    labels, problem = _read(path := model / "labels.json", repository, partial(_labels, path, versions(model)))
     if problem:
         raise BundleError(problem)
     if label != DEFAULT_LABEL and DEFAULT_LABEL not in labels:
         raise BundleError(
-            f"label is {label!r}, but {model / 'labels.json'} has no {DEFAULT_LABEL!r}, so the newest version serves "
+            f"label is {label!r}, but {path} has no {DEFAULT_LABEL!r}, so the newest version serves "
             f"requests that name none; allowed: {DEFAULT_LABEL!r} first"
         )
     return labels
 
 
-def _settings(path: Path, repository: Path) -> tuple[Mapping[str, Any], str]:
-    """The settings in a serving.json, and its problem, if any."""
-    try:
-        value = _content(path, repository)
-    except FileNotFoundError:
-        return {}, ""
-    except ValueError as error:
-        return {}, str(error)
-    try:
-        return serving_file.read(value), ""
-    except ValueError as error:
-        return {}, f"{path}: {error}"
-
-
-def _content(path: Path, repository: Path) -> Any:
-    """The value in a JSON file. Raises FileNotFoundError when it is missing, ValueError when it cannot be read."""
+def _read(path: Path, repository: Path, parse: Callable[[Any], Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
+    """What `parse` makes of a JSON file, nothing if it is missing; and its problem, if any."""
     try:
         check_inside(path, repository)
-        return json.loads(path.read_bytes())
+        return parse(json.loads(path.read_bytes())), ""
     except FileNotFoundError:
-        raise
+        return {}, ""
     except BundleError as error:
-        raise ValueError(str(error)) from error
+        return {}, str(error)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return {}, f"{path}: {error}"
 
 
 def _single(folder: Path) -> tuple[str, int]:

@@ -29,6 +29,8 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DROP_REASONS = ("cancelled", "deadline", "queue_full")
 OUTCOMES = ("admitted", "model", "rate", "calls", "images")
 """Outcomes of calls under limits by client: admitted, or the limit that refused it."""
+RETAIN_SECONDS = 120.0
+"""How long the series of an unloaded profile or model are retained, so that their last values are scraped."""
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -267,10 +269,10 @@ class Retained(Generic[K, V]):
         self._unused: dict[K, float] = {}
         """The time when each unused key was last used."""
 
-    def sweep(self, used: Collection[K], now: float, seconds: float) -> None:
-        """Remove values that have been unused for `seconds`. used: the keys in use now."""
+    def sweep(self, used: Collection[K], now: float) -> None:
+        """Remove values that have been unused for RETAIN_SECONDS. used: the keys in use now."""
         for key in self.values.keys() - used:
-            if now - self._unused.setdefault(key, now) >= seconds:
+            if now - self._unused.setdefault(key, now) >= RETAIN_SECONDS:
                 del self.values[key], self._unused[key]
         for key in self._unused.keys() & used:
             del self._unused[key]

@@ -55,8 +55,6 @@ CODES = (
 OF_NO_MODEL: Version = "", ""
 WITH_IMAGES = re.compile(".+/(Predict|Compare|Explain|ModelInfer)")
 """Methods whose series start at 0 for every model."""
-RETAIN_SECONDS = 120.0
-"""How long the series of an unloaded profile or model are retained, so that their last values are scraped."""
 TOP = 10
 """Number of profiles per version with series for each head, if only the busiest ones have them."""
 
@@ -278,11 +276,11 @@ class Metrics:
         now = time.monotonic()
         versions = {model.names for model in self._models}
         failed = {(name, version) for name, of_model in self._failed.items() for version in of_model}
-        self._versions.sweep(versions, now, RETAIN_SECONDS)
-        self._load_failures.sweep(versions | failed, now, RETAIN_SECONDS)
+        self._versions.sweep(versions, now)
+        self._load_failures.sweep(versions | failed, now)
         profiles = {(*model.names, profile) for model in self._models for profile in model.profiles}
-        self._profiles.sweep(profiles, now, RETAIN_SECONDS)
-        self._traffic.sweep({model.names[0] for model in self._models}, now, RETAIN_SECONDS)
+        self._profiles.sweep(profiles, now)
+        self._traffic.sweep({model.names[0] for model in self._models}, now)
 
 
 class ModelMetrics:

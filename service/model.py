@@ -65,7 +65,6 @@ class Model:
         """The bundle with the profiles of the last use()."""
         self.own = bundle
         """The bundle as it was loaded, without profiles of the profile folder."""
-        self._default = settings.default_profile
         self.default_budget: float | None = None
         """The budget of requests that name none."""
         if settings.default_budget is not None and bundle.dial is not None:
@@ -78,8 +77,7 @@ class Model:
         self._resolved = _resolver(bundle)
         self._gates = [bundle.manifest.gated_blocks.index(site.block) for site in bundle.manifest.sites]
         """For each site, the index of its block among the gated blocks."""
-        self._shadow_fraction, self._max_queue = settings.shadow_fraction, settings.max_queue
-        self._target, self._min_budget = settings.target_latency_ms / 1000, settings.min_budget
+        self._target = settings.target_latency_ms / 1000
         self._pool = pool
         self._metrics: ModelMetrics = metrics.for_model(
             bundle, self.engine.graph_name, self.engine.provider, self.plan, self.engine.on_gpu
@@ -144,7 +142,7 @@ class Model:
         self._metrics.answered(_label(steering), outputs, steering.budget)
         if answer.lowered:
             self._metrics.lowered(_label(steering), outputs, answer.lowered.own)
-            if self._shadow_fraction:
+            if self.settings.shadow_fraction:
                 self._lowered_shadow.lowered(pixels, steering, outputs)
         return replace(answer, outputs=outputs)
 
@@ -241,7 +239,7 @@ class Model:
 
     def _profile(self, name: str, strength: float) -> str:
         """The profile of a request without terms: the default one where it names none, unless its strength is 0."""
-        return name or (self._default if strength else "")
+        return name or (self.settings.default_profile if strength else "")
 
     def _permitted(
         self,
@@ -255,9 +253,9 @@ class Model:
         if budget is None:
             budget = self.default_budget
         steering = resolved(budget)
-        if min_budget is None and (not self._target or self._min_budget == 1):
+        if min_budget is None and (not self._target or self.settings.min_budget == 1):
             return steering
-        floor = floor_of(self.bundle, budget, min_budget, self._min_budget)
+        floor = floor_of(self.bundle, budget, min_budget, self.settings.min_budget)
         if floor is None or not self._target:
             return steering
         without = steering if budget is None else resolved(None)
@@ -341,11 +339,11 @@ class Model:
     def _shadowed(self, count: int, steering: Steering) -> list[int]:
         """The steered images of a call to run unsteered as well; none while the queue is more than half full, or
         budgets are lowered."""
-        if not self._shadow_fraction or _label(steering) is NONE:
+        if not self.settings.shadow_fraction or _label(steering) is NONE:
             return []
-        if 2 * (self.batcher.work + 2 * count) > self._max_queue or self.batcher.level:
+        if 2 * (self.batcher.work + 2 * count) > self.settings.max_queue or self.batcher.level:
             return []
-        return [index for index in range(count) if random.random() < self._shadow_fraction]
+        return [index for index in range(count) if random.random() < self.settings.shadow_fraction]
 
 
 def _record(images: int, steering: Steering, group: str, to_run: int) -> None:

@@ -190,11 +190,8 @@ class Repository:
                 raise BundleError("{}: {}".format(*unclear[only]))
             raise NotFound(f"model is {only!r}; allowed: {', '.join(map(repr, shelves))}")
         followed = {name: await self._follow(name, shelf) for name, shelf in shelves.items() if only in (None, name)}
-        if only is None:
-            for name in {*self._loaded, *self._broken} - {
-                *shelves,
-                *unclear,
-            }:  # models in a folder that cannot be read are retained
+        if only is None:  # models in a folder that cannot be read are retained
+            for name in {*self._loaded, *self._broken} - {*shelves, *unclear}:
                 await self._unload(name)
         return followed
 

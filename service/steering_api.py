@@ -292,21 +292,17 @@ def sites(manifest: Manifest, of_image: Sequence[Explanation]) -> list[pb.SiteEx
         pb.SiteExplanation(
             site=index,
             block=manifest.sites[index].block,
-            active_latents=explanation.active,
+            active_latents=of.active,
             latents=[
                 pb.Latent(latent=latent, value=value, steered_value=steered, gate_effects=effect)
                 for latent, value, steered, effect in zip(
-                    explanation.latent.tolist(),
-                    explanation.value.tolist(),
-                    explanation.steered_value.tolist(),
-                    explanation.effect.tolist(),
-                    strict=True,
+                    *(v.tolist() for v in (of.latent, of.value, of.steered_value, of.effect)), strict=True
                 )
             ],
-            gate_logits=explanation.gate_logit.tolist(),
-            unsteered_gate_logits=explanation.unsteered_gate_logit.tolist(),
+            gate_logits=of.gate_logit.tolist(),
+            unsteered_gate_logits=of.unsteered_gate_logit.tolist(),
         )
-        for index, explanation in enumerate(of_image)
+        for index, of in enumerate(of_image)
     ]
 
 

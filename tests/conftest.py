@@ -11,13 +11,13 @@ import hypothesis
 import numpy as np
 import pytest
 import strace
+from committed import BUNDLE, newest, pixels
 from numpy.typing import NDArray
-from PIL import Image
 from processes import MODELS, SAMPLES, ServerProcess, run_module, serving
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from export.bundle import Bundle, load_bundle, versions
+from export.bundle import Bundle
 from service.client import Client
 
 urllib.request.install_opener(urllib.request.build_opener(urllib.request.ProxyHandler({})))  # local pages need no proxy
@@ -86,8 +86,7 @@ def client(server: ServerProcess) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def bundle() -> Bundle:
     """The committed Fashion-MNIST bundle."""
-    folder = MODELS / "fashion_mnist"
-    return load_bundle(folder / str(versions(folder)[-1]))
+    return newest(BUNDLE)
 
 
 @pytest.fixture(scope="session")
@@ -101,10 +100,9 @@ def samples() -> dict[str, list[bytes]]:
 
 
 @pytest.fixture(scope="session")
-def sample_pixels(samples: dict[str, list[bytes]]) -> NDArray[np.uint8]:
-    """uint8 (100, 28, 28, 1)."""
-    files = [path for folder in sorted(SAMPLES.iterdir()) if folder.is_dir() for path in sorted(folder.glob("*.png"))]
-    return np.stack([np.asarray(Image.open(path))[:, :, None] for path in files])
+def sample_pixels() -> NDArray[np.uint8]:
+    """uint8 (100, 28, 28, 1), in the order of the samples."""
+    return pixels()
 
 
 @pytest.fixture(scope="session")

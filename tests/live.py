@@ -45,24 +45,24 @@ class Live:
         ).SerializeToString()
         self._expected = self._predictions()
 
-    def send(self, call: str, message: Message | bytes, timeout: float = 20.0) -> Said:
+    def send(self, call: str, message: Message | bytes) -> Said:
         """An undocumented status, or one without a sentence, fails here; so does what harms the next request."""
         content = message if isinstance(message, bytes) else message.SerializeToString()
-        said = self._ask(call, content, timeout)
+        said = self._ask(call, content)
         assert said.status == "OK" or said.status in DOCUMENTED, said
         assert (said.status == "OK") == (not said.sentence), said
         assert len(said.sentence) < 1000
         assert self._predictions() == self._expected, f"another answer after {call} {said}"
         return said
 
-    def _ask(self, call: str, content: bytes, timeout: float) -> Said:
+    def _ask(self, call: str, content: bytes) -> Said:
         raw: Callable[..., bytes] = self.channel.unary_unary(call)
         try:
-            return Said("OK", "", raw(content, timeout=timeout))
+            return Said("OK", "", raw(content, timeout=20))
         except grpc.RpcError as error:
             return Said(error.code().name, error.details(), b"")
 
     def _predictions(self) -> list[pb.Prediction]:
-        said = self._ask(PREDICT, self._good, 20)
+        said = self._ask(PREDICT, self._good)
         assert said.status == "OK", said
         return list(pb.PredictResponse.FromString(said.answer).predictions)

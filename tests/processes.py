@@ -30,6 +30,8 @@ class ServerProcess:
     process: "subprocess.Popen[str]"
     address: str
     metrics_url: str
+    start_seconds: float
+    """Time until the server was ready."""
 
     def page(self, path: str = "metrics") -> str:
         with urllib.request.urlopen(self.metrics_url.replace("metrics", path), timeout=10) as answer:
@@ -61,22 +63,25 @@ def start_server(
     """program: what Python runs. prefix: a command that runs the command after it. options: of subprocess.Popen."""
     command = [*prefix, sys.executable, *program, "--repository", str(repository), "--port", "0", "--metrics-port", "0"]
     options = {"stderr": subprocess.PIPE, "cwd": ROOT, **options}
+    begun = time.perf_counter()
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     ready = re.match(r"(?:not )?ready: grpc (\S+), metrics (\S+)", process.stdout.readline())
     if not ready:
         _, errors = process.communicate(timeout=30)
         raise AssertionError(f"the server did not start: {errors}")
-    return ServerProcess(process, ready[1], ready[2])
+    return ServerProcess(process, ready[1], ready[2], time.perf_counter() - begun)
 
 
-def stop_server(server: ServerProcess) -> int:
+def stop_server(server: ServerProcess) -> str:
+    """Stop a server, which must exit with 0. Returns its log, unless that goes elsewhere."""
     server.process.send_signal(signal.SIGTERM)
     try:
-        server.process.communicate(timeout=60)
+        _, log = server.process.communicate(timeout=60)
     finally:
         server.process.kill()
-    return server.process.returncode
+    assert server.process.returncode == 0
+    return log or ""
 
 
 @contextlib.contextmanager
@@ -86,7 +91,7 @@ def serving(repository: Path, *flags: str, **options: Any) -> Iterator[ServerPro
     try:
         yield server
     finally:
-        assert stop_server(server) == 0
+        stop_server(server)
 
 
 def run_module(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from altered import write
 from processes import ROOT, until
 
 ALERTS = ROOT / "deploy" / "alerts"
@@ -47,10 +48,10 @@ class Prometheus:
         values = [float(value) for _, value in samples]
         return {frozenset(of.items()): v for of, v in zip(labels, values, strict=True) if v == v}
 
-    def series(self, expr: str, seconds: float, step: float = 1.0) -> dict[Labels, list[float]]:
+    def series(self, expr: str, seconds: float) -> dict[Labels, list[float]]:
         """A range query up to now."""
         now = time.time()
-        result = self.get("query_range", query=expr, start=now - seconds, end=now, step=step)["result"]
+        result = self.get("query_range", query=expr, start=now - seconds, end=now, step=1)["result"]
         found = {frozenset(s["metric"].items()): [float(v) for _, v in s["values"]] for s in result}
         return {labels: kept for labels, values in found.items() if (kept := [v for v in values if v == v])}
 
@@ -62,9 +63,7 @@ class Prometheus:
     def watch(self, targets: Mapping[str, str]) -> None:
         """Scrape these targets: job -> host:port. (Prometheus takes up to 5 seconds to notice.)"""
         content = [{"targets": [address], "labels": {"job": job}} for job, address in targets.items()]
-        part = self.config.with_name("targets.part")
-        part.write_text(json.dumps(content))
-        part.rename(self.config.with_name("targets.json"))
+        write(self.config.with_name("targets.json"), json.dumps(content))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[], VisionTransformer]] = {
 }
 
 
-def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2), mlp_groups: int = 0) -> SteeredVit:
+def model_of(vit: VisionTransformer, mlp_groups: int = 0) -> SteeredVit:
     """Random weights, biases and gates: about half of the units are closed."""
     torch.manual_seed(1)
     for parameter in vit.parameters():
@@ -60,11 +60,11 @@ def model_of(vit: VisionTransformer, gated_blocks: tuple[int, ...] = (1, 2), mlp
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1.0, 0.2)
-    model = GatedVit(vit, gated_blocks, SPEC, mlp_groups)
+    model = GatedVit(vit, (1, 2), SPEC, mlp_groups)
     for gate in model.gates:
         nn.init.normal_(gate.linear.weight)
         nn.init.zeros_(gate.linear.bias)
-    sae = Sae(len(gated_blocks), 12, 24)
+    sae = Sae(2, 12, 24)
     for parameter in sae.parameters():
         nn.init.normal_(parameter, std=0.5)
     return SteeredVit(model, sae).eval().requires_grad_(False)

@@ -133,23 +133,6 @@ async def test_a_batch_that_does_not_end_is_told_of(parts: Parts, monkeypatch: p
     assert parts.batcher.alive
 
 
-def test_neutral_terms_equal_no_steering_exactly(
-    engine: Engine, bundle: Bundle, sample_pixels: NDArray[np.uint8]
-) -> None:
-    images = sample_pixels[::7]
-    neutral = {site: (SteeringTerm(3), SteeringTerm(8)) for site in range(len(bundle.manifest.sites))}
-    terms = resolve(bundle, "", neutral, 1.0).arrays
-    zero = resolve(bundle, "Shirt", NEUTRAL, 0.0).arrays
-    none = resolve(bundle, "", NEUTRAL, 1.0).arrays
-    results = [
-        engine.run(images, SteeringArrays(*(np.repeat(a, len(images), 0) for a in (s.latent, s.scale, s.shift))))
-        for s in (none, zero, terms)
-    ]
-    for result in results[1:]:
-        assert np.array_equal(result.logits, results[0].logits)
-        assert np.array_equal(result.gate_logit, results[0].gate_logit)
-
-
 async def test_a_call_larger_than_a_batch_is_split_and_put_together(parts: Parts, engine: Engine) -> None:
     answer = await parts.submit(19, 3)
     assert sorted(stats.images for stats in parts.batches) == [3, 8, 8]

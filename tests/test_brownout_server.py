@@ -15,8 +15,9 @@ import pytest
 from masks import unit_mask
 from numpy.typing import NDArray
 from PIL import Image
-from processes import SMALL, ServerProcess, start_server, stop_server
+from processes import SMALL, ServerProcess, serving
 from prometheus_client import CollectorRegistry
+from refusals import refusal
 from small_models import STEERED, dial_of, images, of_kind, source_of
 
 from export.bundle import Bundle, load_bundle
@@ -249,9 +250,8 @@ def test_lowered_images_run_at_their_own_budget_afterwards(bundle: Bundle, monke
 @pytest.fixture(scope="module")
 def server(bundle: Bundle) -> Iterator[ServerProcess]:
     flags = ("--instances", "1", "--threads", "1", "--max-batch", "8", "--target-latency-ms", "15")
-    running = start_server(bundle.folder.parents[1], *flags)
-    yield running
-    assert stop_server(running) == 0
+    with serving(bundle.folder.parents[1], *flags) as running:
+        yield running
 
 
 ASKED: tuple[Asked, ...] = (
@@ -315,9 +315,7 @@ def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path)
             ({"budget": 0.6, "min_budget": 0.7}, "min_budget is 0.7; allowed: 0.3 to 0.6, the budget"),
             ({"min_budget": math.nan}, "min_budget is nan; allowed: 0.3 to 1, the budget"),
         ):
-            with pytest.raises(grpc.RpcError) as caught:
-                client.predict([PIXELS[0]], **asked)  # type: ignore[arg-type]
-            assert (caught.value.code().name, caught.value.details()) == ("INVALID_ARGUMENT", sentence)
+            assert refusal(client.predict, [PIXELS[0]], **asked) == ("INVALID_ARGUMENT", sentence)
         receipt = client.predict([PIXELS[0]], budget=0.6, min_budget=0.6).receipt
         assert (round(receipt.budget_applied, 6), receipt.brownout) == (0.6, False)
         with pytest.raises(ValueError, match=r"min_budget is 0\.5; allowed: only for predict"):
@@ -332,6 +330,4 @@ def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path)
     assert answer.parameters["budget_applied"].double_param == 0.7
     assert "brownout" not in answer.parameters
     request.parameters["min_budget"].double_param = 0.8
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.ModelInfer(request, timeout=20)
-    assert caught.value.details() == "min_budget is 0.8; allowed: 0.3 to 0.7, the budget"
+    assert refusal(stub.ModelInfer, request, timeout=20)[1] == "min_budget is 0.8; allowed: 0.3 to 0.7, the budget"

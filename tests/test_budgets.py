@@ -20,6 +20,7 @@ from masks import unit_mask
 from numpy.typing import NDArray
 from PIL import Image
 from processes import SMALL, ServerProcess, serving
+from refusals import refusal
 from small_models import SPEC, STEERED, dial_of, images, of_kind, source_of
 
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, Bundle, BundleError, load_bundle, load_golden
@@ -323,17 +324,14 @@ REFUSED: tuple[tuple[str, Asked, str, str], ...] = (
 @pytest.mark.parametrize(("model", "asked", "code", "sentence"), REFUSED)
 def test_what_is_refused_and_why(client: Client, model: str, asked: Asked, code: str, sentence: str) -> None:
     for call in (client.predict, client.compare, client.explain):
-        with pytest.raises(grpc.RpcError) as caught:
-            call([PIXELS[0]], model=model, **asked)
-        assert (caught.value.code().name, caught.value.details()) == (code, sentence)
+        assert refusal(call, [PIXELS[0]], model=model, **asked) == (code, sentence)
 
 
 def test_a_unit_that_names_nothing_is_refused(server: ServerProcess) -> None:
     stub = SteeringServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
-    steering = pb.Steering(open=[pb.Unit(block=1)])
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Predict(pb.PredictRequest(model="dial", images=[pb.Image(pixels=PIXELS[0].tobytes())], steering=steering))
-    assert caught.value.details() == "steering.open[0] names no unit; allowed: head or mlp_group"
+    steering, image = pb.Steering(open=[pb.Unit(block=1)]), pb.Image(pixels=PIXELS[0].tobytes())
+    _, sentence = refusal(stub.Predict, pb.PredictRequest(model="dial", images=[image], steering=steering))
+    assert sentence == "steering.open[0] names no unit; allowed: head or mlp_group"
 
 
 @fault("bundle: older schema", "the answers as ever; FAILED_PRECONDITION to a budget, which needs a dial")
@@ -539,9 +537,7 @@ def test_what_is_refused_of_tensors_and_parameters(
 ) -> None:
     stub = GRPCInferenceServiceStub(grpc.insecure_channel(server.address))  # type: ignore[no-untyped-call]
     parameters = {"budget": oi.InferParameter(**budget)} if budget else {}
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.ModelInfer(infer_request(model, parameters, **tensors), timeout=20)
-    assert (caught.value.code().name, caught.value.details()) == (code, sentence)
+    assert refusal(stub.ModelInfer, infer_request(model, parameters, **tensors), timeout=20) == (code, sentence)
 
 
 def test_a_call_with_biases_never_runs_on_the_graph_of_its_profile(bundle: Bundle) -> None:

@@ -12,7 +12,8 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from numpy.typing import NDArray
-from processes import COMMITTED, MODELS, SAMPLES, ServerProcess, run_module, start_server, stop_server, until
+from processes import COMMITTED, MODELS, SAMPLES, ServerProcess, run_module, serving, start_server, stop_server, until
+from refusals import refusal
 
 from service.client import AsyncClient, Client
 from service.pb import open_inference_pb2 as oi
@@ -92,16 +93,12 @@ def test_each_call_may_have_its_own_timeout_and_name(samples: dict[str, list[byt
     """A batch waits a second for more images."""
     server = start_server(MODELS, "--max-delay-ms", "1000", "--log-format", "json", "--log-level", "debug")
     with Client(server.address) as client:
-        with pytest.raises(grpc.RpcError) as caught:
-            client.predict(samples["Bag"][:1], timeout=0.2)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert refusal(client.predict, samples["Bag"][:1], timeout=0.2)[0] == "DEADLINE_EXCEEDED"
         client.predict(samples["Bag"][:1], request_id="order-66")
     image = str(next((SAMPLES / "Bag").glob("*.png")))
     done = run_module("service.client", "predict", "--address", server.address, "--timeout", "0.2", image)
     assert (done.returncode, done.stderr[:17]) == (1, "DEADLINE_EXCEEDED")
-    server.process.send_signal(signal.SIGTERM)
-    _, errors = server.process.communicate(timeout=60)
-    said = [json.loads(line) for line in errors.splitlines()]
+    said = [json.loads(line) for line in stop_server(server).splitlines()]
     (named,) = (line for line in said if line.get("request_id") == "order-66")
     assert named["code"] == "OK"
 
@@ -112,8 +109,7 @@ def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(
 ) -> None:
     """The queue takes 64 images, so of two calls with 60 one is refused at first. padding: bytes after each image."""
     images = [file + bytes(padding) for file in samples["Bag"] * 6]
-    server = start_server(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1")
-    try:
+    with serving(MODELS, "--max-queue", "64", "--max-batch", "1", "--threads", "1") as server:
 
         async def both(attempts: int) -> list[object]:
             async with AsyncClient(server.address, attempts=attempts) as client:
@@ -126,14 +122,11 @@ def test_a_client_waits_as_long_as_a_full_server_says_and_tries_again(
         assert set(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         answered = asyncio.run(both(5))
         assert all(isinstance(answer, pb.PredictResponse) for answer in answered), answered
-    finally:
-        assert stop_server(server) == 0
 
 
 @pytest.mark.parametrize("how", [["--concurrency", "4"], ["--rate", "50"]], ids=["concurrency", "rate"])
 def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[str]) -> None:
-    server = start_server(MODELS)
-    try:
+    with serving(MODELS) as server:
         files = [str(path) for path in sorted((SAMPLES / "Shirt").glob("*.png"))]
         profiles = ["--profile", "Shirt", "--profile", "Coat", "--profile", ""]
         flags = ["--seconds", "2", "--images-per-call", "2", *profiles, "--json", *how]
@@ -148,8 +141,6 @@ def test_a_load_from_the_command_line_reports_what_the_server_counted(how: list[
             assert report["images"] / 3 - 2 <= counted <= report["images"] / 3 + 4
         if how[0] == "--rate":
             assert report["calls"] == 100
-    finally:
-        assert stop_server(server) == 0
 
 
 TIMES = ("duration_ms", "decode_ms", "queue_ms", "inference_ms")
@@ -174,8 +165,7 @@ def test_the_access_log_tells_who_asked_for_what_and_how_it_ended(samples: dict[
         open_inference = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         assert open_inference.ServerReady(oi.ServerReadyRequest()).ready
         HealthStub(channel).Check(HealthCheckRequest())
-    server.process.send_signal(signal.SIGTERM)
-    _, errors = server.process.communicate(timeout=60)
+    errors = stop_server(server)
     lines = [json.loads(line) for line in errors.splitlines()]
     first, second, third = (line for line in lines if line["name"] == "steervit.requests")
     measured = {key: first.pop(key) for key in (*TIMES, "peer", "asctime")}

@@ -8,6 +8,7 @@ import pytest
 from masks import unit_mask
 from numpy.typing import NDArray
 from processes import MODELS, ServerProcess, run_main, serving
+from refusals import refusal
 
 from export.bundle import Bundle
 from service.client import Client
@@ -108,12 +109,8 @@ def test_getmodel_has_all_that_a_client_needs(server: ServerProcess, bundle: Bun
     assert [block.block for block in answer.predictions[0].head_mask] == list(model.gated_blocks)
     assert {len(block.kept) for block in answer.predictions[0].head_mask} == {model.heads}
     request.steering.terms.add(site=len(model.sites), shift=1.0)
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Predict(request, timeout=10)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.GetModel(pb.GetModelRequest(version="9"), timeout=10)
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert refusal(stub.Predict, request, timeout=10)[0] == "INVALID_ARGUMENT"
+    assert refusal(stub.GetModel, pb.GetModelRequest(version="9"), timeout=10)[0] == "NOT_FOUND"
 
 
 def test_a_profile_is_given_with_its_terms(server: ServerProcess, bundle: Bundle) -> None:
@@ -124,15 +121,12 @@ def test_a_profile_is_given_with_its_terms(server: ServerProcess, bundle: Bundle
     assert found.gates_sae_digest == bundle.manifest.gates_sae_digest
     given = {(t.site, t.latent): (t.scale, t.shift) for t in found.terms}
     assert given == {(s, t.latent): (t.scale, t.shift) for s, terms in expected.terms.items() for t in terms}
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.GetProfile(pb.GetProfileRequest(name="Hat"), timeout=10)
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert caught.value.details().startswith("name is 'Hat'; allowed: 'Ankle boot'")
+    code, said = refusal(stub.GetProfile, pb.GetProfileRequest(name="Hat"), timeout=10)
+    assert code == "NOT_FOUND"
+    assert said.startswith("name is 'Hat'; allowed: 'Ankle boot'")
     request = pb.ExplainRequest(latents=101)
     request.images.add(pixels=bytes(784))
-    with pytest.raises(grpc.RpcError) as caught:
-        stub.Explain(request, timeout=10)
-    assert "latents is 101; allowed: 0 (10) to 100" in caught.value.details()
+    assert "latents is 101; allowed: 0 (10) to 100" in refusal(stub.Explain, request, timeout=10)[1]
 
 
 def test_shadowed_images_are_counted_and_do_not_change_the_answers(

@@ -95,11 +95,11 @@ def run(engine: Engine, rows: list[Row]) -> Outputs:
     return engine.run(np.stack([row.image for row in rows]), stack([row.steering for row in rows], [1] * len(rows)))
 
 
-def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8], profile: str) -> Row | None:
+def on_the_edge(engine: Engine, bundle: Bundle, image: NDArray[np.uint8]) -> Row | None:
     """The image with a strength at which a gate is as near its threshold as bisection gets, if any gate changes."""
 
     def at(strength: float) -> tuple[Row, NDArray[np.float32]]:
-        row = Row(image, resolve(bundle, profile, NEUTRAL, strength))
+        row = Row(image, resolve(bundle, "Shirt", NEUTRAL, strength))
         return row, run(engine, [row]).gate_logit[0]
 
     low, high = 0.0, 1.0
@@ -122,7 +122,7 @@ def test_rows_do_not_depend_on_their_neighbours_and_borderline_gates_are_counted
     graph = bundle.manifest.graphs[0]
     tolerance, margin = graph.certificate["logit_tolerance"], graph.certificate["gate_margin"]
     usual = [Row(image, resolve(bundle, "Shirt", NEUTRAL, 1.0)) for image in sample_pixels[::10]]
-    edge = [on_the_edge(engine, bundle, image, "Shirt") for image in sample_pixels[::10]]
+    edge = [on_the_edge(engine, bundle, image) for image in sample_pixels[::10]]
     rows = [*usual, *(row for row in edge if row)]
     assert len(rows) > 15
     alone = [run(engine, [row]) for row in rows]

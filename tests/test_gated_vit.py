@@ -1,12 +1,9 @@
 """The gated ViT against timm's own model, against heads that are really removed, and against hand counts."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from timm.layers import Mlp, SwiGLU, set_fused_attn
 from timm.models import create_model
 from timm.models.vision_transformer import VisionTransformer
@@ -277,22 +274,3 @@ def test_timms_variants_are_gated_and_counted(kind: str) -> None:
 def test_models_that_cannot_be_gated_are_refused(make: object, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         check_supported(make())  # type: ignore[operator]
-
-
-def test_weights_come_from_a_local_file(tmp_path: Path) -> None:
-    """Weights of a classifier with other classes, for colour images, as a download would have them."""
-    torch.manual_seed(3)
-    name = "vit_tiny_patch16_224"
-    spec = ImageSpec(32, 32, 1, 32, "bicubic", (0.5,), (0.5,))
-    settings = VitSettings(model=name, weights=tmp_path / "weights.safetensors")
-    save_file(create_model(name, depth=11).state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(UnsupportedModel, match=r"lacks blocks\.11\.attn\.proj\.bias and 11 others; allowed: timm's"):
-        create_vit(settings, spec, 4)
-    whole = create_model(name, num_classes=7)
-    save_file(whole.state_dict(), tmp_path / "weights.safetensors")
-    vit = create_vit(settings, spec, 4)
-    assert torch.equal(vit.blocks[5].attn.qkv.weight, whole.blocks[5].attn.qkv.weight)
-    assert vit.head.weight.shape == (4, 192)
-    torch.testing.assert_close(vit.patch_embed.proj.weight, whole.patch_embed.proj.weight.sum(1, keepdim=True))
-    with pytest.raises(UnsupportedModel, match=r"vit\.weights is .*nowhere.*; allowed: a safetensors file"):
-        create_vit(VitSettings(model=name, weights=tmp_path / "nowhere"), spec, 4)

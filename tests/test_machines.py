@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import MODELS, ROOT, SAMPLES, SMALL, ServerProcess, run_main, serving, start_server
+from processes import MODELS, ROOT, SAMPLES, SMALL, ServerProcess, run_main, serving, start_server, stop_server
 
 from export.bundle import Bundle
 from service.client import AsyncClient, Client, is_loopback
@@ -213,8 +213,6 @@ def test_folders_that_are_no_models_are_passed_over(tmp_path: Path) -> None:
         time.sleep(0.5)
         assert asking.predict([SHIRT.read_bytes()]).receipt.model == "small", "rather retained than lost"
         (tmp_path / "small").chmod(0o755)
-    running.process.send_signal(signal.SIGTERM)
-    _, errors = running.process.communicate(timeout=30)
-    assert 1 <= len(re.findall(r"lost\+found.* Permission denied", errors)) < 9, (
+    assert 1 <= len(re.findall(r"lost\+found.* Permission denied", stop_server(running))) < 9, (
         "said when it changes, not at each look"
     )

@@ -21,7 +21,7 @@ from export.compact import compact
 from export.graph import SteeredVit, build
 from export.precision import Int8
 from export.rebuild import _state
-from export.session import Arrays, inputs_of, open_session, run_onnx
+from export.session import Arrays, open_session, run_onnx
 from training.__main__ import main
 from training.config import VitSettings
 from training.data.splits import Split
@@ -141,17 +141,6 @@ def test_a_distilled_model_and_layer_scale_have_groups_too(kind: str) -> None:
     for attention in KINDS:
         session = open_session(build(steered, SPEC, attention, {}, gate_bias=True).SerializeToString(), attention, 1)
         assert_same(run_onnx(session, biased(5)), run_torch(steered, biased(5)))
-
-
-def test_a_row_of_a_mixed_batch_is_that_row_alone(
-    sessions: dict[str, onnxruntime.InferenceSession],
-) -> None:
-    inputs = biased(7)
-    together = run_onnx(sessions["dispatch"], inputs)
-    for row in range(7):
-        alone = run_onnx(sessions["dispatch"], {name: value[row : row + 1] for name, value in inputs.items()})
-        np.testing.assert_array_equal(alone[MLP_GATE][0], together[MLP_GATE][row])
-        np.testing.assert_allclose(alone["logits"][0], together["logits"][row], atol=2e-5)
 
 
 def test_a_compact_model_has_the_units_that_its_profile_opens(steered: SteeredVit) -> None:
@@ -277,12 +266,3 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     assert json.loads((run / "controls" / "plain-55" / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
     assert "with a dial of heads alone, mean accuracy over compute" in " ".join(page.split())
     assert (run / "dial.png").stat().st_size < 200_000
-
-
-def test_terms_and_biases_of_pytorch_are_those_of_a_row(steered: SteeredVit) -> None:
-    inputs = inputs_of(images(3), [{}] * 3, 2)
-    zero = torch.zeros(3, 2, UNITS)
-    plain = run_torch(steered, inputs)
-    same = run_torch(steered, {**inputs, GATE_BIAS: zero.numpy()})
-    for name, value in plain.items():
-        np.testing.assert_array_equal(value, same[name], err_msg=name)

@@ -53,9 +53,9 @@ def test_a_row_is_compared_with_the_fastest_plain_model(model: heads.Model) -> N
 
 def test_triton_gives_the_answers_of_our_server(tmp_path: Path, server: ServerProcess) -> None:
     subject = peers.committed()
-    pixels = b"".join(subject.pixels(subject.manifest)[:3])
+    pixels = b"".join(subject.pixels(subject.bundle.manifest)[:3])
     request = pb.ModelInferRequest(model_name=subject.name, raw_input_contents=[pixels])
-    request.inputs.add(name="image", datatype="UINT8", shape=[3, *subject.manifest.image.shape])
+    request.inputs.add(name="image", datatype="UINT8", shape=[3, *subject.bundle.manifest.image.shape])
     outputs = []
     try:
         with peers.triton(subject, 1, 2, tmp_path) as address:

@@ -59,7 +59,7 @@ def answered(server: ServerProcess) -> float:
 
 def start_again(server: ServerProcess) -> ServerProcess:
     """On the same port."""
-    assert stop_server(server) == 0
+    stop_server(server)
     return start_server(SMALL, *FLAGS, "--port", server.address.rpartition(":")[2])
 
 

@@ -222,4 +222,5 @@ def test_faults_raise_their_alerts(
                     assert not re.search("<no value>|<error|%!", " ".join(alert["annotations"].values())), alert
                 assert prometheus.raised(job="steervit-idle") - down == of_idle | {"SteervitProfilesNotRead"}
             finally:
-                assert [stop_server(server) for server in (ill, tired, idle)] == [0, 0, 0]
+                for server in (ill, tired, idle):
+                    stop_server(server)

@@ -118,18 +118,18 @@ def test_thresholds_by_hand() -> None:
     assert thresholds(always, 1, "topk").tolist() == [0.0, 0.5]
 
 
-def few_causes(count: int, seed: int = 0, sites: int = 1) -> torch.Tensor:
-    """(sites, count, 6): sums of a few of 12 directions, off the origin."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(sites, 12, 6, generator=generator)
-    strength, on = torch.rand(2, sites, count, 12, generator=generator)
+def few_causes() -> torch.Tensor:
+    """(1, 2000, 6): sums of a few of 12 directions, off the origin."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(1, 12, 6, generator=generator)
+    strength, on = torch.rand(2, 1, 2000, 12, generator=generator)
     return (strength * (on < 0.2)) @ basis * 7 + 3
 
 
 @pytest.mark.parametrize("kind", ["batch-topk", "topk"])
 def test_a_fit_explains_its_residuals_and_keeps_k_after_the_conversion(kind: str) -> None:
     torch.manual_seed(0)
-    x = few_causes(2000)
+    x = few_causes()
     fitting = Fitting(x, SaeSettings(kind=kind, latents=24, k=3, epochs=20, batch_size=200))
     curve = fitting.fit(0)
     assert curve[-1]["fvu"] < 0.5 * curve[0]["fvu"]

@@ -1,8 +1,6 @@
 """The defences in SECURITY.md: names and links, graphs, pickles, limits, secrets, model control."""
 
 import ast
-import hashlib
-import json
 import re
 import shutil
 import signal
@@ -16,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import trustme
+from altered import put
 from live import PREDICT, Live
 from onnx import TensorProto, helper
 from photos import encoded
@@ -36,27 +35,16 @@ INFERENCE = "/inference.GRPCInferenceService/"
 GRAPH = "dispatch.fp32.onnx"
 
 
-def put(bundle: Bundle, folder: Path, **files: bytes) -> Path:
-    """The committed bundle, as the version that is the folder's name, with other contents of some files."""
-    shutil.copytree(bundle.folder, folder)
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"version": int(folder.name)}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def outside(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return put(bundle, tmp_path_factory.mktemp("outside") / "1")
+    return put(bundle, tmp_path_factory.mktemp("outside"), 1)
 
 
 @pytest.fixture(scope="module")
 def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Version 1 is fine."""
     folder = tmp_path_factory.mktemp("repository")
-    put(bundle, folder / "fashion_mnist" / "1")
+    put(bundle, folder, 1)
     return folder
 
 
@@ -126,8 +114,9 @@ def test_labels_that_lie_outside_are_not_read(repository: Path, outside: Path) -
 
 def test_links_within_the_repository_are_followed_as_kubernetes_mounts_need(bundle: Bundle, tmp_path: Path) -> None:
     """A ConfigMap's `..data`, and a repository that is itself reached through a link, as a model car's."""
-    put(bundle, tmp_path / "real" / "fashion_mnist" / "..2026" / "1")
     model = tmp_path / "real" / "fashion_mnist"
+    (model / "..2026").mkdir(parents=True)
+    put(bundle, tmp_path / "real", 1).rename(model / "..2026" / "1")
     (model / "..data").symlink_to("..2026")
     (model / "1").symlink_to("..data/1")
     (tmp_path / "mount").symlink_to("real")
@@ -174,7 +163,7 @@ def test_a_graph_whose_weights_are_outside_the_bundle_or_its_manifest_is_refused
     model = onnx.load(bundle.folder / GRAPH)
     elsewhere(model.graph.initializer[0], location)
     name = model.graph.initializer[0].name
-    folder = put(bundle, repository / "fashion_mnist" / "3", **{GRAPH: model.SerializeToString()})
+    folder = put(bundle, repository, 3, **{GRAPH: model.SerializeToString()})
     try:
         status, sentence = load(loading)
         assert status == "UNAVAILABLE"

@@ -184,7 +184,7 @@ def test_another_health_client_sees_the_server_start_and_stop() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as probe:
         assert probe.stdout is not None
         assert [probe.stdout.readline() for _ in range(2)] == ["SERVING\n"] * 2
-        assert stop_server(server) == 0
+        stop_server(server)
         assert probe.stdout.read() == "NOT_SERVING\n"
 
 
@@ -197,7 +197,7 @@ def test_the_metrics_page_tells_how_many_calls_are_being_answered(samples: dict[
     calls = [stub.Predict.future(request, timeout=60) for _ in range(4)]
     until(lambda: server.count("steervit_requests_in_flight") == 4)
     assert not any(call.done() for call in calls)
-    assert stop_server(server) == 0
+    stop_server(server)
     assert [len(call.result().predictions) for call in calls] == [200] * 4
 
 
@@ -289,8 +289,5 @@ def test_the_command_line_client_prints_tables(server: ServerProcess, bundle: Bu
     assert "profile Shirt" in done.stdout
     done = run_main(client_main, "profiles", "--address", server.address)
     assert len(done.stdout.splitlines()) == len(bundle.profiles) + 2
-    done = run_main(client_main, "predict", "--address", server.address, "--profile", "Shoe", *files)
-    assert done.returncode == 1
-    assert done.stderr.startswith("NOT_FOUND: steering.profile is 'Shoe'; allowed: 'Ankle boot'")
     done = run_module("service.client", "predict", "--address", server.address, "no-such-file.png")
     assert done.stderr == "no-such-file.png: No such file or directory\n"

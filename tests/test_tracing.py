@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from oteltest import sink
 from oteltest.sink.handler import RequestHandler
-from processes import COMMITTED, MODELS, ROOT, SMALL, run_main, start_server, stop_server, until
+from processes import COMMITTED, MODELS, ROOT, SMALL, run_main, serving, start_server, stop_server, until
 from prometheus import JOB, running
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -101,13 +100,15 @@ def test_a_trace_spans_client_to_inference_with_the_times_of_the_receipt(
 ) -> None:
     """40 images in batches of 16, so three batches."""
     files = [file for of_class in samples.values() for file in of_class][:40]
-    with collecting() as (collector, url):
-        server = start_server(MODELS, "--otlp-endpoint", url, "--instances", "1", "--max-batch", "16")
+    with (
+        collecting() as (collector, url),
+        serving(MODELS, "--otlp-endpoint", url, "--instances", "1", "--max-batch", "16") as server,
+        Client(server.address) as client,
+    ):
         before = time.time_ns()
-        with application().start_as_current_span("checkout") as span, Client(server.address) as client:
+        with application().start_as_current_span("checkout") as span:
             answer = client.predict(files, profile="Bag", request_id="order-66")
         after = time.time_ns()
-        assert stop_server(server) == 0
     trace = collector.trace(span.get_span_context().trace_id)
     assert len(trace) == 9, "what was left was sent before the end"
     (call,) = (found for found in trace if found.name == PREDICT)
@@ -186,8 +187,7 @@ def test_traces_and_exemplars_of_every_kind_of_call(samples: dict[str, list[byte
             families = list(text_string_to_metric_families(page.read().decode()))
         assert families[-1].name.startswith("process_"), "the whole page, as its own parser reads it"
         assert "trace_id" not in server.page(), "the other format has no exemplars"
-        server.process.send_signal(signal.SIGTERM)
-        _, errors = server.process.communicate(timeout=60)
+        errors = stop_server(server)
     calls = {attributes(found)["steervit.request_id"]: found for found in collector.spans if found.name == PREDICT}
     assert calls.keys() == {"good", "bad", "late", "alone"}
     assert {found.name for found in collector.spans} == {PREDICT, "decode", "queue", "batch", "inference"}
@@ -223,7 +223,7 @@ def test_a_stopping_server_does_not_wait_for_a_missing_collector(samples: dict[s
         with Client(server.address) as client:
             assert client.model().model == "small"
         begun = time.monotonic()
-        assert stop_server(server) == 0
+        stop_server(server)
     assert time.monotonic() - begun < 10
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import ROOT, run_main
+from test_sae import Breaking, Interrupted
 
 from training import reproduce
 from training.__main__ import main, parse
@@ -32,10 +33,6 @@ WITH_DIAL = TINY.model_copy(update={"dial": True, "mlp_groups": 2, "gate_learnin
 def tiny(out: Path, vit: VitSettings = TINY) -> Settings:
     data = DataSettings(max_train=400, max_test=50)
     return Settings(step="vit", out=out, save_every=0, data=data, vit=vit)  # type: ignore[call-arg]
-
-
-class Interrupted(Exception):
-    pass
 
 
 def whole_run(folder: Path, vit: VitSettings = TINY) -> Path:
@@ -72,17 +69,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     settings = tiny(tmp_path, TINY if name == "whole" else WITH_DIAL)
     data = load(settings.data, settings.seed)
 
-    class Breaking(Run):
-        saved = 0
-
-        def write_state(self, *arguments: Any) -> None:
-            super().write_state(*arguments)
-            self.saved += 1
-            if self.saved == states:
-                raise Interrupted
-
     with pytest.raises(Interrupted):
-        fit.fit_vit(settings, data, Breaking(tmp_path / "broken"))
+        fit.fit_vit(settings, data, Breaking(tmp_path / "broken", states))
     with pytest.raises(RunError, match="run the step 'vit' first"):
         fit.load_vit(Run(tmp_path / "broken"))
     state = Run(tmp_path / "broken").read_state("vit", settings.fingerprint("vit"))

@@ -189,3 +189,8 @@ def test_weights_of_other_models_are_named(trained: Tensors, tmp_path: Path) -> 
     refused([1, 2], r"lacks blocks\.0")
     wider = create_model("vit_small_patch16_224", num_classes=4, img_size=32).state_dict()
     refused(wider, r"where blocks\.0\.attn\.proj\.bias has the shape \[384\]; allowed: \[192\]")
+    refused(
+        create_model(NAME, depth=11).state_dict(), r"lacks blocks\.11\.attn\.proj\.bias and 11 others; allowed: tim"
+    )
+    with pytest.raises(UnsupportedModel, match=r"vit\.weights is .*nowhere.*; allowed: a safetensors file"):
+        start(tmp_path / "nowhere")

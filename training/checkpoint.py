@@ -78,6 +78,14 @@ class Run:
         self._check_made_of(stage, path, value)
         return value
 
+    def results(self) -> dict[str, Any]:
+        """The content of results.json. Raises RunError when the run is not evaluated."""
+        path = self.folder / "results.json"
+        if not path.is_file():
+            raise RunError(f"{path} is missing: run the step 'evaluate' first")
+        value: dict[str, Any] = json.loads(path.read_text())
+        return value
+
     def finish(self, stage: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Mark a stage as finished, after its tensors have been written. Deletes the states for resuming it."""
         value = {"format": FORMAT, "settings": settings, "made_of": self._made_of(stage), "result": result}

@@ -98,23 +98,7 @@ shared_input = blocking.InferInput("image", [3, 28, 28, 1], "UINT8")
 shared_input.set_shared_memory("region", 3 * 784)
 errors = {
     "model": lambda: client.infer("resnet", [image]),
-    "version": lambda: client.infer(MODEL, [image], model_version="99"),
-    "profile": lambda: infer(client, blocking, [image], parameters={"profile": "Hat"}),
-    "strength": lambda: infer(client, blocking, [image], parameters={"strength": "much"}),
-    "parameter": lambda: infer(client, blocking, [image], parameters={"temperature": 1}),
-    "output": lambda: infer(client, blocking, [image], ["probabilities"]),
-    "outputs": lambda: infer(client, blocking, [image], ["logits", "logits"]),
-    "shape": lambda: infer(client, blocking, [tensor(blocking, "image", pixels[:, :27], "UINT8")]),
-    "datatype": lambda: infer(client, blocking, [tensor(blocking, "image", pixels.astype(np.float32), "FP32")]),
-    "input": lambda: infer(client, blocking, [tensor(blocking, "pixels", pixels, "UINT8")]),
-    "both": lambda: infer(client, blocking, [image, *terms], parameters={"profile": "Shirt"}),
     "terms": lambda: infer(client, blocking, [image, *terms[:2]]),
-    "latent": lambda: infer(
-        client, blocking, [image, tensor(blocking, "steering_latent", latent + 600, "INT64"), *terms[1:]]
-    ),
-    "not an image": lambda: infer(
-        client, blocking, [tensor(blocking, "encoded_image", np.array([b"x"], object), "BYTES")]
-    ),
     "classes": lambda: client.infer(
         MODEL, [image], outputs=[blocking.InferRequestedOutput("head_gate", class_count=3)]
     ),

@@ -14,7 +14,7 @@ import promql_parser
 import pytest
 import yaml
 from manifests import BUILDS, KUBERNETES, OVERLAYS, TARGETS, Object, Pod, objects, of_kind, pods, settings
-from processes import MODELS, ROOT, SMALL, start_server, stop_server
+from processes import MODELS, ROOT, SMALL, serving
 from prometheus import alerts, promtool
 from prometheus_client import CollectorRegistry
 from registries import registry
@@ -208,8 +208,7 @@ def test_a_server_with_these_settings_answers_the_probes_and_the_scrape(
                 (tmp_path / name).write_text(text)
             monkeypatch.setenv("STEERVIT_PROFILES_DIR", str(tmp_path))
     # What is other here than in a pod: no GPU, another interface, and where the models lie.
-    server = start_server(MODELS, "--host", "127.0.0.1", "--provider", "cpu")
-    try:
+    with serving(MODELS, "--host", "127.0.0.1", "--provider", "cpu") as server:
         probes = {probe: pod.server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")}
         assert probes == {"startupProbe": "/livez", "readinessProbe": "/readyz"}
         assert pod.server["livenessProbe"]["httpGet"]["path"] == "/livez"
@@ -222,8 +221,6 @@ def test_a_server_with_these_settings_answers_the_probes_and_the_scrape(
         if "STEERVIT_PROFILES_DIR" in settings(pod, found):
             assert server.count("steervit_images_total", profile="example") == 0
             assert 'profile="example"' in server.page()
-    finally:
-        assert stop_server(server) == 0
 
 
 def test_the_autoscaler_asks_for_metrics_that_the_adapter_makes_of_metrics_that_the_server_has() -> None:

@@ -1,6 +1,5 @@
 """The same request in both protocols, so that one test covers both."""
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from export.bundle import Bundle
 from service.engine import Engine
 from service.pb import open_inference_pb2 as oip
 from service.pb import steering_pb2 as pb
+from service.tensors import packed
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
 from tests.masks import unit_mask
 from training.steering import Terms, to_arrays
@@ -112,7 +112,7 @@ def _infer(
         message.raw_input_contents.append(images.tobytes())
     else:
         message.inputs.add(name="encoded_image", datatype="BYTES", shape=[len(images)])
-        message.raw_input_contents.append(b"".join(struct.pack("<I", len(image)) + image for image in images))
+        message.raw_input_contents.append(packed(images))
     if terms is not None:
         tensors(message, vars(to_arrays([terms] * len(images), 5)))
     if profile:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from export.bundle import Bundle, load_bundle, versions
+from export.bundle import Bundle
 from service.engine import Engine
+from tests.committed import BUNDLE, newest, pixels
 from tests.faults.protocols import PROTOCOLS, Alone, alone
-from tests.processes import MODELS, SAMPLES, ServerProcess, start_server
+from tests.processes import MODELS, ServerProcess, start_server
 
 CALLERS = 64
 REFUSALS = {"UNAVAILABLE", "CANCELLED"}
@@ -122,9 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.sigterm", description=__doc__.split("\n\n")[1])
     parser.add_argument("--rounds", type=int, default=50, help="(default: %(default)s)")
     rounds = parser.parse_args().rounds
-    folder = MODELS / "fashion_mnist"
-    bundle = load_bundle(folder / str(versions(folder)[-1]))
-    images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
+    bundle, images = newest(BUNDLE), pixels()
     engine = Engine(bundle, "cpu", 1)
     expected = {name: alone(engine, images, bundle.profiles[name].terms if name else {}) for name in ("", "Shirt")}
     failed, answered, slowest = 0, 0, 0.0

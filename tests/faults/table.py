@@ -112,11 +112,7 @@ def table(shown: set[Shown]) -> str:
     for entry in sorted(shown, key=lambda entry: (list(FAULTS).index(entry.fault), entry.protocol == "", entry)):
         if entry.fault.split(": ")[0] != group:
             group = entry.fault.split(": ")[0]
-            lines += [
-                f"## {group.capitalize()}\n",
-                "| fault | protocol | what the client sees | test |",
-                "|---|---|---|---|",
-            ]
+            lines += [f"## {group.capitalize()}\n", COLUMNS]
         file, function = entry.test.split("::")
         name, sees = entry.fault.partition(": ")[2], entry.sees.replace("|", "\\|")
         sentence = function.removeprefix("test_").replace("_", " ")

@@ -1,7 +1,5 @@
 """Bundles that are broken, and models that go while they are in use: the others go on."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,28 +12,14 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.pb import open_inference_pb2 as oip
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.altered import put, sign
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import UNLIMITED, V1
 from tests.processes import ServerProcess, serving, until
+from tests.refusals import refusal
 
 GRAPH = "dispatch.fp32.onnx"
-
-
-def put(bundle: Bundle, repository: Path, version: int, name: str = "fashion_mnist") -> Path:
-    """The committed bundle under another name and version."""
-    folder = Path(shutil.copytree(bundle.folder, repository / name / str(version)))
-    state(folder, name=name, version=version)
-    return folder
-
-
-def state(folder: Path, **changes: object) -> None:
-    """Change fields of the manifest, and update its entries for the files."""
-    manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def without_profiles(folder: Path) -> None:
@@ -49,7 +33,7 @@ def one_bit_off(folder: Path) -> None:
 
 
 def of_tomorrow(folder: Path) -> None:
-    state(folder, schema_version=4)
+    sign(folder, schema_version=4)
 
 
 def cut(folder: Path) -> None:
@@ -58,14 +42,14 @@ def cut(folder: Path) -> None:
 
 def cut_and_signed(folder: Path) -> None:
     cut(folder)
-    state(folder)
+    sign(folder)
 
 
 def other_answers(folder: Path) -> None:
     golden = dict(np.load(folder / "golden.npz"))
     golden["fp32.logits"] += 0.01
     np.savez(folder / "golden.npz", **golden)
-    state(folder)
+    sign(folder)
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -120,10 +104,11 @@ def test_a_broken_version_is_refused_with_the_reason_and_the_older_one_answers(
         folder = put(bundle, repository, 2)
         breaks(folder)
         try:
-            with pytest.raises(grpc.RpcError) as caught:
-                control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert sentence in caught.value.details()
+            code, said = refusal(
+                control.RepositoryModelLoad, oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30
+            )
+            assert code == "UNAVAILABLE"
+            assert sentence in said
             index = control.RepositoryIndex(oip.RepositoryIndexRequest(), timeout=10).models
             assert {entry.version: entry.state for entry in index if entry.name == "fashion_mnist"} == {
                 "1": "READY", "2": "UNAVAILABLE",
@@ -154,10 +139,7 @@ def test_a_model_that_is_unloaded_answers_what_it_accepted(
         until(lambda: controlled.count("steervit_queue_images", model="other") > 500)
         control.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="other"), timeout=60)
         assert [len(each.result().predictions) for each in calls] == [500] * 4
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=10)
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert caught.value.details() == "model is 'other'; allowed: 'fashion_mnist'"
+        assert refusal(call, request, timeout=10) == ("NOT_FOUND", "model is 'other'; allowed: 'fashion_mnist'")
     shutil.rmtree(repository / "other")
 
 
@@ -190,9 +172,7 @@ def test_a_server_without_a_model_says_so(tmp_path: Path, bundle: Bundle) -> Non
         request = V1.request(np.zeros((1, 28, 28, 1), np.uint8))
         for name in ("fashion_mnist", ""):
             request.model = name
-            with pytest.raises(grpc.RpcError) as caught:
-                V1.call(channel)(request, timeout=10)
-            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-            assert caught.value.details() == f"model is {name!r}; allowed: none is loaded"
+            sentence = f"model is {name!r}; allowed: none is loaded"
+            assert refusal(V1.call(channel), request, timeout=10) == ("NOT_FOUND", sentence)
         control.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="fashion_mnist"), timeout=30)
         assert len(V1.call(channel)(request, timeout=10).predictions) == 1

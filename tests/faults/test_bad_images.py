@@ -15,7 +15,8 @@ from export.bundle import Bundle
 from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, Protocol
 from tests.faults.traffic import Traffic
-from tests.photos import IN_PNG, OTHERS, TURNED, encoded, with_exif
+from tests.photos import IN_PNG, OTHERS, TURNED, chunk, encoded, with_exif
+from tests.refusals import refusal
 
 Picture = NDArray[np.uint8]
 """(28, 28)"""
@@ -47,10 +48,6 @@ def bomb(_: Picture) -> bytes:
     packer, side = zlib.compressobj(9), 30_000
     row = b"\0" + b"\xff" * (side // 8)
     pixels = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
@@ -84,11 +81,10 @@ def test_a_broken_or_lying_file_is_refused(
     _, make, sentence = REFUSED[name]
     picture = sample_pixels[10, :, :, 0]
     good = encoded(Image.fromarray(picture), "PNG")
-    with pytest.raises(grpc.RpcError) as caught:
-        protocol.call(channel)(protocol.request([good, make(picture)]), timeout=30)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "[1]" in caught.value.details(), "the image is named"
-    assert sentence in caught.value.details()
+    code, said = refusal(protocol.call(channel), protocol.request([good, make(picture)]), timeout=30)
+    assert code == "INVALID_ARGUMENT"
+    assert "[1]" in said, "the image is named"
+    assert sentence in said
     traffic.check()
 
 

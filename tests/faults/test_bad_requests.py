@@ -11,9 +11,10 @@ import pytest
 from service.pb import open_inference_pb2 as oip
 from service.pb import steering_pb2 as pb
 from tests.faults.listed import OPEN_INFERENCE, STEERING, fault
-from tests.faults.protocols import OIP, PROTOCOLS, V1, Protocol, tensors
+from tests.faults.protocols import OIP, V1, Protocol, both, tensors
 from tests.faults.traffic import Traffic
 from tests.processes import COMMITTED
+from tests.refusals import refusal
 
 IMAGE = np.zeros((1, 28, 28, 1), np.uint8)
 NAN, INFINITE = float("nan"), float("inf")
@@ -75,13 +76,11 @@ def of_tensor(kind: str, name: str, **value: Any) -> oip.ModelInferRequest:
     return made
 
 
-def terms(
-    latents: list[int], scale: float = 1.0, shift: float = 1.0, sites: int = 5, profile: str = ""
-) -> oip.ModelInferRequest:
+def terms(latents: list[int], scale: float = 1.0, sites: int = 5, profile: str = "") -> oip.ModelInferRequest:
     """Steering tensors of one image: these latents at the first site."""
     shape = (1, sites, len(latents))
     latent, scales, shifts = np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, np.float32)
-    latent[0, 0], scales[0, 0], shifts[0, 0] = latents, scale, shift
+    latent[0, 0], scales[0, 0], shifts[0, 0] = latents, scale, 1.0
     return tensors(OIP.request(IMAGE, profile), {"latent": latent, "scale": scales, "shift": shifts})
 
 
@@ -231,51 +230,31 @@ def cases() -> list[Any]:
     return found
 
 
-def refusal(channel: grpc.Channel, protocol: Protocol, request: Any) -> tuple[str, str]:
-    with pytest.raises(grpc.RpcError) as caught:
-        protocol.call(channel)(request, timeout=30)
-    return caught.value.code().name, caught.value.details()
-
-
 @pytest.mark.parametrize(("protocol", "case"), cases())
 def test_what_is_wrong_is_named(protocol: Protocol, case: Case, channel: grpc.Channel, traffic: Traffic) -> None:
-    code, sentence = refusal(channel, protocol, case.make())
+    code, sentence = refusal(protocol.call(channel), case.make(), timeout=30)
     assert code == case.code
     assert case.sentence in sentence
     traffic.check()
 
 
-def marked(name: str, sees: str) -> list[Any]:
-    return [pytest.param(p, marks=fault(name, sees, p.name), id=str(p)) for p in PROTOCOLS]
-
-
-@pytest.mark.parametrize(
-    "protocol",
-    marked(
-        "request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`"
-    ),
-)
+@both("request: not a message", "INVALID_ARGUMENT: `the request is not a ... message (4 bytes that cannot be read)`")
 def test_bytes_that_are_no_message_are_refused(protocol: Protocol, channel: grpc.Channel, traffic: Traffic) -> None:
-    call = channel.unary_unary(protocol.path)
-    with pytest.raises(grpc.RpcError) as caught:
-        call(b"\xff\xff\xff\xff", timeout=30)
     kind = {STEERING: "steering.v1.PredictRequest", OPEN_INFERENCE: "inference.ModelInferRequest"}[protocol.name]
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert f"the request is not a {kind} message (4 bytes that cannot be read)" in caught.value.details()
+    code, sentence = refusal(channel.unary_unary(protocol.path), b"\xff\xff\xff\xff", timeout=30)
+    assert code == "INVALID_ARGUMENT"
+    assert f"the request is not a {kind} message (4 bytes that cannot be read)" in sentence
     traffic.check()
 
 
-@pytest.mark.parametrize(
-    "protocol",
-    marked(
-        "request: 100 MB message",
-        "RESOURCE_EXHAUSTED: gRPC's own sentence, with the size and what is allowed (`--max-message-mb`)",
-    ),
+@both(
+    "request: 100 MB message",
+    "RESOURCE_EXHAUSTED: gRPC's own sentence, with the size and what is allowed (`--max-message-mb`)",
 )
 def test_a_message_of_100_mb_is_refused_before_it_is_read(
     protocol: Protocol, channel: grpc.Channel, traffic: Traffic
 ) -> None:
-    code, sentence = refusal(channel, protocol, protocol.request([bytes(100_000_000)]))
+    code, sentence = refusal(protocol.call(channel), protocol.request([bytes(100_000_000)]), timeout=30)
     assert code == "RESOURCE_EXHAUSTED"
     assert "message larger than max (1000000" in sentence
     assert f"vs. {64 * 2**20})" in sentence

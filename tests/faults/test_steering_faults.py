@@ -14,11 +14,13 @@ from safetensors.numpy import load_file
 from export.bundle import Bundle
 from service.client import Client
 from service.engine import Engine
+from tests.altered import write
 from tests.faults.conftest import Undisturbed
 from tests.faults.listed import fault
 from tests.faults.protocols import PROTOCOLS, UNLIMITED, Alone, Protocol, alone, both
 from tests.faults.traffic import Traffic
 from tests.processes import MODELS, serving, start_server, stop_server, until
+from tests.refusals import refusal
 from training.steering import (
     SteeringProfile,
     SteeringTerm,
@@ -93,10 +95,9 @@ def test_extreme_strengths_give_finite_answers_or_a_sentence(
         (None, "Shirt", 101.0, "steering.strength is 101.0; allowed: -100 to 100"),
         (strongest, "", 2.0, "scale is -2000001.0; allowed: a finite number from -1e6 to 1e6"),
     ):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(protocol.request(images, profile_name, terms, strength), timeout=30)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert sentence in caught.value.details()
+        code, said = refusal(call, protocol.request(images, profile_name, terms, strength), timeout=30)
+        assert code == "INVALID_ARGUMENT"
+        assert sentence in said
     traffic.check()
 
 
@@ -133,13 +134,12 @@ def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
     versions = [bundle.profiles["Shirt"].terms, bundle.profiles["Bag"].terms]
     expected: Mapping[str, Alone] = {digest(terms): alone(engine, sample_pixels[:8], terms) for terms in versions}
 
-    def write(terms: Terms) -> None:
+    def use(terms: Terms) -> None:
         content = profiles_to_json([SteeringProfile("night", ("Bag",), "by hand", terms)])
         content["gates_sae_digest"] = bundle.manifest.gates_sae_digest
-        (tmp_path / "night.part").write_text(json.dumps(content))
-        (tmp_path / "night.part").rename(tmp_path / "night.json")
+        write(tmp_path / "night.json", json.dumps(content))
 
-    write(versions[0])
+    use(versions[0])
     running = start_server(MODELS, "--profiles-dir", str(tmp_path), "--poll-seconds", "0.05")
     done, seen, problems = threading.Event(), [], []
 
@@ -164,13 +164,13 @@ def test_a_profile_that_changes_in_use_is_either_the_old_or_the_new_one(
             for thread in askers:
                 thread.start()
             for turn in range(1, 7):
-                write(versions[turn % 2])
+                use(versions[turn % 2])
                 until(lambda turn=turn: answered(versions[turn % 2]))  # type: ignore[misc]
             done.set()
     finally:
         done.set()
         for thread in askers:
             thread.join()
-        assert stop_server(running) == 0
+        stop_server(running)
     assert problems == []
     assert set(seen) == set(expected)

@@ -12,23 +12,20 @@ import json
 import sys
 import threading
 import time
-import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
-from export.bundle import Knot, Macs, load_bundle, versions
-from export.write import ExportSettings, Source, write_source
+from export.bundle import Knot
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import OUT, ROOT, SAMPLES, deit_s
-from tests.perf.serving import load, server
-from training.data.pixels import Split
+from tests.committed import newest, pixels
+from tests.perf.heads import OUT, deit_s
+from tests.perf.serving import load, noise, server, source_of, write_bench
+from tests.processes import MODELS
 from training.dial import Dial
 from training.evaluation.dial import at_positions, curve
 from training.steering import SteeringProfile, SteeringTerm
@@ -37,44 +34,31 @@ LOADS = (0.5, 1.0, 1.5, 2.0, 2.5)
 POSITIONS = np.linspace(0.3, 1.0, 15)
 
 
-def dialled_bundle(repository: Path) -> Path:
+def dialled_bundle() -> Path:
     """DeiT-S with random weights, 4 MLP groups a block, a dial that opens its units in a random order and the profile
     `odd`, which opens odd units and closes even ones; a repository, written when it is not there yet."""
+    repository = OUT / "dialled"
     if repository.is_dir():
         return repository
-    model = deit_s(mlp_groups=4)
-    network, draw = model.steered.model, np.random.default_rng(0)
-    pixels = torch.from_numpy(draw.integers(0, 256, (8, *model.spec.shape), np.uint8))
-    split = Split(pixels, torch.arange(8))
+    model, draw = deit_s(mlp_groups=4), np.random.default_rng(0)
+    shifts = tuple(SteeringTerm(unit, 1.0, 1.0 if unit % 2 else -1.0) for unit in range(model.units))
+    source = source_of(model, [SteeringProfile("odd", ("c0",), "by hand", dict.fromkeys(range(model.sites), shifts))])
     start = draw.permutation(np.linspace(0.3, 0.95, model.sites * model.units)).reshape(model.sites, model.units)
     rising = np.clip(400 * (POSITIONS[:, None, None] - start) - 8, -8, 8).astype(np.float32)
     rising[-1] = 8
     dial = Dial(POSITIONS, rising)
-    outcomes = at_positions(dial, network, split, None, POSITIONS)
-    points = curve(POSITIONS, outcomes, split.classes, model.macs)
+    outcomes = at_positions(dial, model.steered.model, source.selection, None, POSITIONS)
+    points = curve(POSITIONS, outcomes, source.selection.classes, model.macs)
     knots = tuple(Knot(k["budget"], tuple(map(tuple, k["gate_bias"]))) for k in dial.to_json())
-    macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
-    labels = tuple(f"c{index}" for index in range(network.vit.num_classes))
-    shifts = tuple(SteeringTerm(unit, 1.0, 1.0 if unit % 2 else -1.0) for unit in range(model.units))
-    odd = SteeringProfile("odd", ("c0",), "by hand", dict.fromkeys(range(model.sites), shifts))
-    source = Source(model.spec, labels, macs, model.steered, (odd,), {}, split, None, knots, {"": tuple(points)})
-    settings = ExportSettings(model.name, attentions=("dispatch",), verify_images=4, accuracy_images=4)
-    write_source(source, repository, settings)
+    write_bench(replace(source, dial=knots, dials={"": tuple(points)}), repository, model.name, ("dispatch",))
     return repository
-
-
-def series(metrics: str, name: str) -> list[float]:
-    """The values of a metric on a server's page."""
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(metrics, timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
 
 
 def measured(repository: Path, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
     """The report of a load on a new server, and the mean compute fraction of its answers."""
     with server(repository, *flags) as running:
         report = load(running.address, images, asked)
-        spent, dense = (sum(series(running.metrics, f"steervit_macs_{kind}_total")) for kind in ("spent", "dense"))
+        spent, dense = (running.count(f"steervit_macs_{kind}_total") for kind in ("spent", "dense"))
     return report, spent / dense
 
 
@@ -87,7 +71,7 @@ def recovery(repository: Path, images: list[bytes], before: Load, after: Load, *
 
         def watch() -> None:
             while not done.wait(0.1):
-                levels.append((time.perf_counter(), max(series(running.metrics, "steervit_brownout_level"))))
+                levels.append((time.perf_counter(), running.count("steervit_brownout_level")))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -135,11 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default: %(default)g)")
     options = parser.parse_args(arguments)
     committed = options.model == "committed" and not options.repository
-    repository: Path = options.repository or (
-        ROOT / "deploy" / "models" if committed else dialled_bundle(OUT / "dialled")
-    )
+    repository: Path = options.repository or (MODELS if committed else dialled_bundle())
     (name,) = (folder.name for folder in repository.iterdir() if not folder.name.startswith("."))
-    manifest = load_bundle(repository / name / str(versions(repository / name)[-1])).manifest
+    manifest = newest(repository / name).manifest
     if not manifest.dial:
         print(
             f"{name} version {manifest.version} has no dial, so brownout has nothing to lower: nothing was measured. "
@@ -147,9 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 0
     per_call = 16 if committed else 1
-    images: list[bytes] = [_pixels(index, manifest.image.shape).tobytes() for index in range(32)]
-    if committed:
-        images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()] if committed else noise(manifest.image.shape, 32)
     lowest = manifest.dial[0].budget
     capacity = 0.0
     for _ in range(2):  # the first one warms the machine
@@ -193,10 +173,6 @@ def main(arguments: list[str] | None = None) -> int:
     plot(rows, options.target, OUT / "brownout.png")
     print(f"\n{OUT / 'brownout.json'}, {OUT / 'brownout.png'}")
     return 0
-
-
-def _pixels(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 if __name__ == "__main__":

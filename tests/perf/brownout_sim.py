@@ -96,6 +96,82 @@ class Outcome:
         return int(np.isnan(self.seconds).sum())
 
 
+class Server:
+    """One server, call after call. `now` is the time of what happens."""
+
+    def __init__(self, machine: Machine, policy: Policy, outcome: Outcome, arrivals: Times, rng: np.random.Generator):
+        runs = [(work, machine.cost.seconds(work)) for work in (1.0, float(machine.max_batch))]
+        self.machine, self.policy, self.outcome, self.arrivals, self.rng = machine, policy, outcome, arrivals, rng
+        self.model, self.levels, self.waits = CostModel(runs), Levels(policy.target), Waits()
+        self.queue: deque[tuple[int, Waiting]] = deque()
+        """The number of each waiting call, and what is left of it."""
+        self.left: dict[int, int] = {}
+        """Images of a call that have not started."""
+        self.ends = [-math.inf] * machine.engines
+        self.running = [0] * machine.engines
+        self.now = 0.0
+
+    def arrive(self, number: int, call: Waiting) -> None:
+        """A call, which may be refused."""
+        self.work_until(call.arrived)
+        self.now = call.arrived
+        if self.queue and self.waits.full(call, self._level, self.model.cost, self._engines(), self.policy.target):
+            return
+        self.left[number] = call.images
+        self._wait(number, call)
+        self.work_until(call.arrived)
+
+    def work_until(self, time: float) -> None:
+        while self.queue and min(self.ends) <= time:
+            engine = self.ends.index(min(self.ends))
+            self.now = max(self.now, self.ends[engine])
+            self._start(engine)
+
+    def _engines(self) -> Engines:
+        most = largest_batch(self.model.cost, self.policy.target, self.machine.max_batch)
+        return Engines(self.machine.engines, most, sum(max(0.0, end - self.now) for end in self.ends))
+
+    def _level(self, size: int) -> float:
+        return self.levels.at(size, self.now)
+
+    def _wait(self, number: int, call: Waiting) -> None:
+        self.waits.count(call.size, 1, call.images, call.own, call.floor)
+        self.queue.append((number, call))
+
+    def _take(self, most: int) -> Iterator[tuple[int, int]]:
+        """The calls of a batch, and how many images of each are in it. As service/calls.py does."""
+        room, budgets = most, self.outcome.budgets
+        while self.queue and (part := min(self.queue[0][1].images, most)) <= room:
+            number, call = self.queue.popleft()
+            self.waits.count(call.size, -1, -call.images, call.own, call.floor)
+            if not call.turns:
+                budgets[number] = lowered(call.own, call.floor, self._level(call.size))
+            room -= part
+            if call.images > part:
+                own = float(budgets[number])
+                self._wait(number, call._replace(images=call.images - part, own=own, floor=own, turns=call.turns + 1))
+            yield number, part
+
+    def _start(self, engine: int) -> None:
+        """Start a batch."""
+        waiting, now = [call for _, call in self.queue], self.now
+        in_play = sum(call.images for call in waiting)
+        in_play += sum(size for size, end in zip(self.running, self.ends, strict=True) if end > now)
+        engines = self._engines()
+        own = self.levels.lowered(now)
+        self.levels.raised(needed(waiting, self.model.cost, engines, now, self.policy.target, own), now)
+        self.outcome.levels.append((now, self.levels.highest(now)))
+        batch = list(self._take(min(engines.max_batch, math.ceil(in_play / self.machine.engines))))
+        work = sum(part * float(self.outcome.budgets[number]) for number, part in batch)
+        seconds = self.machine.cost.seconds(work) * math.exp(self.rng.normal(0, self.machine.noise))
+        self.model.ran(work, seconds)
+        self.ends[engine], self.running[engine] = now + seconds, sum(part for _, part in batch)
+        for number, part in batch:
+            self.left[number] -= part
+            if not self.left[number]:
+                self.outcome.seconds[number] = now + seconds - self.arrivals[number]
+
+
 def serve(
     arrivals: Times,
     machine: Machine,
@@ -108,75 +184,12 @@ def serve(
     rng = np.random.default_rng(seed)
     floors = np.where(rng.random(len(arrivals)) < permitted, policy.floor, policy.budget).tolist()
     counts = [1] * len(arrivals) if images is None else images.tolist()
-    left = counts.copy()
-    runs = [(work, machine.cost.seconds(work)) for work in (1.0, float(machine.max_batch))]
-    model, levels, waits = CostModel(runs), Levels(policy.target), Waits()
     outcome = Outcome(np.full(len(arrivals), math.nan), np.full(len(arrivals), policy.budget), [])
-    queue: deque[tuple[int, Waiting]] = deque()
-    ends = [-math.inf] * machine.engines
-    running = [0] * machine.engines
-    now = 0.0
-
-    def engines() -> Engines:
-        most = largest_batch(model.cost, policy.target, machine.max_batch)
-        return Engines(machine.engines, most, sum(max(0.0, end - now) for end in ends))
-
-    def level(size: int) -> float:
-        return levels.at(size, now)
-
-    def count(call: Waiting, sign: int) -> None:
-        waits.count(call.size, sign, sign * call.images, call.own, call.floor)
-
-    def take(most: int) -> Iterator[tuple[int, int]]:
-        """The calls of a batch, and how many images of each are in it. As service/calls.py does."""
-        room = most
-        while queue and (part := min(queue[0][1].images, most)) <= room:
-            number, call = queue.popleft()
-            count(call, -1)
-            if not call.turns:
-                outcome.budgets[number] = lowered(call.own, call.floor, level(call.size))
-            room -= part
-            if call.images > part:
-                budget = float(outcome.budgets[number])
-                rest = call._replace(images=call.images - part, own=budget, floor=budget, turns=call.turns + 1)
-                count(rest, 1)
-                queue.append((number, rest))
-            yield number, part
-
-    def start(engine: int) -> None:
-        waiting = [call for _, call in queue]
-        in_play = sum(call.images for call in waiting)
-        in_play += sum(size for size, end in zip(running, ends, strict=True) if end > now)
-        found = engines()
-        levels.raised(needed(waiting, model.cost, found, now, policy.target, levels.lowered(now)), now)
-        outcome.levels.append((now, levels.highest(now)))
-        batch = list(take(min(found.max_batch, math.ceil(in_play / machine.engines))))
-        work = sum(part * float(outcome.budgets[number]) for number, part in batch)
-        seconds = machine.cost.seconds(work) * math.exp(rng.normal(0, machine.noise))
-        model.ran(work, seconds)
-        ends[engine], running[engine] = now + seconds, sum(part for _, part in batch)
-        for number, part in batch:
-            left[number] -= part
-            if not left[number]:
-                outcome.seconds[number] = now + seconds - arrivals[number]
-
-    def work_until(time: float) -> None:
-        nonlocal now
-        while queue and min(ends) <= time:
-            engine = ends.index(min(ends))
-            now = max(now, ends[engine])
-            start(engine)
-
-    for number, (arrived, floor) in enumerate(zip(arrivals.tolist(), floors, strict=True)):
-        work_until(arrived)
-        now, size = arrived, size_of(counts[number]) if policy.by_size else ALIKE
-        call = Waiting(counts[number], arrived, policy.budget, floor, size=size)
-        if queue and waits.full(call, level, model.cost, engines(), policy.target):
-            continue
-        count(call, 1)
-        queue.append((number, call))
-        work_until(arrived)
-    work_until(math.inf)
+    server = Server(machine, policy, outcome, arrivals, rng)
+    for number, (arrived, floor, count) in enumerate(zip(arrivals.tolist(), floors, counts, strict=True)):
+        size = size_of(count) if policy.by_size else ALIKE
+        server.arrive(number, Waiting(count, arrived, policy.budget, floor, size=size))
+    server.work_until(math.inf)
     return outcome
 
 

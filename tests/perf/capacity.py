@@ -16,19 +16,12 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from export.bundle import load_bundle, versions
 from service.client.load import Load, Report
 from service.client.tables import table
-from tests.perf.heads import BUNDLE, OUT, SAMPLES
-from tests.perf.serving import deit_bundle, load, many_profiles, server
+from tests.committed import BUNDLE, newest, pixels
+from tests.perf.heads import OUT
+from tests.perf.serving import deit_bundle, load, many_profiles, noise, server
 from tests.processes import MODELS
-
-
-def resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def measure(repository: Path, processes: int, images: list[bytes], asked: Load, *flags: str) -> tuple[Report, float]:
@@ -37,7 +30,7 @@ def measure(repository: Path, processes: int, images: list[bytes], asked: Load, 
         threads = ("--threads", str(2 // processes))
         servers = [stack.enter_context(server(repository, *threads, *flags)) for _ in range(processes)]
         report = load("ipv4:" + ",".join(one.address for one in servers), images, asked)
-        return report, resident_mb(servers[0].pid)
+        return report, servers[0].resident_mb()
 
 
 def line(name: str, processes: int, asked: Load, found: tuple[Report, float]) -> list[str]:
@@ -49,17 +42,16 @@ def line(name: str, processes: int, asked: Load, found: tuple[Report, float]) ->
 
 
 def throughput(seconds: float) -> list[list[str]]:
-    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
-    labels = tuple(sorted(load_bundle(BUNDLE / str(versions(BUNDLE)[-1])).profiles))
+    images = [image.tobytes() for image in pixels()]
+    labels = tuple(sorted(newest(BUNDLE).profiles))
     rows = []
     for processes in (1, 2):
         for count, at_a_time in ((1, 32), (16, 8)):
             for name, profiles in (("committed, no steering", ("",)), ("committed, its profiles", labels)):
                 asked = Load(at_a_time, seconds, count, profiles)
-                rows.append(line(name, processes, asked, measure(MODELS, processes, pixels, asked)))
+                rows.append(line(name, processes, asked, measure(MODELS, processes, images, asked)))
     repository = deit_bundle()
-    spec = load_bundle(repository / "deit_s" / "1").manifest.image
-    large = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
+    large = noise(newest(repository / "deit_s").manifest.image.shape, 16)
     thirds = tuple(f"third{offset}" for offset in range(6))
     for processes in (1, 2):
         for name, profiles in (("DeiT-S, all heads", ("all",)), ("DeiT-S, a third of the heads", thirds)):
@@ -71,8 +63,7 @@ def throughput(seconds: float) -> list[list[str]]:
 def overload(seconds: float) -> list[list[str]]:
     """DeiT-S at multiples of its capacity: how many calls are still answered, and how soon the rest is refused."""
     repository = deit_bundle()
-    spec = load_bundle(repository / "deit_s" / "1").manifest.image
-    images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(16)]
+    images = noise(newest(repository / "deit_s").manifest.image.shape, 16)
     flags = ("--max-queue", "64")
     capacity = measure(repository, 1, images, Load(16, 2 * seconds, 1, ("all",)), *flags)[0].images_per_second
     rows = [["capacity", f"{capacity:.1f}", "1.00", "", "", ""]]
@@ -87,36 +78,36 @@ def overload(seconds: float) -> list[list[str]]:
 
 
 def by_profiles(seconds: float) -> list[list[str]]:
-    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()]
     rows = []
     for count in (10, 1_000, 10_000):
         folder, names = many_profiles(count)
         with server(MODELS, "--profiles-dir", str(folder)) as running:
-            report = load(running.address, pixels, Load(8, seconds, 1, names))
+            report = load(running.address, images, Load(8, seconds, 1, names))
             shown = [f"{running.start_seconds:.1f}", f"{report.images_per_second:.0f}", f"{report.p50_ms:.1f}"]
-            rows.append([str(count), *shown, f"{resident_mb(running.pid):.0f}"])
+            rows.append([str(count), *shown, f"{running.resident_mb():.0f}"])
     return rows
 
 
 def scrapes(seconds: float) -> list[list[str]]:
     """Cost of a scrape for the server, by series, and the effect of a scrape each second on calls."""
-    pixels = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()]
     rows = []
     for count in (10, 200, 640):
         folder, names = many_profiles(count)
         with server(MODELS, "--profiles-dir", str(folder), "--max-profile-series", "1000") as running:
             asked = Load(4, seconds, 1, names)
 
-            def scrape(url: str = running.metrics) -> bytes:
+            def scrape(url: str = running.metrics_url) -> bytes:
                 request = urllib.request.Request(url, headers={"Accept-Encoding": "gzip"})
                 with urllib.request.urlopen(request, timeout=30) as page:
                     return bytes(page.read())
 
-            page, before = gzip.decompress(scrape()), cpu_seconds(running.pid)
+            page, before = gzip.decompress(scrape()), cpu_seconds(running.process.pid)
             for _ in range(10):
                 scrape()
-            each = (cpu_seconds(running.pid) - before) / 10
-            alone = load(running.address, pixels, asked)
+            each = (cpu_seconds(running.process.pid) - before) / 10
+            alone = load(running.address, images, asked)
             done = threading.Event()
 
             def follow(done: threading.Event = done, scrape: Callable[[], bytes] = scrape) -> None:
@@ -125,7 +116,7 @@ def scrapes(seconds: float) -> list[list[str]]:
 
             thread = threading.Thread(target=follow)
             thread.start()
-            scraped = load(running.address, pixels, asked)
+            scraped = load(running.address, images, asked)
             done.set()
             thread.join()
         series = sum(not line.startswith(b"#") for line in page.splitlines())

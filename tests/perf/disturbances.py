@@ -18,7 +18,8 @@ import numpy as np
 from export.bundle import Bundle, versions
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
-from tests.perf.heads import ROOT
+from tests.altered import put, write
+from tests.processes import ROOT
 from training.steering import profiles_to_json
 
 PATHS = ("/steering.v1.SteeringService/Predict", "/inference.GRPCInferenceService/ModelInfer")
@@ -97,16 +98,14 @@ class Disturbances:
         turn = self.counts["profile folders changed"]
         some = [replace(p, name=f"extra {turn % 3} {name}") for name, p in self.bundle.profiles.items()]
         content = {**profiles_to_json(some), "gates_sae_digest": self.bundle.manifest.gates_sae_digest}
-        part = self.profiles / ".part"
-        part.write_text("{" if turn % 3 == 2 else json.dumps(content))
-        part.rename(self.profiles / "extra.json")
+        write(self.profiles / "extra.json", "{" if turn % 3 == 2 else json.dumps(content))
         self.counts["profile folders changed"] += 1
 
     async def swap_model(self) -> None:
         """Add the next version, and remove the previous one."""
         model = self.repository / self.bundle.manifest.name
         last = versions(model)[-1]
-        put_version(self.bundle, self.repository, last + 1)
+        put(self.bundle, self.repository, last + 1)
         await asyncio.sleep(5)
         shutil.rmtree(model / str(last))
         self.counts["models swapped"] += 1
@@ -134,17 +133,3 @@ class Disturbances:
             "memory_percent_an_hour": round(100 * 3600 * slope / float(memory.mean()), 2),
             "last_two_quarters": quarters,
         }
-
-
-def put_version(bundle: Bundle, repository: Path, version: int) -> None:
-    """The bundle under another version; it appears only when complete. Its large files are links."""
-    part = repository / f".{version}"
-    part.mkdir()
-    for file in bundle.folder.iterdir():
-        os.link(file, part / file.name)
-    manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": version}
-    (part / "manifest.json").unlink()
-    (part / "manifest.json").write_text(json.dumps(manifest))
-    folder = repository / bundle.manifest.name / str(version)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.rename(folder)

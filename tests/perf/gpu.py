@@ -6,15 +6,15 @@ with the copies to it and back, for DeiT-S and ViT-B with random weights, with a
 gRPC; and timm's plain model compiled by PyTorch, if torch sees the GPU. Writes build/bench/gpu.json; the exit code is 0
 if everything is right.
 
-`specialised` has a third of the heads and a quarter of the hidden neurons of every gated block, and fixed terms: what
-is left of a model for one profile at about 0.36 of the compute.
+`specialised` has a third of the heads and one MLP group of four of every gated block, and fixed terms: what is left of
+a model for one profile at about 0.36 of the compute.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.bundle import load_bundle, versions
+from export.bundle import load_bundle
 from export.graph import SteeredVit, build
 from export.precision import Float
 from export.session import Arrays, inputs_of, open_session, session_options
@@ -39,8 +39,9 @@ from service.config import Settings
 from service.cuda import Gpu
 from service.engine import resolve_provider
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, OUT, Model, deit_s, patterns, vit_b
-from tests.perf.serving import bundle_of, load, rate, server
+from tests.committed import BUNDLE, newest
+from tests.perf.heads import OUT, Model, deit_s, median_ms, patterns, vit_b
+from tests.perf.serving import load, noise, rate, server, thirds, write_bench
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
 from training.steering import SteeringTerm, to_arrays
@@ -206,24 +207,12 @@ def timings(model: Model, batches: Sequence[int], seconds: float, device: int) -
             buckets = opened(path, max(batches), Gpu(device, graphs=graphs))
             for batch in batches:
                 inputs = model.inputs(patterns(model, batch, 2 / 3, "random"))
-                alone = median(partial(buckets.again, batch), seconds)
-                whole = median(partial(buckets.run, NAMES, inputs), seconds)
+                alone = median_ms(partial(buckets.again, batch), seconds, 5)
+                whole = median_ms(partial(buckets.run, NAMES, inputs), seconds, 5)
                 found.append(Timing(model.name, f"{attention}.{precision}", graphs, batch, alone, whole))
             says = " ".join(f"{t.batch}: {t.device_ms:.2f}" for t in found[-len(batches) :])
             say(f"{model.name} {attention}.{precision}{' CUDA graphs' if graphs else ''}, ms by batch: {says}")
     return found
-
-
-def median(run: Callable[[], object], seconds: float) -> float:
-    """Median milliseconds of a run."""
-    for _ in range(2):
-        run()
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < seconds:
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return 1000 * float(np.median(taken))
 
 
 def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, float]:
@@ -241,35 +230,28 @@ def compiled(model: Model, batches: Sequence[int], seconds: float) -> dict[int, 
 
             for _ in range(3):
                 run()
-            found[batch] = median(run, seconds)
+            found[batch] = median_ms(run, seconds, 5)
             say(f"{model.name} plain in PyTorch, batch {batch}: {found[batch]:.2f} ms")
     model.steered.model.vit.cpu().float()
     return found
 
 
-def through_grpc(
-    model: Model, batches: Sequence[int], seconds: float, clients: int, instances: int = 0
-) -> dict[str, dict[str, float]]:
+def through_grpc(model: Model, batches: Sequence[int], seconds: float, clients: int) -> dict[str, dict[str, float]]:
     """Images a second through calls with this many images, from several client processes, and of the engines alone."""
-    repository = bundle_of(model, OUT / "gpu", (("fused", "fp16"),))
+    repository = OUT / "gpu"
+    write_bench(thirds(model), repository, model.name, ("fused",), ("fp16",))
     say(f"{model.name}: bundle written")
     bundle = load_bundle(repository / model.name / "1")
-    images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(128)]
+    images = noise(model.spec.shape, 128)
     found = {}
     for batch in batches:
-        settings = Settings(repository=repository, provider="cuda", max_batch=batch, instances=instances)
+        settings = Settings(repository=repository, provider="cuda", max_batch=batch)
         engines = start(bundle, settings, Surroundings(False, False)).engines
         pixels = np.stack([np.frombuffer(images[i], np.uint8).reshape(model.spec.shape) for i in range(batch)])
         terms = [bundle.profiles[PROFILES[i % 4]].terms if PROFILES[i % 4] else {} for i in range(batch)]
         alone = rate(engines, pixels, to_arrays(terms, len(bundle.manifest.sites)), seconds)
         del engines
-        flags = {
-            "provider": "cuda",
-            "max-batch": batch,
-            "instances": instances,
-            "max-queue": 4096,
-            "max-message-mb": 256,
-        }
+        flags = {"provider": "cuda", "max-batch": batch, "max-queue": 4096, "max-message-mb": 256}
         with (
             server(repository, *(f"--{name}={value}" for name, value in flags.items())) as running,
             ProcessPoolExecutor(clients, get_context("spawn")) as pool,
@@ -316,7 +298,7 @@ def main() -> int:
     parser.add_argument("--device", type=int, default=0, help="index of the GPU (default: %(default)s)")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    bundle = verify(BUNDLE / str(versions(BUNDLE)[-1]))
+    bundle = verify(newest(BUNDLE).folder)
     say(f"{bundle.manifest.name}: golden rows are right on the CPU")
     gpu, name = None, ""
     if resolve_provider("auto") == "cuda":

@@ -15,11 +15,10 @@ itself decides for sample images at budgets.
 """
 
 import argparse
-import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,20 +29,21 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
-from PIL import Image
 from timm.models import create_model
 from torch import nn
 from tqdm import tqdm
 
 from export.builder import Builder
-from export.bundle import Bundle, load_bundle, versions
 from export.calibration import calibrate
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float, Int8
 from export.session import Arrays, inputs_of, session_options
+from service.client.tables import table
 from service.engine import Engine
 from service.steering import resolve, stack
+from tests.committed import BUNDLE, newest, pixels
+from tests.processes import ROOT
 from training.config import VitSettings
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -53,10 +53,7 @@ from training.model.sae import Sae
 from training.presets import PRESETS
 from training.steering import NEUTRAL, SteeringTerm, Terms
 
-ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
-BUNDLE = ROOT / "deploy" / "models" / "fashion_mnist"
-SAMPLES = ROOT / "deploy" / "samples"
 PLAIN = ("timm", "dense", "by_head")
 """Graphs without gates: timm's model through PyTorch's exporter; ours in the layouts of `masked` and `dispatch`. The
 others are compared with the fastest of them."""
@@ -147,6 +144,8 @@ class Model:
 
     def _write(self, variant: str, precision: str) -> bytes:
         model, sae = self.steered.model, self.steered.sae
+        if variant == "specialised":
+            return self._specialised()
         if variant == "timm":
             example = torch.zeros(2, *self.spec.shape, dtype=torch.uint8)
             g = Builder()
@@ -158,8 +157,6 @@ class Model:
             arithmetic = Int8(self.ranges)
         if precision == "fp16":
             arithmetic = Float(np.float16)
-        if variant == "specialised":
-            return build_fused(*self.specialised(), self.spec, {}, np.float16, *self.profile()).SerializeToString()
         if variant.startswith("compact"):
             heads, groups = map(int, variant.split("-")[1:])
             left = (*range(heads), *range(self.heads, self.heads + groups))
@@ -167,23 +164,14 @@ class Model:
         attention = {"dense": "masked", "by_head": "dispatch"}.get(variant, variant)
         return build(steered, self.spec, attention, {}, arithmetic).SerializeToString()
 
-    def specialised(self) -> tuple[GatedVit, Sae]:
-        """The model with a quarter of the hidden neurons in every gated block's MLP, as for a profile with one open
-        group of four."""
-        model = copy.deepcopy(self.steered.model)
-        for index in model.gated_blocks:
-            mlp = model.vit.blocks[index].mlp
-            left = mlp.fc1.out_features // 4
-            for layer, weight in ((mlp.fc1, mlp.fc1.weight[:left]), (mlp.fc2, mlp.fc2.weight[:, :left])):
-                layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-            mlp.fc1.bias = nn.Parameter(mlp.fc1.bias[:left].clone(), requires_grad=False)
-        return model, self.steered.sae
-
-    def profile(self) -> tuple[list[tuple[int, ...]], Terms]:
-        """A third of the heads in every gated block, held open by their terms."""
-        left = tuple(range(self.heads // 3))
-        terms = (SteeringTerm(h, 1.0, FORCE if h in left else -FORCE) for h in range(self.heads))
-        return [left] * self.sites, dict.fromkeys(range(self.sites), tuple(terms))
+    def _specialised(self) -> bytes:
+        """A graph for one profile, which holds a third of the heads and one MLP group of four open in every block."""
+        model = Model(self.name, self.steered.model.vit, self.spec, mlp_groups=4)
+        left = (*range(self.heads // 3), self.heads)
+        terms = tuple(SteeringTerm(unit, 1.0, FORCE if unit in left else -FORCE) for unit in range(model.units))
+        of_sites: Terms = dict.fromkeys(range(model.sites), terms)
+        network, sae, kept = model.steered.model, model.steered.sae, [left] * model.sites
+        return build_fused(network, sae, self.spec, {}, np.float16, kept, of_sites).SerializeToString()
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -235,17 +223,11 @@ def patterns(model: Model, batch: int, usage: float, gates: str, groups: float =
     return np.broadcast_to(np.concatenate(open_, 2), (batch, model.sites, model.units))
 
 
-def committed() -> Bundle:
-    return load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-
-
 def budget_gates(batch: int, budget: float) -> NDArray[np.bool_]:
     """Gates of the committed graph for sample images at a budget: (B, sites, units)."""
-    bundle = committed()
-    files = sorted(SAMPLES.glob("*/*.png"))[:: max(1, 100 // batch)][:batch]
-    pixels = np.stack([np.asarray(Image.open(file))[:, :, None] for file in files])
+    bundle = newest(BUNDLE)
     arrays = stack([resolve(bundle, "", NEUTRAL, 1.0, budget=budget)], [batch])
-    return Engine(bundle, "cpu", 1).run(pixels, arrays).gate_logit > 0
+    return Engine(bundle, "cpu", 1).run(pixels()[:: max(1, 100 // batch)][:batch], arrays).gate_logit > 0
 
 
 def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
@@ -283,7 +265,7 @@ def plan(quick: bool) -> Iterator[tuple[Model, list[Cell]]]:
             cells.append(Cell(model.name, "compact", *at, 1 / 3, "uniform", groups=1 / 4))
     yield model, cells
     model = fashion_mnist()
-    lowest, cells = committed().manifest.dial[0].budget, []
+    lowest, cells = newest(BUNDLE).manifest.dial[0].budget, []
     for batch in (1, 8, 32):
         for precision in ("fp32", "int8"):
             at = (precision, batch, 2)
@@ -320,17 +302,23 @@ class Runner:
         self.names = [entry.name for entry in session.get_inputs()]
         self.run = lambda inputs: session.run(["logits"], inputs)
 
-    def time(self, cell: Cell, gates: NDArray[np.bool_], seconds: float) -> float:
+    def time(self, gates: NDArray[np.bool_], seconds: float) -> float:
         """Median milliseconds of one batch."""
         inputs = self.model.inputs(gates)
         feed = {name: inputs[name] for name in self.names}
-        self.run(feed)
-        taken: list[float] = []
-        while len(taken) < 2 or sum(taken) < seconds:
-            start = time.perf_counter()
-            self.run(feed)
-            taken.append(time.perf_counter() - start)
-        return 1000 * float(np.median(taken))
+        return median_ms(lambda: self.run(feed), seconds)
+
+
+def median_ms(run: Callable[[], object], seconds: float, least: int = 2) -> float:
+    """Median milliseconds of a run. least: of the runs, after half as many that do not count."""
+    for _ in range(least // 2):
+        run()
+    taken: list[float] = []
+    while len(taken) < least or sum(taken) < seconds:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return 1000 * float(np.median(taken))
 
 
 def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> list[Row]:
@@ -358,7 +346,7 @@ def measure(model: Model, cells: list[Cell], rounds: int, seconds: float) -> lis
             for of_session in sessions.values():
                 runner = Runner(model, of_session[0])
                 for cell in of_session:
-                    found[cell].append(runner.time(cell, gates[cell], seconds))
+                    found[cell].append(runner.time(gates[cell], seconds))
                     progress.update()
                 del runner
     rows = []
@@ -394,39 +382,23 @@ def _fastest(found: dict[Cell, list[float]], cell: Cell, precision: str) -> list
     return min(plain, key=lambda times: float(np.median(times)))
 
 
-def show(rows: list[Row]) -> None:
-    head = (
-        "model",
-        "variant",
-        "precision",
-        "batch",
-        "threads",
-        "heads",
-        "groups",
-        "gates",
-        "ms",
-        "(rounds)",
-        "ratio",
-        "ideal",
-        "eff.",
-    )
-    print("\n" + "{:14}{:10}{:10}{:>6}{:>8}{:>7}{:>8}  {:12}{:>9}  {:16}{:>6}{:>7}{:>7}".format(*head))
-    before = None
+HEAD = (
+    "model", "variant", "precision", "batch", "threads", "heads", "groups", "gates", "ms", "(rounds)", "ratio", "ideal",
+    "eff.", "(quartiles)",
+)  # fmt: skip
 
+
+def show(rows: list[Row]) -> None:
     def place(r: Row) -> tuple[object, ...]:
         return r.model, r.threads, r.batch, r.precision, r.variant, -r.usage, -r.groups, r.gates
 
-    for row in sorted(rows, key=place):
-        group = (row.model, row.threads, row.batch)
-        if before not in (None, group):
-            print()
-        before = group
-        print(
-            f"{row.model:14}{row.variant:10}{row.precision:10}{row.batch:6}{row.threads:8}{row.usage:7.2f}"
-            f"{row.groups:8.2f}  {row.gates:12}{row.ms:9.2f}  {f'({row.low:.2f}-{row.high:.2f})':16}"
-            f"{row.ratio_to_dense:6.2f}"
-            f"{row.ideal:7.2f}{row.efficiency:7.2f}  {row.efficiency_low:.2f}-{row.efficiency_high:.2f}"
-        )
+    shown = [
+        [r.model, r.variant, r.precision, str(r.batch), str(r.threads), f"{r.usage:.2f}", f"{r.groups:.2f}", r.gates,
+         f"{r.ms:.2f}", f"({r.low:.2f}-{r.high:.2f})", f"{r.ratio_to_dense:.2f}", f"{r.ideal:.2f}",
+         f"{r.efficiency:.2f}", f"({r.efficiency_low:.2f}-{r.efficiency_high:.2f})"]
+        for r in sorted(rows, key=place)
+    ]  # fmt: skip
+    print(f"\n{table(HEAD, shown)}")
     print("\nratio: to the fastest plain fp32 model. ideal: share of the multiply-accumulates that are left.")
     print("eff.: ideal / ratio to the fastest plain model of the same precision.")
 

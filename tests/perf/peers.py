@@ -27,18 +27,17 @@ from typing import Any
 
 import grpc
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from export.bundle import Manifest, load_bundle, versions
+from export.bundle import Bundle, Manifest
 from service.client.load import Load, run
 from service.client.tables import table
 from service.pb import open_inference_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from tests.committed import newest, pixels
 from tests.perf.peer_tools import Unavailable, perf_analyzer, tritonserver
-from tests.processes import serving, until
+from tests.processes import MODELS, ROOT, serving, until
 
-ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "bench"
 MAX_BATCH = 32
 """Largest batch of Triton; steervit's default."""
@@ -62,13 +61,8 @@ class Subject:
     """Flags that choose a graph other than the default."""
 
     @cached_property
-    def folder(self) -> Path:
-        model = self.repository / self.name
-        return model / str(versions(model)[-1])
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        return load_bundle(self.folder).manifest
+    def bundle(self) -> Bundle:
+        return newest(self.repository / self.name)
 
 
 @dataclass(frozen=True)
@@ -106,22 +100,20 @@ class Peer:
 
 
 def committed() -> Subject:
-    def pixels(_: Manifest) -> list[bytes]:
-        files = sorted((ROOT / "deploy" / "samples").glob("*/*.png"))
-        return [np.asarray(Image.open(file)).tobytes() for file in files]
+    def images(_: Manifest) -> list[bytes]:
+        return [image.tobytes() for image in pixels()]
 
-    models = ROOT / "deploy" / "models"
-    return Subject("fashion_mnist", "Committed bundle", models, "dispatch.fp32.onnx", pixels, (1, 8, 32), 500)
+    return Subject("fashion_mnist", "Committed bundle", MODELS, "dispatch.fp32.onnx", images, (1, 8, 32), 500)
 
 
 def deit() -> Subject:
-    from tests.perf.serving import deit_bundle  # here: torch takes seconds to import
+    from tests.perf.serving import deit_bundle, noise  # here: torch takes seconds to import
 
-    def pixels(manifest: Manifest) -> list[bytes]:
-        return [np.random.default_rng(i).integers(0, 256, manifest.image.shape, np.uint8).tobytes() for i in range(32)]
+    def images(manifest: Manifest) -> list[bytes]:
+        return noise(manifest.image.shape, 32)
 
     flags = ("--graph", "masked.fp32")
-    return Subject("deit_s", "DeiT-S, all heads", deit_bundle(), "masked.fp32.onnx", pixels, (1, 8, 16), 12, flags)
+    return Subject("deit_s", "DeiT-S, all heads", deit_bundle(), "masked.fp32.onnx", images, (1, 8, 16), 12, flags)
 
 
 SUBJECTS = {"committed": committed, "deit": deit}
@@ -152,15 +144,15 @@ class PerfAnalyzer:
     def _data(self, subject: Subject) -> Path:
         path = self.folder / f"{subject.name}.json"
         if not path.exists():
-            shape = list(subject.manifest.image.shape)
-            images = [base64.b64encode(image).decode() for image in subject.pixels(subject.manifest)]
+            shape = list(subject.bundle.manifest.image.shape)
+            images = [base64.b64encode(image).decode() for image in subject.pixels(subject.bundle.manifest)]
             path.write_text(json.dumps({"data": [{"image": {"b64": image, "shape": shape}} for image in images]}))
         return path
 
 
 def own_load(address: str, subject: Subject, cell: Cell, seconds: float) -> Result:
     """Measured by `python -m service.client load`, over the typed API."""
-    images = subject.pixels(subject.manifest)
+    images = subject.pixels(subject.bundle.manifest)
     report = asyncio.run(run(address, images, Load(cell.calls, seconds, cell.images), raw=True))
     return Result(report.images_per_second, report.p50_ms, report.p99_ms)
 
@@ -210,7 +202,7 @@ def _ready(stub: GRPCInferenceServiceStub) -> bool:
 
 
 def triton_config(subject: Subject, threads: int, instances: int) -> str:
-    manifest = subject.manifest
+    manifest = subject.bundle.manifest
     blocks, heads, groups = len(manifest.gated_blocks), manifest.heads, manifest.mlp_groups
     outputs = [
         ("logits", "FP32", [len(manifest.labels)]),
@@ -228,7 +220,7 @@ def triton_config(subject: Subject, threads: int, instances: int) -> str:
         instance_group [{{ kind: KIND_CPU count: {instances} }}]
         dynamic_batching {{ max_queue_delay_microseconds: 0 }}
         parameters {{ key: "threads" value {{ string_value: "{threads}" }} }}
-        parameters {{ key: "graph" value {{ string_value: "{subject.folder / subject.graph}" }} }}
+        parameters {{ key: "graph" value {{ string_value: "{subject.bundle.folder / subject.graph}" }} }}
     """
 
 

@@ -6,71 +6,71 @@ round: ratios of one run. Writes build/bench/serving.json.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from export.builder import OPSET
-from export.bundle import (
-    Graph,
-    Macs,
-    Manifest,
-    Site,
-    gates_sae_digest,
-    golden_bytes,
-    load_bundle,
-    versions,
-    write_bundle,
-)
-from export.certify import Reference, steerings
+from export.bundle import Macs, load_bundle
 from export.write import ExportSettings, Source, write_source
 from service.client.load import Load, Report, run
 from service.config import Settings
 from service.engine import Engine
 from service.tuning import Surroundings, start
-from tests.perf.heads import BUNDLE, FORCE, OUT, PLAIN, SAMPLES, Cell, Model, Runner, deit_s, patterns
-from tests.processes import MODELS, serving, start_server
+from tests.committed import BUNDLE, newest, pixels
+from tests.perf.heads import FORCE, OUT, PLAIN, Cell, Model, Runner, deit_s, patterns
+from tests.processes import MODELS, ServerProcess, serving, start_server
 from training.data.pixels import Split
 from training.steering import SteeringArrays, SteeringProfile, SteeringTerm, profiles_to_json, to_arrays
 
 
 def deit_bundle() -> Path:
     """DeiT-S with random weights as a repository: profiles `third0` ... open two heads of six in every block."""
-    return bundle_of(deit_s(), OUT / "models", (("dispatch", "fp32"), ("masked", "fp32")))
+    model, repository = deit_s(), OUT / "models"
+    write_bench(thirds(model), repository, model.name, ("dispatch", "masked"))
+    return repository
 
 
 def units_bundle() -> Path:
     """As deit_bundle, with 4 MLP groups a block, in fp32 and int8: profiles `open0` ... open two heads of six and one
     group of four in every block."""
-    repository, model = OUT / "units", deit_s(mlp_groups=4)
-    if (repository / model.name / "1").is_dir():
-        return repository
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
-    write_source(
-        Source(
-            model.spec,
-            tuple(f"c{index}" for index in range(1000)),
-            Macs(model.macs.dense, tuple(model.macs.per_head), tuple(model.macs.per_mlp_group)),
-            model.steered,
-            [SteeringProfile(f"open{o}", ("c0",), "forced", forced(model, o, 2, 1)) for o in range(6)],
-            {},
-            Split(pixels, torch.arange(8)),
-        ),
-        repository,
-        ExportSettings(model.name, None, ("dispatch",), ("fp32", "int8"), verify_images=4, accuracy_images=4),
-    )
+    model, repository = deit_s(mlp_groups=4), OUT / "units"
+    profiles = [SteeringProfile(f"open{o}", ("c0",), "forced", forced(model, o, 2, 1)) for o in range(6)]
+    write_bench(source_of(model, profiles), repository, model.name, ("dispatch",), ("fp32", "int8"))
     return repository
+
+
+def thirds(model: Model) -> Source:
+    """Profile `all` opens every head, `third0` ... `third5` a third of them in every block."""
+    third = model.heads // 3
+    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model, 0, model.heads))]
+    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(model, o, third)) for o in range(6)]
+    return source_of(model, profiles)
+
+
+def source_of(model: Model, profiles: Sequence[SteeringProfile]) -> Source:
+    """The source of a bundle of the model, with eight images of random pixels as the selection slice."""
+    drawn = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, *model.spec.shape), np.uint8))
+    labels = tuple(f"c{index}" for index in range(model.steered.model.vit.num_classes))
+    macs = Macs(model.macs.dense, model.macs.per_head, model.macs.per_mlp_group)
+    return Source(model.spec, labels, macs, model.steered, profiles, {}, Split(drawn, torch.arange(8)))
+
+
+def write_bench(
+    source: Source, repository: Path, name: str, attentions: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)
+) -> None:
+    """Write the bundle into the repository when it is not there yet."""
+    if not (repository / name / "1").is_dir():
+        settings = ExportSettings(name, 1, attentions, precisions, verify_images=4, accuracy_images=4)
+        write_source(source, repository, settings)
 
 
 def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, tuple[SteeringTerm, ...]]:
@@ -88,7 +88,7 @@ def forced(model: Model, offset: int, heads: int, groups: int = 0) -> dict[int, 
 
 def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
     """A folder with this many copies of the committed bundle's profile Shirt, and their names."""
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
+    bundle = newest(BUNDLE)
     profiles = [replace(bundle.profiles["Shirt"], name=f"p{index:05d}") for index in range(count)]
     content = {**profiles_to_json(profiles), "gates_sae_digest": bundle.manifest.gates_sae_digest}
     folder = OUT / "profiles"
@@ -97,61 +97,13 @@ def many_profiles(count: int) -> tuple[Path, tuple[str, ...]]:
     return folder, tuple(profile.name for profile in profiles)
 
 
-def bundle_of(model: Model, repository: Path, kinds: Sequence[tuple[str, str]]) -> Path:
-    """A repository with the model, written when it is not there yet: profiles `third0` ... open a third of the heads in
-    every block. kinds: attention and precision of the graphs."""
-    folder = repository / model.name / "1"
-    if folder.is_dir():
-        return repository
-    steered, spec = model.steered, model.spec
-    pixels = np.random.default_rng(0).integers(0, 256, (4, *spec.shape), np.uint8)
-
-    profiles = [SteeringProfile("all", ("c0",), "forced", forced(model, 0, model.heads))]
-    third = model.heads // 3
-    profiles += [SteeringProfile(f"third{o}", ("c0",), "forced", forced(model, o, third)) for o in range(6)]
-    reference = Reference(
-        steered, pixels, steerings([p.terms for p in profiles], [32] * model.sites)[:3], pixels, np.zeros(4, np.int64)
-    )
-    weights = {key: value.numpy() for key, value in steered.sae.state_dict().items()}
-    weights |= {f"gates.{key}": value.numpy() for key, value in steered.model.gates.state_dict().items()}
-    contents, graphs, first = {}, [], {}
-    for attention, precision in kinds:
-        file = f"{attention}.{precision}.onnx"
-        contents[file] = content = model.graph(attention, precision).read_bytes()
-        certificate = reference.certify(content, attention, precision)
-        graphs.append(Graph(file, attention, precision, OPSET, certificate.to_json()))
-        first.setdefault(precision, content)
-    contents |= {
-        "profiles.json": json.dumps(profiles_to_json(profiles)).encode(),
-        "sae.safetensors": save(weights),
-        "golden.npz": golden_bytes(reference.golden(first, 4)),
-    }
-    manifest = Manifest(
-        schema_version=2, name=model.name, version=1, labels=tuple(f"c{i}" for i in range(1000)),
-        image=spec, gated_blocks=steered.model.gated_blocks, heads=model.heads, dim=steered.model.dim,
-        sites=tuple(Site(block, 32) for block in steered.model.gated_blocks),
-        macs=Macs(model.macs.dense, tuple(model.macs.per_head)), graphs=tuple(graphs), evaluation={}, compact=None,
-        gates_sae_digest=gates_sae_digest(weights, steered.model.gated_blocks), files={},
-    )  # fmt: skip
-    write_bundle(repository, manifest, contents)
-    return repository
+def server(repository: Path, *flags: str, stderr: int | None = None) -> AbstractContextManager[ServerProcess]:
+    return serving(repository, "--log-level", "error", *flags, stderr=stderr)
 
 
-class Running(NamedTuple):
-    address: str
-    pid: int
-    start_seconds: float
-    """Time until the server was ready."""
-    metrics: str
-    """URL of the metrics page."""
-
-
-@contextlib.contextmanager
-def server(repository: Path, *flags: str, stderr: int | None = None) -> Iterator[Running]:
-    begun = time.perf_counter()
-    with serving(repository, "--log-level", "error", *flags, stderr=stderr) as running:
-        seconds = time.perf_counter() - begun
-        yield Running(running.address, running.process.pid, seconds, running.metrics_url)
+def noise(shape: tuple[int, ...], count: int) -> list[bytes]:
+    """Images of random pixels."""
+    return [np.random.default_rng(i).integers(0, 256, shape, np.uint8).tobytes() for i in range(count)]
 
 
 def load(address: str, images: list[bytes], asked: Load) -> Report:
@@ -162,12 +114,12 @@ def alone(
     repository: Path, graph: str, images: list[bytes], batch: int, profiles: tuple[str, ...], seconds: float
 ) -> float:
     """Images a second of onnxruntime at a batch size, with as many instances and threads as the server chooses."""
-    bundle = load_bundle(repository / str(versions(repository)[-1]))
+    bundle = newest(repository)
     engines = start(bundle, Settings(repository=repository, graph=graph), Surroundings(False, True)).engines
-    pixels = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
+    given = np.stack([np.frombuffer(images[i % len(images)], np.uint8) for i in range(batch)])
     terms = [bundle.profiles[profiles[i % len(profiles)]].terms if profiles[0] else {} for i in range(batch)]
     rows = to_arrays(terms, len(bundle.manifest.sites))
-    return rate(engines, pixels.reshape(batch, *bundle.manifest.image.shape), rows, seconds)
+    return rate(engines, given.reshape(batch, *bundle.manifest.image.shape), rows, seconds)
 
 
 def rate(engines: Sequence[Engine], images: NDArray[np.uint8], rows: SteeringArrays, seconds: float) -> float:
@@ -207,15 +159,15 @@ def deit(rounds: int, seconds: float) -> dict[str, object]:
     """Images a second through gRPC / of onnxruntime alone, one image a call, 16 calls at a time."""
     repository = deit_bundle()
     spec = load_bundle(repository / "deit_s" / "1").manifest.image
-    images = [np.random.default_rng(i).integers(0, 256, spec.shape, np.uint8).tobytes() for i in range(32)]
+    images = noise(spec.shape, 32)
     thirds = tuple(f"third{offset}" for offset in range(6))
     kinds = {"dense": ("masked.fp32", ("",)), "third": ("dispatch.fp32", thirds)}
     seen: dict[str, list[tuple[float, Report]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, (graph, profiles) in kinds.items():
             rate = alone(repository / "deit_s", graph, images, 8, profiles, seconds)
-            with server(repository, "--graph", graph) as (address, *_):
-                seen[kind].append((rate, load(address, images, Load(16, seconds, 1, profiles))))
+            with server(repository, "--graph", graph) as running:
+                seen[kind].append((rate, load(running.address, images, Load(16, seconds, 1, profiles))))
     found: dict[str, object] = {}
     for kind, pairs in seen.items():
         ratios = [report.images_per_second / rate for rate, report in pairs]
@@ -235,14 +187,14 @@ def units(rounds: int, seconds: float) -> dict[str, object]:
     image: one image a call, 16 calls at a time, over the plain fp32 graph in one session of two threads, batch 8, in
     turn."""
     repository, model = units_bundle(), deit_s(mlp_groups=4)
-    images = [np.random.default_rng(i).integers(0, 256, model.spec.shape, np.uint8).tobytes() for i in range(32)]
+    images = noise(model.spec.shape, 32)
     profiles = tuple(f"open{offset}" for offset in range(6))
     seen: dict[str, list[float]] = {"plain": [], "fp32": [], "int8": []}
     for _ in range(rounds):
         seen["plain"].append(_plain(model, seconds))
         for precision in ("fp32", "int8"):
-            with server(repository, "--graph", f"dispatch.{precision}") as (address, *_):
-                report = load(address, images, Load(16, seconds, 1, profiles))
+            with server(repository, "--graph", f"dispatch.{precision}") as running:
+                report = load(running.address, images, Load(16, seconds, 1, profiles))
             seen[precision].append(report.images_per_second)
     gains = {p: list(np.divide(seen[p], seen["plain"])) for p in ("fp32", "int8")}
     return {
@@ -258,31 +210,29 @@ def _plain(model: Model, seconds: float) -> float:
     for variant in PLAIN:
         cell = Cell(model.name, variant, "fp32", 8, 2, 1.0, "random")
         runner = Runner(model, cell)
-        rates.append(8000 / runner.time(cell, patterns(model, 8, 1.0, "random"), seconds / len(PLAIN)))
+        rates.append(8000 / runner.time(patterns(model, 8, 1.0, "random"), seconds / len(PLAIN)))
         del runner
     return max(rates)
 
 
 def committed(rounds: int, seconds: float) -> dict[str, object]:
     """The committed bundle: CPU of a one-image call, 16 images a call, 10,000 profiles, start to ready."""
-    from PIL import Image
-
-    images = [np.asarray(Image.open(file)).tobytes() for file in sorted(SAMPLES.glob("*/*.png"))]
+    images = [image.tobytes() for image in pixels()]
     starts, ratios = [], []
     own: dict[int, list[float]] = {1: [], 8: []}
     p50: dict[int, list[float]] = {10: [], 10_000: []}
     for _ in range(rounds):
         alone_16 = alone(BUNDLE, "auto", images, 16, ("Shirt",), seconds)
-        with server(MODELS) as (address, _, start):
-            starts.append(start)
-            report = load(address, images, Load(2, seconds, 16, ("Shirt",)))
+        with server(MODELS) as running:
+            starts.append(running.start_seconds)
+            report = load(running.address, images, Load(2, seconds, 16, ("Shirt",)))
             ratios.append(report.images_per_second / alone_16)
         for concurrency in own:
             own[concurrency].append(own_cpu_ms(images, concurrency, seconds))
         for count in p50:
             folder, names = many_profiles(count)
-            with server(MODELS, "--profiles-dir", str(folder)) as (address, *_):
-                p50[count].append(load(address, images, Load(1, seconds, 1, names)).p50_ms)
+            with server(MODELS, "--profiles-dir", str(folder)) as running:
+                p50[count].append(load(running.address, images, Load(1, seconds, 1, names)).p50_ms)
     return {
         "start_to_ready_seconds": float(np.median(starts)),
         "own_cpu_ms_by_calls_at_a_time": {str(count): float(np.median(found)) for count, found in own.items()},

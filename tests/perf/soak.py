@@ -26,18 +26,19 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from export.bundle import Bundle, load_bundle, versions
+from export.bundle import Bundle
 from service.engine import Engine
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 from service.steering import resolve
+from tests.altered import put
+from tests.committed import BUNDLE, newest, pixels
 from tests.masks import unit_mask
-from tests.perf.disturbances import Disturbances, put_version
-from tests.perf.heads import BUNDLE, OUT, SAMPLES
-from tests.perf.serving import Running, server
+from tests.perf.disturbances import Disturbances
+from tests.perf.heads import OUT
+from tests.perf.serving import server
 from training.steering import NEUTRAL
 
 TOLERANCE = 1e-4
@@ -182,10 +183,10 @@ def compare(answer: pb.PredictResponse, alone: Alone, picked: list[int], kind: K
 
 
 async def disturbed(
-    running: Running, disturbances: Disturbances, alone: Alone, kinds: Sequence[Kind], minutes: float, at_a_time: int
+    address: str, disturbances: Disturbances, alone: Alone, kinds: Sequence[Kind], minutes: float, at_a_time: int
 ) -> Seen:
     others = asyncio.create_task(disturbances.all())
-    honest = asyncio.create_task(ask(running.address, alone, kinds, until(60 * minutes), None, at_a_time))
+    honest = asyncio.create_task(ask(address, alone, kinds, until(60 * minutes), None, at_a_time))
     await asyncio.wait((others, honest), return_when=asyncio.FIRST_COMPLETED)
     if others.done():
         others.result()  # it runs until it is cancelled, or fails
@@ -208,11 +209,11 @@ def soak(
         repository, profiles = folder / "models", folder / "profiles"
         repository.mkdir(parents=True)
         profiles.mkdir()
-        put_version(bundle, repository, 1)
+        put(bundle, repository, 1)
         flags = (*flags, "--model-control", "poll", "--poll-seconds", "1", "--profiles-dir", str(profiles))
         with server(repository, *flags, stderr=subprocess.DEVNULL) as running:  # its log is full of the disturbances
-            disturbances = Disturbances(running.address, running.pid, bundle, repository, profiles)
-            seen = asyncio.run(disturbed(running, disturbances, alone, kinds, minutes, at_a_time))
+            disturbances = Disturbances(running.address, running.process.pid, bundle, repository, profiles)
+            seen = asyncio.run(disturbed(running.address, disturbances, alone, kinds, minutes, at_a_time))
         held = {**disturbances.held(), "disturbances": dict(disturbances.counts)}
         problems = disturbances.problems
         if minutes >= 20 and held["memory_percent_an_hour"] > 5:
@@ -257,9 +258,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     begun = time.perf_counter()
-    bundle = load_bundle(BUNDLE / str(versions(BUNDLE)[-1]))
-    images = np.stack([np.asarray(Image.open(file))[:, :, None] for file in sorted(SAMPLES.glob("*/*.png"))])
-    alone, every = Alone(bundle, images), ["", *bundle.profiles]
+    bundle = newest(BUNDLE)
+    alone, every = Alone(bundle, pixels()), ["", *bundle.profiles]
     parts: dict[str, tuple[float, Sequence[Kind], Sequence[str]]] = {
         "plain": (2 / 3, [Kind(*of) for of in product(every, STRENGTHS, BUDGETS)], ()),
         "brownout": (1 / 3, [Kind(*of) for of in product(every, STRENGTHS, BUDGETS, FLOORS)], BROWNOUT),

@@ -61,7 +61,7 @@ def of_probe(probe: Probe) -> Method:
 
 
 @torch.no_grad()
-def examples(network: GatedNetwork, split: Split, size: int = 500) -> Examples:
+def examples(network: GatedNetwork, split: Split) -> Examples:
     """The split with the model's answers and residuals without steering, in one pass."""
     read: list[Tensor] = []
 
@@ -69,7 +69,7 @@ def examples(network: GatedNetwork, split: Split, size: int = 500) -> Examples:
         read.append(residual.cpu())
         return residual
 
-    sites, unsteered = len(network.gates), answers(network, split, keep, size=size)
+    sites, unsteered = len(network.gates), answers(network, split, keep)
     return Examples(split, unsteered, torch.stack([torch.cat(read[site::sites]) for site in range(sites)]))
 
 

@@ -14,6 +14,8 @@ from scipy.stats import binomtest, bootstrap, false_discovery_control, norm, per
 
 RESAMPLES = 2000
 """Resamples of a bootstrap."""
+CONFIDENCE = 0.95
+"""Of every interval."""
 Right = NDArray[np.bool_]
 """(B,)"""
 Rightness = NDArray[np.float64]
@@ -57,15 +59,15 @@ def power(images: int, discordance: float, margin: float, level: float) -> float
     return float(norm.cdf(margin / error - norm.isf(level))) if error else 1.0
 
 
-def detectable(images: int, discordance: float, level: float, power: float = 0.8) -> float:
-    """The smallest margin that is shown with this power when nothing truly changes on average."""
-    return float(norm.isf(level) + norm.ppf(power)) * math.sqrt(discordance / images)
+def detectable(images: int, discordance: float, level: float) -> float:
+    """The smallest margin that is shown with a power of 0.8 when nothing truly changes on average."""
+    return float(norm.isf(level) + norm.ppf(0.8)) * math.sqrt(discordance / images)
 
 
 def hierarchical_interval(
-    values: NDArray[np.float64], clusters: NDArray[np.int64] | None = None, seed: int = 0, level: float = 0.95
+    values: NDArray[np.float64], clusters: NDArray[np.int64] | None = None
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of values (S, B) of S seeds on the same B images.
+    """95% percentile interval of the mean of values (S, B) of S seeds on the same B images.
 
     Seeds and images are drawn independently, each with replacement, because the seeds share the images (the pigeonhole
     bootstrap, Owen 2007, https://arxiv.org/abs/0712.1111). clusters (B,): images of a cluster are drawn together
@@ -75,16 +77,16 @@ def hierarchical_interval(
     _, member = np.unique(np.arange(values.shape[1]) if clusters is None else clusters, return_inverse=True)
     count = np.bincount(member)  # (K,)
     sums = np.stack([np.bincount(member, of_seed) for of_seed in values])  # (S, K)
-    rng, means = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         drawn = np.bincount(rng.integers(len(count), size=len(count)), minlength=len(count))  # (K,)
         of_seeds = sums @ drawn / (count @ drawn)  # (S,)
         means.append(of_seeds[rng.integers(len(sums), size=len(sums))].mean())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
+def paired(before: Rightness, after: Rightness) -> float:
     """Two-sided p of the hypothesis that the mean does not change. McNemar's test, or for averaged draws its
     generalisation: the share of 9,999 random choices of the images' signs whose mean change is as large."""
     change = after - before
@@ -95,28 +97,26 @@ def paired(before: Rightness, after: Rightness, seed: int = 0) -> float:
     return float(
         permutation_test(
             (change[change != 0],), np.mean, permutation_type="samples", n_resamples=9999, batch=1000,
-            rng=np.random.default_rng(seed), vectorized=True,
+            rng=np.random.default_rng(0), vectorized=True,
         ).pvalue
     )  # fmt: skip
 
 
-def change_interval(
-    before: Right | Rightness, after: Right | Rightness, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of mean(after) - mean(before), images drawn in pairs."""
+def change_interval(before: Right | Rightness, after: Right | Rightness) -> tuple[float, float]:
+    """95% percentile interval of mean(after) - mean(before), images drawn in pairs."""
     change = after.astype(np.float64) - before.astype(np.float64)
     if not change.any():
         return 0.0, 0.0
     result = bootstrap(
-        (change,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=level, method="percentile",
-        rng=np.random.default_rng(seed),
+        (change,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def wilson(right: Right, level: float = 0.95) -> tuple[float, float]:
-    """The Wilson interval of a share."""
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(level, "wilson")
+def wilson(right: Right) -> tuple[float, float]:
+    """The 95% Wilson interval of a share."""
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, "wilson")
     return float(interval.low), float(interval.high)
 
 

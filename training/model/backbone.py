@@ -37,8 +37,7 @@ class ConvStem(nn.Module):
         patch_size: int,
         in_chans: int,
         embed_dim: int,
-        bias: bool = True,
-        unpadded: int = 0,
+        unpadded: int,
         **_: object,
     ):
         super().__init__()
@@ -51,7 +50,7 @@ class ConvStem(nn.Module):
         for (stride, padding), after in zip(steps, [*widths, *[embed_dim] * unpadded], strict=True):
             layers += [nn.Conv2d(before, after, 3, stride, padding, bias=False), nn.BatchNorm2d(after), nn.GELU()]
             side, before = (side + 2 * padding - 3) // stride + 1, after
-        self.convolutions = nn.Sequential(*layers, nn.Conv2d(before, embed_dim, 1, bias=bias))
+        self.convolutions = nn.Sequential(*layers, nn.Conv2d(before, embed_dim, 1))
         self.img_size = (img_size, img_size)
         self.grid_size = (side, side)
         self.num_patches = side * side

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from training.data.splits import Split
 from training.model.gated_vit import GatedVit, attention
+from training.model.inference import BATCH
 
 
 @torch.no_grad()
-def from_first_gate(model: GatedVit, splits: Sequence[Split], size: int = 500) -> tuple[GatedVit, list[Split]]:
+def from_first_gate(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedVit, list[Split]]:
     """The model from its first gated block on, and the splits with the tokens (B, N, D) that enter this block instead
     of images, on the CPU."""
     first = model.gated_blocks[0]
@@ -38,8 +39,8 @@ def from_first_gate(model: GatedVit, splits: Sequence[Split], size: int = 500) -
     later.embed = lambda image: image.to(later.device)  # type: ignore[method-assign]
     entered = []
     for split in splits:
-        starts = tqdm(range(0, len(split), size), "first gate", unit="batch", delay=5, dynamic_ncols=True)
-        x = torch.cat([tokens(split.images[start : start + size]) for start in starts])
+        starts = tqdm(range(0, len(split), BATCH), "first gate", unit="batch", delay=5, dynamic_ncols=True)
+        x = torch.cat([tokens(split.images[start : start + BATCH]) for start in starts])
         entered.append(replace(split, images=x))
     return later, entered
 

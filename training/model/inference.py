@@ -20,6 +20,7 @@ from training.model.macs import Macs
 from training.model.sae import Sae
 from training.steering import Terms, to_arrays
 
+BATCH = 500
 NEAR = 0.1
 """A gate counts as near its threshold, in reports, if its |logit| is below this."""
 
@@ -110,13 +111,12 @@ def answers(
     steer: Steer | None = None,
     decide: Decide = keep_positive,
     gate_bias: Tensor | None = None,
-    size: int = 500,
 ) -> Outcome:
     """The model's answers on a split, in float32, on the CPU. gate_bias: float32 (G, U), the same for every image."""
     logits, gates, gate_logits = [], [], []
     bias = None if gate_bias is None else gate_bias[None]
-    for start in range(0, len(split), size):
-        images = split.images[start : start + size]
+    for start in range(0, len(split), BATCH):
+        images = split.images[start : start + BATCH]
         of_batch, out = model(images, steer, decide, bias)
         logits.append(of_batch.cpu())
         gates.append(torch.cat([out["head_gate"], out["mlp_gate"]], 2).cpu() > 0.5)

@@ -83,9 +83,9 @@ class LastBlock:
         """The device of the model."""
         return self.residual.device
 
-    def logits(self, gate: Tensor, size: int = 4096) -> Tensor:
+    def logits(self, gate: Tensor) -> Tensor:
         """Gates (B, U) -> logits (B, C)."""
-        parts = [slice(start, start + size) for start in range(0, len(self.residual), size)]
+        parts = [slice(start, start + 4096) for start in range(0, len(self.residual), 4096)]
         return torch.cat([self.tail(self.residual[p], self.contribution[p], gate[p].to(self.device)) for p in parts])
 
     def tail(self, residual: Tensor, contribution: Tensor, gate: Tensor) -> Tensor:

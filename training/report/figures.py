@@ -239,11 +239,11 @@ def spread(ideal: Sequence[float] | np.ndarray, gap: float, low: float, high: fl
     return places
 
 
-def last_block(results: Mapping[str, Any], most: int = 20) -> Figure:
-    """For each class, the change of recall over the open heads: the best subset of each size, and the profile's
-    arrow."""
+def last_block(results: Mapping[str, Any]) -> Figure:
+    """For each of 20 classes at most, the change of recall over the open heads: the best subset of each size, and the
+    profile's arrow."""
     part = results["last_block"]
-    profiles = [p for p in single_classes(part["profiles"]) if p["classes"][0] in part.get("oracle", {})][:most]
+    profiles = [p for p in single_classes(part["profiles"]) if p["classes"][0] in part.get("oracle", {})][:20]
     columns = min(5, len(profiles))
     rows = -(-len(profiles) // columns)
     figure = Figure(figsize=(11.5, 2.05 * rows + 0.7), layout="constrained")

@@ -5,7 +5,6 @@ No model is needed. Parts that results.json lacks are omitted from the page and 
 
 import base64
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import matplotlib
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from training.checkpoint import Run, RunError
+from training.checkpoint import Run
 from training.evaluation.criteria import MARGINS, TITLES
 from training.evaluation.rivals import SLICE
 from training.evaluation.seeds import table
@@ -35,10 +34,7 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
 
     others: runs of other seeds, for the table of seeds. Raises RunError when a run is not evaluated.
     """
-    path = run.folder / "results.json"
-    if not path.is_file():
-        raise RunError(f"{path} is missing: run the step 'evaluate' first")
-    results = json.loads(path.read_text())
+    results = run.results()
     if others:
         of_seeds = table([run, *others])
         results |= {key: of_seeds[key] for key in ("seeds", "intervals")}

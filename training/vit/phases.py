@@ -24,7 +24,6 @@ from training.model.gated_vit import Gate, GatedVit, keep_all, lowered, straight
 from training.model.macs import count
 from training.vit.dial import dial_step
 
-UNDECAYED = ("cls_token", "pos_embed")
 Schedule = Callable[[float], float]
 """The completed share of a phase -> a value."""
 
@@ -189,7 +188,7 @@ def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.O
     if vit.model == "conv_stem":
         assert model.vit.pos_embed is not None
         model.vit.pos_embed.requires_grad_(False)
-    of_backbone = param_groups_weight_decay(model.vit, vit.weight_decay, UNDECAYED)  # type: ignore[arg-type]
+    of_backbone = param_groups_weight_decay(model.vit, vit.weight_decay)
     groups = [
         *({**group, "lr": phase.backbone_rate} for group in of_backbone),
         {
