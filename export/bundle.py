@@ -113,13 +113,6 @@ class Macs:
     per_mlp_group: tuple[Natural, ...] = ()
     """Cost of one MLP group, by gated block; empty in a model without MLP groups."""
 
-    def spent(self, head_gate: NDArray[np.bool_], mlp_gate: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Gates (B, gated blocks, heads) and (B, gated blocks, MLP groups) -> MACs spent (B,)."""
-        spent = self.dense - (head_gate.shape[2] - head_gate.sum(2)) @ np.asarray(self.per_head, np.int64)
-        if self.per_mlp_group:
-            spent = spent - (mlp_gate.shape[2] - mlp_gate.sum(2)) @ np.asarray(self.per_mlp_group, np.int64)
-        return np.asarray(spent, np.int64)
-
 
 @dataclass(frozen=True)
 class Knot:

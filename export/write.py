@@ -113,9 +113,10 @@ def write_source(source: Source, repository: Path, settings: ExportSettings) -> 
     version = _version(repository, settings)
     model, sae, compacted = source.steered.model, source.steered.sae, source.compacted
     metadata = {"model": settings.name, "version": str(version), "labels": json.dumps(source.labels)}
+    special = _to_specialise(source.profiles, settings)
     with TemporaryDirectory() as folder:
         graphs, golden = _graphs(source, settings, metadata, Path(folder))
-        specialised = _specialised(source, settings, metadata, Path(folder), golden)
+        specialised = _specialised(source, settings, special, metadata, Path(folder), golden)
         contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     weights = {key: value.numpy() for key, value in sae.state_dict().items()}
     weights |= {f"gates.{key}": value.numpy() for key, value in model.gates.state_dict().items()}
@@ -252,19 +253,32 @@ def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
     return [attention for attention in attentions if (attention, precision) != ("fused", "int8")]
 
 
+def _to_specialise(profiles: Sequence[SteeringProfile], settings: ExportSettings) -> list[SteeringProfile]:
+    """The profiles that get graphs of their own. Raises BundleError for unknown ones and those with gate biases."""
+    names = [profile.name for profile in profiles] if settings.specialise is None else settings.specialise
+    chosen = [_named(profiles, name, "--specialise") for name in names]
+    for profile in chosen:
+        if profile.gate_bias:
+            raise BundleError(
+                f"--specialise: profile {profile.name!r} has a gate_bias; allowed: profiles of terms alone"
+            )
+    return chosen
+
+
 def _specialised(
-    source: Source, settings: ExportSettings, metadata: dict[str, str], folder: Path, golden: dict[str, Golden]
+    source: Source,
+    settings: ExportSettings,
+    profiles: Sequence[SteeringProfile],
+    metadata: dict[str, str],
+    folder: Path,
+    golden: dict[str, Golden],
 ) -> tuple[Specialised, ...]:
     """Write the graphs for one profile each, compared with PyTorch under it; their golden rows join the others."""
-    names = [p.name for p in source.profiles] if settings.specialise is None else settings.specialise
     precision = "fp16" if "fp16" in settings.precisions else "fp32"
     model, sae, selection = source.steered.model, source.steered.sae, source.selection
     compared, labelled = (_spread(len(selection), count) for count in (SPECIALISED_IMAGES, settings.accuracy_images))
     specialised = []
-    for index, name in enumerate(names):
-        profile = _named(source.profiles, name, "--specialise")
-        if profile.gate_bias:
-            raise BundleError(f"--specialise: profile {name!r} has a gate_bias; allowed: profiles of terms alone")
+    for index, profile in enumerate(profiles):
         compacted = compact(model, sae, profile, source.labels, selection, settings.compact_threshold)
         _show(compacted, profile, model.heads + model.mlp_groups, "specialised")
         steered = SteeredVit(compacted.model, sae).eval()

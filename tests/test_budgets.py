@@ -28,7 +28,7 @@ from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import Arrays, inputs_of, open_session, run_onnx
 from export.verify import verify
-from export.write import ExportSettings, _dial, _ranges, _specialised, write_source
+from export.write import ExportSettings, _dial, _ranges, write_source
 from service.buckets import Buckets
 from service.calls import Call, CallQueue, Piece
 from service.client import Asked, AsyncClient, Client
@@ -117,10 +117,19 @@ def test_int8_is_calibrated_with_and_without_budgets(steered: SteeredVit) -> Non
     assert with_dial["block1/mlp/hidden"][1] > 0
 
 
-def test_no_graph_is_specialised_for_a_profile_with_biases(steered: SteeredVit, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, specialise=("own",))
-    with pytest.raises(BundleError, match="--specialise: profile 'own' has a gate_bias; allowed: profiles of terms"):
-        _specialised(source_of(steered, PROFILES), settings, {}, tmp_path, {})
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own", "--specialise: profile 'own' has a gate_bias; allowed: profiles of terms alone"),
+        ("hats", "--specialise is 'hats'; allowed: "),
+    ],
+)
+def test_what_gets_a_graph_of_its_own_is_checked_before_any_graph_is_written(
+    steered: SteeredVit, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        write_source(source_of(steered, PROFILES), tmp_path, replace(SETTINGS, specialise=(name,)))
+    assert capsys.readouterr().out == ""  # a graph that is written prints its certificate
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
