@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from training.data.pixels import Split
 from training.data.splits import Data
-from training.dial import Dial, Point, position
+from training.dial import MIN_POINTS, Dial, Point, position
 from training.evaluation.baselines import random_units
 from training.model.gated_vit import GatedNetwork, Steer
 from training.model.inference import Outcome, answers, rounded, steered_by
@@ -85,7 +85,7 @@ def measure_dial(
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
     at = partial(at_positions, dial, model)
-    budgets = dial.budget[::2]
+    budgets = budgets_of(dial)
     unsteered = measure_unsteered(dial, model, data, macs)
     curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
@@ -116,9 +116,14 @@ class Unsteered:
     along: Along
 
 
+def budgets_of(dial: Dial) -> np.ndarray:
+    """The budgets at which a dial is measured: MIN_POINTS of them, evenly spread."""
+    return np.linspace(dial.lowest, 1, MIN_POINTS).round(4)
+
+
 def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> Unsteered:
     """Measure the dial of a model without steering."""
-    budgets, test = knots.budget[::2], data.test
+    budgets, test = budgets_of(knots), data.test
     selection = data.selection
     points = fine_curve(budgets, partial(at_positions, knots, model, selection, None), selection.classes, macs)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])

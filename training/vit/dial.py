@@ -9,10 +9,12 @@ Letters as in gated_vit.py.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
+from scipy.interpolate import interp1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,10 +23,10 @@ from training.checkpoint import RunError
 from training.config import Settings
 from training.data.splits import Split
 from training.data.streams import Batch
-from training.dial import Dial
+from training.dial import ALL_OPEN, Dial
 from training.model.dial import LOWEST
 from training.model.gated_vit import Decide, GatedVit, keep_all, straight_through
-from training.model.inference import answers
+from training.model.inference import Outcome, answers
 from training.model.macs import Macs
 
 OPEN_SHARE, LOWEST_SHARE = 0.15, 0.1
@@ -35,9 +37,13 @@ OTHERS = 0.3
 NEIGHBOURS = 0.1
 """`excess` compares images whose requested usages differ by less than this."""
 PARTS = 2
-"""Points between two learned knots at which compute is measured."""
+"""Points from one learned knot to the next at which compute is measured."""
+IMAGES = 2000
+"""Largest number of images that compute is measured on."""
+STEP = 0.004
+"""Smallest distance of two budgets above the learned knots."""
 KNOTS = 17
-"""Knots of the finished dial."""
+"""Knots of the finished dial, if the learned ones reach up to 1."""
 MOST = 0.98
 """Largest compute fraction that a dial may spend at its lowest usage."""
 
@@ -104,46 +110,75 @@ def open_where(whole: Tensor, decide: Decide) -> Decide:
 
 @torch.no_grad()
 def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
-    """The dial of a trained model: knots evenly spread over the budgets that it can spend, and their biases.
+    """The dial of a trained model: budgets, and the gate biases that spend them on the images of `split`.
 
-    The mean compute on `split` is measured along the learned knots, and again at the positions that this gives for the
-    knots of the dial; between these it is interpolated. Raises RunError when the model has hardly learned to spend
-    less.
+    Below the last knot with learned biases: budgets evenly spread, at places between the learned knots that are
+    interpolated from the mean compute measured there, and once more at the places found. Above it: `opened`. Raises
+    RunError when the model has hardly learned to spend less.
     """
     assert model.dial is not None
-    learned = model.dial.usage.double().cpu().numpy()
-    places = np.interp(np.arange((len(learned) - 1) * PARTS + 1) / PARTS, np.arange(len(learned)), learned)
-    spent = _spent(model, split, macs, places)
-    assert spent[-1] == 1, "every unit is open at the last knot"
+    images = split.take(torch.arange(0, len(split), math.ceil(len(split) / IMAGES)))
+    learned = model.dial.knots().cpu().numpy()[:-1]
+
+    def at(places: np.ndarray) -> np.ndarray:
+        biases: np.ndarray = interp1d(np.arange(len(learned)), learned, axis=0)(places).astype(np.float32)
+        return biases
+
+    places = np.arange((len(learned) - 1) * PARTS + 1) / PARTS
+    outcomes = _outcomes(model, images, at(places))
+    spent = _spent(outcomes, macs)
     if spent[0] > MOST:
         raise RunError(
             f"at its lowest usage the dial spends {spent[0]:.4f} of the compute; allowed: {MOST} or less. "
             "Train longer (--vit.joint-epochs), or weigh the usage more (--vit.usage-weight)"
         )
-    budgets = np.unique(np.linspace(math.ceil(spent[0] * 1000) / 1000, 1, KNOTS).round(4))
-    first = _place_of(budgets, places, spent)
-    places, order = np.unique(np.concatenate([places, first]), return_index=True)
-    spent = np.concatenate([spent, _spent(model, split, macs, first)])[order]
-    knots = _biases(model, _place_of(budgets, places, spent)).cpu().numpy()
-    return Dial(budgets, np.maximum.accumulate(knots))
+    spread = np.linspace(math.ceil(spent[0] * 1000) / 1000, 1, KNOTS).round(4)
+    budgets = spread[spread < spent[-1] - STEP]
+    found = np.setdiff1d(_place_of(budgets, places, spent), places)
+    places, order = np.unique(np.concatenate([places, found]), return_index=True)
+    spent = np.concatenate([spent, _spent(_outcomes(model, images, at(found)), macs)])[order]
+    below = np.maximum.accumulate(at(_place_of(budgets, places, spent)))
+    above, biases = opened(outcomes[-1], learned[-1], macs)
+    return Dial(np.concatenate([budgets, above]), np.concatenate([below, biases]))
 
 
-def _biases(model: GatedVit, usage: np.ndarray) -> Tensor:
-    """Gate biases (P, G, U) at P usages of the learned dial."""
-    assert model.dial is not None
-    biases: Tensor = model.dial(torch.tensor(usage, dtype=torch.float32, device=model.device))
-    return biases
+def opened(outcome: Outcome, bias: np.ndarray, macs: Macs) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets (N,) and gate biases (N, G, U) from `bias` (G, U), under which the images have `outcome`, to all units
+    open: unit by unit, those of the last block first, in steps of at least STEP.
+
+    An open unit changes the input of the gates of later blocks, which may close others. Those are open by then, so
+    each step adds what the unit costs the images that close it.
+    """
+    open_share = outcome.gate.double().mean(0)  # (G, U)
+
+    def spent() -> float:
+        return float(macs.fraction(open_share[None, :, : outcome.heads], open_share[None, :, outcome.heads :]))
+
+    budgets, biases, now = [spent()], [bias], bias.copy()
+    for block in reversed(range(len(bias))):
+        for unit in open_share[block].argsort(descending=True, stable=True).tolist():
+            now[block, unit] = max(now[block, unit], ALL_OPEN)
+            open_share[block, unit] = 1
+            if budgets[-1] + STEP <= spent() <= 1 - STEP:
+                budgets.append(spent())
+                biases.append(now.copy())
+    first = 0 if budgets[0] <= 1 - STEP else 1
+    return np.array([*budgets[first:], 1.0]).round(6), np.stack([*biases[first:], now])
 
 
-def _spent(model: GatedVit, split: Split, macs: Macs, usage: np.ndarray) -> np.ndarray:
-    """Mean compute fraction (P,) at P usages of the learned dial."""
-    outcomes = (answers(model, split, gate_bias=bias) for bias in _biases(model, usage))
+def _outcomes(model: GatedVit, split: Split, biases: np.ndarray) -> list[Outcome]:
+    """The outcomes under gate biases (N, G, U)."""
+    return [answers(model, split, gate_bias=bias) for bias in torch.from_numpy(biases).to(model.device)]
+
+
+def _spent(outcomes: Sequence[Outcome], macs: Macs) -> np.ndarray:
+    """Mean compute fractions (N,)."""
     return np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
 
 
-def _place_of(budget: np.ndarray, usage: np.ndarray, spent: np.ndarray) -> np.ndarray:
-    """Usages of the learned dial that spend these budgets, interpolated from the compute `spent` at rising `usage`."""
+def _place_of(budget: np.ndarray, places: np.ndarray, spent: np.ndarray) -> np.ndarray:
+    """The places at which these budgets are spent, interpolated from the compute `spent` at rising `places`."""
     spent = np.maximum.accumulate(spent)
-    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # among usages that spend the same
-    usages: np.ndarray = np.interp(budget, spent[last], usage[last])
-    return usages
+    last = len(spent) - 1 - np.unique(spent[::-1], return_index=True)[1]  # among places that spend the same
+    found: np.ndarray = np.interp(budget, spent[last], places[last])
+    return found
