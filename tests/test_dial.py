@@ -232,6 +232,29 @@ def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own() -> None:
     assert len(fine) < 9 * (1 + ROUNDS)
 
 
+@pytest.mark.parametrize("groups", [0, 2], ids=["heads", "units"])
+def test_units_that_are_opened_one_by_one_spend_what_is_computed(groups: int, split: Split) -> None:
+    """An open unit changes later gates. Opened from the last block on, it changes none that is not open already."""
+    model = model_of(small(), mlp_groups=groups).model
+    macs, bias = count(model), np.full((2, 3 + groups), -0.1, np.float32)
+    bias[1] -= 1
+    start = answers(model, split, gate_bias=torch.from_numpy(bias))
+    budgets, biases = training.opened(start, bias, macs)
+    between = (biases[1:] + biases[:-1]) / 2
+    outcomes = [answers(model, split, gate_bias=torch.from_numpy(b)) for b in (*biases, *between)]
+    spent = [float(outcome.compute_fraction(macs).mean()) for outcome in outcomes]
+    assert spent[: len(budgets)] == pytest.approx(budgets.tolist(), abs=1e-5)
+    assert len(budgets) > 4
+    assert (np.diff(budgets) >= training.STEP - 1e-6).all()
+    assert budgets[-1] == 1
+    for low, middle, high in zip(budgets[:-1], spent[len(budgets) :], budgets[1:], strict=True):
+        assert low - 1e-5 <= middle <= high + 1e-5
+    assert (np.diff(biases, axis=0) >= 0).all()
+    assert (biases[-1] >= ALL_OPEN).all()
+    every = answers(model, split, decide=keep_all)
+    assert training.opened(every, bias, macs)[0].tolist() == [1], "nothing is closed"
+
+
 def test_curves_are_of_the_selection_slice_and_results_of_the_test_split(model: GatedVit) -> None:
     splits = [Split(torch.from_numpy(images(size, size)), torch.arange(size) % 5) for size in (5, 60, 40)]
     data, macs, sae = Data(tuple("abcde"), SPEC, *splits), count(model), model_of(small(), mlp_groups=2).sae
