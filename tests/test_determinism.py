@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from live import INFER
+from masks import unit_mask
 from numpy.typing import NDArray
 from processes import MODELS, ServerProcess, serving
 
@@ -154,14 +155,18 @@ def test_borderline_gates_are_reported_in_the_answer_and_the_metrics(
     def counted() -> float:
         return server.count("steervit_gates_near_threshold_total", profile="Shirt")
 
+    def kept(image: NDArray[np.uint8], client: Client, strength: float) -> NDArray[np.bool_]:
+        return unit_mask(client.predict([image], profile="Shirt", strength=strength).predictions)[0]
+
     def bisected(image: NDArray[np.uint8], client: Client) -> tuple[int, int]:
         """The numbers of gates that an answer and its receipt report as near."""
         low, high = 0.0, 1.0
-        first = client.predict([image], profile="Shirt", strength=low).predictions[0].head_mask[2].kept[1]
+        first = kept(image, client, low)
+        unit = tuple(np.argwhere(first != kept(image, client, high))[0])  # one that the profile changes
         for _ in range(25):
             middle = (low + high) / 2
             answer = client.predict([image], profile="Shirt", strength=middle)
-            same = answer.predictions[0].head_mask[2].kept[1] == first
+            same = unit_mask(answer.predictions)[0][unit] == first[unit]
             low, high = (middle, high) if same else (low, middle)
         answer = client.predict([image], profile="Shirt", strength=low)
         return answer.predictions[0].gates_near_threshold, answer.receipt.gates_near_threshold

@@ -84,14 +84,15 @@ def test_sighup_looks_at_the_folders_at_once(tmp_path: Path, bundle: Bundle, und
         undisturbed(running) as other,
         Client(running.address) as client,
     ):
+        new = f"{bundle.manifest.version + 1}"
         own = {"gates_sae_digest": bundle.manifest.gates_sae_digest}
         content = json.dumps({**profiles_to_json([bundle.profiles["Bag"]]), **own}).replace('"Bag"', '"night"')
         (profiles / "night.json").write_text(content)
-        shutil.copytree(bundle.folder, models / "fashion_mnist" / "5")
-        manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": 5}
-        (models / "fashion_mnist" / "5" / "manifest.json").write_text(json.dumps(manifest))
+        shutil.copytree(bundle.folder, models / "fashion_mnist" / new)
+        manifest = json.loads((bundle.folder / "manifest.json").read_text()) | {"version": int(new)}
+        (models / "fashion_mnist" / new / "manifest.json").write_text(json.dumps(manifest))
         running.process.send_signal(signal.SIGHUP)
-        until(lambda: running.count("steervit_model_info", version="5") == 1)
+        until(lambda: running.count("steervit_model_info", version=new) == 1)
         until(lambda: "night" in {p.name for p in client.profiles()})
         (profiles / "night.json").write_text("{")
         running.process.send_signal(signal.SIGHUP)

@@ -36,7 +36,7 @@ def closing(bundle: Bundle) -> Terms:
     """Terms for each site that are so strong that they alone decide the gates of its block, and close all of them.
 
     A gate reads the layer norm of the shifted residual, so its logits follow what each decoder row adds to them: the
-    shifts are solved for -1 at every head.
+    shifts are solved for a little less than minus the bias of each gate.
     """
     weights, found = load_file(bundle.folder / "sae.safetensors"), {}
     for site, latents in enumerate(bundle.manifest.latents):
@@ -44,9 +44,15 @@ def closing(bundle: Bundle) -> Terms:
         adds = (
             rows * weights[f"gates.{site}.norm.weight"] @ weights[f"gates.{site}.linear.weight"].T
         )  # (latents, heads)
-        shifts = np.linalg.lstsq(adds[: latents // 8].T, np.full(adds.shape[1], -1.0), rcond=None)[0]
+        bias = weights[f"gates.{site}.linear.weight"] @ weights[f"gates.{site}.norm.bias"]
+        bias += weights[f"gates.{site}.linear.bias"]
+        wanted = -np.maximum(bias, 0) - 0.05
+        strongest = np.argsort(-np.abs(np.linalg.lstsq(adds.T, wanted, rcond=None)[0]))[: latents // 8]
+        shifts = np.linalg.lstsq(adds[strongest].T, wanted, rcond=None)[0]
         shifts *= 1e5 / np.abs(shifts).max()
-        found[site] = tuple(SteeringTerm(latent, 0.0, float(shift)) for latent, shift in enumerate(shifts))
+        found[site] = tuple(
+            SteeringTerm(int(latent), 0.0, float(shift)) for latent, shift in zip(strongest, shifts, strict=True)
+        )
     return found
 
 

@@ -118,7 +118,7 @@ class Unsteered:
 
 def budgets_of(dial: Dial) -> np.ndarray:
     """The budgets at which a dial is measured: MIN_POINTS of them, evenly spread."""
-    return np.linspace(dial.lowest, 1, MIN_POINTS).round(4)
+    return np.maximum(np.linspace(dial.lowest, 1, MIN_POINTS).round(4), dial.lowest)
 
 
 def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> Unsteered:

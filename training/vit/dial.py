@@ -23,7 +23,7 @@ from training.checkpoint import RunError
 from training.config import Settings
 from training.data.splits import Split
 from training.data.streams import Batch
-from training.dial import ALL_OPEN, Dial
+from training.dial import ALL_OPEN, MIN_KNOTS, Dial
 from training.model.dial import LOWEST
 from training.model.gated_vit import Decide, GatedVit, keep_all, straight_through
 from training.model.inference import Outcome, answers
@@ -139,7 +139,7 @@ def calibrate(model: GatedVit, split: Split, macs: Macs) -> Dial:
     spent = np.concatenate([spent, _spent(_outcomes(model, images, at(found)), macs)])[order]
     below = np.maximum.accumulate(at(_place_of(budgets, places, spent)))
     above, biases = opened(outcomes[-1], learned[-1], macs)
-    return Dial(np.concatenate([budgets, above]), np.concatenate([below, biases]))
+    return _enough(np.concatenate([budgets, above]), np.concatenate([below, biases]))
 
 
 def opened(outcome: Outcome, bias: np.ndarray, macs: Macs) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +164,14 @@ def opened(outcome: Outcome, bias: np.ndarray, macs: Macs) -> tuple[np.ndarray, 
                 biases.append(now.copy())
     first = 0 if budgets[0] <= 1 - STEP else 1
     return np.array([*budgets[first:], 1.0]).round(6), np.stack([*biases[first:], now])
+
+
+def _enough(budgets: np.ndarray, biases: np.ndarray) -> Dial:
+    """The dial through these knots. If they are too few, more are interpolated, which changes no bias of the dial."""
+    if len(budgets) < MIN_KNOTS:
+        places = np.union1d(budgets, np.linspace(budgets[0], 1, MIN_KNOTS).round(6))
+        budgets, biases = places, interp1d(budgets, biases, axis=0)(places).astype(np.float32)
+    return Dial(budgets, biases)
 
 
 def _outcomes(model: GatedVit, split: Split, biases: np.ndarray) -> list[Outcome]:
