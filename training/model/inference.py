@@ -21,6 +21,7 @@ from training.model.sae import Sae
 from training.steering import Terms, to_arrays
 
 BATCH = 500
+"""Images in a forward pass."""
 NEAR = 0.1
 """A gate counts as near its threshold, in reports, if its |logit| is below this."""
 
