@@ -221,7 +221,7 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
         "data.root": tmp_path / "images", "data.image-size": 16, "data.channels": 1, "vit.mlp-groups": 4,
         "vit.dim": 12, "vit.batch-size": 30, "vit.backbone-epochs": 2, "vit.joint-epochs": 4,
         "vit.gate-learning-rate": 0.2, "sae.epochs": 2,
-        "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1,
+        "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1, "vit.teacher": "dense",
     }  # fmt: skip
     given = ["--preset=smoke", "--data.dataset=folder", "--vit.dial", *(f"--{k}={v}" for k, v in flags.items())]
     for step in ("vit", "sae", "profiles", "controls", "evaluate", "report"):
@@ -261,8 +261,10 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     assert (top["budget"], top["compute_fraction"]) == (1, 1)
     assert top["accuracy"] == pytest.approx(results["ungated"]["accuracy"], abs=1e-5)
     controls = results["controls"]
-    assert controls.keys() == {"dense", "plain-75", "plain-55", "plain-40", "static", "heads"}
+    assert controls.keys() == {"dense", "plain-100", "plain-75", "plain-55", "plain-40", "static", "heads"}
     assert [name for name, control in controls.items() if "dial" in control] == ["static", "heads"]
-    assert json.loads((run / "controls" / "plain-55" / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
+    for taught in (run, run / "controls" / "static", run / "controls" / "plain-55"):
+        assert json.loads((taught / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
+    assert "teacher" not in json.loads((run / "controls" / "dense" / "vit.json").read_text())["settings"]["vit"]
     assert "with a dial of heads alone, mean accuracy over compute" in " ".join(page.split())
     assert (run / "dial.png").stat().st_size < 200_000

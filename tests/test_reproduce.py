@@ -60,6 +60,14 @@ def test_jobs_run_after_their_dependencies_within_the_limit_of_processes(limit: 
         assert started == [*steps, Job(0, "report"), Job(1, "report")]
 
 
+def test_a_model_is_trained_after_its_teacher() -> None:
+    vit, dense = Job(0, "vit"), Job(0, "dense")
+    assert jobs_of(1, dial=True)[vit] == []
+    taught = jobs_of(1, dial=True, taught=True)
+    assert (taught[vit], taught[dense]) == ([dense], [])
+    assert taught[Job(0, "plain-100")] == [dense]
+
+
 def test_a_failed_job_ends_the_others_and_names_the_waiting_ones() -> None:
     started: list[Job] = []
     cancelled: list[Job] = []

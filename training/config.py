@@ -26,6 +26,8 @@ AsInteger = BeforeValidator(lambda value: int(value) if str(value).isdigit() els
 """Converts the text of the command line."""
 Teacher = Annotated[Path | None, PlainSerializer(lambda path: path and path.name, when_used="json")]
 """Only the folder's name is recorded, so that a run folder can be moved."""
+DENSE = Path("dense")
+"""The value of vit.teacher for the control `dense` of the same run."""
 STEPS = ("vit", "sae", "profiles", "evaluate", "report")
 """The steps that `all` runs."""
 PRESET = "A preset changes the defaults below: see training/presets.py."
@@ -149,7 +151,8 @@ class VitSettings(Group):
     backbone: Path | None = Field(None, exclude=True)
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     teacher: Teacher = Field(None, exclude_if=lambda value: value is None)
-    """Also distil the ungated phase from the plain ViT of this run folder."""
+    """Also distil the model with every unit open from the plain ViT of this run folder; `dense`: from that of the
+    control `dense`, which is then trained first. Without a dial: in the ungated phase alone."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)
@@ -309,7 +312,11 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0)
     """CPU threads; 0: all cores."""
     only: tuple[
-        Literal["dense", "direct", "last-block", "small", "plain-75", "plain-55", "plain-40", "static", "heads"], ...
+        Literal[
+            "dense", "direct", "last-block", "small",
+            "plain-100", "plain-75", "plain-55", "plain-40", "static", "heads",
+        ],
+        ...,
     ] = ()
     """Step `controls`: train only these."""
     others: tuple[Path, ...] = ()

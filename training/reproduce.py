@@ -23,18 +23,21 @@ from training.terminal import HelpFormatter
 CONTROLS: dict[bool, dict[str, tuple[str, ...]]] = {
     False: {"dense": (), "direct": ("vit",), "last-block": ("vit",), "small": ()},
     True: {
-        "dense": (), "plain-75": ("dense",), "plain-55": ("dense",), "plain-40": ("dense",),
+        "dense": (), "plain-100": ("dense",), "plain-75": ("dense",), "plain-55": ("dense",), "plain-40": ("dense",),
         "static": ("vit",), "heads": ("vit",),
     },
 }  # fmt: skip
 """Controls of a model without and with a dial (evaluation/controls.py), with the jobs that must finish before each."""
 
 
-def order_of(dial: bool) -> dict[str, tuple[str, ...]]:
-    """The jobs of one seed, with those that must finish before each. The longest chain comes first."""
+def order_of(dial: bool, taught: bool = False) -> dict[str, tuple[str, ...]]:
+    """The jobs of one seed, with those that must finish before each. The longest chain comes first.
+
+    taught: the model is distilled from the control `dense`.
+    """
     controls = CONTROLS[dial]
     return {
-        "vit": (),
+        "vit": ("dense",) if taught else (),
         "dense": (),
         "sae": ("vit",),
         "profiles": ("sae",),
@@ -63,9 +66,9 @@ class JobFailed(Exception):
         self.job, self.code, self.blocked = job, code, blocked
 
 
-def jobs_of(seeds: int, dial: bool = False) -> dict[Job, list[Job]]:
+def jobs_of(seeds: int, dial: bool = False, taught: bool = False) -> dict[Job, list[Job]]:
     """All jobs, with those that must finish before each. A report shows all seeds, so it waits for all of them."""
-    order = order_of(dial)
+    order = order_of(dial, taught)
     return {
         Job(seed, name): [
             Job(other, before) for before in order[name] for other in range(seeds) if other == seed or name == "report"
@@ -192,8 +195,11 @@ def main(arguments: list[str], prog: str = "python -m training.reproduce") -> in
         flags_of_all.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
         flags_of_all.error("--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on")
-    dial = "--vit.dial" in flags or PRESETS.get(options.preset, {}).get("vit", {}).get("dial", False)
-    jobs = jobs_of(options.seeds, dial)
+    preset = PRESETS.get(options.preset, {}).get("vit", {})
+    dial, teacher = "--vit.dial" in flags or preset.get("dial", False), preset.get("teacher")
+    if "--vit.teacher" in flags[:-1]:
+        teacher = flags[flags.index("--vit.teacher") + 1]
+    jobs = jobs_of(options.seeds, dial, teacher == "dense")
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
     try:
         asyncio.run(run_jobs(jobs, processes.run, options.jobs))

@@ -6,7 +6,7 @@ import torch
 
 from training import processes
 from training.checkpoint import Run, RunError
-from training.config import STEPS, Settings
+from training.config import DENSE, STEPS, Settings
 from training.data import splits
 from training.evaluation.controls import fit_controls
 from training.evaluation.protocol import evaluate
@@ -40,6 +40,8 @@ def run_step(step: str, settings: Settings, images: splits.Data, run: Run) -> No
     check_images(run, images)
     match step:
         case "vit":
+            if settings.vit.teacher == DENSE:
+                fit_controls(settings.model_copy(update={"only": (DENSE.name,)}), images, run)
             fit_vit(settings, images, run)
         case "sae":
             fit_sae(settings, images, run, load_vit(run))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.checkpoint import Run
-from training.config import Settings, VitSettings
+from training.config import DENSE, Settings, VitSettings
 from training.data.splits import Data
 from training.model.macs import count
 from training.profiles.fit import fit_profiles
@@ -19,7 +19,7 @@ from training.vit.fit import build, fit_vit
 
 LAST_BLOCK = "last-block"
 """The paper's setting. This control has its own autoencoders and profiles."""
-PLAIN = {"plain-75": 0.75, "plain-55": 0.55, "plain-40": 0.4}
+PLAIN = {"plain-100": 1.0, "plain-75": 0.75, "plain-55": 0.55, "plain-40": 0.4}
 """Plain ViTs to compare a dial with: their compute, as a share of that of the full width."""
 
 
@@ -51,7 +51,8 @@ def controls(settings: Settings, data: Data, run: Run) -> dict[str, Control]:
 
 def _ungated(vit: VitSettings) -> dict[str, Any]:
     epochs = vit.backbone_epochs + vit.gate_epochs + vit.joint_epochs
-    return {"dial": False, "mlp_groups": 0, "backbone_epochs": epochs, "gate_epochs": 0, "joint_epochs": 0}
+    plain = {"dial": False, "mlp_groups": 0, "teacher": None}
+    return {**plain, "backbone_epochs": epochs, "gate_epochs": 0, "joint_epochs": 0}
 
 
 def _of_gates(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -78,16 +79,17 @@ def _of_gates(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, 
 
 def _of_dial(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, dict[str, Any]]]:
     """For a model with a dial: models of equal compute without gates or with simpler gates, as in _of_gates."""
-    vit, gated = settings.vit, {"backbone": run.folder}
+    vit, dense = settings.vit, run.folder / "controls" / DENSE
+    gated = {"backbone": run.folder, "teacher": dense if vit.teacher == DENSE else vit.teacher}
     changes: dict[str, tuple[str, dict[str, Any]]] = {
         "dense": ("a plain ViT of the same shape, trained as long", _ungated(vit)),
     }
     for name, share in PLAIN.items() if vit.model == "conv_stem" else ():
         dim = width_of(vit, data, share)
         changes[name] = (
-            f"a plain ViT of width {dim} instead of {vit.dim}, {share} of the compute, trained as long and distilled "
-            "from the plain ViT of the same shape",
-            {**_ungated(vit), "dim": dim, "teacher": run.folder / "controls" / "dense"},
+            f"a plain ViT of width {dim}, {share} of the compute, trained as long and distilled from the plain ViT of "
+            "the same shape",
+            {**_ungated(vit), "dim": dim, "teacher": dense},
         )
     changes["static"] = (
         "the same ungated model, with a dial whose gates do not look at the image: one order of the units for all",

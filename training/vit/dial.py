@@ -3,7 +3,8 @@
 Each image of a batch gets a requested usage: the share of the units' MACs that it may spend. The loss is the
 cross-entropy for images with every unit open, the divergence from the averaged model with every unit open for the
 others (in-place distillation, arXiv:1903.05134), and a term that trains the mean usage of images towards their
-requested usage, at every level; a single image may spend more or less.
+requested usage, at every level; a single image may spend more or less. With vit.teacher, images with every unit open
+are also distilled, from a plain ViT.
 
 Letters as in gated_vit.py.
 """
@@ -49,13 +50,19 @@ MOST = 0.98
 
 
 def dial_step(
-    network: nn.Module, teacher: nn.Module, noise: float, settings: Settings, batch: Batch, macs: Macs
+    network: nn.Module,
+    average: nn.Module,
+    teacher: nn.Module | None,
+    noise: float,
+    settings: Settings,
+    batch: Batch,
+    macs: Macs,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, and its record: loss, accuracy, usage, and mean distance from the requested usage. Draws
     from torch's generator.
 
-    network: the GatedVit in training, or its wrapper. teacher: its average. noise: share of Gumbel noise in the gates'
-    decisions.
+    network: the GatedVit in training, or its wrapper. average: its average, the teacher of images with closed units.
+    teacher: of images with every unit open. noise: share of Gumbel noise in the gates' decisions.
     """
     vit, device = settings.vit, processes.device()
     target = batch.target.to(device)
@@ -67,13 +74,18 @@ def dial_step(
             batch.images, decide=open_where(whole, straight_through(vit.gumbel_temperature, noise)), usage=asked
         )
         with torch.no_grad():
-            taught = teacher(batch.images, decide=keep_all)[0].float().log_softmax(-1)
+            taught = average(batch.images, decide=keep_all)[0].float().log_softmax(-1)
+            if teacher is not None:
+                taught[whole] = teacher(batch.images[whole.cpu()], decide=keep_all)[0].float().log_softmax(-1)
     logits = logits.float()
     smoothing = vit.label_smoothing if target.ndim == 1 else 0.0
     own = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
     divergence = F.kl_div(logits.log_softmax(-1), taught, reduction="none", log_target=True).sum(1)
     spent = macs.usage(torch.cat([out["head_gate"], out["mlp_gate"]], 2))
-    loss = torch.where(whole, own, OTHERS * own + vit.distillation_weight * divergence).mean()
+    taught_whole = vit.distillation_weight if teacher is not None else 0.0
+    loss = torch.where(
+        whole, own + taught_whole * divergence, OTHERS * own + vit.distillation_weight * divergence
+    ).mean()
     loss = loss + vit.usage_weight * excess(spent[~whole], asked[~whole])
     correct = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
     error = (spent - asked).detach()[~whole].mean()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training import processes, soundness
 from training.checkpoint import Run, RunError, part
-from training.config import Settings, VitSettings
+from training.config import DENSE, Settings, VitSettings
 from training.data.splits import Data
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -61,7 +61,10 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
         run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
         processes.wait()
     for phase in phases_of(vit)[first:]:
-        teacher = _teacher(vit) if phase.index == 0 else _stored(run, "backbone", vit, data.spec, len(data.labels))
+        if phase.index == 0 or vit.dial:
+            teacher = _teacher(vit.teacher, run)
+        else:
+            teacher = _stored(run, "backbone", vit, data.spec, len(data.labels))
         run_phase(settings, data, run, model, teacher, phase, state, curves)
         if phase.index == 0:
             run.write_tensors("backbone", model.state_dict(), _backbone_settings(settings))
@@ -102,13 +105,13 @@ def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes
     return model.to(processes.device()).eval().requires_grad_(False)
 
 
-def _teacher(settings: VitSettings) -> GatedVit | None:
-    if settings.teacher is None:
+def _teacher(folder: Path | None, run: Run) -> GatedVit | None:
+    if folder is None:
         return None
-    run = Run(settings.teacher)
-    if not run.has("vit"):
-        raise RunError(f"vit.teacher is {run.folder}, which has no finished model: train it there first")
-    return load_vit(run)
+    other = Run(run.folder / "controls" / DENSE if folder == DENSE else folder)
+    if not other.has("vit"):
+        raise RunError(f"vit.teacher is {other.folder}, which has no finished model: train it there first")
+    return load_vit(other)
 
 
 def check_images(run: Run, data: Data) -> None:

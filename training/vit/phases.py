@@ -78,8 +78,7 @@ def run_phase(
 ) -> None:
     """Train `model` through one phase. It ends with the averaged weights.
 
-    teacher: the model for distillation, from the second phase on the ungated model; with a dial, the averaged model is
-    used instead. state: the state that `model` was loaded from, if a run is resumed.
+    teacher: the model for distillation. state: the state that `model` was loaded from, if a run is resumed.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
@@ -113,7 +112,7 @@ def run_phase(
         schedule.step_update(step + 1)
         if vit.dial and phase.gate_rate:
             noise = phase.gate_noise(step / total)
-            loss, measured = dial_step(network, average.module, noise, settings, batch, macs)
+            loss, measured = dial_step(network, average.module, teacher, noise, settings, batch, macs)
         else:
             loss, measured = train_step(network, teacher, phase, settings, batch, step / total)
         optimizer.zero_grad(set_to_none=True)
