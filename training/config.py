@@ -313,8 +313,16 @@ class Settings(BaseSettings):
     """CPU threads; 0: all cores."""
     only: tuple[
         Literal[
-            "dense", "direct", "last-block", "small",
-            "plain-100", "plain-75", "plain-55", "plain-40", "static", "heads",
+            "dense",
+            "direct",
+            "last-block",
+            "small",
+            "plain-100",
+            "plain-75",
+            "plain-55",
+            "plain-40",
+            "static",
+            "heads",
         ],
         ...,
     ] = ()
