@@ -196,10 +196,10 @@ def main(arguments: list[str], prog: str = "python -m training.reproduce") -> in
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
         flags_of_all.error("--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on")
     preset = PRESETS.get(options.preset, {}).get("vit", {})
-    dial, teacher = "--vit.dial" in flags or preset.get("dial", False), preset.get("teacher")
-    if "--vit.teacher" in flags[:-1]:
-        teacher = flags[flags.index("--vit.teacher") + 1]
-    jobs = jobs_of(options.seeds, dial, teacher == "dense")
+    dial = "--vit.dial" in flags or preset.get("dial", False)
+    teacher = argparse.ArgumentParser(allow_abbrev=False)
+    teacher.add_argument("--vit.teacher", dest="name", default=preset.get("teacher"))
+    jobs = jobs_of(options.seeds, dial, teacher.parse_known_args(flags)[0].name == "dense")
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
     try:
         asyncio.run(run_jobs(jobs, processes.run, options.jobs))
