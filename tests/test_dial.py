@@ -22,6 +22,7 @@ from training.evaluation.dial import (
     asked,
     at_positions,
     compare_areas,
+    compare_at,
     curve,
     fine_curve,
     measure_dial,
@@ -299,3 +300,9 @@ def test_areas_under_two_dials_by_hand() -> None:
     }  # fmt: skip
     assert compare_areas(other, one)["p"] == pytest.approx(1 - 0.001946)
     assert compare_areas(one, one)["p"] == 1
+    model = np.array([1, 0, 0, 1], float)  # the dial has 0.5, 0.5, 1 and 1 there, so 0.25 more, with an error of 0.32
+    assert compare_at(0.6, one, model, 0.005) == {
+        "margin": 0.005, "difference": 0.25, "standard_error": 0.322749, "p": 0.214738, "verdict": "not shown",
+    }  # fmt: skip
+    assert compare_at(1.0, one, np.zeros(4), 0.002)["verdict"] == "met"
+    assert compare_at(0.39, one, model, 0.005) == {}

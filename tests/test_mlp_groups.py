@@ -263,6 +263,10 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     controls = results["controls"]
     assert controls.keys() == {"dense", "plain-100", "plain-75", "plain-55", "plain-40", "static", "heads"}
     assert [name for name, control in controls.items() if "dial" in control] == ["static", "heads"]
+    compared = {name: control.get("dial_at_its_compute") for name, control in controls.items()}
+    assert (compared["static"], compared["dense"]["margin"], compared["plain-55"]["margin"]) == (None, 0.002, 0.005)
+    difference = top["accuracy"] - controls["dense"]["accuracy"]
+    assert compared["dense"]["difference"] == pytest.approx(difference, abs=1e-5)
     for taught in (run, run / "controls" / "static", run / "controls" / "plain-55"):
         assert json.loads((taught / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
     assert "teacher" not in json.loads((run / "controls" / "dense" / "vit.json").read_text())["settings"]["vit"]

@@ -152,7 +152,7 @@ class VitSettings(Group):
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     teacher: Teacher = Field(None, exclude_if=lambda value: value is None)
     """Also distil the model with every unit open from the plain ViT of this run folder; `dense`: from that of the
-    control `dense`, which is then trained first. Without a dial: in the ungated phase alone."""
+    control `dense`, which is then trained first; `None`: from none. Without a dial: in the ungated phase alone."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)

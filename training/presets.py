@@ -41,8 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 25 tokens, with a dial. One core of an AMD EPYC: vit 55 min; of an
     # Intel Xeon, beside other work: sae 6 min, profiles 15, evaluate 22. Seed 0: test accuracy 0.924 to 0.927 at each
     # budget from 0.44 to 1; under the class profiles compute 0.69 -> 0.44. Heads alone, as before the dial:
-    # --no-vit.dial --vit.mlp-groups 0 --vit.backbone-epochs 6 --vit.gate-epochs 0.5 --vit.joint-epochs 5.5
-    # --vit.joint-learning-rate 8e-4 --vit.usage-weight 4: in three seeds 0.919, 0.915, 0.913 at head usage 0.50.
+    # --no-vit.dial --vit.teacher None --vit.mlp-groups 0 --vit.backbone-epochs 6 --vit.gate-epochs 0.5
+    # --vit.joint-epochs 5.5 --vit.joint-learning-rate 8e-4 --vit.usage-weight 4: in three seeds 0.919, 0.915, 0.913 at
+    # head usage 0.50.
     "fashion-mnist": {
         "data": {"flip": False, "shift": 1},
         "vit": {
@@ -52,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "backbone_epochs": 12,
             "joint_epochs": 8,
             "joint_learning_rate": 6e-4,
+            "teacher": "dense",
         },
         "profiles": {
             "contexts": {
@@ -71,12 +73,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             **DIAL,
             "unpadded": 1,
             "mlp_ratio": 2,
-            "batch_size": 64,
-            "learning_rate": 8e-4,
-            "joint_learning_rate": 6e-4,
+            "dim": 48,
+            "heads": 4,
+            "batch_size": 128,
+            "learning_rate": 2e-3,
+            "joint_learning_rate": 1e-3,
             "backbone_epochs": 15,
             "joint_epochs": 30,
+            "teacher": "dense",
         },
+        "sae": {"latents": 256, "k": 12},
         "profiles": {
             "rows": 4,
             "contexts": {

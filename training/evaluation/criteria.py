@@ -16,6 +16,9 @@ MOST_USAGE = 0.30
 """Largest unit usage (head usage if only heads are gated) on own images under the profiles, mean over the classes."""
 MARGINS = {"recall": 0.01, "precision": 0.01, "auroc": 0.002, "overall_accuracy": 0.01}
 """For each metric, the loss against no steering that must be rejected, as a share: 0.01 is one point."""
+MARGINS_OF_DIAL = {"dense": 0.002, "plain-100": 0.005, "plain-75": 0.005, "plain-55": 0.005, "plain-40": 0.005}
+"""For each plain ViT (controls.py), the loss of accuracy at its compute that must be rejected for the dial, as a
+share."""
 TITLES = {"auroc": "AUROC", "overall_accuracy": "accuracy of all images"}
 MET, NOT_SHOWN, NOT_MET = "met", "not shown", "not met"
 

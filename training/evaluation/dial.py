@@ -23,6 +23,8 @@ from training.data.pixels import Split
 from training.data.splits import Data
 from training.dial import MIN_POINTS, Dial, Point, position
 from training.evaluation.baselines import random_units
+from training.evaluation.criteria import verdict
+from training.evaluation.significance import not_below
 from training.model.gated_vit import GatedNetwork, Steer
 from training.model.inference import Outcome, answers, rounded, steered_by
 from training.model.macs import Macs
@@ -59,13 +61,19 @@ class Along:
     right: np.ndarray
     """(P, B): 1 where the image gets its label."""
 
+    def at(self, compute: np.ndarray | float) -> np.ndarray:
+        """(*compute.shape, B): `right` at these compute fractions, interpolated between points. Raises ValueError
+        outside what the dial spends."""
+        spent, first = np.unique(np.maximum.accumulate(self.spent), return_index=True)
+        right: np.ndarray = interp1d(spent, self.right[first], axis=0)(compute)
+        return right
+
     def area(self, low: float, high: float) -> np.ndarray:
         """(B,): the mean of `right` over compute from low to high, interpolated between points. Its mean over the
         images is the mean accuracy along the dial: the area under the curve divided by its width."""
-        spent, first = np.unique(np.maximum.accumulate(self.spent), return_index=True)
-        places = np.unique(np.concatenate([[low, high], spent[(spent > low) & (spent < high)]]))
-        along = interp1d(spent, self.right[first], axis=0)(places)
-        area: np.ndarray = np.trapezoid(along, places, axis=0) / (high - low)
+        between = self.spent[(self.spent > low) & (self.spent < high)]
+        places = np.unique(np.concatenate([[low, high], between]))
+        area: np.ndarray = np.trapezoid(self.at(places), places, axis=0) / (high - low)
         return area
 
 
@@ -143,6 +151,22 @@ def compare_areas(one: Along, other: Along) -> dict[str, float]:
     p = float(norm.sf(mean / error)) if error else float(mean <= 0)
     numbers = {"from": low, "to": high, "difference": mean, "standard_error": error, "p": p}
     return {name: round(float(value), 6) for name, value in numbers.items()}
+
+
+def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) -> dict[str, Any]:
+    """Compares the accuracy of a dial with that of a model of this compute fraction, on the same images: the
+    difference, its standard error, the p-value of a loss of `margin` or more (one-sided, paired over the images), and
+    the verdict. Empty if the dial never spends so little.
+
+    right (B,): whether the model gives an image its label.
+    """
+    if not dial.spent[0] <= compute <= dial.spent[-1]:
+        return {}
+    values = dial.at(compute) - right
+    change, p = float(values.mean()), not_below(values, margin)
+    error = float(values.std(ddof=1) / np.sqrt(len(values)))
+    numbers = {"margin": margin, "difference": change, "standard_error": error, "p": p}
+    return {name: round(value, 6) + 0.0 for name, value in numbers.items()} | {"verdict": verdict(change, p, margin)}
 
 
 def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, seed: int) -> dict[str, Any]:

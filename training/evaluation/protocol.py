@@ -22,8 +22,8 @@ from training.evaluation.baselines import each_under, prior_bias
 from training.evaluation.changes import CHANGES, Values, changes
 from training.evaluation.class_agnostic import class_agnostic, class_knowledge
 from training.evaluation.controls import LAST_BLOCK, Control, controls
-from training.evaluation.criteria import LEVEL, MARGINS, criteria
-from training.evaluation.dial import Along, compare_areas, measure_dial, measure_unsteered
+from training.evaluation.criteria import LEVEL, MARGINS, MARGINS_OF_DIAL, criteria
+from training.evaluation.dial import Along, compare_areas, compare_at, measure_dial, measure_unsteered
 from training.evaluation.latent_images import describe_latents
 from training.evaluation.rivals import Slice, compare, rivals_of, usage_to_match
 from training.evaluation.significance import mean
@@ -66,13 +66,7 @@ def evaluate(
     plain = {name: control for name, control in present.items() if name != LAST_BLOCK}
     if plain:
         dense = count(model).dense
-        results["controls"] = {name: _control(control, data, dense) for name, control in plain.items()}
-    for name, control in plain.items():
-        if along and control.settings.vit.dial:
-            other = load_vit(control.run)
-            unsteered = measure_unsteered(_knots(control.run), other, data, count(other))
-            results["controls"][name]["dial"] = unsteered.tested
-            results["controls"][name]["area"] = compare_areas(along, unsteered.along)
+        results["controls"] = {name: _control(name, control, data, dense, along) for name, control in plain.items()}
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
@@ -260,21 +254,32 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _control(control: Control, data: Data, dense: int) -> dict[str, Any]:
-    """The measurements of a control. compute_fraction: of the MACs of the run's own model with every unit open."""
+def _control(name: str, control: Control, data: Data, dense: int, along: Along | None) -> dict[str, Any]:
+    """The measurements of a control, and how the run's dial, `along`, compares with it.
+
+    compute_fraction: of the MACs of the run's own model with every unit open, which are `dense`.
+    """
     model = load_vit(control.run)
     gated = control.settings.vit.gate_epochs + control.settings.vit.joint_epochs > 0
     outcome = answers(model, data.test) if gated else answers(model, data.test, decide=keep_all)
     macs, classes = count(model), data.test.classes
     effects = [effect(outcome, classes, (label,), macs) for label in range(len(data.labels))]
     whole = _whole(outcome, classes, macs)
-    return {
+    compute = whole["compute_fraction"] * macs.dense / dense
+    found = {
         "what": control.what,
         **whole,
-        "compute_fraction": round(whole["compute_fraction"] * macs.dense / dense, 5),
+        "compute_fraction": round(compute, 5),
         "recall": [round(e.recall, 5) for e in effects],
         "precision": [round(e.precision, 5) for e in effects],
     }
+    if along is not None and control.settings.vit.dial:
+        unsteered = measure_unsteered(_knots(control.run), model, data, macs)
+        return found | {"dial": unsteered.tested, "area": compare_areas(along, unsteered.along)}
+    if along is not None and name in MARGINS_OF_DIAL:
+        right = (outcome.predicted == classes).numpy()
+        found["dial_at_its_compute"] = compare_at(compute, along, right, MARGINS_OF_DIAL[name])
+    return found
 
 
 def _knots(run: Run) -> Dial:
