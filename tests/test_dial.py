@@ -295,14 +295,17 @@ def test_areas_under_two_dials_by_hand() -> None:
     one = Along(np.array([0.4, 0.8, 1.0]), np.array([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], float))
     other = Along(np.array([0.6, 1.0]), np.array([[0, 0, 0, 1], [1, 1, 1, 1]], float))
     assert one.area(0.6, 1.0).tolist() == pytest.approx([0.875, 0.875, 1, 1])
-    assert compare_areas(one, other) == {
+    compared, differences = compare_areas(one, other)
+    assert differences.tolist() == pytest.approx([0.375, 0.375, 0.5, 0])
+    assert compared == {
         "from": 0.6, "to": 1.0, "difference": 0.3125, "standard_error": 0.108253, "p": 0.001946,
     }  # fmt: skip
-    assert compare_areas(other, one)["p"] == pytest.approx(1 - 0.001946)
-    assert compare_areas(one, one)["p"] == 1
+    assert compare_areas(other, one)[0]["p"] == pytest.approx(1 - 0.001946)
+    assert compare_areas(one, one)[0]["p"] == 1
     model = np.array([1, 0, 0, 1], float)  # the dial has 0.5, 0.5, 1 and 1 there, so 0.25 more, with an error of 0.32
-    assert compare_at(0.6, one, model, 0.005) == {
+    compared, differences = compare_at(0.6, one, model, 0.005)
+    assert differences.tolist() == pytest.approx([-0.5, 0.5, 1, 0])
+    assert compared == {
         "margin": 0.005, "difference": 0.25, "standard_error": 0.322749, "p": 0.214738, "verdict": "not shown",
     }  # fmt: skip
-    assert compare_at(1.0, one, np.zeros(4), 0.002)["verdict"] == "met"
-    assert compare_at(0.39, one, model, 0.005) == {}
+    assert compare_at(1.0, one, np.zeros(4), 0.002)[0]["verdict"] == "met"

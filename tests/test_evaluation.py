@@ -150,9 +150,9 @@ def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> Non
     for run, change in zip(runs, (-0.5, 0.5, 0.5), strict=True):
         values = {metric: torch.full((9,), change, dtype=torch.float64) for metric in MARGINS}
         run.write_tensors(CHANGES, values, {"images": "9 of them" if run != runs[2] else None})
-    assert _intervals(runs[:2]) == {metric: [-0.5, 0.5] for metric in MARGINS}
-    assert _intervals(runs) == {}
-    assert _intervals([*runs[:2], Run(tmp_path / "older")]) == {}
+    assert _intervals(runs[:2], CHANGES) == {metric: [-0.5, 0.5] for metric in MARGINS}
+    assert _intervals(runs, CHANGES) == {}
+    assert _intervals([*runs[:2], Run(tmp_path / "older")], CHANGES) == {}
 
 
 def test_verdicts_by_hand() -> None:

@@ -267,6 +267,10 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     assert (compared["static"], compared["dense"]["margin"], compared["plain-55"]["margin"]) == (None, 0.002, 0.005)
     difference = top["accuracy"] - controls["dense"]["accuracy"]
     assert compared["dense"]["difference"] == pytest.approx(difference, abs=1e-5)
+    of_images = load_file(run / "differences.safetensors")
+    assert of_images.keys() == controls.keys()
+    assert of_images["plain-75"].mean() == pytest.approx(compared["plain-75"]["difference"], abs=1e-6)
+    assert of_images["static"].mean() == pytest.approx(controls["static"]["area"]["difference"], abs=1e-6)
     for taught in (run, run / "controls" / "static", run / "controls" / "plain-55"):
         assert json.loads((taught / "vit.json").read_text())["settings"]["vit"]["teacher"] == "dense"
     assert "teacher" not in json.loads((run / "controls" / "dense" / "vit.json").read_text())["settings"]["vit"]

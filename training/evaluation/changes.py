@@ -20,6 +20,9 @@ from training.model.inference import Outcome
 CHANGES = "changes"
 """Name of the tensors in a run folder: for each metric the values of all test images, float64 (B,), mean over the class
 profiles; and the digest of the images if all seeds share them."""
+DIFFERENCES = "differences"
+"""Name of the tensors in a run folder: for each control that the dial is compared with the differences of all test
+images, float64 (B,); and the digest as in CHANGES."""
 Values = NDArray[np.float64]
 """(B,)"""
 

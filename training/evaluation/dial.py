@@ -141,32 +141,34 @@ def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) 
     return Unsteered(points, tested, Along(spent, right))
 
 
-def compare_areas(one: Along, other: Along) -> dict[str, float]:
-    """Compares the mean accuracy of two dials over the compute that both reach, on the same images: the difference, its
-    standard error, and the p-value of a difference of 0 or less (one-sided, paired over the images)."""
+def compare_areas(one: Along, other: Along) -> tuple[dict[str, float], np.ndarray]:
+    """Compares the mean accuracy of two dials over the compute that both reach, on the same images.
+
+    Returns the difference, its standard error, and the p-value of a difference of 0 or less (one-sided, paired over the
+    images); and the difference of each image (B,).
+    """
     low, high = max(one.spent[0], other.spent[0]), min(one.spent[-1], other.spent[-1])
     difference = one.area(low, high) - other.area(low, high)
     error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
     mean = float(difference.mean())
     p = float(norm.sf(mean / error)) if error else float(mean <= 0)
     numbers = {"from": low, "to": high, "difference": mean, "standard_error": error, "p": p}
-    return {name: round(float(value), 6) for name, value in numbers.items()}
+    return {name: round(float(value), 6) for name, value in numbers.items()}, difference
 
 
-def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) -> dict[str, Any]:
-    """Compares the accuracy of a dial with that of a model of this compute fraction, on the same images: the
-    difference, its standard error, the p-value of a loss of `margin` or more (one-sided, paired over the images), and
-    the verdict. Empty if the dial never spends so little.
+def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) -> tuple[dict[str, Any], np.ndarray]:
+    """Compares the accuracy of a dial with that of a model of this compute fraction, on the same images.
 
-    right (B,): whether the model gives an image its label.
+    right (B,): whether the model gives an image its label. Returns the difference, its standard error, the p-value of a
+    loss of `margin` or more (one-sided, paired over the images), and the verdict; and the difference of each image
+    (B,). Raises ValueError if the dial does not spend so little.
     """
-    if not dial.spent[0] <= compute <= dial.spent[-1]:
-        return {}
     values = dial.at(compute) - right
     change, p = float(values.mean()), not_below(values, margin)
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
     numbers = {"margin": margin, "difference": change, "standard_error": error, "p": p}
-    return {name: round(value, 6) + 0.0 for name, value in numbers.items()} | {"verdict": verdict(change, p, margin)}
+    numbers = {name: round(value, 6) + 0.0 for name, value in numbers.items()}
+    return numbers | {"verdict": verdict(change, p, margin)}, values
 
 
 def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, seed: int) -> dict[str, Any]:

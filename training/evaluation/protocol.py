@@ -19,7 +19,7 @@ from training.data.splits import Data, balanced
 from training.dial import Dial
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
-from training.evaluation.changes import CHANGES, Values, changes
+from training.evaluation.changes import CHANGES, DIFFERENCES, Values, changes
 from training.evaluation.class_agnostic import class_agnostic, class_knowledge
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, MARGINS_OF_DIAL, criteria
@@ -66,7 +66,10 @@ def evaluate(
     plain = {name: control for name, control in present.items() if name != LAST_BLOCK}
     if plain:
         dense = count(model).dense
-        results["controls"] = {name: _control(name, control, data, dense, along) for name, control in plain.items()}
+        compared = {name: _control(name, control, data, dense, along) for name, control in plain.items()}
+        results["controls"] = {name: entry for name, (entry, _) in compared.items()}
+        differences = {name: torch.from_numpy(values) for name, (_, values) in compared.items() if len(values)}
+        run.write_tensors(DIFFERENCES, differences, {"images": _shared(settings, data)})
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
@@ -113,8 +116,7 @@ def _protocol(
     ]
     singles = [index for index, target in enumerate(targets) if len(target) == 1]
     means = {metric: torch.from_numpy(np.mean([values[i][metric] for i in singles], 0)) for metric in MARGINS}
-    common = None if settings.data.max_test else data.digests.get("test images")  # else every seed has its own images
-    run.write_tensors(CHANGES, means, {"images": common})
+    run.write_tensors(CHANGES, means, {"images": _shared(settings, data)})
     matched = [
         usage_to_match(network, macs, sae, selection, profile, target)
         for profile, target in zip(profiles, targets, strict=True)
@@ -254,8 +256,14 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _control(name: str, control: Control, data: Data, dense: int, along: Along | None) -> dict[str, Any]:
-    """The measurements of a control, and how the run's dial, `along`, compares with it.
+def _shared(settings: Settings, data: Data) -> str | None:
+    """The digest of the test images if all seeds share them."""
+    return None if settings.data.max_test else data.digests.get("test images")
+
+
+def _control(name: str, control: Control, data: Data, dense: int, along: Along | None) -> tuple[dict[str, Any], Values]:
+    """The measurements of a control, with how the run's dial, `along`, compares with it; and the difference of each
+    test image, empty if they cannot be compared.
 
     compute_fraction: of the MACs of the run's own model with every unit open, which are `dense`.
     """
@@ -273,13 +281,15 @@ def _control(name: str, control: Control, data: Data, dense: int, along: Along |
         "recall": [round(e.recall, 5) for e in effects],
         "precision": [round(e.precision, 5) for e in effects],
     }
+    differences = np.empty(0)
     if along is not None and control.settings.vit.dial:
         unsteered = measure_unsteered(_knots(control.run), model, data, macs)
-        return found | {"dial": unsteered.tested, "area": compare_areas(along, unsteered.along)}
-    if along is not None and name in MARGINS_OF_DIAL:
+        found["dial"] = unsteered.tested
+        found["area"], differences = compare_areas(along, unsteered.along)
+    elif along is not None and name in MARGINS_OF_DIAL and along.spent[0] <= compute <= along.spent[-1]:
         right = (outcome.predicted == classes).numpy()
-        found["dial_at_its_compute"] = compare_at(compute, along, right, MARGINS_OF_DIAL[name])
-    return found
+        found["dial_at_its_compute"], differences = compare_at(compute, along, right, MARGINS_OF_DIAL[name])
+    return found, differences
 
 
 def _knots(run: Run) -> Dial:

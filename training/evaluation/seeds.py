@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from training.checkpoint import Run, RunError
-from training.evaluation.changes import CHANGES
-from training.evaluation.criteria import MARGINS
+from training.evaluation.changes import CHANGES, DIFFERENCES
 from training.evaluation.significance import hierarchical_interval, mean
 from training.model.inference import usage_of
 
@@ -52,6 +51,9 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
     for name, control in results.get("controls", {}).items():
         kept = ("accuracy", "head_usage", "mlp_usage", "unit_usage", "compute_fraction")
         columns[name] = {key: control[key] for key in kept if key in control}
+        for compared in ("area", "dial_at_its_compute"):
+            if compared in control:
+                columns[name]["dial_difference"] = control[compared]["difference"]
     if "last_block" in results:
         columns["last_block"] = row(results["last_block"])
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in columns.items()}
@@ -65,21 +67,23 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
         if not path.is_file():
             raise RunError(f"{path} is missing: run the step 'evaluate' there first")
         rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
-    summary: dict[str, Any] = {"seeds": rows, **_over(rows), "intervals": _intervals(runs)}
+    intervals = {"intervals": _intervals(runs, CHANGES), "dial_intervals": _intervals(runs, DIFFERENCES)}
+    summary: dict[str, Any] = {"seeds": rows, **_over(rows), **intervals}
     if all("last_block" in r for r in rows):
         summary["last_block"] = _over([r["last_block"] for r in rows])
     return summary
 
 
-def _intervals(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """For each metric, the 95% interval of the mean change over seeds, classes and images; empty unless all runs have
-    the same test images."""
-    stored = [run.read_tensors(CHANGES) for run in runs]
+def _intervals(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
+    """For each metric in the tensors of this name (CHANGES or DIFFERENCES), the 95% interval of its mean over seeds and
+    images; empty unless all runs have the same test images."""
+    stored = [run.read_tensors(name) for run in runs]
     present = [of_run for of_run in stored if of_run]
     images = {meta["images"] for _, meta in present}
     if len(present) < len(runs) or len(images) > 1 or None in images:
         return {}
-    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in MARGINS}
+    metrics = [metric for metric in present[0][0] if all(metric in tensors for tensors, _ in present)]
+    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in metrics}
     return {metric: [round(end, 5) for end in hierarchical_interval(values)] for metric, values in over.items()}
 
 

@@ -37,7 +37,7 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
     results = run.results()
     if others:
         of_seeds = table([run, *others])
-        results |= {key: of_seeds[key] for key in ("seeds", "intervals")}
+        results |= {key: of_seeds[key] for key in ("seeds", "intervals", "dial_intervals")}
     vit, sae = run.info("vit"), run.info("sae")["result"]
     points = vit["result"]["curves"]
     if not results.get("dial"):
