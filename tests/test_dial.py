@@ -101,10 +101,10 @@ def test_an_open_image_is_open_under_any_noise() -> None:
     assert decide(0, torch.tensor([[-3.0, 2.0], [-3.0, 2.0]])).tolist() == [[1, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("taught_whole", [False, True], ids=["labels alone", "with a teacher"])
-def test_the_loss_of_a_batch_by_hand(taught_whole: bool, model: GatedVit, split: Split, tmp_path: Path) -> None:
-    """Cross-entropy with every unit open, and the divergence from a teacher if there is one; elsewhere less of it, and
-    the divergence from the average with every unit open. The excess is of those alone."""
+@pytest.mark.parametrize("taught", [False, True], ids=["by its average", "by a teacher"])
+def test_the_loss_of_a_batch_by_hand(taught: bool, model: GatedVit, split: Split, tmp_path: Path) -> None:
+    """Cross-entropy with every unit open; elsewhere less of it, and the divergence from the average with every unit
+    open. If there is a teacher, the divergence from it everywhere. The excess is of images with closed units alone."""
     vit = VitSettings(dial=True, mlp_groups=2, label_smoothing=0, usage_weight=3, distillation_weight=0.5)
     batch, macs = Batch(split.images, split.classes), count(model)
     average, teacher = (model_of(small(), mlp_groups=2).model for _ in range(2))
@@ -114,7 +114,7 @@ def test_the_loss_of_a_batch_by_hand(taught_whole: bool, model: GatedVit, split:
     requested = training.draw(len(split), torch.device("cpu"))
     torch.manual_seed(0)
     settings = Settings(step="vit", out=tmp_path, bf16=False, vit=vit)  # type: ignore[call-arg]
-    loss, record = training.dial_step(model, average, teacher if taught_whole else None, 0.0, settings, batch, macs)
+    loss, record = training.dial_step(model, average, teacher if taught else None, 0.0, settings, batch, macs)
 
     whole, own_label = requested == 1, (torch.arange(len(split)), split.classes)
     assert 20 < whole.sum() < 80
@@ -123,11 +123,11 @@ def test_the_loss_of_a_batch_by_hand(taught_whole: bool, model: GatedVit, split:
     answer, opened = logits.log_softmax(1), model(split.images, decide=keep_all)[0].log_softmax(1)
 
     def divergence(of: GatedVit, answer: torch.Tensor) -> torch.Tensor:
-        taught = of(split.images, decide=keep_all)[0].log_softmax(1)
-        return (taught.exp() * (taught - answer)).sum(1)
+        wanted = of(split.images, decide=keep_all)[0].log_softmax(1)
+        return (wanted.exp() * (wanted - answer)).sum(1)
 
-    each = 0.5 * divergence(average, answer) - training.OTHERS * answer[own_label]
-    each[whole] = -opened[own_label][whole] + taught_whole * 0.5 * divergence(teacher, opened)[whole]
+    each = 0.5 * divergence(teacher if taught else average, answer) - training.OTHERS * answer[own_label]
+    each[whole] = -opened[own_label][whole] + taught * 0.5 * divergence(teacher, opened)[whole]
     expected = each.mean() + 3 * training.excess(spent, requested[~whole])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert record["error"].item() == pytest.approx((spent - requested[~whole]).mean().item(), rel=1e-5)

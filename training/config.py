@@ -151,8 +151,8 @@ class VitSettings(Group):
     backbone: Path | None = Field(None, exclude=True)
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     teacher: Teacher = Field(None, exclude_if=lambda value: value is None)
-    """Also distil the model with every unit open from the plain ViT of this run folder; `dense`: from that of the
-    control `dense`, which is then trained first; `None`: from none. Without a dial: in the ungated phase alone."""
+    """Distil the model from the plain ViT of this run folder; `dense`: from that of the control `dense`, which is then
+    trained first; `None`: with a dial, from its own average. Without a dial: in the ungated phase alone."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)
@@ -185,8 +185,8 @@ class VitSettings(Group):
     usage_weight: float = Field(4.0, ge=0)
     """Weight of (usage - target)^2 in the loss; with a dial, averaged over the budgets."""
     distillation_weight: float = Field(1.0, ge=0)
-    """Weight of the KL divergence from the ungated teacher; with a dial, from the averaged model with all units
-    open."""
+    """Weight of the KL divergence from the ungated teacher; with a dial, from vit.teacher or the averaged model with
+    all units open."""
     offset: float = Field(3.0, ge=0)
     """Joint phase: the largest random offset by which all gate logits of an image are lowered; not used with a dial."""
     offset_share: float = Field(0.4, ge=0, lt=1)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from training import soundness
 from training.checkpoint import Run
 from training.config import Settings
+from training.data.pixels import Split
 from training.data.splits import Data, balanced
 from training.dial import Dial
 from training.evaluation import significance
@@ -83,11 +84,15 @@ def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[Ga
     of images. Of the training images, only those for finding profiles."""
     train = data.train
     pool = train.take(balanced(train.classes, min(1.0, settings.profiles.pool / len(train)), settings.seed)[0])
-    splits = [pool, data.selection, data.test]
+    network, entered = _faster(model, [pool, data.selection, data.test])
+    return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
+
+
+def _faster(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, list[Split]]:
     network, entered = shortcut(model, splits)
     if network is model and tokens_size(model, splits) <= TOKENS:
-        network, entered = from_first_gate(model, splits)
-    return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
+        return from_first_gate(model, splits)
+    return network, entered
 
 
 def _protocol(
@@ -283,7 +288,9 @@ def _control(name: str, control: Control, data: Data, dense: int, along: Along |
     }
     differences = np.empty(0)
     if along is not None and control.settings.vit.dial:
-        unsteered = measure_unsteered(_knots(control.run), model, data, macs)
+        network, entered = _faster(model, [data.selection, data.test])
+        data = replace(data, selection=entered[0], test=entered[1])
+        unsteered = measure_unsteered(_knots(control.run), network, data, macs)
         found["dial"] = unsteered.tested
         found["area"], differences = compare_areas(along, unsteered.along)
     elif along is not None and name in MARGINS_OF_DIAL and along.spent[0] <= compute <= along.spent[-1]:

@@ -3,8 +3,8 @@
 Each image of a batch gets a requested usage: the share of the units' MACs that it may spend. The loss is the
 cross-entropy for images with every unit open, the divergence from the averaged model with every unit open for the
 others (in-place distillation, arXiv:1903.05134), and a term that trains the mean usage of images towards their
-requested usage, at every level; a single image may spend more or less. With vit.teacher, images with every unit open
-are also distilled, from a plain ViT.
+requested usage, at every level; a single image may spend more or less. With vit.teacher, all images are distilled from
+a plain ViT instead.
 
 Letters as in gated_vit.py.
 """
@@ -62,7 +62,7 @@ def dial_step(
     from torch's generator.
 
     network: the GatedVit in training, or its wrapper. average: its average, the teacher of images with closed units.
-    teacher: of images with every unit open. noise: share of Gumbel noise in the gates' decisions.
+    teacher: of all images, in place of the average. noise: share of Gumbel noise in the gates' decisions.
     """
     vit, device = settings.vit, processes.device()
     target = batch.target.to(device)
@@ -74,9 +74,7 @@ def dial_step(
             batch.images, decide=open_where(whole, straight_through(vit.gumbel_temperature, noise)), usage=asked
         )
         with torch.no_grad():
-            taught = average(batch.images, decide=keep_all)[0].float().log_softmax(-1)
-            if teacher is not None:
-                taught[whole] = teacher(batch.images[whole.cpu()], decide=keep_all)[0].float().log_softmax(-1)
+            taught = (teacher or average)(batch.images, decide=keep_all)[0].float().log_softmax(-1)
     logits = logits.float()
     smoothing = vit.label_smoothing if target.ndim == 1 else 0.0
     own = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
