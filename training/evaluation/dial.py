@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from scipy.interpolate import interp1d
 from scipy.optimize import isotonic_regression
-from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -148,12 +147,8 @@ def compare_areas(one: Along, other: Along) -> tuple[dict[str, float], np.ndarra
     images); and the difference of each image (B,).
     """
     low, high = max(one.spent[0], other.spent[0]), min(one.spent[-1], other.spent[-1])
-    difference = one.area(low, high) - other.area(low, high)
-    error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
-    mean = float(difference.mean())
-    p = float(norm.sf(mean / error)) if error else float(mean <= 0)
-    numbers = {"from": low, "to": high, "difference": mean, "standard_error": error, "p": p}
-    return {name: round(float(value), 6) for name, value in numbers.items()}, difference
+    values = one.area(low, high) - other.area(low, high)
+    return {"from": round(low, 6), "to": round(high, 6), **_compared(values, 0)}, values
 
 
 def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -164,11 +159,15 @@ def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) ->
     (B,). Raises ValueError if the dial does not spend so little.
     """
     values = dial.at(compute) - right
-    change, p = float(values.mean()), not_below(values, margin)
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    numbers = {"margin": margin, "difference": change, "standard_error": error, "p": p}
-    numbers = {name: round(value, 6) + 0.0 for name, value in numbers.items()}
-    return numbers | {"verdict": verdict(change, p, margin)}, values
+    found = _compared(values, margin)
+    return {"margin": margin, **found, "verdict": verdict(found["difference"], found["p"], margin)}, values
+
+
+def _compared(values: np.ndarray, margin: float) -> dict[str, float]:
+    """The mean of the differences (B,) of images, its standard error, and the p-value of a loss of `margin` or more."""
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    numbers = {"difference": values.mean(), "standard_error": error, "p": not_below(values, margin)}
+    return {name: round(float(value), 6) + 0.0 for name, value in numbers.items()}
 
 
 def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, seed: int) -> dict[str, Any]:
