@@ -222,16 +222,25 @@ def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own(first: floa
     macs, images = Macs(1000, (600,)), 1000
     thresholds = first + (last - first) * torch.linspace(0, 1, images) ** power
 
-    def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
-        opened = [(thresholds < place).reshape(images, 1, 1) for place in positions]
-        return [Outcome(torch.zeros(images, 2), gate, gate.float(), 1) for gate in opened]
+    run = []
+
+    def at(place: float, rows: torch.Tensor | None = None) -> Outcome:
+        gate = (thresholds[slice(None) if rows is None else rows] < place).reshape(-1, 1, 1)
+        run.append(len(gate))
+        return Outcome(torch.zeros(len(gate), 2), gate, gate.float(), 1)
 
     budgets = np.linspace(0.4, 1.0, 9)
     labels = torch.zeros(images, dtype=torch.int64)
-    coarse, fine = curve(budgets, at(budgets), labels, macs), fine_curve(budgets, at, labels, macs)
+    coarse, fine = (
+        curve(budgets, [at(budget) for budget in budgets], labels, macs),
+        fine_curve(budgets, at, labels, macs),
+    )
+    assert sum(run) < images * (2 * 9 + (len(fine) - 9) / 2), "images whose units are known are not run"
+    every = curve([point.budget for point in fine], [at(point.budget) for point in fine], labels, macs)
+    assert fine == every
 
     def distance(points: list[Point]) -> float:
-        spent = [float(o.compute_fraction(macs).mean()) for o in at([position(b, points) for b in budgets])]
+        spent = [float(at(position(b, points)).compute_fraction(macs).mean()) for b in budgets]
         return float(np.abs(spent - budgets).max())
 
     check_curve(fine, "fine")
