@@ -249,6 +249,20 @@ def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own(first: floa
     assert len(fine) < 9 * (1 + ROUNDS)
 
 
+def test_no_point_is_sought_where_all_images_open_a_unit_at_once() -> None:
+    """Two units of 0.3, at 0.7201 and 0.7301: they are told apart, and then their intervals are left alone."""
+    run = []
+
+    def at(place: float, rows: torch.Tensor | None = None) -> Outcome:
+        run.append(place)
+        gate = torch.tensor([place > 0.7201, place > 0.7301]).expand(5 if rows is None else len(rows), 1, 2)
+        return Outcome(torch.zeros(len(gate), 2), gate, gate.float(), 2)
+
+    points = fine_curve(np.linspace(0.4, 1.0, 9), at, torch.zeros(5, dtype=torch.int64), Macs(1000, (300,)))
+    assert sorted({point.compute_fraction for point in points}) == [0.4, 0.7, 1.0]
+    assert len(run) < len(points) < 30
+
+
 @pytest.mark.parametrize("groups", [0, 2], ids=["heads", "units"])
 def test_units_that_are_opened_one_by_one_spend_what_is_computed(groups: int, split: Split) -> None:
     """An open unit changes later gates. Opened from the last block on, it changes none that is not open already."""

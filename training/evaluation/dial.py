@@ -37,6 +37,9 @@ NEAR, FINE = 0.003, 0.01
 FINE apart, gets a point of its own."""
 ROUNDS = 12
 """Number of rounds that add such points."""
+TRIES = 4
+"""Number of rounds after which no point is sought between two at which all images run the same units, one unit apart:
+gates that do not look at the image (`static`) open it for all of them at once."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
@@ -232,11 +235,13 @@ def fine_curve(
         return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs)
 
     for turn in range(ROUNDS):
-        points = through()
+        points, known = through(), sorted(measured)
         spent = np.array([point.compute_fraction for point in points])
         places = set()
         for budget, end in zip(budgets, np.searchsorted(spent, budgets), strict=True):
             if not 0 < end < len(spent) or spent[end] - spent[end - 1] <= FINE:
+                continue
+            if turn >= TRIES and _one_unit_apart(measured[known[end - 1]], measured[known[end]]):
                 continue
             if min(budget - spent[end - 1], spent[end] - budget) > NEAR:
                 middle = (points[end - 1].budget + points[end].budget) / 2
@@ -245,10 +250,14 @@ def fine_curve(
         if not added:
             break
         for place in added:
-            left = max(known for known in measured if known < place)
-            right = min(known for known in measured if known > place)
+            left, right = max(p for p in measured if p < place), min(p for p in measured if p > place)
             measured[place] = between(measured[left], measured[right], partial(at, place))
     return through()
+
+
+def _one_unit_apart(left: Outcome, right: Outcome) -> bool:
+    of_all = all(bool((outcome.gate == outcome.gate[0]).all()) for outcome in (left, right))
+    return of_all and int((left.gate[0] != right.gate[0]).sum()) == 1
 
 
 def curve(
