@@ -7,7 +7,7 @@ A profile is measured on its own images: those of its classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -94,15 +94,16 @@ def measure_dial(
     budgets, the same with random units, and the largest distance between requested and spent compute.
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
+    at = partial(at_positions, dial, model)
     budgets = budgets_of(dial)
     unsteered = measure_unsteered(dial, model, data, macs)
     curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
         own = of_classes(data.selection, of.classes)
-        curves[of.name] = fine_curve(budgets, partial(at_position, dial, model, own, of.steer), own.classes, macs)
+        curves[of.name] = fine_curve(budgets, partial(at, own, of.steer), own.classes, macs)
         own, points = of_classes(data.test, of.classes), curves[of.name]
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
-        outcomes = at_positions(dial, model, own, of.steer, [position(budget, points) for budget in reached])
+        outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
         tested[of.name] = [asked(b, o, own.classes, macs) for b, o in zip(reached, outcomes, strict=True)]
     chosen = budgets[:-1:2]
     by_chance = [random_order(float(b), model, data.test, macs, seed) for b in chosen]
@@ -134,7 +135,7 @@ def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) 
     """Measure the dial of a model without steering."""
     budgets, test = budgets_of(knots), data.test
     selection = data.selection
-    points = fine_curve(budgets, partial(at_position, knots, model, selection, None), selection.classes, macs)
+    points = fine_curve(budgets, partial(at_positions, knots, model, selection, None), selection.classes, macs)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
     tested = [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
@@ -198,38 +199,16 @@ def at_positions(
     return [answers(model, split, steer, gate_bias=bias) for bias in biases]
 
 
-def at_position(
-    dial: Dial, model: GatedNetwork, split: Split, steer: Steer | None, place: float, rows: Tensor | None = None
-) -> Outcome:
-    """The outcome at one position of the dial, of the images `rows` (int64) if they are given."""
-    return at_positions(dial, model, split if rows is None else split.take(rows), steer, [place])[0]
-
-
-def between(left: Outcome, right: Outcome, at: Callable[[Tensor], Outcome]) -> Outcome:
-    """The outcome at a position between two others, without its gate logits. at: returns it for some images (rows).
-
-    Only images whose units differ between left and right are run. Gate biases rise along the dial, so the units of the
-    other images, and with them their answers, are the same in between.
-    """
-    rows = (left.gate != right.gate).flatten(1).any(1).nonzero()[:, 0]
-    logits, gate = left.logits.clone(), left.gate.clone()
-    if len(rows):
-        found = at(rows)
-        logits[rows], gate[rows] = found.logits, found.gate
-    return replace(left, logits=logits, gate=gate)
-
-
 def fine_curve(
     budgets: Sequence[float] | np.ndarray,
-    at: Callable[[float, Tensor | None], Outcome],
+    at: Callable[[Sequence[float] | np.ndarray], list[Outcome]],
     classes: Tensor,
     macs: Macs,
 ) -> list[Point]:
     """The curve through the positions `budgets` and, where it is steep, through the positions at which it reaches the
     budgets: units that are closed for almost every image open at about the same position. Places are interpolated and
-    halved in turn, because interpolation alone nears a jump slowly. at: returns the outcome at a position, of all
-    images or of some rows."""
-    measured = {float(budget): at(float(budget), None) for budget in budgets}
+    halved in turn, because interpolation alone nears a jump slowly. at: returns the outcomes at positions."""
+    measured = dict(zip(map(float, budgets), at(budgets), strict=True))
 
     def through() -> list[Point]:
         return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs)
@@ -249,9 +228,7 @@ def fine_curve(
         added = sorted(places - measured.keys())
         if not added:
             break
-        for place in added:
-            left, right = max(p for p in measured if p < place), min(p for p in measured if p > place)
-            measured[place] = between(measured[left], measured[right], partial(at, place))
+        measured |= zip(added, at(added), strict=True)
     return through()
 
 
