@@ -14,7 +14,7 @@ from test_sae import Breaking, Interrupted
 from training import reproduce
 from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
-from training.config import DataSettings, Settings, VitSettings
+from training.config import DENSE, DataSettings, Settings, VitSettings
 from training.data.splits import load
 from training.evaluation.controls import narrower, width_of
 from training.model.gated_vit import GatedVit
@@ -228,6 +228,11 @@ def test_seed_is_not_taken_for_seeds(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         reproduce.main(["--out", "run", "--seed", "5"])
     assert "--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on" in capsys.readouterr().err
+
+
+def test_the_teacher_of_a_preset_can_be_left_out() -> None:
+    assert parse(["all", "--out", "run"]).vit.teacher == DENSE
+    assert parse(["all", "--out", "run", "--vit.teacher", "none"]).vit.teacher is None
 
 
 def test_contexts_that_are_given_replace_those_of_the_preset() -> None:

@@ -152,7 +152,7 @@ class VitSettings(Group):
     """Start from the ungated model of this run folder, which must have been trained with the same settings."""
     teacher: Teacher = Field(None, exclude_if=lambda value: value is None)
     """Distil the model from the plain ViT of this run folder; `dense`: from that of the control `dense`, which is then
-    trained first; `None`: with a dial, from its own average. Without a dial: in the ungated phase alone."""
+    trained first; `none`: with a dial, from its own average. Without a dial: in the ungated phase alone."""
     dim: int = Field(192, ge=8)
     """Width of the residual stream (conv_stem)."""
     depth: int = Field(6, ge=2)
@@ -283,6 +283,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
+        cli_parse_none_str="none",
         cli_avoid_json=True,
         use_attribute_docstrings=True,
     )

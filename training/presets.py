@@ -41,8 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 25 tokens, with a dial. One core of an AMD EPYC: vit 55 min; of an
     # Intel Xeon, beside other work: its teacher 72 min, sae 4, profiles 8, evaluate 28. Seed 0: test accuracy 0.928 to
     # 0.929 at each budget from 0.44 to 1; under the class profiles compute 0.68 -> 0.42. The committed bundle is from
-    # before teachers (--vit.teacher None): 0.924 to 0.927. Heads alone, as before the dial:
-    # --no-vit.dial --vit.teacher None --vit.mlp-groups 0 --vit.backbone-epochs 6 --vit.gate-epochs 0.5
+    # before teachers (--vit.teacher none): 0.924 to 0.927. Heads alone, as before the dial:
+    # --no-vit.dial --vit.teacher none --vit.mlp-groups 0 --vit.backbone-epochs 6 --vit.gate-epochs 0.5
     # --vit.joint-epochs 5.5 --vit.joint-learning-rate 8e-4 --vit.usage-weight 4: in three seeds 0.919, 0.915, 0.913 at
     # head usage 0.50.
     "fashion-mnist": {
