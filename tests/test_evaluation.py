@@ -31,7 +31,7 @@ from training.evaluation.baselines import (
     random_units,
     static_units,
 )
-from training.evaluation.changes import CHANGES, changes, placements, ratio
+from training.evaluation.changes import CHANGES, changes, placements, ratio, write_values
 from training.evaluation.class_agnostic import class_knowledge
 from training.evaluation.criteria import MARGINS, criteria
 from training.evaluation.rivals import Measured, compare
@@ -128,6 +128,15 @@ def test_a_loss_of_the_margin_is_rejected_by_the_normal_approximation() -> None:
     assert significance.not_below(np.full(5, -0.01), 0.01) == 1.0
 
 
+def test_images_of_a_design_count_once_if_they_are_alike() -> None:
+    values, pairs = np.array([1.0, 1.0, 0.0, 0.0]), np.array([7, 7, 3, 3])
+    assert significance.standard_error(values) == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert significance.standard_error(values, np.arange(4)) == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert significance.standard_error(values, pairs) == pytest.approx(0.5), "two values, 1 and 0"
+    assert significance.not_below(values, 0.5, pairs) == pytest.approx(norm.sf(2))
+    assert significance.change_interval(np.zeros(4), values, pairs) == (0, 1)
+
+
 def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
     rng = np.random.default_rng(1)
     plain = rng.choice([-1.0, 0.0, 0.0, 1.0, 1.0], 500)
@@ -152,6 +161,9 @@ def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> Non
         run.write_tensors(CHANGES, values, {"images": "9 of them" if run != runs[2] else None})
     assert _intervals(runs[:2], CHANGES) == {metric: [-0.5, 0.5] for metric in MARGINS}
     assert _intervals(runs, CHANGES) == {}
+    split = Split(torch.zeros(9, 2, 2, 1), torch.zeros(9), factors=torch.arange(9)[:, None] // 3)
+    write_values(runs[0], CHANGES, {"recall": np.repeat([-0.5, 0.5, 0.5], 3)}, split, "9 of them")
+    assert _intervals(runs[:1], CHANGES) == {"recall": [-0.5, 0.5]}, "of three designs, drawn as a whole"
     assert _intervals([*runs[:2], Run(tmp_path / "older")], CHANGES) == {}
 
 

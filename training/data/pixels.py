@@ -160,6 +160,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.classes)
 
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """int64 (B,): images with the same number are of one design, so not independent. None: all are independent."""
+        return None if self.factors is None else self.factors[:, 0].long().numpy()
+
     def take(self, index: torch.Tensor) -> "Split":
         """The split of these rows. Images that are not in memory are not read."""
         images, factors = self.images, None if self.factors is None else self.factors[index]

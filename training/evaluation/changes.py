@@ -7,7 +7,7 @@ placement values of DeLong et al. (1988, https://doi.org/10.2307/2531595).
 Letters: B images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +15,26 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
+from training.checkpoint import Run
+from training.data.pixels import Split
 from training.model.inference import Outcome
 
 CHANGES = "changes"
-"""Name of the tensors in a run folder: for each metric the values of all test images, float64 (B,), mean over the class
-profiles; and the digest of the images if all seeds share them."""
+"""Name of the tensors in a run folder: for each metric the values of all test images, mean over the class profiles."""
 DIFFERENCES = "differences"
-"""Name of the tensors in a run folder: for each control that the dial is compared with the differences of all test
-images, float64 (B,); and the digest as in CHANGES."""
+"""Name of the tensors in a run folder: for each control that the dial is compared with, the differences of all test
+images."""
+CLUSTERS = "clusters"
+"""Among these tensors: Split.clusters of the images, if they are not independent."""
 Values = NDArray[np.float64]
 """(B,)"""
+
+
+def write_values(run: Run, name: str, values: Mapping[str, Values], split: Split, images: str | None) -> None:
+    """Write CHANGES or DIFFERENCES of the images of a split. images: their digest if all seeds share them."""
+    clusters = {} if split.clusters is None else {CLUSTERS: torch.from_numpy(split.clusters)}
+    tensors = {key: torch.from_numpy(of_images) for key, of_images in values.items()}
+    run.write_tensors(name, tensors | clusters, {"images": images})
 
 
 def changes(before: Outcome, after: Outcome, classes: Tensor, target: Sequence[int]) -> dict[str, Values]:

@@ -23,7 +23,7 @@ from training.data.splits import Data
 from training.dial import MIN_POINTS, Dial, Point, position
 from training.evaluation.baselines import random_units
 from training.evaluation.criteria import verdict
-from training.evaluation.significance import not_below
+from training.evaluation.significance import not_below, standard_error
 from training.model.gated_vit import GatedNetwork, Steer
 from training.model.inference import Outcome, answers, rounded, steered_by
 from training.model.macs import Macs
@@ -62,6 +62,8 @@ class Along:
     """(P,): mean compute fraction at each position."""
     right: np.ndarray
     """(P, B): 1 where the image gets its label."""
+    clusters: np.ndarray | None = None
+    """(B,): as in Split."""
 
     def at(self, compute: np.ndarray | float) -> np.ndarray:
         """(*compute.shape, B): `right` at these compute fractions, interpolated between points. Raises ValueError
@@ -140,7 +142,7 @@ def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) 
     tested = [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
     right = np.array([(outcome.predicted == test.classes).numpy() for outcome in outcomes], float)
-    return Unsteered(points, tested, Along(spent, right))
+    return Unsteered(points, tested, Along(spent, right, test.clusters))
 
 
 def compare_areas(one: Along, other: Along) -> tuple[dict[str, float], np.ndarray]:
@@ -151,7 +153,7 @@ def compare_areas(one: Along, other: Along) -> tuple[dict[str, float], np.ndarra
     """
     low, high = max(one.spent[0], other.spent[0]), min(one.spent[-1], other.spent[-1])
     values = one.area(low, high) - other.area(low, high)
-    return {"from": round(low, 6), "to": round(high, 6), **_compared(values, 0)}, values
+    return {"from": round(low, 6), "to": round(high, 6), **_compared(values, 0, one.clusters)}, values
 
 
 def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) -> tuple[dict[str, Any], np.ndarray]:
@@ -162,14 +164,14 @@ def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) ->
     (B,). Raises ValueError if the dial does not spend so little.
     """
     values = dial.at(compute) - right
-    found = _compared(values, margin)
+    found = _compared(values, margin, dial.clusters)
     return {"margin": margin, **found, "verdict": verdict(found["difference"], found["p"], margin)}, values
 
 
-def _compared(values: np.ndarray, margin: float) -> dict[str, float]:
+def _compared(values: np.ndarray, margin: float, clusters: np.ndarray | None) -> dict[str, float]:
     """The mean of the differences (B,) of images, its standard error, and the p-value of a loss of `margin` or more."""
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    numbers = {"difference": values.mean(), "standard_error": error, "p": not_below(values, margin)}
+    error, p = standard_error(values, clusters), not_below(values, margin, clusters)
+    numbers = {"difference": values.mean(), "standard_error": error, "p": p}
     return {name: round(float(value), 6) + 0.0 for name, value in numbers.items()}
 
 

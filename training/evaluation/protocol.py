@@ -20,7 +20,7 @@ from training.data.splits import Data, balanced
 from training.dial import Dial
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
-from training.evaluation.changes import CHANGES, DIFFERENCES, Values, changes
+from training.evaluation.changes import CHANGES, DIFFERENCES, Values, changes, write_values
 from training.evaluation.class_agnostic import class_agnostic, class_knowledge
 from training.evaluation.controls import LAST_BLOCK, Control, controls
 from training.evaluation.criteria import LEVEL, MARGINS, MARGINS_OF_DIAL, criteria
@@ -69,8 +69,8 @@ def evaluate(
         dense = count(model).dense
         compared = {name: _control(name, control, data, dense, along) for name, control in plain.items()}
         results["controls"] = {name: entry for name, (entry, _) in compared.items()}
-        differences = {name: torch.from_numpy(values) for name, (_, values) in compared.items() if len(values)}
-        run.write_tensors(DIFFERENCES, differences, {"images": _shared(settings, data)})
+        differences = {name: values for name, (_, values) in compared.items() if len(values)}
+        write_values(run, DIFFERENCES, differences, data.test, _shared(settings, data))
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
@@ -116,12 +116,12 @@ def _protocol(
     ]
     values = [changes(neutral, outcome, test.classes, target) for target, outcome in zip(targets, under, strict=True)]
     entries = [
-        _profile_entry(profile, target, neutral, outcome, of_images, test.classes, macs)
+        _profile_entry(profile, target, neutral, outcome, of_images, test, macs)
         for profile, target, outcome, of_images in zip(profiles, targets, under, values, strict=True)
     ]
     singles = [index for index, target in enumerate(targets) if len(target) == 1]
-    means = {metric: torch.from_numpy(np.mean([values[i][metric] for i in singles], 0)) for metric in MARGINS}
-    run.write_tensors(CHANGES, means, {"images": _shared(settings, data)})
+    means = {metric: np.mean([values[i][metric] for i in singles], 0) for metric in MARGINS}
+    write_values(run, CHANGES, means, test, _shared(settings, data))
     matched = [
         usage_to_match(network, macs, sae, selection, profile, target)
         for profile, target in zip(profiles, targets, strict=True)
@@ -171,15 +171,18 @@ def _profile_entry(
     neutral: Outcome,
     under: Outcome,
     values: Mapping[str, Values],
-    classes: Tensor,
+    test: Split,
     macs: Macs,
 ) -> dict[str, Any]:
+    classes, clusters = test.classes, test.clusters
     own = torch.isin(classes, torch.tensor(target))
     right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
     before, after = (of_images[own.numpy()] for of_images in right)
-    p_values = {metric: significance.not_below(values[metric], margin) for metric, margin in MARGINS.items()}
-    p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
-    p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
+    of_own = None if clusters is None else clusters[own.numpy()]
+    p_values = {metric: significance.not_below(values[metric], margin, clusters) for metric, margin in MARGINS.items()}
+    if clusters is None:
+        p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
+        p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
     recall, precision = prior_bias(neutral, classes, target, effect(under, classes, target, macs).precision)
     return {
         "name": profile.name,
@@ -192,8 +195,8 @@ def _profile_entry(
         "after": effect(under, classes, target, macs).to_json(),
         "recall_interval_before": _pair(significance.wilson(before)),
         "recall_interval_after": _pair(significance.wilson(after)),
-        "recall_change_interval": _pair(significance.change_interval(before, after)),
-        "overall_change_interval": _pair(significance.change_interval(right[0], right[1])),
+        "recall_change_interval": _pair(significance.change_interval(before, after, of_own)),
+        "overall_change_interval": _pair(significance.change_interval(right[0], right[1], clusters)),
         "mcnemar": significance.mcnemar(before, after),
         "non_inferiority": p_values,
         "power": _power(before, after),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from training.checkpoint import Run, RunError
-from training.evaluation.changes import CHANGES, DIFFERENCES
+from training.evaluation.changes import CHANGES, CLUSTERS, DIFFERENCES
 from training.evaluation.significance import hierarchical_interval, mean
 from training.model.inference import usage_of
 
@@ -82,9 +82,11 @@ def _intervals(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
     images = {meta["images"] for _, meta in present}
     if len(present) < len(runs) or len(images) > 1 or None in images:
         return {}
-    metrics = [metric for metric in present[0][0] if all(metric in tensors for tensors, _ in present)]
-    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in metrics}
-    return {metric: [round(end, 5) for end in hierarchical_interval(values)] for metric, values in over.items()}
+    of_all = [metric for metric in present[0][0] if all(metric in tensors for tensors, _ in present)]
+    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in of_all}
+    clusters = over.pop(CLUSTERS)[0] if CLUSTERS in over else None
+    intervals = {metric: hierarchical_interval(values, clusters) for metric, values in over.items()}
+    return {metric: [round(end, 5) for end in ends] for metric, ends in intervals.items()}
 
 
 def _fidelity(run: Run) -> dict[str, float]:

@@ -42,10 +42,19 @@ def non_inferiority(before: Right, after: Right, margin: float) -> float:
     return float(norm.sf((gained - lost + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))))
 
 
-def not_below(values: Rightness, margin: float) -> float:
+def standard_error(values: Rightness, clusters: NDArray[np.int64] | None = None) -> float:
+    """Of the mean of values (B,). clusters (B,): images with the same number are not independent, those of different
+    clusters are (Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13)."""
+    apart = values - values.mean()
+    _, member = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
+    sums = np.bincount(member, apart)  # (K,)
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(values)
+
+
+def not_below(values: Rightness, margin: float, clusters: NDArray[np.int64] | None = None) -> float:
     """One-sided p of the hypothesis that the mean of the images' values is -margin or less, by the normal
-    approximation; 0 when no image changes."""
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    approximation; 0 when no image changes. clusters: as in standard_error."""
+    error = standard_error(values, clusters)
     above = float(np.mean(values)) + margin
     return float(norm.sf(above / error)) if error else 0.0 if above > 0 else 1.0
 
@@ -102,11 +111,15 @@ def paired(before: Rightness, after: Rightness) -> float:
     )  # fmt: skip
 
 
-def change_interval(before: Right | Rightness, after: Right | Rightness) -> tuple[float, float]:
-    """95% percentile interval of mean(after) - mean(before), images drawn in pairs."""
+def change_interval(
+    before: Right | Rightness, after: Right | Rightness, clusters: NDArray[np.int64] | None = None
+) -> tuple[float, float]:
+    """95% percentile interval of mean(after) - mean(before), images (or clusters of them) drawn in pairs."""
     change = after.astype(np.float64) - before.astype(np.float64)
     if not change.any():
         return 0.0, 0.0
+    if clusters is not None:
+        return hierarchical_interval(change[None], clusters)
     result = bootstrap(
         (change,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=CONFIDENCE, method="percentile",
         rng=np.random.default_rng(0),
