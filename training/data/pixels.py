@@ -162,7 +162,8 @@ class Split:
 
     @property
     def clusters(self) -> np.ndarray | None:
-        """int64 (B,): images with the same number are of one design, so not independent. None: all are independent."""
+        """int64 (B,): the design of each image, the first factor. Images of one design are not independent; None: all
+        images are independent."""
         return None if self.factors is None else self.factors[:, 0].long().numpy()
 
     def take(self, index: torch.Tensor) -> "Split":

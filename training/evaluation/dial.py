@@ -38,8 +38,8 @@ FINE apart, gets a point of its own."""
 ROUNDS = 12
 """Number of rounds that add such points."""
 TRIES = 4
-"""Number of rounds after which no point is sought between two at which all images run the same units, one unit apart:
-gates that do not look at the image (`static`) open it for all of them at once."""
+"""Number of rounds after which an interval counts as a jump if every image runs the same units at its start, and one
+more at its end: gates that do not look at the image (`static`) open each unit for all images at once."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
@@ -161,7 +161,7 @@ def compare_at(compute: float, dial: Along, right: np.ndarray, margin: float) ->
 
     right (B,): whether the model gives an image its label. Returns the difference, its standard error, the p-value of a
     loss of `margin` or more (one-sided, paired over the images), and the verdict; and the difference of each image
-    (B,). Raises ValueError if the dial does not spend so little.
+    (B,). Raises ValueError for a compute fraction outside what the dial spends.
     """
     values = dial.at(compute) - right
     found = _compared(values, margin, dial.clusters)

@@ -89,6 +89,7 @@ def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[Ga
 
 
 def _faster(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, list[Split]]:
+    """A faster equivalent of the model and its splits, as in _from_the_gates."""
     network, entered = shortcut(model, splits)
     if network is model and tokens_size(model, splits) <= TOKENS:
         return from_first_gate(model, splits)
