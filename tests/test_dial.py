@@ -149,7 +149,7 @@ def test_the_finished_dial_spends_what_its_knots_say(model: GatedVit, split: Spl
     points = curve(dial.budget, outcomes, split.classes, macs)
     check_curve(points, "curve")
     half = position(0.9, points)
-    again = asked(0.9, at_positions(dial, model, split, None, [half])[0], split.classes, macs)
+    again = asked(0.9, at_positions(dial, model, split, None, [half])[0], split, macs)
     assert again["compute_fraction"] == pytest.approx(0.9, abs=0.01)
     by_class = np.mean(again["compute_of_classes"])  # as many images of each
     assert by_class == pytest.approx(again["compute_fraction"], abs=1e-4)

@@ -61,6 +61,32 @@ def test_wilson_intervals_of_the_papers_class() -> None:
     assert (round(low, 2), round(high, 2)) == (0.73, 0.88)
 
 
+def test_images_of_a_cluster_count_as_one_when_they_are_alike() -> None:
+    """Ten designs of 40 images, each all right or all wrong, are worth ten images; seven of four, which change together,
+    seven."""
+    answers, designs = np.repeat(right((6, True), (4, False)), 40), np.repeat(np.arange(10), 40)
+    low, high = significance.wilson(answers, designs)
+    share_error = math.sqrt(0.24 / 9)  # of ten clusters
+    images = 0.24 / share_error**2
+    centre, z = (0.6 + 1.96**2 / (2 * images)) / (1 + 1.96**2 / images), 1.96
+    reach = z / (1 + z * z / images) * math.sqrt(0.24 / images + (z / (2 * images)) ** 2)
+    assert (low, high) == pytest.approx((centre - reach, centre + reach), abs=1e-4)
+    narrow = significance.wilson(answers)
+    assert high - low > 3 * (narrow[1] - narrow[0])
+    assert significance.wilson(np.ones(400, bool), designs) == significance.wilson(np.ones(10, bool))
+    apart = np.arange(400)
+    assert significance.wilson(answers, apart) == pytest.approx(narrow, rel=2e-3)
+    assert significance.effective(answers.astype(float), designs) == pytest.approx(9, rel=0.01)
+    assert significance.effective(answers.astype(float), None) == 400
+
+    before = np.repeat(right((6, True), (1, False)), 4)
+    of_four = np.repeat(np.arange(7), 4)
+    expected = significance.mcnemar(before[::4], ~before[::4])
+    assert significance.paired(before, ~before, of_four) == pytest.approx(expected)
+    assert significance.paired(before, ~before) < expected / 100
+    assert significance.paired(before, before, of_four) == 1.0
+
+
 def test_mcnemar_counts_only_what_changed() -> None:
     before = right((50, True), (1, True), (5, False), (44, False))
     after = right((50, True), (1, False), (5, True), (44, False))

@@ -54,13 +54,13 @@ def profile(draw: random.Random, name: str, classes: list[str]) -> dict[str, Any
         "images": draw.randint(5, 2000), "before": effect(draw), "after": effect(draw),
         "recall_interval_before": [0.2, 0.4], "recall_interval_after": [0.3, 0.5],
         "recall_change_interval": [low, round(low + 0.04, 5)], "overall_change_interval": [-0.01, 0.01],
-        "mcnemar": 0.03, "prior_bias": {"recall": draw.random(), "precision": draw.random()},
+        "recall_p": 0.03, "prior_bias": {"recall": draw.random(), "precision": draw.random()},
         "head_usage_before": [[draw.random() for _ in range(3)] for _ in range(2)],
         "head_usage_after": [[draw.random() for _ in range(3)] for _ in range(2)],
         "power": {"discordance": 0.03, "power": 0.571, "detectable": 0.01362},
     }  # fmt: skip
     if len(classes) == 1:
-        entry |= {"mcnemar_adjusted": draw.random(), "other_profiles": {"recall": 0.4, "head_usage": 0.3}}
+        entry |= {"recall_p_adjusted": draw.random(), "other_profiles": {"recall": 0.4, "head_usage": 0.3}}
     return entry
 
 
@@ -265,7 +265,7 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
         return [
             p["name"], f"{p['images']:,}", p["strategy"], str(p["terms"]), pair(p, "head_usage", 2),
             pair(p, "compute_fraction", 2), pair(p, "recall"), recall_cell(p),
-            chance(p["mcnemar_adjusted"]) if "mcnemar_adjusted" in p else "none", pair(p, "precision"),
+            chance(p["recall_p_adjusted"]) if "recall_p_adjusted" in p else "none", pair(p, "precision"),
             change(p, "precision"), pair(p, "auroc"), change(p, "others_accuracy"), change(p, "overall_accuracy"),
         ]  # fmt: skip
 
@@ -314,7 +314,7 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
         kept = next(k for k in range(4) if k / 3 >= p["after"]["head_usage"])
         assert cells == [
             p["name"], str(p["terms"]), pair(p, "head_usage", 2), pair(p, "recall"), recall_cell(p),
-            chance(p["mcnemar_adjusted"]), pair(p, "precision"), change(p, "overall_accuracy"),
+            chance(p["recall_p_adjusted"]), pair(p, "precision"), change(p, "overall_accuracy"),
             f"{kept / 3:.2f}", f"{0.3 * kept:.3f}", " ".join(f"h{head}" for head in range(kept)),
         ]  # fmt: skip
     assert [[name, *numbers] for name, _, *numbers in tables["last"][1][1:]] == rival_cells(last["rivals"])

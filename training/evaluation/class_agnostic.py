@@ -103,7 +103,7 @@ def class_knowledge(
         adds = {}
         for metric in MARGINS:
             of_images = np.mean([value[metric] for value in values], 0)
-            interval = hierarchical_interval(of_images[None])
+            interval = hierarchical_interval(of_images[None], split.clusters)
             adds[metric] = {
                 "change": round(float(of_images.mean()), 5),
                 "interval": [round(end, 5) for end in interval],

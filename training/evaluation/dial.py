@@ -23,7 +23,7 @@ from training.data.splits import Data
 from training.dial import MIN_POINTS, Dial, Point, position
 from training.evaluation.baselines import random_units
 from training.evaluation.criteria import verdict
-from training.evaluation.significance import not_below, standard_error
+from training.evaluation.significance import not_below, standard_error, wilson
 from training.model.gated_vit import GatedNetwork, Steer
 from training.model.inference import Outcome, answers, rounded, steered_by
 from training.model.macs import Macs
@@ -106,7 +106,7 @@ def measure_dial(
         own, points = of_classes(data.test, of.classes), curves[of.name]
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
         outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
-        tested[of.name] = [asked(b, o, own.classes, macs) for b, o in zip(reached, outcomes, strict=True)]
+        tested[of.name] = [asked(b, o, own, macs) for b, o in zip(reached, outcomes, strict=True)]
     chosen = budgets[:-1:2]
     by_chance = [random_order(float(b), model, data.test, macs, seed) for b in chosen]
     error = {n: max(abs(p["compute_fraction"] - p["budget"]) for p in points) for n, points in tested.items()}
@@ -139,7 +139,7 @@ def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) 
     selection = data.selection
     points = fine_curve(budgets, partial(at_positions, knots, model, selection, None), selection.classes, macs)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
-    tested = [asked(b, o, test.classes, macs) for b, o in zip(budgets, outcomes, strict=True)]
+    tested = [asked(b, o, test, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
     right = np.array([(outcome.predicted == test.classes).numpy() for outcome in outcomes], float)
     return Unsteered(points, tested, Along(spent, right, test.clusters))
@@ -183,7 +183,7 @@ def random_order(budget: float, model: GatedNetwork, split: Split, macs: Macs, s
         answers(model, split, decide=random_units(macs, model.heads, usage, (seed, draw)).decide)
         for draw in range(DRAWS)
     ]
-    measured = [asked(budget, outcome, split.classes, macs) for outcome in draws]
+    measured = [asked(budget, outcome, split, macs) for outcome in draws]
     means = {key: round(float(np.mean([m[key] for m in measured])), 5) for key in ("compute_fraction", "accuracy")}
     return {"budget": measured[0]["budget"], "images": len(split), **means}
 
@@ -252,14 +252,17 @@ def curve(
     ]
 
 
-def asked(budget: float, outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, Any]:
+def asked(budget: float, outcome: Outcome, split: Split, macs: Macs) -> dict[str, Any]:
     """Compute and accuracy at a budget, overall and by class; also MLP usage if MLPs have gates."""
-    spent, right = outcome.compute_fraction(macs), (outcome.predicted == classes).double()
+    classes, spent = split.classes, outcome.compute_fraction(macs)
+    right = (outcome.predicted == classes).double()
+    low, high = wilson((right > 0).numpy(), split.clusters)
     of_class: Mapping[int, Tensor] = {int(index): classes == index for index in classes.unique()}
     return {
         "budget": round(float(budget), 6),
         "compute_fraction": round(float(spent.mean()), 5),
         "accuracy": round(float(right.mean()), 5),
+        "accuracy_interval": [round(low, 5), round(high, 5)],
         "images": len(classes),
         "head_usage": round(float(outcome.head_gate.double().mean()), 5),
         **({"mlp_usage": round(float(outcome.mlp_gate.double().mean()), 5)} if outcome.mlp_gate.shape[2] else {}),

@@ -42,7 +42,7 @@ from training.vit.fit import load_vit
 
 PATTERN = (
     "under its own profile at most 0.36 of the {units} run, and recall is at least 2 points higher than without "
-    "steering, significantly so (McNemar, Benjamini-Hochberg over the classes, 5%)"
+    "steering, significantly so (in pairs, Benjamini-Hochberg over the classes, 5%)"
 )
 TOKENS = 2 * 2**30
 """Bytes. Up to this size, the tokens that enter the first gated block are kept for all images, in place of the
@@ -145,12 +145,13 @@ def _protocol(
     return {
         "split": "test",
         "images": len(test),
+        **({} if test.clusters is None else {"clusters": len(np.unique(test.clusters))}),
         "most_common_label": soundness.most_common(test.classes),
         "labels": list(data.labels),
         "seed": settings.seed,
         "gated_blocks": list(model.gated_blocks),
         "macs": macs.to_json(),
-        **{name: _whole(outcome, test.classes, macs) for name, outcome in whole.items()},
+        **{name: _whole(outcome, test, macs) for name, outcome in whole.items()},
         "diagnostics": gate_diagnostics(neutral, test.classes),
         "profiles": entries,
         "mean_change": {
@@ -180,10 +181,11 @@ def _profile_entry(
     right = [(outcome.predicted == classes).numpy() for outcome in (neutral, under)]
     before, after = (of_images[own.numpy()] for of_images in right)
     of_own = None if clusters is None else clusters[own.numpy()]
-    p_values = {metric: significance.not_below(values[metric], margin, clusters) for metric, margin in MARGINS.items()}
-    if clusters is None:
-        p_values["recall"] = significance.non_inferiority(before, after, MARGINS["recall"])
-        p_values["overall_accuracy"] = significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"])
+    p_values = {
+        **{metric: significance.not_below(values[metric], margin, clusters) for metric, margin in MARGINS.items()},
+        "recall": significance.non_inferiority(before, after, MARGINS["recall"], of_own),
+        "overall_accuracy": significance.non_inferiority(right[0], right[1], MARGINS["overall_accuracy"], clusters),
+    }
     recall, precision = prior_bias(neutral, classes, target, effect(under, classes, target, macs).precision)
     return {
         "name": profile.name,
@@ -194,13 +196,13 @@ def _profile_entry(
         "images": int(own.sum()),
         "before": effect(neutral, classes, target, macs).to_json(),
         "after": effect(under, classes, target, macs).to_json(),
-        "recall_interval_before": _pair(significance.wilson(before)),
-        "recall_interval_after": _pair(significance.wilson(after)),
+        "recall_interval_before": _pair(significance.wilson(before, of_own)),
+        "recall_interval_after": _pair(significance.wilson(after, of_own)),
         "recall_change_interval": _pair(significance.change_interval(before, after, of_own)),
         "overall_change_interval": _pair(significance.change_interval(right[0], right[1], clusters)),
-        "mcnemar": significance.mcnemar(before, after),
+        "recall_p": significance.paired(before, after, of_own),
         "non_inferiority": p_values,
-        "power": _power(before, after),
+        "power": _power(before, after, of_own),
         "prior_bias": {"recall": round(recall, 5), "precision": round(precision, 5)},
         **_label_masking(neutral.take(own), under.take(own), classes[own], target),
         **_per_unit(neutral.take(own), "before"),
@@ -229,26 +231,27 @@ def _per_unit(outcome: Outcome, when: str) -> dict[str, Any]:
     return found
 
 
-def _power(before: significance.Right, after: significance.Right) -> dict[str, float]:
+def _power(before: significance.Right, after: significance.Right, clusters: np.ndarray | None) -> dict[str, float]:
     """The power of the non-inferiority test of recall at this number of images and changed answers, if nothing
     changed."""
     discordance = float((before != after).mean())
+    images = significance.effective(after.astype(np.float64) - before, clusters)
     return {
         "discordance": round(discordance, 5),
-        "power": round(significance.power(len(before), discordance, MARGINS["recall"], LEVEL), 5),
-        "detectable": round(significance.detectable(len(before), discordance, LEVEL), 5),
+        "power": round(significance.power(images, discordance, MARGINS["recall"], LEVEL), 5),
+        "detectable": round(significance.detectable(images, discordance, LEVEL), 5),
     }
 
 
 def _adjust(entries: Sequence[dict[str, Any]]) -> None:
     """Adjust the p-values by Benjamini-Hochberg over the classes, in place."""
-    for entry, p in zip(entries, significance.benjamini_hochberg([e["mcnemar"] for e in entries]), strict=True):
-        entry["mcnemar_adjusted"] = p
+    for entry, p in zip(entries, significance.benjamini_hochberg([e["recall_p"] for e in entries]), strict=True):
+        entry["recall_p_adjusted"] = p
 
 
 def _shows_pattern(entry: dict[str, Any]) -> bool:
     gained = entry["after"]["recall"] - entry["before"]["recall"]
-    shown: bool = usage_of(entry["after"]) <= 0.36 and gained >= 0.02 and entry["mcnemar_adjusted"] < 0.05
+    shown: bool = usage_of(entry["after"]) <= 0.36 and gained >= 0.02 and entry["recall_p_adjusted"] < 0.05
     return shown
 
 
@@ -259,8 +262,8 @@ def _pattern(entry: dict[str, Any]) -> dict[str, Any]:
         "usage": [usage_of(before), usage_of(after)],
         "recall": [before["recall"], after["recall"]],
         "precision": [before["precision"], after["precision"]],
-        "p": entry["mcnemar"],
-        "p_adjusted": entry["mcnemar_adjusted"],
+        "p": entry["recall_p"],
+        "p_adjusted": entry["recall_p_adjusted"],
         "prior_bias_recall": entry["prior_bias"]["recall"],
     }
 
@@ -281,7 +284,7 @@ def _control(name: str, control: Control, data: Data, dense: int, along: Along |
     outcome = answers(model, data.test) if gated else answers(model, data.test, decide=keep_all)
     macs, classes = count(model), data.test.classes
     effects = [effect(outcome, classes, (label,), macs) for label in range(len(data.labels))]
-    whole = _whole(outcome, classes, macs)
+    whole = _whole(outcome, data.test, macs)
     compute = whole["compute_fraction"] * macs.dense / dense
     found = {
         "what": control.what,
@@ -321,9 +324,11 @@ def _last_block(control: Control, data: Data) -> dict[str, Any]:
     return results
 
 
-def _whole(outcome: Outcome, classes: Tensor, macs: Macs) -> dict[str, float]:
+def _whole(outcome: Outcome, split: Split, macs: Macs) -> dict[str, Any]:
+    right = (outcome.predicted == split.classes).numpy()
     return {
-        "accuracy": (outcome.predicted == classes).double().mean().item(),
+        "accuracy": float(right.mean()),
+        "accuracy_interval": _pair(significance.wilson(right, split.clusters)),
         **{name: round(usage, 5) for name, usage in usages(outcome, macs).items()},
         "compute_fraction": round(outcome.compute_fraction(macs).mean().item(), 5),
     }

@@ -6,12 +6,13 @@ the same for all images (class_agnostic.py), to the profiles' mean usage.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.checkpoint import Run
@@ -92,6 +93,8 @@ class Measured:
     effect: Effect
     own_right: Rightness
     """For each image of the target, whether it got its label, or the share of the draws in which it did."""
+    own_clusters: NDArray[np.int64] | None = None
+    """Split.clusters of these images."""
 
 
 def usage_to_match(
@@ -175,6 +178,8 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
     for name in measured[0]:
         pairs = [(of_class[name].effect, of_class[NO_STEERING].effect) for of_class in measured]
         rival, profile = (np.concatenate([m[n].own_right for m in measured]) for n in (name, PROFILE))
+        of_classes = [c for m in measured if (c := m[PROFILE].own_clusters) is not None]
+        clusters = np.concatenate(of_classes) if of_classes else None
         found[name] = {
             **{
                 key: round(mean(getattr(rival, key) for rival, _ in pairs), 5)
@@ -188,8 +193,8 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
             "worst_recall": round(min(rival.recall - none.recall for rival, none in pairs), 5),
             "against_profile": {
                 "recall": round(float(rival.mean() - profile.mean()), 5),
-                "interval": [round(v, 5) for v in significance.change_interval(profile, rival)],
-                "p": significance.paired(profile, rival),
+                "interval": [round(v, 5) for v in significance.change_interval(profile, rival, clusters)],
+                "p": significance.paired(profile, rival, clusters),
             },
         }
     return found
@@ -210,14 +215,18 @@ def _measured(outcome: Outcome, images: Slice, macs: Macs) -> Measured:
     classes = images.split.classes
     own = torch.isin(classes, torch.tensor(images.target))
     right = (outcome.predicted == classes)[own].double().numpy()
-    return Measured(effect(outcome, classes, images.target, macs), right)
+    clusters = images.split.clusters
+    of_own = None if clusters is None else clusters[own.numpy()]
+    return Measured(effect(outcome, classes, images.target, macs), right, of_own)
 
 
 def _mean(draws: Sequence[Measured]) -> Measured:
     effects = [draw.effect for draw in draws]
     fields = effects[0].to_json()
     own_right = np.mean([draw.own_right for draw in draws], axis=0)
-    return Measured(Effect(**{f: mean(getattr(e, f) for e in effects) for f in fields}), own_right)
+    return replace(
+        draws[0], effect=Effect(**{f: mean(getattr(e, f) for e in effects) for f in fields}), own_right=own_right
+    )
 
 
 @torch.no_grad()

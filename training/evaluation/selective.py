@@ -148,10 +148,11 @@ def judged(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict
     """`measured`, with the interval of the change of accuracy, the p of its non-inferiority, and the verdict."""
     values = measured(macs, images, after, target)
     right = [(outcome.predicted == images.split.classes).numpy() for outcome in (images.unsteered, after)]
+    clusters = images.split.clusters
     return {
         **values,
-        "accuracy_interval": [round(v, 5) for v in significance.change_interval(right[0], right[1])],
-        "accuracy_p": round(significance.non_inferiority(right[0], right[1], MOST_LOST), 5),
+        "accuracy_interval": [round(v, 5) for v in significance.change_interval(right[0], right[1], clusters)],
+        "accuracy_p": round(significance.non_inferiority(right[0], right[1], MOST_LOST, clusters), 5),
         "verdict": verdict(values["saved"], values["moved"], -values["accuracy_change"]),
     }
 

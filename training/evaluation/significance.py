@@ -28,12 +28,15 @@ def mcnemar(before: Right, after: Right) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def non_inferiority(before: Right, after: Right, margin: float) -> float:
+def non_inferiority(before: Right, after: Right, margin: float, clusters: NDArray[np.int64] | None = None) -> float:
     """One-sided p of the score test of the hypothesis that the share of right images falls by `margin` or more.
 
     Tango 1998 (Statistics in Medicine 17, 891-908), for paired shares: (gained - lost + n margin) over its standard
     deviation at the boundary, where the likelihood is largest. With margin 0 it is McNemar's test without correction.
+    With clusters, as in standard_error, it is not_below.
     """
+    if clusters is not None:
+        return not_below(after.astype(np.float64) - before, margin, clusters)
     n = len(before)
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     # 2 n q^2 - b q + c = 0: the maximum likelihood of P(lost) = q, P(gained) = q - margin
@@ -46,8 +49,7 @@ def standard_error(values: Rightness, clusters: NDArray[np.int64] | None = None)
     """Of the mean of values (B,). clusters (B,): images with the same number are not independent, those of different
     clusters are (Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13)."""
     apart = values - values.mean()
-    _, member = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
-    sums = np.bincount(member, apart)  # (K,)
+    sums = apart if clusters is None else _sums(apart, clusters)  # (K,)
     return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(values)
 
 
@@ -59,7 +61,7 @@ def not_below(values: Rightness, margin: float, clusters: NDArray[np.int64] | No
     return float(norm.sf(above / error)) if error else 0.0 if above > 0 else 1.0
 
 
-def power(images: int, discordance: float, margin: float, level: float) -> float:
+def power(images: float, discordance: float, margin: float, level: float) -> float:
     """The power of `non_inferiority` when nothing truly changes on average, by the normal approximation.
 
     discordance: share of the images whose answer becomes right or wrong.
@@ -68,7 +70,14 @@ def power(images: int, discordance: float, margin: float, level: float) -> float
     return float(norm.cdf(margin / error - norm.isf(level))) if error else 1.0
 
 
-def detectable(images: int, discordance: float, level: float) -> float:
+def effective(values: Rightness, clusters: NDArray[np.int64] | None) -> float:
+    """The number of independent images whose mean has the standard error of values (B,). clusters: as in
+    standard_error."""
+    error = standard_error(values, clusters)
+    return len(values) * (standard_error(values) / error) ** 2 if error else float(len(values))
+
+
+def detectable(images: float, discordance: float, level: float) -> float:
     """The smallest margin that is shown with a power of 0.8 when nothing truly changes on average."""
     return float(norm.isf(level) + norm.ppf(0.8)) * math.sqrt(discordance / images)
 
@@ -95,13 +104,18 @@ def hierarchical_interval(
     return float(low), float(high)
 
 
-def paired(before: Rightness, after: Rightness) -> float:
+def paired(before: Rightness, after: Rightness, clusters: NDArray[np.int64] | None = None) -> float:
     """Two-sided p of the hypothesis that the mean does not change. McNemar's test, or for averaged draws its
-    generalisation: the share of 9,999 random choices of the images' signs whose mean change is as large."""
-    change = after - before
-    if not (change % 1).any():
+    generalisation: the share of 9,999 random choices of the images' signs whose mean change is as large.
+
+    clusters: as in standard_error; the signs of a cluster's images are chosen together.
+    """
+    change: NDArray[np.float64] = after.astype(np.float64) - before.astype(np.float64)
+    if clusters is not None:
+        change = _sums(change, clusters)
+    elif not (change % 1).any():
         return mcnemar(change < 0, change > 0)  # only changed answers count
-    if np.count_nonzero(change) == 1:
+    if np.count_nonzero(change) < 2:
         return 1.0  # either sign is as large
     return float(
         permutation_test(
@@ -127,15 +141,31 @@ def change_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def wilson(right: Right) -> tuple[float, float]:
-    """The 95% Wilson interval of a share."""
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, "wilson")
-    return float(interval.low), float(interval.high)
+def wilson(right: Right, clusters: NDArray[np.int64] | None = None) -> tuple[float, float]:
+    """The 95% Wilson interval of a share.
+
+    clusters: as in standard_error. The images then count as so many independent ones as have the same standard error
+    (Dean & Pagano 2015, https://doi.org/10.1093/jssam/smv024), as clusters when all are right or all are wrong.
+    """
+    share, n = float(right.mean()), float(len(right))
+    if clusters is not None:
+        error = standard_error(right.astype(np.float64), clusters)
+        n = min(n, share * (1 - share) / error**2 if error else float(len(np.unique(clusters))))
+    z = float(norm.isf((1 - CONFIDENCE) / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values: those below q have an expected share of false discoveries of at most q."""
     return [float(p) for p in false_discovery_control(np.asarray(p_values), method="bh")] if p_values else []
+
+
+def _sums(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(K,): the sums of the clusters' values."""
+    _, member = np.unique(clusters, return_inverse=True)
+    return np.bincount(member, values).astype(np.float64)
 
 
 def mean(values: Iterable[float]) -> float:

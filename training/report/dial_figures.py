@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from training.evaluation.significance import wilson
 from training.report.figures import BLUE, GREY, INK, ORANGE, VERMILION, single_classes, style
 
 LINES = {
@@ -30,7 +29,7 @@ def frontier(results: Mapping[str, Any]) -> Figure:
     )
     points = results["dial"]["test"][""]
     spent, accuracy = _line(points)
-    low, high = np.array([_interval(p["accuracy"], p["images"]) for p in points]).T
+    low, high = np.array([p["accuracy_interval"] for p in points]).T
     axis.fill_between(spent, 100 * low, 100 * high, color=BLUE, alpha=0.15, lw=0)
     axis.plot(spent, accuracy, color=BLUE, marker="o", ms=6, lw=2.2, label="the dial, no steering")
     profiles = _under_profiles(results)
@@ -39,26 +38,19 @@ def frontier(results: Mapping[str, Any]) -> Figure:
             *_line(profiles), color=VERMILION, marker="*", ms=10, lw=1.4, ls="-.",
             label="the dial, each image under the profile of its class (class known)",
         )  # fmt: skip
-    plain = [
-        (control["compute_fraction"], control["accuracy"]) for control in controls.values() if "dial" not in control
-    ]
-    for x, y in plain:
-        axis.plot([x, x], 100 * np.array(_interval(y, results["images"])), color=INK, lw=1.3, zorder=3)
+    plain = [control for control in controls.values() if "dial" not in control]
+    for control in plain:
+        ends = 100 * np.array(control["accuracy_interval"])
+        axis.plot([control["compute_fraction"]] * 2, ends, color=INK, lw=1.3, zorder=3)
     if plain:
         axis.plot(
-            *np.array([(x, 100 * y) for x, y in sorted(plain)]).T, ls="", marker="D", ms=6.5, color=INK, zorder=4,
-            label="plain ViTs, each trained for its size",
-        )  # fmt: skip
+            *_line(plain), ls="", marker="D", ms=6.5, color=INK, zorder=4, label="plain ViTs, each trained for its size"
+        )
     axis.set_xlabel("Compute of an image, as a share of the whole network's (mean)")
     axis.set_ylabel("Accuracy on the test split, %")
-    axis.set_xlim(max(0.0, min(spent.min(), *[x for x, _ in plain], 1.0) - 0.04), 1.02)
+    axis.set_xlim(max(0.0, min(spent.min(), *[p["compute_fraction"] for p in plain], 1.0) - 0.04), 1.02)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
-
-
-def _interval(accuracy: float, images: int) -> tuple[float, float]:
-    right = round(accuracy * images)
-    return wilson(np.arange(images) < right)
 
 
 def _line(points: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ def arrows(results: Mapping[str, Any]) -> Figure:
             recall.plot(p[key], [y + offset] * 2, color=colour, lw=1.6, solid_capstyle="butt")
             recall.plot(value, y + offset, marker, color=colour, ms=5.5)
         difference = 100 * (end - start)
-        significant = p.get("mcnemar_adjusted", 1.0) < 0.05
+        significant = p.get("recall_p_adjusted", 1.0) < 0.05
         colour = VERMILION if end < start else BLUE
         change.plot([100 * v for v in p["recall_change_interval"]], [y, y], color=colour, lw=1.6)
         change.plot(difference, y, "o", color=colour, ms=6, mfc=colour if significant else "white")
