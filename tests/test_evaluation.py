@@ -62,8 +62,8 @@ def test_wilson_intervals_of_the_papers_class() -> None:
 
 
 def test_images_of_a_cluster_count_as_one_when_they_are_alike() -> None:
-    """Ten designs of 40 images, each all right or all wrong, are worth ten images; seven of four, which change together,
-    seven."""
+    """Ten designs of 40 images, each all right or all wrong, are worth ten images; seven of four, which change
+    together, seven."""
     answers, designs = np.repeat(right((6, True), (4, False)), 40), np.repeat(np.arange(10), 40)
     low, high = significance.wilson(answers, designs)
     share_error = math.sqrt(0.24 / 9)  # of ten clusters

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from export.precision import Int8
 from export.rebuild import _state
 from export.session import Arrays, open_session, run_onnx
 from training.__main__ import main
+from training.checkpoint import Run
 from training.config import VitSettings
 from training.data.splits import Split
 from training.dial import Dial, Point, check_curve
@@ -224,9 +226,20 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
         "sae.latents": 16, "sae.k": 4, "profiles.steps": 5, "threads": 1, "vit.teacher": "dense",
     }  # fmt: skip
     given = ["--preset=smoke", "--data.dataset=folder", "--vit.dial", *(f"--{k}={v}" for k, v in flags.items())]
-    for step in ("vit", "sae", "profiles", "controls", "evaluate", "report"):
-        assert main([step, "--out", str(run), *given]) == 0
-    results = json.loads((run / "results.json").read_text())
+
+    def results_after(*steps: str) -> dict[str, Any]:
+        for step in steps:
+            assert main([step, "--out", str(run), *given]) == 0
+        found: dict[str, Any] = json.loads((run / "results.json").read_text())
+        return found
+
+    alone = results_after("vit", "sae", "profiles", "evaluate")
+    Run(run).write_json("results.json", {**alone, "from before": True})
+    results = results_after("controls", "evaluate", "report")
+    assert alone["controls"].keys() == {"dense"}
+    added = {"controls": results["controls"], "from before": True}
+    assert results == alone | added, "what was measured is kept"
+    assert results["controls"]["dense"] == alone["controls"]["dense"]
     macs = results["macs"]
     assert (macs["mlp_groups"], len(macs["per_mlp_group"])) == (4, 2)
     usage = results["neutral"]
@@ -276,3 +289,10 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     assert "teacher" not in json.loads((run / "controls" / "dense" / "vit.json").read_text())["settings"]["vit"]
     assert "with a dial of heads alone, mean accuracy over compute" in " ".join(page.split())
     assert (run / "dial.png").stat().st_size < 200_000
+
+    profiles = run / "profiles.json"
+    profiles.write_text(profiles.read_text() + "\n")
+    anew = results_after("evaluate")
+    assert anew.pop("made_of") != results.pop("made_of")
+    assert anew == {key: value for key, value in results.items() if key != "from before"}, "measured again, and equal"
+    assert load_file(run / "differences.safetensors").keys() == of_images.keys()

@@ -184,7 +184,7 @@ def test_one_command_runs_every_job_in_a_process_and_writes_the_table(
 def test_what_is_finished_is_not_made_again(reproduced: Path) -> None:
     def stages() -> dict[Path, int]:
         paths = [path for path in reproduced.rglob("*") if path.suffix in (".safetensors", ".json")]
-        evaluated = ("results.json", "changes.safetensors", "differences.safetensors")  # anew each time
+        evaluated = ("results.json", "changes.safetensors", "differences.safetensors")  # of the last step
         return {path: path.stat().st_mtime_ns for path in paths if path.name not in evaluated}
 
     before = stages()

@@ -5,6 +5,7 @@ runs/fm/
   vit.safetensors       gated ViT             sae.safetensors   autoencoders       profiles.json  steering profiles
   vit.json, sae.json, profiles.stage.json     settings and measurements of each stage
   results.json          every number of the report      report.html, *.png
+  changes, differences, along   .safetensors: the test images one by one, for intervals over seeds and later controls
   *.state.safetensors   an interrupted stage, to resume from
 ```
 Files are written under a temporary name and then renamed, so a crash leaves either the old file or the new one. The
@@ -77,6 +78,17 @@ class Run:
         _check_format(path, value)
         self._check_made_of(stage, path, value)
         return value
+
+    def has_results(self) -> bool:
+        """Whether the run is evaluated."""
+        return (self.folder / "results.json").is_file()
+
+    def digest(self, *files: str, also: object = None) -> str:
+        """The digest of the content of these files, and of a JSON value."""
+        value = hashlib.sha256(json.dumps(also, sort_keys=True).encode())
+        for file in files:
+            value.update(hashlib.sha256((self.folder / file).read_bytes()).digest())
+        return value.hexdigest()
 
     def results(self) -> dict[str, Any]:
         """The content of results.json. Raises RunError when the run is not evaluated."""

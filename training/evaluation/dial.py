@@ -18,6 +18,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm import tqdm
 
+from training.checkpoint import Run
 from training.data.pixels import Split
 from training.data.splits import Data
 from training.dial import MIN_POINTS, Dial, Point, position
@@ -40,6 +41,8 @@ ROUNDS = 12
 TRIES = 4
 """Number of rounds after which an interval counts as a jump if every image runs the same units at its start, and one
 more at its end: gates that do not look at the image (`static`) open each unit for all images at once."""
+ALONG = "along"
+"""Name of the tensors in a run folder: the Along of its model."""
 UNSTEERED = ""
 """The name of the curve without steering."""
 
@@ -64,6 +67,18 @@ class Along:
     """(P, B): 1 where the image gets its label."""
     clusters: np.ndarray | None = None
     """(B,): as in Split."""
+
+    def write(self, run: Run) -> None:
+        """Store it in the run folder."""
+        tensors = {"spent": torch.from_numpy(self.spent), "right": torch.from_numpy(self.right > 0)}
+        run.write_tensors(ALONG, tensors)
+
+    @classmethod
+    def read(cls, run: Run, split: Split) -> "Along":
+        """What `write` stored. split: the images."""
+        stored = run.read_tensors(ALONG)
+        assert stored is not None
+        return cls(stored.tensors["spent"].numpy(), stored.tensors["right"].double().numpy(), split.clusters)
 
     def at(self, compute: np.ndarray | float) -> np.ndarray:
         """(*compute.shape, B): `right` at these compute fractions, interpolated between points. Raises ValueError

@@ -44,6 +44,8 @@ PATTERN = (
     "under its own profile at most 0.36 of the {units} run, and recall is at least 2 points higher than without "
     "steering, significantly so (in pairs, Benjamini-Hochberg over the classes, 5%)"
 )
+MADE_OF = ("vit.safetensors", "sae.safetensors", "profiles.json")
+"""The files of a run that its results follow from, the model first."""
 TOKENS = 2 * 2**30
 """Bytes. Up to this size, the tokens that enter the first gated block are kept for all images, in place of the
 images."""
@@ -52,31 +54,67 @@ images."""
 def evaluate(
     settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
 ) -> dict[str, Any]:
-    """Measure no steering, every profile, every rival and the trained controls; write results.json."""
-    network, entered = _from_the_gates(settings, model, data)
-    dial = _knots(run) if settings.vit.dial else None
-    results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
-    along: Along | None = None
-    if dial is not None:
-        of_dial, along = measure_dial(dial, network, sae, profiles, entered, count(model), settings.seed)
-        results |= of_dial
-    results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
-    present = {n: c for n, c in controls(settings, data, run).items() if c.run.has("vit")}
-    if LAST_BLOCK in present and present[LAST_BLOCK].run.has("profiles"):
-        results["last_block"] = _last_block(present[LAST_BLOCK], data)
-    plain = {name: control for name, control in present.items() if name != LAST_BLOCK}
-    if plain:
-        dense = count(model).dense
-        compared = {name: _control(name, control, data, dense, along) for name, control in plain.items()}
-        results["controls"] = {name: entry for name, (entry, _) in compared.items()}
-        differences = {name: values for name, (_, values) in compared.items() if len(values)}
-        write_values(run, DIFFERENCES, differences, data.test, _shared(settings, data))
+    """Measure no steering, every profile, every rival and the trained controls; write results.json.
+
+    What was measured on the same files before is kept: only controls that were trained since are measured.
+    """
+    made_of = run.digest(*MADE_OF, also=(settings.fingerprint("profiles"), dict(data.digests)))
+    results = run.results() if run.has_results() else {}
+    if results.get("made_of") == made_of:
+        print(f"evaluate: keeps what {run.folder / 'results.json'} has; without that file all is measured", flush=True)
+    else:
+        results = _measure(settings, data, run, model, sae, profiles) | {"made_of": made_of}
+        run.write_json("results.json", results)
+    _compare_controls(settings, data, run, results, count(model).dense)
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
     of_stages = (*soundness.of_vit(run.info("vit")), *soundness.of_sae(run.info("sae")))
     results["warnings"] = [*data.warnings, *of_stages, *of_results]
     run.write_json("results.json", results)
     return results
+
+
+def _measure(
+    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
+) -> dict[str, Any]:
+    """The results of the model itself: all but the controls."""
+    network, entered = _from_the_gates(settings, model, data)
+    dial = _knots(run) if settings.vit.dial else None
+    results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
+    if dial is not None:
+        of_dial, along = measure_dial(dial, network, sae, profiles, entered, count(model), settings.seed)
+        results |= of_dial
+        along.write(run)
+    results["latents"] = describe_latents(model, sae, profiles, data.selection, data.labels)
+    return results
+
+
+def _compare_controls(settings: Settings, data: Data, run: Run, results: dict[str, Any], dense: int) -> None:
+    """Add the controls that are trained to the results. Those that are there, and not trained again since, are kept.
+
+    dense: the MACs of the run's own model with every unit open.
+    """
+    along = Along.read(run, data.test) if settings.vit.dial else None
+    stored = run.read_tensors(DIFFERENCES)
+    known = results.get("controls", {})
+    differences: dict[str, Values] = {}
+    for name, control in controls(settings, data, run).items():
+        if not control.run.has("profiles" if name == LAST_BLOCK else "vit"):
+            continue
+        if name == LAST_BLOCK:
+            made_of = control.run.digest(*MADE_OF)
+            if results.get("last_block", {}).get("made_of") != made_of:
+                results["last_block"] = _last_block(control, data) | {"made_of": made_of}
+        elif known.get(name, {}).get("made_of") == (made_of := control.run.digest(MADE_OF[0])):
+            if stored and name in stored.tensors:
+                differences[name] = stored.tensors[name].numpy()
+        else:
+            entry, of_images = _control(name, control, data, dense, along)
+            results["controls"] = known = {**known, name: entry | {"made_of": made_of}}
+            if len(of_images):
+                differences[name] = of_images
+    if known:
+        write_values(run, DIFFERENCES, differences, data.test, _shared(settings, data))
 
 
 def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[GatedNetwork, Data]:

@@ -1,12 +1,11 @@
 """The table over the seeds of a preset: one row per seed from its results.json, and mean and range over the seeds."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from training.checkpoint import Run, RunError
+from training.checkpoint import Run
 from training.evaluation.changes import CHANGES, CLUSTERS, DIFFERENCES
 from training.evaluation.significance import hierarchical_interval, mean
 from training.model.inference import usage_of
@@ -63,10 +62,7 @@ def table(runs: Sequence[Run]) -> dict[str, Any]:
     """The rows of evaluated runs, with mean, lowest and highest values. Raises RunError when a run is not evaluated."""
     rows = []
     for run in runs:
-        path = run.folder / "results.json"
-        if not path.is_file():
-            raise RunError(f"{path} is missing: run the step 'evaluate' there first")
-        rows.append({**row(json.loads(path.read_text())), "sae": _fidelity(run)})
+        rows.append({**row(run.results()), "sae": _fidelity(run)})
     intervals = {"intervals": _intervals(runs, CHANGES), "dial_intervals": _intervals(runs, DIFFERENCES)}
     summary: dict[str, Any] = {"seeds": rows, **_over(rows), **intervals}
     if all("last_block" in r for r in rows):
