@@ -83,21 +83,25 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
         help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so not of dispatch; "
         "default: %(default)s",
     )
-    add("--compact-for", metavar="PROFILE", help="leave out the heads that this profile's classes never use")
+    add(
+        "--compact-for",
+        metavar="PROFILE",
+        help="leave out the heads and MLP groups that this profile's classes never use",
+    )
     add(
         "--compact-threshold",
         metavar="SHARE",
         type=float,
         default=0.01,
-        help="share of its images below which a head counts as not used; default: %(default)s",
+        help="share of its images below which a head or MLP group counts as not used; default: %(default)s",
     )
     add(
         "--specialise",
         metavar="PROFILE",
         action="append",
         default=[],
-        help="also write a fused graph for this profile alone, without the heads that its classes never use, for "
-        "batches of that profile on a GPU; may be given several times",
+        help="also write a fused graph for this profile alone, without the heads and MLP groups that its classes never "
+        "use, for batches of that profile on a GPU; may be given several times",
     )
     add("--specialise-all", action="store_true", help="the same for every profile")
     add(
