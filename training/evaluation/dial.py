@@ -18,7 +18,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm import tqdm
 
-from training.checkpoint import Run
+from training.checkpoint import Run, RunError
 from training.data.pixels import Split
 from training.data.splits import Data
 from training.dial import MIN_POINTS, Dial, Point, position
@@ -75,9 +75,10 @@ class Along:
 
     @classmethod
     def read(cls, run: Run, split: Split) -> "Along":
-        """What `write` stored. split: the images."""
+        """What `write` stored. split: the images. Raises RunError when it is missing."""
         stored = run.read_tensors(ALONG)
-        assert stored is not None
+        if stored is None:
+            raise RunError(f"{run.folder / ALONG}.safetensors is missing: remove results.json, then all is measured")
         return cls(stored.tensors["spent"].numpy(), stored.tensors["right"].double().numpy(), split.clusters)
 
     def at(self, compute: np.ndarray | float) -> np.ndarray:
