@@ -29,6 +29,7 @@ CI = ".ci/run"
 FOLDER_OF_IMAGES = "test_journeys.py::test_a_folder_of_colour_images_is_trained_exported_and_served_by_flags_alone"
 EVERY_GRAPH = "test_export.py::test_every_graph_of_a_bundle_serves_the_same_answers"
 PLAYGROUND = "test_playground.py::test_from_an_upload_to_a_changed_map_of_the_heads"
+TYPEFACES = "test_journeys.py::test_the_bundle_of_typefaces_answers_by_its_budgets_and_profiles"
 DELIVERY = "test_delivery.py::test_the_commands_of_the_page_do_what_it_says"
 RUN_ELSEWHERE = {
     "make demo": CI,
@@ -42,6 +43,9 @@ RUN_ELSEWHERE = {
     "steervit export runs/mine deploy/models --name mine_shirt --compact-for Shirt":
         "test_export.py::test_a_compact_bundle_is_a_bundle_of_its_own",
     "steervit verify": "test_bundle.py::test_verify_needs_no_torch_and_names_what_is_wrong",
+    "steervit serve --repository deploy/typefaces/models": TYPEFACES,
+    "steervit predict --budget 0.6 deploy/typefaces/samples/*.png": TYPEFACES,
+    'steervit compare --profile "lower case"': TYPEFACES,
     "steervit push": DELIVERY,
     "steervit pull": DELIVERY,
     "steervit predict --version canary": "test_delivery.py::test_rollback_and_canary_are_a_pull_with_a_label",

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from processes import ServerProcess, run_main, serving
+from processes import ROOT, ServerProcess, run_main, serving
 
 from export.__main__ import main as export_main
 from export.bundle import Bundle, load_bundle
+from service.cli import main as cli_main
 from service.client import Client
 from service.engine import Engine
 from training.__main__ import main as training_main
@@ -149,3 +150,28 @@ def test_the_committed_bundle_has_the_accuracy_that_its_manifest_states(bundle: 
     assert correct / len(test) == pytest.approx(stated["accuracy"], abs=1.01e-4)
     assert kept / len(test) == pytest.approx(stated["head_usage"], abs=1e-4)
     assert np.mean(shirts) == pytest.approx(profile.evaluation["after"]["recall"], abs=1.01e-3)
+
+
+def test_the_bundle_of_typefaces_answers_by_its_budgets_and_profiles() -> None:
+    """What the samples cost, and what the profile of a form field saves."""
+    folder = ROOT / "deploy" / "typefaces"
+    files = sorted((folder / "samples").glob("*.png"))
+    labels = [file.stem.partition("-")[2] for file in files]
+    assert len(set(labels)) == 62
+    with serving(folder / "models") as server, Client(server.address) as client:
+        model = client.model()
+        assert (model.model, model.graph, len(model.labels)) == ("typefaces", "dispatch.fp32", 62)
+        for budget in (1.0, 0.7, model.lowest_budget):
+            found = client.predict([file.read_bytes() for file in files], budget=budget).predictions
+            right = sum(p.classes[0].label == label for p, label in zip(found, labels, strict=True))
+            assert right > 0.6 * len(files), budget
+            assert np.mean([p.compute_fraction for p in found]) == pytest.approx(budget, abs=0.04)
+        lower = [file for file in files if file.stem.startswith("lower-")]
+        sent = [file.read_bytes() for file in lower]
+        plain, steered = (client.predict(sent, profile=profile).predictions for profile in ("", "lower case"))
+        spent = [np.mean([p.compute_fraction for p in found]) for found in (plain, steered)]
+        assert spent[1] < spent[0] - 0.1
+        for command, given in (("predict", ("--budget", "0.6")), ("compare", ("--profile", "lower case"))):
+            done = run_main(cli_main, command, "--address", server.address, *given, *map(str, lower))
+            assert done.returncode == 0, done.stderr
+            assert "lower-a.png" in done.stdout
