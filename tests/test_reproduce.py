@@ -286,6 +286,17 @@ if __name__ == "__main__":
 """
 
 
+def same_profiles(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same terms, but for rounding: some CPUs sum the products of matrices of other shapes in another order."""
+    assert len(one["profiles"]) == len(other["profiles"]) > 0
+    for profile, same in zip(one["profiles"], other["profiles"], strict=True):
+        assert {**profile, "terms": {}} == {**same, "terms": {}}
+        assert profile["terms"].keys() == same["terms"].keys()
+        for site, terms in profile["terms"].items():
+            for term, again in zip(terms, same["terms"][site], strict=True):
+                assert term == pytest.approx(again, abs=2e-3), profile["name"]
+
+
 @pytest.mark.slow
 def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
     """On the CPU (gloo): gradients of a batch, and profiles of the same network, are those of one process. Started as
@@ -305,9 +316,11 @@ def test_two_processes_measure_as_one(reproduced: Path, tmp_path: Path) -> None:
         shutil.copy(out / name, alone)
     for step in ("profiles", "evaluate"):
         assert main([step, *TINY, "--out", str(alone)]) == 0
-    assert read(out / "profiles.json") == read(alone / "profiles.json")
+    same_profiles(read(out / "profiles.json"), read(alone / "profiles.json"))
     one, two = read(reproduced / "results.json"), read(out / "results.json")
-    assert two["profiles"] == read(alone / "results.json")["profiles"]
+    for entry, other in zip(two["profiles"], read(alone / "results.json")["profiles"], strict=True):
+        assert entry["before"] == other["before"]
+        assert entry["after"] == pytest.approx(other["after"], abs=0.06), entry["name"]
     assert two["ungated"]["accuracy"] == pytest.approx(one["ungated"]["accuracy"], abs=0.1)
     assert two["neutral"]["head_usage"] == pytest.approx(one["neutral"]["head_usage"], abs=0.25)
     assert two["mean_after"]["head_usage"] < two["neutral"]["head_usage"]
