@@ -153,6 +153,21 @@ def test_texts_and_shapes_stand_out_in_both_schemes(scheme: int) -> None:
         assert contrast(colour[shape], colour["card"]) >= 3, shape
 
 
+def test_every_sample_of_a_folder_without_labels_is_on_the_page_by_its_name(
+    driver: webdriver.Chrome, server: ServerProcess
+) -> None:
+    """62 files; 24 are in sight at once."""
+    folder = ROOT / "deploy" / "typefaces" / "samples"
+    with playground(driver, server.address, "--samples", str(folder)) as page:
+        page.open()
+        page.shows("compute", "#result")
+        named = [
+            found.get_attribute("textContent") for found in driver.find_elements(By.CSS_SELECTOR, ".sample .label")
+        ]
+        assert named == sorted(file.stem for file in folder.glob("*.png"))
+        assert len([found for found in driver.find_elements(By.CSS_SELECTOR, ".sample") if found.is_displayed()]) == 24
+
+
 def test_wrong_arguments_and_a_missing_extra_are_named() -> None:
     done = run_main(main, "--samples", "nowhere")
     assert (done.returncode, "--samples is nowhere; allowed: a folder" in done.stderr) == (2, True)

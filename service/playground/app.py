@@ -41,12 +41,13 @@ HERE = Path(__file__).parent
 
 
 def samples_in(folder: Path) -> dict[str, list[str]]:
-    """Image files by label, as paths within the folder: those directly in it ("") and those in folders of labels."""
+    """Image files by label, as paths within the folder. Those directly in it are labelled with their names, without the
+    suffix; those in a folder with that folder's name."""
     found: dict[str, list[str]] = {}
     images = (path for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*")) if path.suffix.lower() in SUFFIXES)
     for path in islice(images, MOST_SAMPLES):
         relative = path.relative_to(folder)
-        found.setdefault(relative.parent.name, []).append(relative.as_posix())
+        found.setdefault(relative.parent.name or path.stem, []).append(relative.as_posix())
     return found
 
 
