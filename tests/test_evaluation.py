@@ -76,8 +76,8 @@ def test_images_of_a_cluster_count_as_one_when_they_are_alike() -> None:
     assert significance.wilson(np.ones(400, bool), designs) == significance.wilson(np.ones(10, bool))
     apart = np.arange(400)
     assert significance.wilson(answers, apart) == pytest.approx(narrow, rel=2e-3)
-    assert significance.effective(answers.astype(float), designs) == pytest.approx(9, rel=0.01)
-    assert significance.effective(answers.astype(float), None) == 400
+    assert significance.effective_images(answers.astype(float), designs) == pytest.approx(9, rel=0.01)
+    assert significance.effective_images(answers.astype(float), None) == 400
 
     before = np.repeat(right((6, True), (1, False)), 4)
     of_four = np.repeat(np.arange(7), 4)

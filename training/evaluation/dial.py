@@ -271,18 +271,18 @@ def curve(
 def asked(budget: float, outcome: Outcome, split: Split, macs: Macs) -> dict[str, Any]:
     """Compute and accuracy at a budget, overall and by class; also MLP usage if MLPs have gates."""
     classes, spent = split.classes, outcome.compute_fraction(macs)
-    right = (outcome.predicted == classes).double()
-    low, high = wilson((right > 0).numpy(), split.clusters)
+    right = outcome.predicted == classes
+    low, high = wilson(right.numpy(), split.clusters)
     of_class: Mapping[int, Tensor] = {int(index): classes == index for index in classes.unique()}
     return {
         "budget": round(float(budget), 6),
         "compute_fraction": round(float(spent.mean()), 5),
-        "accuracy": round(float(right.mean()), 5),
+        "accuracy": round(float(right.double().mean()), 5),
         "accuracy_interval": [round(low, 5), round(high, 5)],
         "images": len(classes),
         "head_usage": round(float(outcome.head_gate.double().mean()), 5),
         **({"mlp_usage": round(float(outcome.mlp_gate.double().mean()), 5)} if outcome.mlp_gate.shape[2] else {}),
         "classes": list(of_class),
         "compute_of_classes": rounded(torch.stack([spent[own].mean() for own in of_class.values()])),
-        "accuracy_of_classes": rounded(torch.stack([right[own].mean() for own in of_class.values()])),
+        "accuracy_of_classes": rounded(torch.stack([right[own].double().mean() for own in of_class.values()])),
     }

@@ -94,25 +94,25 @@ def _compare_controls(settings: Settings, data: Data, run: Run, results: dict[st
 
     dense: the MACs of the run's own model with every unit open.
     """
+    present = {name: control for name, control in controls(settings, data, run).items() if control.run.has("vit")}
+    last_block = present.pop(LAST_BLOCK, None)
+    if last_block and last_block.run.has("profiles"):
+        made_of = last_block.run.digest(*MADE_OF)
+        if results.get("last_block", {}).get("made_of") != made_of:
+            results["last_block"] = _last_block(last_block, data) | {"made_of": made_of}
     along = Along.read(run, data.test) if settings.vit.dial else None
     stored = run.read_tensors(DIFFERENCES)
     known = results.get("controls", {})
     differences: dict[str, Values] = {}
-    for name, control in controls(settings, data, run).items():
-        if not control.run.has("profiles" if name == LAST_BLOCK else "vit"):
-            continue
-        if name == LAST_BLOCK:
-            made_of = control.run.digest(*MADE_OF)
-            if results.get("last_block", {}).get("made_of") != made_of:
-                results["last_block"] = _last_block(control, data) | {"made_of": made_of}
-        elif known.get(name, {}).get("made_of") == (made_of := control.run.digest(MADE_OF[0])):
-            if stored and name in stored.tensors:
-                differences[name] = stored.tensors[name].numpy()
+    for name, control in present.items():
+        made_of = control.run.digest(MADE_OF[0])
+        if known.get(name, {}).get("made_of") == made_of:
+            of_images = stored.tensors[name].numpy() if stored and name in stored.tensors else np.empty(0)
         else:
             entry, of_images = _control(name, control, data, dense, along)
             results["controls"] = known = {**known, name: entry | {"made_of": made_of}}
-            if len(of_images):
-                differences[name] = of_images
+        if len(of_images):
+            differences[name] = of_images
     if known:
         write_values(run, DIFFERENCES, differences, data.test, _shared(settings, data))
 
@@ -273,7 +273,7 @@ def _power(before: significance.Right, after: significance.Right, clusters: np.n
     """The power of the non-inferiority test of recall at this number of images and changed answers, if nothing
     changed."""
     discordance = float((before != after).mean())
-    images = significance.effective(after.astype(np.float64) - before, clusters)
+    images = significance.effective_images(after.astype(np.float64) - before, clusters)
     return {
         "discordance": round(discordance, 5),
         "power": round(significance.power(images, discordance, MARGINS["recall"], LEVEL), 5),

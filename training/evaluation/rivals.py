@@ -175,11 +175,11 @@ def compare(measured: Sequence[dict[str, Measured]]) -> dict[str, dict[str, Any]
     interval and p. For random methods, an image has the mean of all draws.
     """
     found = {}
+    of_classes = [c for m in measured if (c := m[PROFILE].own_clusters) is not None]
+    clusters = np.concatenate(of_classes) if of_classes else None
     for name in measured[0]:
         pairs = [(of_class[name].effect, of_class[NO_STEERING].effect) for of_class in measured]
         rival, profile = (np.concatenate([m[n].own_right for m in measured]) for n in (name, PROFILE))
-        of_classes = [c for m in measured if (c := m[PROFILE].own_clusters) is not None]
-        clusters = np.concatenate(of_classes) if of_classes else None
         found[name] = {
             **{
                 key: round(mean(getattr(rival, key) for rival, _ in pairs), 5)

@@ -64,13 +64,13 @@ def not_below(values: Rightness, margin: float, clusters: NDArray[np.int64] | No
 def power(images: float, discordance: float, margin: float, level: float) -> float:
     """The power of `non_inferiority` when nothing truly changes on average, by the normal approximation.
 
-    discordance: share of the images whose answer becomes right or wrong.
+    images: the number of independent ones. discordance: share of the images whose answer becomes right or wrong.
     """
     error = math.sqrt(discordance / images)
     return float(norm.cdf(margin / error - norm.isf(level))) if error else 1.0
 
 
-def effective(values: Rightness, clusters: NDArray[np.int64] | None) -> float:
+def effective_images(values: Rightness, clusters: NDArray[np.int64] | None) -> float:
     """The number of independent images whose mean has the standard error of values (B,). clusters: as in
     standard_error."""
     error = standard_error(values, clusters)
@@ -145,7 +145,8 @@ def wilson(right: Right, clusters: NDArray[np.int64] | None = None) -> tuple[flo
     """The 95% Wilson interval of a share.
 
     clusters: as in standard_error. The images then count as so many independent ones as have the same standard error
-    (Dean & Pagano 2015, https://doi.org/10.1093/jssam/smv024), as clusters when all are right or all are wrong.
+    (Dean & Pagano 2015, https://doi.org/10.1093/jssam/smv024); if all are right or all are wrong, as many as there are
+    clusters.
     """
     share, n = float(right.mean()), float(len(right))
     if clusters is not None:
