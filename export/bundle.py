@@ -174,7 +174,8 @@ class Manifest:
     dial: tuple[Knot, ...] = ()
     """The dial of a model that takes budgets; else empty."""
     dials: Mapping[str, tuple[Point, ...]] = field(default_factory=dict)
-    """Measurements of the dial on the selection slice, by profile; "": without steering."""
+    """Measurements of the dial, by profile; "": without steering. Accuracy: on the selection slice; compute: also on as
+    many training images."""
 
     @property
     def units(self) -> int:

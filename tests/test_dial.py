@@ -275,8 +275,12 @@ def test_units_that_are_opened_one_by_one_spend_what_is_computed(groups: int, sp
     assert training.opened(every, bias, macs)[0].tolist() == [1], "nothing is closed"
 
 
-def test_curves_are_of_the_selection_slice_and_results_of_the_test_split(model: GatedVit) -> None:
-    splits = [Split(torch.from_numpy(images(size, size)), torch.arange(size) % 5) for size in (5, 60, 40)]
+@pytest.mark.parametrize("copies", [1, 40], ids=["fewer training images", "more"])
+def test_curves_are_of_held_out_and_training_images_and_results_of_the_test_split(model: GatedVit, copies: int) -> None:
+    """Compute is that of the selection slice and as many training images, accuracy that of the slice alone. The
+    training images are one of each class, or copies of these."""
+    train, selection, test = (Split(torch.from_numpy(images(n, n)), torch.arange(n) % 5) for n in (5, 60, 40))
+    splits = train.take(torch.arange(5).repeat(copies)), selection, test
     data, macs, sae = Data(tuple("abcde"), SPEC, *splits), count(model), model_of(small(), mlp_groups=2).sae
     dial = training.calibrate(model, data.selection, macs)
     profile = SteeringProfile("b", ("b",), "by hand", STEERED)
@@ -292,9 +296,17 @@ def test_curves_are_of_the_selection_slice_and_results_of_the_test_split(model: 
 
     for name, points in results["dials"].items():
         tested = results["dial"]["test"][name]
-        outcomes = measured(data.selection, name, [point["budget"] for point in points])
-        spent = [outcome.compute_fraction(macs).mean().item() for outcome in outcomes]
-        assert np.mean([p["compute_fraction"] for p in points]) == pytest.approx(np.mean(spent), abs=1e-6), "monotone"
+        held_out, drawn = (measured(of, name, [point["budget"] for point in points]) for of in (selection, train))
+        if name:
+            each = [
+                (own.compute_fraction(macs).sum(), other.compute_fraction(macs)[0])
+                for own, other in zip(held_out, drawn, strict=True)
+            ]
+            spent = [(own + min(copies, 12) * other).item() / (12 + min(copies, 12)) for own, other in each]
+            assert np.mean([p["compute_fraction"] for p in points]) == pytest.approx(np.mean(spent), abs=1e-6)
+        classes = selection.classes[selection.classes == 1] if name else selection.classes
+        right = [(outcome.predicted == classes).double().mean().item() for outcome in held_out]
+        assert [point["measured_accuracy"] for point in points] == pytest.approx(right, abs=1e-6)
         along = [Point(**point) for point in points]
         outcomes = measured(data.test, name, [position(point["budget"], along) for point in tested])
         spent = [outcome.compute_fraction(macs).mean().item() for outcome in outcomes]

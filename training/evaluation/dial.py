@@ -1,14 +1,15 @@
 """Measures the dial: compute and accuracy at each budget, without steering and under each profile.
 
-Curves are measured on the selection slice, and turn budgets into positions as in the server. The same budgets are then
-requested on the test split; the compute spent there shows how accurate the dial is.
+Curves turn budgets into positions as in the server. Their accuracy is that on the selection slice; their compute is the
+mean over it and as many training images, because compute needs no labels, and a larger sample is nearer to new images
+(on typefaces: six times the designs). The same budgets are then requested on the test split; the compute spent there
+shows how accurate the dial is.
 
 A profile is measured on its own images: those of its classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,20 +109,18 @@ def measure_dial(
 ) -> tuple[dict[str, Any], Along]:
     """The measurements for results.json, and the correct answers along the dial without steering.
 
-    `dials`: the curves on the selection slice, by profile. `dial`: compute and accuracy on the test split at the same
+    `dials`: the curves, by profile. `dial`: compute and accuracy on the test split at the same
     budgets, the same with random units, and the largest distance between requested and spent compute.
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
-    at = partial(at_positions, dial, model)
     budgets = budgets_of(dial)
-    unsteered = measure_unsteered(dial, model, data, macs)
+    unsteered = measure_unsteered(dial, model, data, macs, seed)
     curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
-        own = of_classes(data.selection, of.classes)
-        curves[of.name] = fine_curve(budgets, partial(at, own, of.steer), own.classes, macs)
-        own, points = of_classes(data.test, of.classes), curves[of.name]
+        selection, train, own = (of_classes(split, of.classes) for split in (data.selection, data.train, data.test))
+        points = curves[of.name] = calibrated(budgets, dial, model, of.steer, selection, train, macs, seed)
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
-        outcomes = at(own, of.steer, [position(budget, points) for budget in reached])
+        outcomes = at_positions(dial, model, own, of.steer, [position(budget, points) for budget in reached])
         tested[of.name] = [asked(b, o, own, macs) for b, o in zip(reached, outcomes, strict=True)]
     chosen = budgets[:-1:2]
     by_chance = [random_order(float(b), model, data.test, macs, seed) for b in chosen]
@@ -138,7 +137,7 @@ class Unsteered:
     """The measurements of a dial without steering."""
 
     curve: list[Point]
-    """The curve on the selection slice."""
+    """The curve of `calibrated`."""
     tested: list[dict[str, Any]]
     """Compute and accuracy on the test split at the budgets of the curve."""
     along: Along
@@ -149,11 +148,10 @@ def budgets_of(dial: Dial) -> np.ndarray:
     return np.maximum(np.linspace(dial.lowest, 1, MIN_POINTS).round(4), dial.lowest)
 
 
-def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs) -> Unsteered:
+def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs, seed: int) -> Unsteered:
     """Measure the dial of a model without steering."""
     budgets, test = budgets_of(knots), data.test
-    selection = data.selection
-    points = fine_curve(budgets, partial(at_positions, knots, model, selection, None), selection.classes, macs)
+    points = calibrated(budgets, knots, model, None, data.selection, data.train, macs, seed)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
     tested = [asked(b, o, test, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
@@ -217,13 +215,34 @@ def at_positions(
     return [answers(model, split, steer, gate_bias=bias) for bias in biases]
 
 
+def calibrated(
+    budgets: Sequence[float] | np.ndarray,
+    dial: Dial,
+    model: GatedNetwork,
+    steer: Steer | None,
+    selection: Split,
+    train: Split,
+    macs: Macs,
+    seed: int,
+) -> list[Point]:
+    """The fine_curve of these selection images and as many random training images (fewer if there are fewer)."""
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(selection)]
+    splits = selection, train.take(drawn)
+
+    def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
+        of_splits = [at_positions(dial, model, split, steer, positions) for split in splits]
+        return [held_out.joined(more) for held_out, more in zip(*of_splits, strict=True)]
+
+    return fine_curve(budgets, at, selection.classes, macs)
+
+
 def fine_curve(
     budgets: Sequence[float] | np.ndarray,
     at: Callable[[Sequence[float] | np.ndarray], list[Outcome]],
     classes: Tensor,
     macs: Macs,
 ) -> list[Point]:
-    """The curve through the positions `budgets` and, where it is steep, through the positions at which it reaches the
+    """As `curve`, through the positions `budgets` and, where it is steep, through the positions at which it reaches the
     budgets: units that are closed for almost every image open at about the same position. Places are interpolated and
     halved in turn, because interpolation alone nears a jump slowly. at: returns the outcomes at positions."""
     measured = dict(zip(map(float, budgets), at(budgets), strict=True))
@@ -258,9 +277,11 @@ def _one_unit_apart(left: Outcome, right: Outcome) -> bool:
 def curve(
     budgets: Sequence[float] | np.ndarray, outcomes: Sequence[Outcome], classes: Tensor, macs: Macs
 ) -> list[Point]:
-    """The curve with one point per position: mean compute and accuracy, both made monotone."""
+    """The curve with one point per position: the mean compute of all images, and the accuracy on the first of them,
+    whose classes are given; both made monotone."""
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
-    right = np.array([float((outcome.predicted == classes).double().mean()) for outcome in outcomes])
+    held_out = [outcome.predicted[: len(classes)] for outcome in outcomes]
+    right = np.array([float((predicted == classes).double().mean()) for predicted in held_out])
     rising = zip(isotonic_regression(spent).x, isotonic_regression(right).x, strict=True)
     return [
         Point(round(float(b), 6), round(float(s), 6), round(float(a), 6), round(float(raw), 6))

@@ -122,16 +122,11 @@ def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[Ga
     of images. Of the training images, only those for finding profiles."""
     train = data.train
     pool = train.take(balanced(train.classes, min(1.0, settings.profiles.pool / len(train)), settings.seed)[0])
-    network, entered = _faster(model, [pool, data.selection, data.test])
-    return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
-
-
-def _faster(model: GatedVit, splits: Sequence[Split]) -> tuple[GatedNetwork, list[Split]]:
-    """A faster equivalent of the model and its splits, as in _from_the_gates."""
+    splits = [pool, data.selection, data.test]
     network, entered = shortcut(model, splits)
     if network is model and tokens_size(model, splits) <= TOKENS:
-        return from_first_gate(model, splits)
-    return network, entered
+        network, entered = from_first_gate(model, splits)
+    return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
 
 
 def _protocol(
@@ -333,9 +328,8 @@ def _control(name: str, control: Control, data: Data, dense: int, along: Along |
     }
     differences = np.empty(0)
     if along is not None and control.settings.vit.dial:
-        network, entered = _faster(model, [data.selection, data.test])
-        data = replace(data, selection=entered[0], test=entered[1])
-        unsteered = measure_unsteered(_knots(control.run), network, data, macs)
+        network, entered = _from_the_gates(control.settings, model, data)
+        unsteered = measure_unsteered(_knots(control.run), network, entered, macs, control.settings.seed)
         found["dial"] = unsteered.tested
         found["area"], differences = compare_areas(along, unsteered.along)
     elif along is not None and name in MARGINS_OF_DIAL and along.spent[0] <= compute <= along.spent[-1]:

@@ -67,6 +67,15 @@ class Outcome:
         """The answers for some images. index: int64 rows, or a bool mask (B,)."""
         return Outcome(self.logits[index], self.gate[index], self.gate_logit[index], self.heads)
 
+    def joined(self, other: "Outcome") -> "Outcome":
+        """These images, then the other's."""
+        return Outcome(
+            torch.cat([self.logits, other.logits]),
+            torch.cat([self.gate, other.gate]),
+            torch.cat([self.gate_logit, other.gate_logit]),
+            self.heads,
+        )
+
 
 @dataclass(frozen=True)
 class Effect:
