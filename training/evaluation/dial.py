@@ -34,6 +34,8 @@ from training.steering import SteeringProfile
 
 DRAWS = 3
 """Number of draws of random units."""
+HELD_OUT = 2000
+"""Largest number of selection images that the curve of a profile is measured on."""
 NEAR, FINE = 0.003, 0.01
 """Compute fractions: a budget that is further than NEAR from both of its neighbours on a curve, which are further than
 FINE apart, gets a point of its own."""
@@ -118,7 +120,8 @@ def measure_dial(
     curves, tested = {UNSTEERED: unsteered.curve}, {UNSTEERED: unsteered.tested}
     for of in tqdm(steered, desc="evaluate: dial", unit="curve", dynamic_ncols=True):
         selection, train, own = (of_classes(split, of.classes) for split in (data.selection, data.train, data.test))
-        points = curves[of.name] = calibrated(budgets, dial, model, of.steer, selection, train, macs, seed)
+        held_out = some(selection, HELD_OUT, seed)
+        points = curves[of.name] = calibrated(budgets, dial, model, of.steer, held_out, train, macs, seed)
         reached = [b for b in budgets if points[0].compute_fraction <= b <= points[-1].compute_fraction]
         outcomes = at_positions(dial, model, own, of.steer, [position(budget, points) for budget in reached])
         tested[of.name] = [asked(b, o, own, macs) for b, o in zip(reached, outcomes, strict=True)]
@@ -207,6 +210,11 @@ def of_classes(split: Split, classes: tuple[int, ...]) -> Split:
     return split.take(torch.isin(split.classes, torch.tensor(classes)).nonzero()[:, 0])
 
 
+def some(split: Split, most: int, seed: int) -> Split:
+    """At most this many random images of the split."""
+    return split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:most])
+
+
 def at_positions(
     dial: Dial, model: GatedNetwork, split: Split, steer: Steer | None, positions: Sequence[float] | np.ndarray
 ) -> list[Outcome]:
@@ -226,8 +234,7 @@ def calibrated(
     seed: int,
 ) -> list[Point]:
     """The fine_curve of these selection images and as many random training images (fewer if there are fewer)."""
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(selection)]
-    splits = selection, train.take(drawn)
+    splits = selection, some(train, len(selection), seed)
 
     def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
         of_splits = [at_positions(dial, model, split, steer, positions) for split in splits]
