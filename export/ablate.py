@@ -1,4 +1,4 @@
-"""python -m export.ablate deploy/models/fashion_mnist/5 --out runs/ablation [--split test]
+"""python -m export.ablate deploy/models/fashion_mnist/6 --out runs/ablation [--split test]
 
 Measures what the class profiles of a bundle owe to the latents' activations, and to knowing the class
 (training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. Takes an estimated 15

@@ -1,4 +1,4 @@
-"""python -m export.dictionaries deploy/models/fashion_mnist/5 --out runs/dictionaries
+"""python -m export.dictionaries deploy/models/fashion_mnist/6 --out runs/dictionaries
 
 Compares the autoencoders of a bundle with principal components: FVU and gate agreement over k, stability over seeds,
 and how well each latent's effect on each gate is predicted (training/evaluation/dictionaries.py). For typefaces also:

@@ -1,4 +1,4 @@
-"""python -m export.selective deploy/models/fashion_mnist/5 --out runs/selective [--split test]
+"""python -m export.selective deploy/models/fashion_mnist/6 --out runs/selective [--split test]
 
 Finds selective profiles for a bundle: for all traffic, they cut the compute of a context's images and leave other
 images alone (training/profiles/selective.py). Compares them with rivals from the same images, prints a table, and
