@@ -115,7 +115,7 @@ def test_profiles_come_change_and_go_beside_the_bundles_own(
 def test_the_default_profile_steers_requests_that_ask_for_nothing(
     bundle: Bundle, tmp_path: Path, samples: dict[str, list[bytes]]
 ) -> None:
-    always = replace(profile("always"), kind="selective")
+    always = replace(bundle.profiles["Bag"], name="always", kind="selective")
     file, files = tmp_path / "a.json", samples["Bag"]
     file.write_text(content(bundle, always))
     flags = ("--profiles-dir", str(tmp_path), "--poll-seconds", "0.1", "--default-profile")
