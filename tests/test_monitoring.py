@@ -66,13 +66,14 @@ class Run:
 
 def ask(server: ServerProcess, samples: dict[str, list[bytes]], received: Received, end: float) -> None:
     """Every kind of call, again and again: each class under its profile, unsteered, own terms, bad input."""
+    footwear = [file for label in ("Sandal", "Sneaker", "Ankle boot") for file in samples[label]]
     with Client(server.address) as client:
         while time.monotonic() < end:
             for label, files in samples.items():
                 received.add(label, client.predict(files, profile=label).predictions)
                 received.add("none", client.predict(files).predictions)
             received.add("custom", client.predict(samples["Bag"], terms={0: (SteeringTerm(1, 2.0),)}).predictions)
-            compared = client.compare(samples["Sandal"], profile="footwear").comparisons
+            compared = client.compare(footwear, profile="footwear").comparisons
             received.add("none", [found.unsteered for found in compared])
             received.add("footwear", [found.steered for found in compared])
             odd = client.predict(samples["Bag"], profile="none").predictions
