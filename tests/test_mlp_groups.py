@@ -1,8 +1,10 @@
 """MLP groups and gate biases in every kind of graph, against PyTorch, and against MLPs without the closed groups."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import ROOT, until
 from safetensors.torch import load_file
 from small_models import SPEC, STEERED, assert_same, images, of_kind, rows
 
@@ -24,10 +27,11 @@ from export.precision import Int8
 from export.rebuild import _state
 from export.session import Arrays, open_session, run_onnx
 from training.__main__ import main
-from training.checkpoint import Run
+from training.checkpoint import Run, Stored
 from training.config import VitSettings
 from training.data.splits import Split
 from training.dial import Dial, Point, check_curve
+from training.evaluation.protocol import STATE
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.gated_vit import GatedVit, keep_positive
@@ -210,7 +214,8 @@ def test_groups_come_back_from_the_weights_of_a_graph() -> None:
 
 
 def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
-    """Every stage up to the report, with the models to compare with, on three classes of stripes."""
+    """Every stage up to the report, with the models to compare with, on three classes of stripes. The first `evaluate`
+    is killed, and resumed."""
     draw = np.random.default_rng(0)
     for label in range(3):
         (tmp_path / "images" / f"c{label}").mkdir(parents=True)
@@ -227,15 +232,22 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
     }  # fmt: skip
     given = ["--preset=smoke", "--data.dataset=folder", "--vit.dial", *(f"--{k}={v}" for k, v in flags.items())]
 
-    def results_after(*steps: str) -> dict[str, Any]:
-        for step in steps:
-            assert main([step, "--out", str(run), *given]) == 0
-        found: dict[str, Any] = json.loads((run / "results.json").read_text())
-        return found
+    def steps(*names: str) -> dict[str, Any]:
+        for name in names:
+            assert main([name, "--out", str(run), *given]) == 0
+        return Run(run).results() if Run(run).has_results() else {}
 
-    alone = results_after("vit", "sae", "profiles", "evaluate")
+    steps("vit", "sae", "profiles")
+    with subprocess.Popen([sys.executable, "-m", "training", "evaluate", "--out", run, *given], cwd=ROOT) as process:
+        until((run / f"{STATE}.safetensors").is_file)
+        process.kill()
+    meta = cast(Stored, Run(run).read_tensors(STATE)).meta
+    Run(run).write_tensors(STATE, {}, {**meta, "results": {**meta["results"], "before": "the kill"}})
+    alone = steps("evaluate")
+    assert alone.pop("before") == "the kill", "is resumed, not measured again"
+    assert not list(run.glob("*.state.safetensors"))
     Run(run).write_json("results.json", {**alone, "from before": True})
-    results = results_after("controls", "evaluate", "report")
+    results = steps("controls", "evaluate", "report")
     assert alone["controls"].keys() == {"dense"}
     added = {"controls": results["controls"], "from before": True}
     assert results == alone | added, "what was measured is kept"
@@ -292,7 +304,7 @@ def test_a_run_with_a_dial_goes_the_whole_way(tmp_path: Path) -> None:
 
     profiles = run / "profiles.json"
     profiles.write_text(profiles.read_text() + "\n")
-    anew = results_after("evaluate")
+    anew = steps("evaluate")
     assert anew.pop("made_of") != results.pop("made_of")
     assert anew == {key: value for key, value in results.items() if key != "from before"}, "measured again, and equal"
     assert load_file(run / "differences.safetensors").keys() == of_images.keys()

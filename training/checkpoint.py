@@ -158,6 +158,11 @@ class Run:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
         return Stored(load_file(path), meta)
 
+    def remove_tensors(self, name: str) -> None:
+        """Remove the file of `write_tensors`, if it is there."""
+        if processes.is_main():
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file; in processes other than 0, do nothing."""
         if not processes.is_main():

@@ -46,6 +46,8 @@ PATTERN = (
 )
 MADE_OF = ("vit.safetensors", "sae.safetensors", "profiles.json")
 """The files of a run that its results follow from, the model first."""
+STATE = "evaluate.state"
+"""Name of the tensors in a run folder: what an interrupted `evaluate` has measured."""
 TOKENS = 2 * 2**30
 """Bytes. Up to this size, the tokens that enter the first gated block are kept for all images, in place of the
 images."""
@@ -63,8 +65,9 @@ def evaluate(
     if results.get("made_of") == made_of:
         print(f"evaluate: keeps what {run.folder / 'results.json'} has; without that file all is measured", flush=True)
     else:
-        results = _measure(settings, data, run, model, sae, profiles) | {"made_of": made_of}
+        results = _measure(settings, data, run, model, sae, profiles, made_of) | {"made_of": made_of}
         run.write_json("results.json", results)
+        run.remove_tensors(STATE)
     _compare_controls(settings, data, run, results, count(model).dense)
     of_results = soundness.of_results(results)
     soundness.show("evaluate", of_results)
@@ -75,12 +78,24 @@ def evaluate(
 
 
 def _measure(
-    settings: Settings, data: Data, run: Run, model: GatedVit, sae: Sae, profiles: Sequence[SteeringProfile]
+    settings: Settings,
+    data: Data,
+    run: Run,
+    model: GatedVit,
+    sae: Sae,
+    profiles: Sequence[SteeringProfile],
+    made_of: str,
 ) -> dict[str, Any]:
-    """The results of the model itself: all but the controls."""
+    """The results of the model itself: all but the controls. made_of: what they follow from; the part before the dial,
+    which takes most of the time, is kept if this is interrupted."""
     network, entered = _from_the_gates(settings, model, data)
     dial = _knots(run) if settings.vit.dial else None
-    results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
+    stored = run.read_tensors(STATE)
+    if stored and stored.meta["made_of"] == made_of:
+        results: dict[str, Any] = stored.meta["results"]
+    else:
+        results = _protocol(settings, entered, run, model, network, sae, profiles, dial)
+        run.write_tensors(STATE, {}, {"made_of": made_of, "results": results})
     if dial is not None:
         of_dial, along = measure_dial(dial, network, sae, profiles, entered, count(model), settings.seed)
         results |= of_dial
