@@ -1,8 +1,8 @@
 """python -m export.ablate deploy/models/fashion_mnist/6 --out runs/ablation [--split test]
 
 Measures what the class profiles of a bundle owe to the latents' activations, and to knowing the class
-(training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. Takes an estimated 15
-minutes on one core of an AMD EPYC for the learned parts, which are kept in --out, and 10 for the test split.
+(training/evaluation/ablation.py). Prints two tables and writes <out>/ablation.<split>.json. Takes 15 minutes on one
+core of an AMD EPYC; what it learns is kept in --out.
 """
 
 import argparse
