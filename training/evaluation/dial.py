@@ -111,8 +111,8 @@ def measure_dial(
 ) -> tuple[dict[str, Any], Along]:
     """The measurements for results.json, and the correct answers along the dial without steering.
 
-    `dials`: the curves, by profile. `dial`: compute and accuracy on the test split at the same
-    budgets, the same with random units, and the largest distance between requested and spent compute.
+    `dials`: the curves, by profile. `dial`: compute and accuracy on the test split at the same budgets, the same with
+    random units, and the largest distance between requested and spent compute.
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
     budgets = budgets_of(dial)
@@ -249,7 +249,7 @@ def fine_curve(
     classes: Tensor,
     macs: Macs,
 ) -> list[Point]:
-    """As `curve`, through the positions `budgets` and, where it is steep, through the positions at which it reaches the
+    """`curve` through the positions `budgets` and, where it is steep, through the positions at which it reaches the
     budgets: units that are closed for almost every image open at about the same position. Places are interpolated and
     halved in turn, because interpolation alone nears a jump slowly. at: returns the outcomes at positions."""
     measured = dict(zip(map(float, budgets), at(budgets), strict=True))

@@ -86,8 +86,8 @@ def _measure(
     profiles: Sequence[SteeringProfile],
     made_of: str,
 ) -> dict[str, Any]:
-    """The results of the model itself: all but the controls. made_of: what they follow from; the part before the dial,
-    which takes most of the time, is kept if this is interrupted."""
+    """The results of the model itself: all but the controls. made_of: the digest of what they follow from. If this is
+    interrupted, the part before the dial, about half of the time, is kept for the next run."""
     network, entered = _from_the_gates(settings, model, data)
     dial = _knots(run) if settings.vit.dial else None
     stored = run.read_tensors(STATE)
