@@ -197,6 +197,10 @@ FAMILIES = (
         "gauge", "steervit_profiles_last_read_successful",
         "0 while the profile folder is invalid and its last valid state is served; else 1.",
     ),
+    Family(
+        "gauge", "steervit_repository_last_read_successful",
+        "0 while the repository folder or a labels.json in it is invalid and its last valid state is served; else 1.",
+    ),
     Family("counter", "steervit_model_load_failures", "Failed attempts to load a version.", MODEL),
     Family(
         "gauge", "steervit_model_load_failed", "1 for each version that could not be loaded.", MODEL

@@ -89,6 +89,8 @@ class Metrics:
         """By client with its own limits, and one entry for all others. Replaced as a whole."""
         self.limits_right = True
         """Whether the limits by client are those in their current file."""
+        self.repository_right = True
+        """Whether the repository folder and its labels were valid when they were last read."""
         self._lock = threading.Lock()
         """Guards the fields below."""
         self._failed: dict[str, list[str]] = {}
@@ -200,6 +202,7 @@ class Metrics:
             )
         if self._clients:
             rows["steervit_client_limits_last_read_successful"].append(((), int(self.limits_right)))
+        rows["steervit_repository_last_read_successful"].append(((), int(self.repository_right)))
         rows["steervit_build_info"].append((self._program, 1))
         for names, failures_of in failures.items():
             rows["steervit_model_load_failures"].append((names, failures_of.value))

@@ -79,13 +79,15 @@ class Repository:
     """Loads and unloads models when the folder changes or clients ask for it, and returns the model for a request."""
 
     def __init__(self, settings: Settings, metrics: Metrics, profiles: ProfileFolder):
-        """Loads the models. Raises BundleError or EngineError when no version of a model loads; with --model-control
-        none, when any of its versions does not."""
+        """Loads the models. Raises BundleError or EngineError when no version of a model loads, or its labels are
+        invalid; with --model-control none, when any of its versions does not load."""
         self._settings, self._metrics, self._profiles = settings, metrics, profiles
         self._pool = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
         """Changes in progress."""
+        self.problem = ""
+        """What was wrong with the folder or with a labels.json at the last scan; "" if nothing was."""
         self._shelves = Catalogue()
         """The state of the folder at the last scan."""
         self._scan()
@@ -94,6 +96,8 @@ class Repository:
         """Models without a version that loads."""
         versions_to_load = sum(len(plan.selected(settings.versions, shelf)) for shelf in self._shelves.values())
         self._surroundings = Surroundings(serving=False, spinning=versions_to_load == 1)
+        if self.problem:  # without its labels, another version would serve requests that name none
+            raise BundleError(self.problem)
         for name, shelf in self._shelves.items():
             loaded = Loaded()
             self._put_in_place(name, shelf, loaded, self._attempt(name, shelf, loaded))
@@ -173,8 +177,15 @@ class Repository:
         return await self._completed(self._refresh(only))
 
     def _scan(self) -> Catalogue:
-        """Scan the repository folder; newly skipped paths are logged."""
-        shelves = scan(self._settings.repository)
+        """Scan the repository folder; newly skipped paths are logged. Raises BundleError or OSError."""
+        try:
+            shelves = scan(self._settings.repository)
+            self.problem = next((shelf.problem for shelf in shelves.values() if shelf.problem), "")
+        except (BundleError, OSError) as error:
+            self.problem = str(error)
+            raise
+        finally:
+            self._metrics.repository_right = not self.problem
         for path, reason in shelves.skipped.items():
             if self._shelves.skipped.get(path) != reason:
                 log.warning("skipped in the repository: %s: %s", path, reason)

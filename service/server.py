@@ -176,6 +176,8 @@ class Server:
             return "an inference thread has ended or hangs"
         if problem := self._profiles.problem:
             return problem if self._profiles.pending else f"degraded, as profiles are unchanged: {problem}"
+        if self._repository.problem:
+            return f"degraded, as the repository's last valid state is served: {self._repository.problem}"
         if self._limits and self._limits.problem:
             return f"degraded, as the limits of clients are unchanged: {self._limits.problem}"
         return ""

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 from processes import MODELS, ServerProcess, run_main
 
 from export.bundle import Bundle
 from service import doctor
+from service.client import Client
 
 
 def test_the_doctor_reports_the_facts_and_the_problems(
@@ -26,6 +28,11 @@ def test_the_doctor_reports_the_facts_and_the_problems(
         "/livez 200 OK", "/readyz 200 OK",
     ):  # fmt: skip
         assert re.search(rf"^  {line}", healthy.stdout, re.MULTILINE), line
+    with Client(server.address) as client, pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+        client.predict([b""], profile="no such profile")
+    counted = [line.split() for line in run_main(doctor.main, *metrics).stdout.splitlines() if "  steervit_" in line]
+    assert any('code="NOT_FOUND"' in name for name, _ in counted)
+    assert all(float(count) > 0 for _, count in counted), "zeros hide the failures"
     (tmp_path / "a.json").write_text("{")
     ill = run_main(doctor.main, "--metrics-port", "1", "--profiles-dir", str(tmp_path), "--default-profile", "x")
     assert ill.returncode == 1

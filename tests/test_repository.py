@@ -188,11 +188,31 @@ def test_labels_name_versions_and_follow_their_file(polling: ServerProcess, repo
         assert statistics_of(polling, "canary") == ["2"]
         for wrong in ("{", '{"stable": 9}', '{"Stable!": 1}', "[1]"):
             label(wrong)
-            time.sleep(0.3)
+            until(lambda: polling.count("steervit_repository_last_read_successful") == 0)
+            said = polling.page("readyz")
+            assert said.startswith(f"OK\ndegraded, as the repository's last valid state is served: {repository}"), said
             assert version_of(client) == version_of(client, "stable") == "1"
+            done = run_main(main, "--repository", str(repository), *POLL, "--port", "0", "--metrics-port", "0")
+            assert (done.returncode, "labels.json" in done.stderr) == (1, True), "it would serve version 2 by default"
+            label('{"stable": 1, "canary": 2}')
+            until(lambda: polling.count("steervit_repository_last_read_successful") == 1)
+        assert polling.page("readyz") == "OK\n"
         assert "is 'beta'; allowed: '1', '2', 'canary', 'stable', or none" in refusal(version_of, client, "beta")[1]
         label('{"stable": 2}')
         until(lambda: version_of(client) == "2")
+
+
+def test_a_repository_that_disappears_is_reported_and_its_models_are_served(
+    polling: ServerProcess, repository: Path
+) -> None:
+    with Client(polling.address) as client:
+        elsewhere = repository.rename(repository.with_name("elsewhere"))
+        until(lambda: polling.count("steervit_repository_last_read_successful") == 0)
+        assert polling.page("readyz").endswith(f": repository is {repository}, which is not a folder\n")
+        assert version_of(client) == "1"
+        elsewhere.rename(repository)
+        until(lambda: polling.count("steervit_repository_last_read_successful") == 1)
+        assert polling.page("readyz") == "OK\n"
 
 
 def test_models_come_and_go(polling: ServerProcess, repository: Path, small: Bundle) -> None:

@@ -34,7 +34,7 @@ CAUSED = {
     "SteervitQueueSaturated", "SteervitBrownout",
     "SteervitImagesDropped", "SteervitImagesExpired", "SteervitNoTraffic", "SteervitModelNotLoaded",
     "SteervitClientRefused", "SteervitClientLimitsNotRead",
-    "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
+    "SteervitRepositoryNotRead", "SteervitProfilesNotRead", "SteervitHeadUsageDrifts", "SteervitShadowAgreementLow",
 }  # fmt: skip
 """Caused by test_faults_raise_their_alerts. The others need hardware or days: only tests.yaml tries them."""
 
@@ -193,6 +193,7 @@ def test_faults_raise_their_alerts(
                 version = repository / "fashion_mnist" / f"{bundle.manifest.version + 1}"
                 shutil.copytree(bundle.folder, version)
                 (version / "dispatch.fp32.onnx").write_bytes(b"")
+                (repository / "fashion_mnist" / "labels.json").write_text('{"stable": 0}')
                 (profiles / "wrong.json").write_text("{")  # a profile folder that is wrong
                 with Client(ill.address, attempts=1, name="greedy") as client:
                     client.predict(samples["Bag"][:1])

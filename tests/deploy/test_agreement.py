@@ -345,6 +345,16 @@ def test_no_overlay_serves_the_example_of_a_profile(target: str) -> None:
     assert "steervit-profiles" not in {each["metadata"]["name"] for each in of_kind(objects(target), "ConfigMap")}
 
 
+@pytest.mark.parametrize("target", OVERLAYS)
+def test_a_component_in_the_comments_of_an_overlay_is_one_line_that_can_be_uncommented(target: str) -> None:
+    text = (KUBERNETES / target / "kustomization.yaml").read_text()
+    on = yaml.safe_load(re.sub(r"^( +)# (?=- )", r"\1", text, flags=re.M)).get("components", [])
+    in_list = re.findall(r"components/([\w-]+)", text.partition("\ncomponents:")[2])
+    assert on == [f"../../components/{name}" for name in in_list]
+    for name in in_list:
+        assert (KUBERNETES / "components" / name / "kustomization.yaml").is_file()
+
+
 def test_the_example_of_a_profile_fits_the_committed_bundle(bundle: Bundle) -> None:
     folder = ProfileFolder(KUBERNETES / "components" / "profiles", Metrics(CollectorRegistry(), 0))
     assert folder.refresh([(bundle, "")])

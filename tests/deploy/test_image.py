@@ -167,7 +167,7 @@ def test_what_the_runbook_runs_in_a_pod_works_there(image: SimpleNamespace) -> N
     shutil.copytree(ROOT / "deploy" / "profiles", image.root / "profiles", dirs_exist_ok=True)
     (version,) = filter(Path.is_dir, (image.models / "fashion_mnist").iterdir())
     lines = {c.text.partition(IN_A_POD)[2] for c in commands("deploy/RUNBOOK.md")} - {""}
-    assert len(lines) == 6
+    assert len(lines) == 7
     container = rehearsal.run(
         image.target, image.root, image.models, STEERVIT_PROVIDER="cpu", STEERVIT_PROFILES_DIR=profiles
     )

@@ -20,8 +20,19 @@ from deploy.kubernetes.tools import CHECKOV, KSERVE
 
 VERSIONS = ("1.30", "1.37")
 """Of Kubernetes: the oldest (the first with the preStop sleep) and the newest that the schemas know."""
-NEWER = {"components/model-image": "1.31"}
-"""Of Kubernetes, the first that knows what a target needs."""
+NEWER = {"components/model-image": "1.33"}
+"""Of Kubernetes, the first that knows and admits what a target needs."""
+RESTRICTED = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
+"""Kinds of volumes that the pod security policy `restricted` admits in every version."""
 OPERATORS = {"monitoring.coreos.com/v1": prometheus_operator, "keda.sh/v1alpha1": keda}
 """Models of their objects, by apiVersion."""
 CUSTOM = {*OPERATORS, "serving.kserve.io/v1alpha1", "serving.kserve.io/v1beta1", "gateway.networking.k8s.io/v1"}
@@ -68,6 +79,14 @@ def test_objects_fit_the_schemas_of_kubernetes(target: str, version: str) -> Non
             kubernetes_validate.validate(each, version, strict=True)
         except kubernetes_validate.ValidationError as error:
             pytest.fail(f"{each['kind']} {each['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_policy_of_the_namespace_admits_every_volume(target: str) -> None:
+    """Image volumes from Kubernetes 1.33 on (kubernetes/kubernetes#130394), two versions after the API has them."""
+    admitted = RESTRICTED | ({"image"} if NEWER.get(target, VERSIONS[0]) >= "1.33" else set())
+    for pod in pods(objects(target)):
+        assert {kind for volume in pod.spec.get("volumes", ()) for kind in volume} - {"name"} <= admitted
 
 
 def test_the_job_that_pulls_onto_the_volume_fits_the_schemas_and_the_claim() -> None:
