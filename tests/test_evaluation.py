@@ -1,6 +1,7 @@
 """Statistics and baselines with numbers computed by hand."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from training.evaluation.baselines import (
 from training.evaluation.changes import CHANGES, changes, placements, ratio, write_values
 from training.evaluation.class_agnostic import class_knowledge
 from training.evaluation.criteria import MARGINS, criteria
+from training.evaluation.protocol import _profile_entry
 from training.evaluation.rivals import Measured, compare
 from training.evaluation.seeds import _intervals
 from training.image_spec import ImageSpec
@@ -44,7 +46,7 @@ from training.model.inference import Effect, Outcome, answers, auroc, effect, ga
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.fit import own_and_others, targets_of
-from training.steering import SteeringTerm
+from training.steering import SteeringProfile, SteeringTerm
 
 LABELS = ["a", "b", "c"]
 
@@ -107,6 +109,40 @@ def test_non_inferiority_of_a_published_trial() -> None:
     assert significance.non_inferiority(right((90, True), (10, False)), right((80, True), (20, False)), 0.1) == 0.5
     before, after = right((1, True), (5, False), (4, True)), right((1, False), (5, True), (4, True))
     assert significance.non_inferiority(before, after, 0.0) == pytest.approx(norm.sf(4 / math.sqrt(6)))
+
+
+def test_non_inferiority_counts_designs_that_change_together_once() -> None:
+    """The trial again, each patient four times; five images that do not change; and 112 designs of seven images."""
+    before, after = right((44, True)).repeat(4), right((43, True), (1, False)).repeat(4)
+    p = significance.non_inferiority(before, after, 0.1, np.arange(44).repeat(4))
+    assert p == pytest.approx(norm.sf(1.709), rel=0.05)
+    assert significance.non_inferiority(before, after, 0.1) < p / 100
+    few = significance.non_inferiority(before[:5], before[:5], 0.01, np.array([0, 0, 1, 1, 1]))
+    assert few == pytest.approx(norm.sf(math.sqrt(5 / 99))), "nothing is shown by five images"
+    rng, shown, designs = np.random.default_rng(0), 0, np.arange(112).repeat(7)
+    before = np.ones(784, bool)
+    for _ in range(1000):
+        shown += significance.non_inferiority(before, rng.random(784) > 0.01, 0.01, designs) < 0.05
+    assert shown / 1000 < 0.05 + 0.021, "a loss of the margin is rejected in one of 20 cases (and 3 standard errors)"
+
+
+@pytest.mark.parametrize("designs", [None, [0, 0, 0, 1, 1]], ids=["images", "designs"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_one_image_of_a_label_shows_nothing(lost: bool, designs: list[int] | None) -> None:
+    """Label 0 has one image; or two, of one design. One of them may be lost."""
+    classes = torch.tensor([1, 1, 1, 0, 0] if designs else [1, 1, 1, 1, 0])
+    split = Split(torch.zeros(5), classes, factors=None if designs is None else torch.tensor(designs)[:, None])
+    neutral = outcome([[0.0, 1.0]] * 3 + [[1.0, 0.0]] * 2)
+    under = outcome([[0.0, 1.0]] * 3 + [[1.0, 0.0], [0.0, 1.0] if lost else [1.0, 0.0]])
+    values = changes(neutral, under, classes, (0,))
+    profile = SteeringProfile("a", ("a",), "by hand", {})
+    entry = _profile_entry(profile, (0,), neutral, under, values, split, Macs(10, (1,)))
+    json.dumps(entry, allow_nan=False)
+    assert entry["recall_change_interval"] == [-1, 1]
+    low, high = entry["recall_interval_before"]
+    assert high - low > 0.7
+    assert entry["non_inferiority"]["recall"] > 0.4
+    assert 0 <= entry["power"]["power"] < (0.2 if lost else 1.01)
 
 
 def test_power_and_detectable_margin_by_hand() -> None:
