@@ -196,7 +196,12 @@ def test_images_of_a_design_count_once_if_they_are_alike() -> None:
     assert significance.standard_error(values, np.arange(4)) == pytest.approx(math.sqrt(1 / 3) / 2)
     assert significance.standard_error(values, pairs) == pytest.approx(0.5), "two values, 1 and 0"
     assert significance.not_below(values, 0.5, pairs) == pytest.approx(norm.sf(2))
-    assert significance.change_interval(np.zeros(4), values, pairs) == (0, 1)
+    # 16 designs of 25 images, half of them all better: a standard error of 0.5 / sqrt(15) instead of 0.5 / sqrt(399)
+    halves, designs = np.repeat([0.0, 1.0], 200), np.repeat(np.arange(16), 25)
+    low, high = significance.change_interval(np.zeros(400), halves, designs)
+    assert (low, high) == pytest.approx((0.25, 0.75), abs=0.07)
+    # every image is better, in designs of one, two and seven images
+    assert significance.change_interval(np.zeros(10), np.ones(10), np.repeat([0, 1, 2], [1, 2, 7])) == (1, 1)
 
 
 def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
