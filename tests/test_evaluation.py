@@ -20,7 +20,7 @@ from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.ablation import compare_variants, scale_alone, shift_alone, table
+from training.evaluation.ablation import _against, compare_variants, scale_alone, shift_alone, table
 from training.evaluation.baselines import (
     Rival,
     bisect,
@@ -32,7 +32,9 @@ from training.evaluation.baselines import (
     matched,
     prior_bias,
     random_units,
+    residual_direction,
     static_units,
+    threshold_shift,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio, write_values
 from training.evaluation.class_agnostic import class_knowledge
@@ -386,6 +388,23 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
     assert model(images, None, static.decide)[1]["head_gate"][0].tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
+def test_rivals_with_a_strength_reach_the_usage_that_they_are_compared_at() -> None:
+    """The direction opens units, so its factor must be negative."""
+    torch.manual_seed(0)
+    spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=3, heads=3), spec, 4), (1, 2), spec).eval()
+    for parameter in model.vit.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for gate in model.gates:
+        torch.nn.init.normal_(gate.linear.weight)
+    split = Split(torch.randint(256, (40, 16, 16, 1), dtype=torch.uint8), torch.zeros(40, dtype=torch.long))
+    opening, macs = torch.stack([gate.linear.weight.data.sum(0) for gate in model.gates]), count(model)
+    assert answers(model, split).usage(macs) > 0.35
+    for rival in (threshold_shift(model, macs, split, 0.25), residual_direction(model, macs, split, 0.25, opening)):
+        assert answers(model, split, rival.steer, rival.decide).usage(macs) == pytest.approx(0.25, abs=0.03)
+
+
 @settings(max_examples=50)
 @given(
     units=st.lists(st.tuples(st.integers(1, 50), st.integers(-20, 20)), min_size=1, max_size=12), usage=st.floats(0, 1)
@@ -542,6 +561,9 @@ def test_variants_are_compared_under_the_images_class_and_under_every_class() ->
     against = bias["against_profile"]
     assert against["own"]["accuracy"] == pytest.approx((right[1] - of_own).mean().item(), abs=1e-5)
     assert against["all"]["accuracy"] == pytest.approx((right[1] - right.mean(0)).mean().item(), abs=1e-5)
+    wrong, correct = (outcome((sign * torch.eye(3)[classes]).tolist()) for sign in (-1.0, 1.0))
+    lost = _against([wrong] * 3, [correct] * 3, classes)
+    assert lost["own"] == lost["all"] == {"accuracy": -1.0, "interval": [-1.0, -1.0]}
     assert [entry["name"] for entry in bias["classes"]] == LABELS
     predicted = answers(model, split).predicted
     kept = torch.tensor([1, 2, 3])[predicted].double().mean().item()
