@@ -286,6 +286,9 @@ def test_curves_are_of_held_out_and_training_images_and_results_of_the_test_spli
     profile = SteeringProfile("b", ("b",), "by hand", STEERED)
     results, _ = measure_dial(dial, model, sae, [profile], data, macs, 0)
     assert results["dials"].keys() == results["dial"]["test"].keys() == {"", "b"}
+    for name, tested in results["dial"]["test"].items():
+        distances = [abs(point["compute_fraction"] - point["budget"]) for point in tested]
+        assert results["dial"]["largest_error"][name] == pytest.approx(max(distances), abs=1e-5)
     largest = max(*macs.per_head, *macs.per_mlp_group) / macs.dense
     for point in results["dial"]["random"]:
         assert point["compute_fraction"] == pytest.approx(point["budget"], abs=largest), "to within a unit"

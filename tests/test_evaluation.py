@@ -1,7 +1,10 @@
 """Statistics and baselines with numbers computed by hand."""
 
 import itertools
+import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from training.checkpoint import Run, RunError
 from training.config import VitSettings
 from training.data.splits import Split
 from training.evaluation import significance
-from training.evaluation.ablation import compare_variants, scale_alone, shift_alone, table
+from training.evaluation.ablation import _against, compare_variants, scale_alone, shift_alone, table
 from training.evaluation.baselines import (
     Rival,
     bisect,
@@ -29,13 +32,18 @@ from training.evaluation.baselines import (
     matched,
     prior_bias,
     random_units,
+    residual_direction,
     static_units,
+    threshold_shift,
 )
 from training.evaluation.changes import CHANGES, changes, placements, ratio, write_values
 from training.evaluation.class_agnostic import class_knowledge
 from training.evaluation.criteria import MARGINS, criteria
-from training.evaluation.rivals import Measured, compare
+from training.evaluation.dial import Along, asked, compare_areas, compare_at
+from training.evaluation.protocol import _profile_entry, _whole
+from training.evaluation.rivals import Measured, Slice, _measured, compare
 from training.evaluation.seeds import _intervals
+from training.evaluation.selective import judged
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
 from training.model.first_gate import from_first_gate
@@ -44,7 +52,8 @@ from training.model.inference import Effect, Outcome, answers, auroc, effect, ga
 from training.model.macs import Macs, count
 from training.model.sae import Sae
 from training.profiles.fit import own_and_others, targets_of
-from training.steering import SteeringTerm
+from training.profiles.selective import Examples
+from training.steering import SteeringProfile, SteeringTerm
 
 LABELS = ["a", "b", "c"]
 
@@ -109,6 +118,40 @@ def test_non_inferiority_of_a_published_trial() -> None:
     assert significance.non_inferiority(before, after, 0.0) == pytest.approx(norm.sf(4 / math.sqrt(6)))
 
 
+def test_non_inferiority_counts_designs_that_change_together_once() -> None:
+    """The trial again, each patient four times; five images that do not change; and 112 designs of seven images."""
+    before, after = right((44, True)).repeat(4), right((43, True), (1, False)).repeat(4)
+    p = significance.non_inferiority(before, after, 0.1, np.arange(44).repeat(4))
+    assert p == pytest.approx(norm.sf(1.709), rel=0.05)
+    assert significance.non_inferiority(before, after, 0.1) < p / 100
+    few = significance.non_inferiority(before[:5], before[:5], 0.01, np.array([0, 0, 1, 1, 1]))
+    assert few == pytest.approx(norm.sf(math.sqrt(5 / 99))), "nothing is shown by five images"
+    rng, shown, designs = np.random.default_rng(0), 0, np.arange(112).repeat(7)
+    before = np.ones(784, bool)
+    for _ in range(1000):
+        shown += significance.non_inferiority(before, rng.random(784) > 0.01, 0.01, designs) < 0.05
+    assert shown / 1000 < 0.05 + 0.021, "a loss of the margin is rejected in one of 20 cases (and 3 standard errors)"
+
+
+@pytest.mark.parametrize("designs", [None, [0, 0, 0, 1, 1]], ids=["images", "designs"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_one_image_of_a_label_shows_nothing(lost: bool, designs: list[int] | None) -> None:
+    """Label 0 has one image; or two, of one design. One of them may be lost."""
+    classes = torch.tensor([1, 1, 1, 0, 0] if designs else [1, 1, 1, 1, 0])
+    split = Split(torch.zeros(5), classes, factors=None if designs is None else torch.tensor(designs)[:, None])
+    neutral = outcome([[0.0, 1.0]] * 3 + [[1.0, 0.0]] * 2)
+    under = outcome([[0.0, 1.0]] * 3 + [[1.0, 0.0], [0.0, 1.0] if lost else [1.0, 0.0]])
+    values = changes(neutral, under, classes, (0,))
+    profile = SteeringProfile("a", ("a",), "by hand", {})
+    entry = _profile_entry(profile, (0,), neutral, under, values, split, Macs(10, (1,)))
+    json.dumps(entry, allow_nan=False)
+    assert entry["recall_change_interval"] == [-1, 1]
+    low, high = entry["recall_interval_before"]
+    assert high - low > 0.7
+    assert entry["non_inferiority"]["recall"] > 0.4
+    assert 0 <= entry["power"]["power"] < (0.2 if lost else 1.01)
+
+
 def test_power_and_detectable_margin_by_hand() -> None:
     """1,000 images, 3% of the answers change: standard error sqrt(0.03 / 1000) = 0.00548."""
     assert significance.power(1000, 0.03, 0.01, 0.05) == pytest.approx(norm.cdf(0.01 / 0.0054772 - 1.64485), abs=1e-4)
@@ -160,7 +203,12 @@ def test_images_of_a_design_count_once_if_they_are_alike() -> None:
     assert significance.standard_error(values, np.arange(4)) == pytest.approx(math.sqrt(1 / 3) / 2)
     assert significance.standard_error(values, pairs) == pytest.approx(0.5), "two values, 1 and 0"
     assert significance.not_below(values, 0.5, pairs) == pytest.approx(norm.sf(2))
-    assert significance.change_interval(np.zeros(4), values, pairs) == (0, 1)
+    # 16 designs of 25 images, half of them all better: a standard error of 0.5 / sqrt(15) instead of 0.5 / sqrt(399)
+    halves, designs = np.repeat([0.0, 1.0], 200), np.repeat(np.arange(16), 25)
+    low, high = significance.change_interval(np.zeros(400), halves, designs)
+    assert (low, high) == pytest.approx((0.25, 0.75), abs=0.07)
+    # every image is better, in designs of one, two and seven images
+    assert significance.change_interval(np.zeros(10), np.ones(10), np.repeat([0, 1, 2], [1, 2, 7])) == (1, 1)
 
 
 def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
@@ -178,6 +226,61 @@ def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
     found = significance.hierarchical_interval(plain[:50].repeat(10)[None], clusters)
     assert found == pytest.approx(significance.change_interval(np.zeros(50), plain[:50]), abs=0.03)
     assert found[1] - found[0] > 2 * (expected[1] - expected[0])
+
+
+def test_four_images_of_a_design_that_answer_alike_count_as_one_in_every_result() -> None:
+    """60 designs of one image, and of four: the same intervals, standard errors and p-values. Without steering half of
+    the images are right, under the profiles nine of ten."""
+    generator, classes, macs = torch.Generator().manual_seed(0), torch.arange(60) % 3, Macs(10, (1,))
+
+    def drawn(share: float) -> Outcome:
+        right = torch.rand(60, generator=generator) < share
+        logits = torch.rand(60, 3, generator=generator) + 2 * torch.eye(3)[(classes + ~right) % 3]
+        return Outcome(logits, torch.rand(60, 1, 2, generator=generator) > 0.5, torch.ones(60, 1, 2), 2)
+
+    outcomes = [drawn(share) for share in (0.5, 0.9, 0.9, 0.9)]
+
+    def results(times: int) -> dict[str, Any]:
+        rows = torch.arange(60).repeat_interleave(times)
+        split = Split(torch.zeros(len(rows), 1), classes[rows], factors=rows[:, None])
+        neutral, *under = (outcome.take(rows) for outcome in outcomes)
+        right = np.stack([(o.predicted == split.classes).double().numpy() for o in (neutral, under[0])])
+        along = Along(np.array([0.5, 1.0]), right, split.clusters)
+        measured = [
+            {
+                name: _measured(o, Slice(split, (c,), neutral, under[c], [], {}), macs)
+                for name, o in {"no steering": neutral, "profile": under[c]}.items()
+            }
+            for c in range(3)
+        ]
+        profile, values = SteeringProfile("a", ("a",), "by hand", {}), changes(neutral, under[0], split.classes, (0,))
+        return {
+            "class_knowledge": class_knowledge(split, {(c,): under[c] for c in range(3)}, {"one": neutral}, macs),
+            "profile": _profile_entry(profile, (0,), neutral, under[0], values, split, macs),
+            "whole": _whole(neutral, split, macs),
+            "rivals": compare(measured),
+            "selective": judged(macs, Examples(split, neutral, torch.zeros(1, len(rows), 1)), under[0], (0,)),
+            "budget": asked(0.5, neutral, split, macs),
+            "at": compare_at(0.75, along, right[0], 0.05)[0],
+            "area": compare_areas(along, replace(along, right=right[:1].repeat(2, 0)))[0],
+        }
+
+    one, four = (dict(numbers(results(times))) for times in (1, 4))
+    assert one.keys() == four.keys()
+    for name, value in one.items():
+        if not name.endswith("images"):
+            assert four[name] == pytest.approx(value, abs=0.012), name
+    low, high = (one[f"rivals.no steering.against_profile.interval.{end}"] for end in (0, 1))
+    assert low < one["rivals.no steering.against_profile.recall"] < high < 0
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in JSON, each with its path."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from numbers(entry, f"{name}.{key}".lstrip("."))
+    if isinstance(value, (int, float)):
+        yield name, float(value)
 
 
 def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> None:
@@ -283,6 +386,23 @@ def test_rivals_decide_the_gates_that_they_say() -> None:
         gate.linear.bias.data = 4 * torch.tensor(used) - 2.0
     static = static_units(count(model), model, Split(images, torch.zeros(5, dtype=torch.long)), 0.5)
     assert model(images, None, static.decide)[1]["head_gate"][0].tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_rivals_with_a_strength_reach_the_usage_that_they_are_compared_at() -> None:
+    """The direction opens units, so its factor must be negative."""
+    torch.manual_seed(0)
+    spec = ImageSpec(16, 16, 1, 16, "bicubic", (0.3,), (0.4,))
+    model = GatedVit(create_vit(VitSettings(dim=24, depth=3, heads=3), spec, 4), (1, 2), spec).eval()
+    for parameter in model.vit.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for gate in model.gates:
+        torch.nn.init.normal_(gate.linear.weight)
+    split = Split(torch.randint(256, (40, 16, 16, 1), dtype=torch.uint8), torch.zeros(40, dtype=torch.long))
+    opening, macs = torch.stack([gate.linear.weight.data.sum(0) for gate in model.gates]), count(model)
+    assert answers(model, split).usage(macs) > 0.35
+    for rival in (threshold_shift(model, macs, split, 0.25), residual_direction(model, macs, split, 0.25, opening)):
+        assert answers(model, split, rival.steer, rival.decide).usage(macs) == pytest.approx(0.25, abs=0.03)
 
 
 @settings(max_examples=50)
@@ -441,6 +561,9 @@ def test_variants_are_compared_under_the_images_class_and_under_every_class() ->
     against = bias["against_profile"]
     assert against["own"]["accuracy"] == pytest.approx((right[1] - of_own).mean().item(), abs=1e-5)
     assert against["all"]["accuracy"] == pytest.approx((right[1] - right.mean(0)).mean().item(), abs=1e-5)
+    wrong, correct = (outcome((sign * torch.eye(3)[classes]).tolist()) for sign in (-1.0, 1.0))
+    lost = _against([wrong] * 3, [correct] * 3, classes)
+    assert lost["own"] == lost["all"] == {"accuracy": -1.0, "interval": [-1.0, -1.0]}
     assert [entry["name"] for entry in bias["classes"]] == LABELS
     predicted = answers(model, split).predicted
     kept = torch.tensor([1, 2, 3])[predicted].double().mean().item()

@@ -33,12 +33,10 @@ def non_inferiority(before: Right, after: Right, margin: float, clusters: NDArra
 
     Tango 1998 (Statistics in Medicine 17, 891-908), for paired shares: (gained - lost + n margin) over its standard
     deviation at the boundary, where the likelihood is largest. With margin 0 it is McNemar's test without correction.
-    With clusters, as in standard_error, it is not_below.
+    With clusters, as in standard_error, the same shares of the effective_images of the change.
     """
-    if clusters is not None:
-        return not_below(after.astype(np.float64) - before, margin, clusters)
-    n = len(before)
-    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    n = effective_images(after.astype(np.float64) - before, clusters)
+    gained, lost = (n / len(before) * int(changed.sum()) for changed in (after & ~before, before & ~after))
     # 2 n q^2 - b q + c = 0: the maximum likelihood of P(lost) = q, P(gained) = q - margin
     b, c = gained + lost + margin * (2 * n + lost - gained), lost * margin * (1 + margin)
     q = (b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
@@ -46,10 +44,13 @@ def non_inferiority(before: Right, after: Right, margin: float, clusters: NDArra
 
 
 def standard_error(values: Rightness, clusters: NDArray[np.int64] | None = None) -> float:
-    """Of the mean of values (B,). clusters (B,): images with the same number are not independent, those of different
-    clusters are (Liang & Zeger 1986, https://doi.org/10.1093/biomet/73.1.13)."""
+    """Of the mean of values (B,); infinite with fewer than two images or clusters. clusters (B,): images with the same
+    number are not independent, those of different clusters are (Liang & Zeger 1986,
+    https://doi.org/10.1093/biomet/73.1.13)."""
     apart = values - values.mean()
     sums = apart if clusters is None else _sums(apart, clusters)  # (K,)
+    if len(sums) < 2:
+        return math.inf
     return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1))) / len(values)
 
 
@@ -71,10 +72,12 @@ def power(images: float, discordance: float, margin: float, level: float) -> flo
 
 
 def effective_images(values: Rightness, clusters: NDArray[np.int64] | None) -> float:
-    """The number of independent images whose mean has the standard error of values (B,). clusters: as in
+    """The number of independent images whose mean has the standard error of values (B,): 1 to B. clusters: as in
     standard_error."""
-    error = standard_error(values, clusters)
-    return len(values) * (standard_error(values) / error) ** 2 if error else float(len(values))
+    images, error = float(len(values)), standard_error(values, clusters)
+    if clusters is None or not error:
+        return images
+    return min(images, max(1.0, images * (standard_error(values) / error) ** 2))
 
 
 def detectable(images: float, discordance: float, level: float) -> float:
@@ -128,8 +131,11 @@ def paired(before: Rightness, after: Rightness, clusters: NDArray[np.int64] | No
 def change_interval(
     before: Right | Rightness, after: Right | Rightness, clusters: NDArray[np.int64] | None = None
 ) -> tuple[float, float]:
-    """95% percentile interval of mean(after) - mean(before), images (or clusters of them) drawn in pairs."""
+    """95% percentile interval of mean(after) - mean(before), images (or clusters of them) drawn in pairs; from -1 to 1
+    with fewer than two of them."""
     change = after.astype(np.float64) - before.astype(np.float64)
+    if math.isinf(standard_error(change, clusters)):
+        return -1.0, 1.0
     if not change.any():
         return 0.0, 0.0
     if clusters is not None:
@@ -151,7 +157,7 @@ def wilson(right: Right, clusters: NDArray[np.int64] | None = None) -> tuple[flo
     share, n = float(right.mean()), float(len(right))
     if clusters is not None:
         error = standard_error(right.astype(np.float64), clusters)
-        n = min(n, share * (1 - share) / error**2 if error else float(len(np.unique(clusters))))
+        n = min(n, max(1.0, share * (1 - share) / error**2) if error else float(len(np.unique(clusters))))
     z = float(norm.isf((1 - CONFIDENCE) / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)

@@ -2,7 +2,8 @@
 
 Counted: every convolution and Linear layer, and the two matrix products of attention, with every unit open and with
 only the class token in the last block's query, output projection and MLP. Not counted: norms, activations, softmax,
-biases, and the gates with their steering (D*U + 2*T*D per site: below 0.1% here).
+biases, and the gates with their steering (D*U + 2*T*D per site, T terms: with 32 of them 0.13% of the Fashion-MNIST
+bundle and 0.46% of that of typefaces).
 
 Letters: B images, G gated blocks, H heads, M MLP groups, U = H + M units.
 """
