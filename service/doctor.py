@@ -181,7 +181,7 @@ def _server(settings: Settings) -> Lines:
         r'steervit_(requests_total\{.*code="(?!OK|CANCELLED)|images_dropped|model_load_fail|profile_reads.*failed)'
     )
     for line in text.splitlines():
-        if re.match(failing, line) and not line.endswith(" 0.0"):
+        if re.match(failing, line) and float(line.rpartition(" ")[2]):
             yield line
 
 

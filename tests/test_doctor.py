@@ -4,15 +4,22 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 from processes import MODELS, ServerProcess, run_main
 
 from export.bundle import Bundle
 from service import doctor
+from service.client import Client
 
 
 def test_the_doctor_reports_the_facts_and_the_problems(
-    server: ServerProcess, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ServerProcess,
+    client: Client,
+    bundle: Bundle,
+    samples: dict[str, list[bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("STEERVIT_REPOSITORY", str(MODELS))
     metrics = ("--metrics-port", str(urlsplit(server.metrics_url).port))
@@ -26,6 +33,11 @@ def test_the_doctor_reports_the_facts_and_the_problems(
         "/livez 200 OK", "/readyz 200 OK",
     ):  # fmt: skip
         assert re.search(rf"^  {line}", healthy.stdout, re.MULTILINE), line
+    with pytest.raises(grpc.RpcError):
+        client.predict(samples["Bag"][:1], version="0")
+    counted = re.findall(r"^  steervit_\S+ (\S+)$", run_main(doctor.main, *metrics).stdout, re.MULTILINE)
+    assert counted
+    assert "0" not in counted
     (tmp_path / "a.json").write_text("{")
     ill = run_main(doctor.main, "--metrics-port", "1", "--profiles-dir", str(tmp_path), "--default-profile", "x")
     assert ill.returncode == 1
