@@ -90,13 +90,8 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
     if name == "predict":
         add("--top-k", type=int, default=2, metavar="N", help="classes to show (default: %(default)s)")
     elif name == "explain":
-        add(
-            "--latents",
-            type=int,
-            default=0,
-            metavar="N",
-            help="latents of each site to show, besides steered ones (default: 10)",
-        )
+        others = "latents of each site to show, besides steered ones (default: 10)"
+        add("--latents", type=int, default=0, metavar="N", help=others)
     elif name == "dial":
         add("--profile", default="", metavar="NAME", help="under this profile (default: without steering)")
     elif name == "load":
@@ -112,13 +107,8 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
         server("--model", default="", metavar="NAME", help="needed when several models are served")
         server("--version", default="", metavar="VERSION", help="number or label (default: the one that is served)")
     server("--timeout", type=float, default=30.0, metavar="X", help="seconds for a call (default: %(default)g)")
-    server(
-        "--client-name",
-        type=_name,
-        default="",
-        metavar="NAME",
-        help="of this client, for the server's limits and its log",
-    )
+    who = "of this client, for the server's limits and its log"
+    server("--client-name", type=_name, default="", metavar="NAME", help=who)
     server("--tls-ca", type=Path, metavar="PATH", help="connect with TLS; PEM file with the server's authority")
     server("--tls-certificate", type=Path, metavar="PATH", help="PEM file with a certificate of yours")
     server("--tls-key", type=Path, metavar="PATH", help="PEM file with its key")

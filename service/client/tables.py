@@ -137,12 +137,12 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
 
 
 def dial_table(curve: Sequence[pb.DialPoint]) -> str:
-    """One row per point of the dial: its budget, the accuracy, and its position."""
+    """One row per point of the dial: the compute fraction that was measured, the accuracy, and its position."""
     rows = [
         [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
         for p in curve
     ]
-    return table(["budget", "accuracy", "as measured", "position"], rows)
+    return table(["compute", "accuracy", "as measured", "position"], rows)
 
 
 COLUMNS, LINES = 68, 14
