@@ -341,17 +341,8 @@ def test_a_load_reports_what_was_spent_and_how_often_budgets_were_lowered(
     names = ("steervit_brownout_images_total", "steervit_macs_spent_total", "steervit_macs_dense_total")
     before = [server.count(name, profile="none") for name in names]
     many = (
-        "--concurrency",
-        "100",
-        "--images-per-call",
-        "4",
-        "--seconds",
-        "1",
-        "--budget",
-        "0.9",
-        "--min-budget",
-        "0.3",
-    )
+        "--concurrency", "100", "--images-per-call", "4", "--seconds", "1", "--budget", "0.9", "--min-budget", "0.3",
+    )  # fmt: skip
     assert main(["load", "--json", "--address", server.address, *many, str(picture)]) == 0
     report = json.loads(capsys.readouterr().out)
     counted = (server.count(name, profile="none") - count for name, count in zip(names, before, strict=True))
