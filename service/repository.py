@@ -47,6 +47,8 @@ class Loaded:
     """The reason why a version is not loaded."""
     fingerprints: dict[int, Fingerprint] = field(default_factory=dict)
     """The fingerprint at the last attempt to load each version."""
+    labels_problem: str = ""
+    """What is wrong with labels.json, as logged."""
 
     @property
     def default(self) -> int:
@@ -306,8 +308,9 @@ class Repository:
         for version in loaded.failures.keys() & shelf.versions.keys():
             if shelf.versions[version].fingerprint != loaded.fingerprints.get(version):  # of the files before loading
                 del loaded.failures[version]
-        if shelf.problem:
+        if shelf.problem and shelf.problem != loaded.labels_problem:
             log.error("labels of %s are unchanged: %s", name, shelf.problem)
+        loaded.labels_problem = shelf.problem
         served, loaded.labels, failures = plan.outcome(
             self._settings.versions, shelf, loaded.models, loaded.labels, loaded.failures
         )

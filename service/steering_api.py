@@ -174,6 +174,10 @@ class SteeringService(SteeringServiceServicer):
                     encoded = True
                     decoders.append(partial(decode, image.encoded, spec, self._limits, f"images[{index}].encoded"))
                 case "pixels":
+                    if image.shape and tuple(image.shape) != spec.shape:
+                        raise InvalidRequest(
+                            f"images[{index}].shape is {list(image.shape)}; allowed: {list(spec.shape)}, or none"
+                        )
                     decoders.append(partial(from_raw, image.pixels, spec, f"images[{index}].pixels"))
                 case _:
                     raise InvalidRequest(f"images[{index}] is empty; allowed: encoded or pixels")

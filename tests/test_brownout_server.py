@@ -1,6 +1,7 @@
 """Brownout in the batcher and the server: who is lowered, by how much, what their receipts say, and that it ends."""
 
 import asyncio
+import json
 import math
 import threading
 import time
@@ -331,3 +332,20 @@ def test_what_is_told_and_what_is_refused(server: ServerProcess, tmp_path: Path)
     assert "brownout" not in answer.parameters
     request.parameters["min_budget"].double_param = 0.8
     assert refusal(stub.ModelInfer, request, timeout=20)[1] == "min_budget is 0.8; allowed: 0.3 to 0.7, the budget"
+
+
+def test_a_load_reports_what_was_spent_and_how_often_budgets_were_lowered(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(PIXELS[0]).save(picture := tmp_path / "picture.png")
+    names = ("steervit_brownout_images_total", "steervit_macs_spent_total", "steervit_macs_dense_total")
+    before = [server.count(name, profile="none") for name in names]
+    many = (
+        "--concurrency", "100", "--images-per-call", "4", "--seconds", "1", "--budget", "0.9", "--min-budget", "0.3",
+    )  # fmt: skip
+    assert main(["load", "--json", "--address", server.address, *many, str(picture)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    counted = (server.count(name, profile="none") - count for name, count in zip(names, before, strict=True))
+    lowered, spent, dense = counted
+    assert report["lowered"] == lowered / report["images"] > 0
+    assert report["compute_fraction"] == pytest.approx(spent / dense, rel=0.05)  # the first call is not in the report

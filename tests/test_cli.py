@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from processes import ROOT, SAMPLES, ServerProcess, run_main
@@ -21,9 +22,11 @@ from processes import ROOT, SAMPLES, ServerProcess, run_main
 from export.bundle import Bundle
 from service.cli import COMMANDS
 from service.client import Client
+from service.client.__main__ import in_calls
 from service.client.tables import models_table
 from service.client.unit_map import unit_map
 from service.pb import open_inference_pb2 as oi
+from service.pb import steering_pb2 as pb
 
 ENTRY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["steervit"]
 main: Callable[[Sequence[str] | None], int] = pkgutil.resolve_name(ENTRY)
@@ -162,6 +165,10 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         (1, "NOT_FOUND: steering.profile is 'Shoe'", ("predict", "--profile", "Shoe", *at, SHIRTS[0])),
         (1, "nowhere: No such file or directory", ("profiles", "check", "nowhere", "--bundle", "deploy/models")),
         (2, "steervit profiles check: error: the following arguments are required: FOLDER", ("profiles", "check")),
+        (2, "--rate is nan; allowed: 0 (by --concurrency) or more", ("load", "--rate", "nan", SHIRTS[0])),
+        (2, "--within-ms is -1.0; allowed: 0 (not reported) or more", ("load", "--within-ms", "-1", SHIRTS[0])),
+        (2, "--timeout is inf; allowed: a number above 0", ("predict", "--timeout", "inf", SHIRTS[0])),
+        (2, r"name is 'a\nb'; allowed: printable ASCII", ("models", "--client-name", "a\nb")),
         (2, "--port is 'many': ", ("doctor", "--repository", "deploy/models", "--port", "many")),
     ):
         done = run_main(main, *arguments)
@@ -229,8 +236,35 @@ def test_a_map_has_heads_and_mlp_groups_and_shades_between() -> None:
 
 def test_models_that_are_not_served_say_why() -> None:
     broken = oi.RepositoryIndexResponse.ModelIndex(name="a", version="2", state="UNAVAILABLE", reason="no graph")
-    assert models_table([(broken, None)]).splitlines()[2].split()[:3] == ["a", "2", "UNAVAILABLE"]
-    assert models_table([(broken, None)]).endswith("no graph")
+    lines = models_table([(broken, None)]).splitlines()
+    assert lines[2].split() == ["a", "2", "UNAVAILABLE", *"--------"]
+    assert lines[3:] == ["", "a version 2: no graph"]
+
+
+def test_the_receipt_of_several_calls_is_of_all_their_images(tmp_path: Path) -> None:
+    """Of 64 and of 36 images."""
+    first = pb.Receipt(
+        version="1", head_usage=0.5, mlp_usage=1, compute_fraction=0.75, gates_near_threshold=2, queue_seconds=0.25,
+        inference_seconds=1, budget=0.7, budget_applied=0.5, brownout=True,
+    )  # fmt: skip
+    second = pb.Receipt(
+        version="2", head_usage=0.25, mlp_usage=0.5, compute_fraction=0.5, queue_seconds=0.5, inference_seconds=2,
+        budget=0.7, budget_applied=0.7,
+    )  # fmt: skip
+    both = pb.Receipt(
+        version="2", head_usage=0.41, mlp_usage=0.82, compute_fraction=0.66, gates_near_threshold=2,
+        queue_seconds=0.75, inference_seconds=3, budget=0.7, budget_applied=0.5, brownout=True,
+    )  # fmt: skip
+    receipts = iter([first, second])
+
+    def call(images: Sequence[bytes], **asked: Any) -> pb.PredictResponse:
+        return pb.PredictResponse(predictions=[pb.Prediction()] * len(images), receipt=next(receipts))
+
+    file = tmp_path / "image"
+    file.write_bytes(b"")
+    answer = in_calls(call, [file] * 100, {})
+    assert len(answer.predictions) == 100
+    assert answer.receipt == both
 
 
 COMPLETED = {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from processes import COMMITTED, MODELS, SAMPLES, ServerProcess, run_module, serving, start_server, stop_server, until
 from refusals import refusal
 
-from service.client import AsyncClient, Client
+from service.client import Asked, AsyncClient, Client, filled
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -34,7 +34,7 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
                 other.predict(images, profile="Shirt", strength=0.5), other.predict(images, top_k=2, terms=terms)
             )
             compared = await other.compare(images, profile="Shirt")
-            explained = await other.explain(images, latents=3, profile="Shirt")
+            explained = await other.explain(images, latents=3, top_k=2, profile="Shirt")
             assert await other.models() == client.models()
             return answers, compared, explained, [profile.name async for profile in other.profiles()]
 
@@ -48,6 +48,8 @@ def test_the_asyncio_client_gets_what_the_blocking_one_gets(
         assert found.receipt.steering_digest == expected.receipt.steering_digest
     assert [len(p.classes) for p in inline.predictions] == [2, 2, 2]
     assert len(compared.comparisons) == len(explained.explanations) == 3
+    assert explained.explanations[0] == client.explain(images, latents=3, top_k=2, profile="Shirt").explanations[0]
+    assert len(explained.explanations[0].prediction.classes) == 2
     assert names == [profile.name for profile in client.profiles()]
 
 
@@ -61,9 +63,28 @@ def test_wrong_arguments_of_the_client_give_an_error_and_no_plausible_answer(
         (ValueError, r"images\[0\] is uint8 \(784,\); allowed: uint8", [image.ravel()], {}),
         (TypeError, "images is a bytes; allowed: a list of images", b"\x89PNG", {}),
         (TypeError, r"images\[0\] is a PosixPath; allowed: bytes", [SAMPLES / "Shirt"], {}),
+        (TypeError, "version is 6; allowed: str", [image], {"version": 6}),
+        (TypeError, "budget is '0.5'; allowed: float", [image], {"budget": "0.5"}),
+        (TypeError, r"units are '2/h5'; allowed: a list, such as \['2/h5'\]", [image], {"open": "2/h5"}),
+        (ValueError, "request_id is 'caf\xe9'; allowed: printable ASCII", [image], {"request_id": "caf\xe9"}),
+        (grpc.RpcError, r"images\[0\].shape is \[1, 28, 28\]; allowed: \[28, 28, 1\]", [image.transpose(2, 0, 1)], {}),
     ):
         with pytest.raises(error, match=message):
             client.predict(images, **asked)  # type: ignore[arg-type, call-arg]
+    with pytest.raises(TypeError, match="version is 6; allowed: str"):
+        client.model(version=6)  # type: ignore[arg-type]
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match=r"name is 'a\\nb'; allowed: printable ASCII"):
+            kind(name="a\nb")
+
+
+def test_an_option_that_is_none_is_as_good_as_none_at_all(client: Client, sample_pixels: NDArray[np.uint8]) -> None:
+    images = [sample_pixels[0]]
+    none: Asked = dict.fromkeys(Asked.__annotations__)  # type: ignore[assignment]
+    assert filled(pb.PredictRequest(), images, none) == filled(pb.PredictRequest(), images, {})
+    answers = client.predict(images, **none), client.predict(images)
+    assert answers[0].predictions == answers[1].predictions
+    assert answers[0].receipt.steering_digest == answers[1].receipt.steering_digest
 
 
 def test_terms_are_applied_only_by_the_model_that_they_were_made_for(

@@ -1,5 +1,6 @@
 """Compare, Explain, GetModel, GetProfile and shadow sampling, on the real server."""
 
+import re
 from pathlib import Path
 
 import grpc
@@ -167,3 +168,8 @@ def test_the_command_line_shows_them(server: ServerProcess, samples: dict[str, l
     assert done.returncode == 0, done.stderr
     assert "block 5" in done.stdout
     assert "unsteered gate" in done.stdout
+    assert "value  steered     h0     h1     h2     h3     h4     h5     m0     m1     m2     m3\n" in done.stdout
+    latents = [line.split()[2:4] for line in done.stdout.splitlines() if line.startswith("latent ")]
+    assert latents
+    assert ["0.00", "+0.00"] not in latents
+    assert re.search(r"site 0 \(block 1\), \d+ latents active; \d+ inactive ones left out\n", done.stdout)

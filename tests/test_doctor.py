@@ -14,7 +14,11 @@ from service.client import Client
 
 
 def test_the_doctor_reports_the_facts_and_the_problems(
-    server: ServerProcess, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ServerProcess,
+    client: Client,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("STEERVIT_REPOSITORY", str(MODELS))
     metrics = ("--metrics-port", str(urlsplit(server.metrics_url).port))
@@ -28,7 +32,7 @@ def test_the_doctor_reports_the_facts_and_the_problems(
         "/livez 200 OK", "/readyz 200 OK",
     ):  # fmt: skip
         assert re.search(rf"^  {line}", healthy.stdout, re.MULTILINE), line
-    with Client(server.address) as client, pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+    with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
         client.predict([b""], profile="no such profile")
     counted = [line.split() for line in run_main(doctor.main, *metrics).stdout.splitlines() if "  steervit_" in line]
     assert any('code="NOT_FOUND"' in name for name, _ in counted)

@@ -17,7 +17,7 @@ from service.pb import steering_pb2 as pb
 
 BAG = next((SAMPLES / "Bag").glob("*.png"))
 FILE = BAG.read_bytes()
-IMAGES = [pb.Image(encoded=FILE), pb.Image(pixels=bytes(784))]
+IMAGES = [pb.Image(encoded=FILE), pb.Image(pixels=bytes(784), shape=[28, 28, 1])]
 TERMS = [pb.SteeringTerm(site=1, latent=7, scale=0.5, shift=2.0), pb.SteeringTerm(site=4, latent=511)]
 VALID: dict[str, list[pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest | oi.ModelInferRequest]] = {
     PREDICT: [

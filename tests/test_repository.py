@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from altered import put, write
-from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, until
+from processes import SAMPLES, SMALL, ServerProcess, run_main, serving, start_server, stop_server, until
 from refusals import refusal
 
 from export.bundle import Bundle, load_bundle
@@ -213,6 +213,16 @@ def test_a_repository_that_disappears_is_reported_and_its_models_are_served(
         elsewhere.rename(repository)
         until(lambda: polling.count("steervit_repository_last_read_successful") == 1)
         assert polling.page("readyz") == "OK\n"
+
+
+def test_a_problem_with_labels_is_logged_once(repository: Path, small: Bundle) -> None:
+    server = start_server(repository, *POLL)
+    for wrong in ('{"stable": 9}', "["):
+        write(repository / "fashion_mnist" / "labels.json", wrong)
+        time.sleep(0.8)
+    log = [line for line in stop_server(server).splitlines() if "labels of fashion_mnist are unchanged" in line]
+    assert len(log) == 2
+    assert "stable is 9; allowed: one of 1" in log[0]
 
 
 def test_models_come_and_go(polling: ServerProcess, repository: Path, small: Bundle) -> None:

@@ -32,35 +32,36 @@ Images = Sequence[bytes | NDArray[np.uint8]]
 """Encoded files, or uint8 arrays (height, width, channels) of the model's own size."""
 UNIT = re.compile(r"([0-9]{1,9})/([hm])([0-9]{1,9})")
 Request = TypeVar("Request", pb.PredictRequest, pb.CompareRequest, pb.ExplainRequest)
+Filled = TypeVar("Filled", bound=Message)
 Answer = TypeVar("Answer")
 
 
 class Asked(TypedDict, total=False):
-    """Options of every call with images."""
+    """Options of every call with images. None is as good as leaving one out."""
 
-    profile: str
+    profile: str | None
     """Name of a profile of the model; either this or terms."""
-    terms: Terms
-    strength: float
+    terms: Terms | None
+    strength: float | None
     """0: no steering; 1, the default: the profile as it is."""
-    gates_sae_digest: str
+    gates_sae_digest: str | None
     """Digest of the model that the terms were made for; a server with other gates or autoencoders refuses them."""
-    open: Sequence[str]
+    open: Sequence[str] | None
     """Units that run whatever their gates read: 2/h5 is head 5 of block 2, 2/m0 its MLP group 0."""
-    closed: Sequence[str]
+    closed: Sequence[str] | None
     """Units that do not run, whatever their gates read."""
-    budget: float
+    budget: float | None
     """The compute fraction that an image may cost on average; by default the gates decide."""
-    min_budget: float
+    min_budget: float | None
     """The lowest budget that a busy server may apply, for predict alone; by default the server's setting."""
-    model: str
+    model: str | None
     """Name of the model; needed when several are served."""
-    version: str
+    version: str | None
     """A version number or label; by default the one that is served."""
-    timeout: float
+    timeout: float | None
     """Seconds for all attempts together; by default the client's."""
-    request_id: str
-    """ID of the call in the server's log."""
+    request_id: str | None
+    """ID of the call in the server's log: printable ASCII."""
 
 
 def service_config(attempts: int) -> dict[str, Any]:
@@ -116,11 +117,11 @@ class Client:
     ):
         """address: host:port, or dns:///name:port for all servers of a name. timeout: seconds a call, with all its
         attempts (1 to 5). credentials: grpc.ssl_channel_credentials(...) for a server with TLS. name: of this client,
-        for the server's access log and its limits by client."""
+        for the server's access log and its limits by client, printable ASCII."""
+        self._timeout, self._name = timeout, printable("name", name)
         self._channel = opened(grpc, address, credentials, attempts)
         self._stub = SteeringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._repository = GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._timeout, self._name = timeout, name
 
     def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """top_k: classes to return; 0: five."""
@@ -130,13 +131,17 @@ class Client:
         """The images unsteered and steered, side by side."""
         return self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
-    def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
-        """The active latents and their effects on the gates. latents: number to return for each site; 0: ten."""
-        return self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
+    def explain(
+        self, images: Images, *, latents: int = 0, top_k: int = 0, **asked: Unpack[Asked]
+    ) -> pb.ExplainResponse:
+        """The active latents and their effects on the gates. latents: number to return for each site, besides those
+        that are steered; 0: ten. top_k: classes to return; 0: five."""
+        request = pb.ExplainRequest(latents=latents, top_k=top_k)
+        return self._ask(self._stub.Explain, filled(request, images, asked), asked)
 
     def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
         """The model's labels, gated blocks, units and sites, and its dial without steering."""
-        return self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+        return self._ask(self._stub.GetModel, put(pb.GetModelRequest(), model=model, version=version), {})
 
     def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
         """Every version in the server's repository. Its state is READY, or it has the reason why it is not served."""
@@ -145,11 +150,13 @@ class Client:
 
     def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """A profile with its terms and the gates_sae_digest that they were made for."""
-        return self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
+        return self._ask(
+            self._stub.GetProfile, put(pb.GetProfileRequest(), name=name, model=model, version=version), {}
+        )
 
     def profiles(self, model: str = "", version: str = "") -> Iterator[pb.Profile]:
         """All profiles, in the order of their names."""
-        request = pb.ListProfilesRequest(model=model, version=version)
+        request = put(pb.ListProfilesRequest(), model=model, version=version)
         while True:
             page: pb.ListProfilesResponse = self._ask(self._stub.ListProfiles, request, {})
             yield from page.profiles
@@ -158,7 +165,7 @@ class Client:
             request.page_token = page.next_page_token
 
     def _ask(self, call: Callable[..., Any], request: Message, asked: Asked) -> Any:
-        timeout = asked.get("timeout", self._timeout)
+        timeout = self._timeout if asked.get("timeout") is None else asked["timeout"]
         return call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     def close(self) -> None:
@@ -184,7 +191,7 @@ class AsyncClient:
         name: str = "",
     ):
         self._open = partial(opened, grpc.aio, address, credentials, attempts)
-        self._timeout, self._name = timeout, name
+        self._timeout, self._name = timeout, printable("name", name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None
         self._stubs: tuple[Any, Any] = (None, None)
@@ -210,13 +217,16 @@ class AsyncClient:
         """As Client.compare: the images unsteered and steered, side by side."""
         return await self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
 
-    async def explain(self, images: Images, *, latents: int = 0, **asked: Unpack[Asked]) -> pb.ExplainResponse:
-        """As Client.explain. latents: number to return for each site; 0: ten."""
-        return await self._ask(self._stub.Explain, filled(pb.ExplainRequest(latents=latents), images, asked), asked)
+    async def explain(
+        self, images: Images, *, latents: int = 0, top_k: int = 0, **asked: Unpack[Asked]
+    ) -> pb.ExplainResponse:
+        """As Client.explain. latents: number to return for each site, besides those that are steered; 0: ten."""
+        request = pb.ExplainRequest(latents=latents, top_k=top_k)
+        return await self._ask(self._stub.Explain, filled(request, images, asked), asked)
 
     async def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
         """As Client.model: labels, gated blocks, units and sites, and its dial without steering."""
-        return await self._ask(self._stub.GetModel, pb.GetModelRequest(model=model, version=version), {})
+        return await self._ask(self._stub.GetModel, put(pb.GetModelRequest(), model=model, version=version), {})
 
     async def models(self) -> Sequence[oi.RepositoryIndexResponse.ModelIndex]:
         """As Client.models: every version in the server's repository."""
@@ -226,11 +236,13 @@ class AsyncClient:
 
     async def profile(self, name: str, model: str = "", version: str = "") -> pb.GetProfileResponse:
         """As Client.profile: a profile with its terms and the gates_sae_digest that they were made for."""
-        return await self._ask(self._stub.GetProfile, pb.GetProfileRequest(name=name, model=model, version=version), {})
+        return await self._ask(
+            self._stub.GetProfile, put(pb.GetProfileRequest(), name=name, model=model, version=version), {}
+        )
 
     async def profiles(self, model: str = "", version: str = "") -> AsyncIterator[pb.Profile]:
         """As Client.profiles: all profiles in the order of their names, requested page by page."""
-        request = pb.ListProfilesRequest(model=model, version=version)
+        request = put(pb.ListProfilesRequest(), model=model, version=version)
         while True:
             page: pb.ListProfilesResponse = await self._ask(self._stub.ListProfiles, request, {})
             for profile in page.profiles:
@@ -240,7 +252,7 @@ class AsyncClient:
             request.page_token = page.next_page_token
 
     async def _ask(self, call: Callable[..., Awaitable[Answer]], request: Message, asked: Asked) -> Answer:
-        timeout = asked.get("timeout", self._timeout)
+        timeout = self._timeout if asked.get("timeout") is None else asked["timeout"]
         return await call(request, timeout=timeout, metadata=metadata(asked, self._name))
 
     async def close(self) -> None:
@@ -261,7 +273,6 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
         raise TypeError(f"{unknown[0]} is not an argument; allowed: {', '.join(Asked.__annotations__)}")
     if isinstance(images, bytes | str | np.ndarray):
         raise TypeError(f"images is a {type(images).__name__}; allowed: a list of images")
-    request.model, request.version = asked.get("model", ""), asked.get("version", "")
     for index, image in enumerate(images):
         if isinstance(image, bytes):
             request.images.add(encoded=image)
@@ -269,25 +280,38 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
             if image.dtype != np.uint8 or image.ndim != 3:
                 kind = f"{image.dtype} {image.shape}"
                 raise ValueError(f"images[{index}] is {kind}; allowed: uint8 (height, width, channels)")
-            request.images.add(pixels=image.tobytes())
+            request.images.add(pixels=image.tobytes(), shape=image.shape)
         else:
             raise TypeError(f"images[{index}] is a {type(image).__name__}; allowed: bytes of a file, or a uint8 array")
-    request.steering.profile = asked.get("profile", "")
-    request.steering.gates_sae_digest = asked.get("gates_sae_digest", "")
-    for site, of_site in asked.get("terms", {}).items():
+    put(request, model=asked.get("model"), version=asked.get("version"), budget=asked.get("budget"))
+    put(
+        request.steering, profile=asked.get("profile"), strength=asked.get("strength"),
+        gates_sae_digest=asked.get("gates_sae_digest"),
+    )  # fmt: skip
+    for site, of_site in (asked.get("terms") or {}).items():
         for term in of_site:
             request.steering.terms.add(site=site, latent=term.latent, scale=term.scale, shift=term.shift)
-    if "strength" in asked:
-        request.steering.strength = asked["strength"]
-    request.steering.open.extend(map(unit, asked.get("open", ())))
-    request.steering.closed.extend(map(unit, asked.get("closed", ())))
-    if "budget" in asked:
-        request.budget = asked["budget"]
-    if "min_budget" in asked:
+    for field, units in ((request.steering.open, asked.get("open")), (request.steering.closed, asked.get("closed"))):
+        if isinstance(units, str):
+            raise TypeError(f"units are {units!r}; allowed: a list, such as ['2/h5']")
+        field.extend(map(unit, units or ()))
+    if (min_budget := asked.get("min_budget")) is not None:
         if not isinstance(request, pb.PredictRequest):
-            raise ValueError(f"min_budget is {asked['min_budget']}; allowed: only for predict")
-        request.min_budget = asked["min_budget"]
+            raise ValueError(f"min_budget is {min_budget}; allowed: only for predict")
+        put(request, min_budget=min_budget)
     return request
+
+
+def put(message: Filled, **fields: object) -> Filled:
+    """The message with these fields; None: left out. Raises TypeError for a value of the wrong type."""
+    for name, value in fields.items():
+        if value is not None:
+            try:
+                setattr(message, name, value)
+            except TypeError as error:
+                kind = type(getattr(message, name)).__name__
+                raise TypeError(f"{name} is {value!r}; allowed: {kind}") from error
+    return message
 
 
 def unit(text: str) -> pb.Unit:
@@ -301,8 +325,11 @@ def unit(text: str) -> pb.Unit:
 
 def metadata(asked: Asked, client: str = "") -> tuple[tuple[str, str], ...]:
     """A call's gRPC metadata: its request ID as x-request-id and its client's name as x-client-name, if it has them;
-    and the application's active span of OpenTelemetry, if there is one, as traceparent."""
-    named = {"x-request-id": asked["request_id"]} if "request_id" in asked else {}
+    and the application's active span of OpenTelemetry, if there is one, as traceparent. Raises ValueError for a request
+    ID that is not printable ASCII."""
+    named = {}
+    if request_id := asked.get("request_id"):
+        named["x-request-id"] = printable("request_id", request_id)
     if client:
         named["x-client-name"] = client
     if "opentelemetry.trace" in sys.modules:  # otherwise no span can be active
@@ -310,3 +337,10 @@ def metadata(asked: Asked, client: str = "") -> tuple[tuple[str, str], ...]:
 
         inject(named)
     return tuple(named.items())
+
+
+def printable(field: str, text: str) -> str:
+    """The text, which gRPC's metadata can hold. Raises ValueError for one that is not printable ASCII."""
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError(f"{field} is {text!r}; allowed: printable ASCII")
+    return text

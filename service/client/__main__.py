@@ -9,6 +9,7 @@ The same as `steervit predict` and so on.
 import argparse
 import asyncio
 import json
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 
 from export.arguments import with_names
-from service.client import Asked, Client, unit
+from service.client import Asked, Client, printable, unit
 from service.client.load import Load, run
 from service.client.tables import (
     answer_json,
@@ -89,7 +90,8 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
     if name == "predict":
         add("--top-k", type=int, default=2, metavar="N", help="classes to show (default: %(default)s)")
     elif name == "explain":
-        add("--latents", type=int, default=0, metavar="N", help="latents of each site to show (default: 10)")
+        others = "latents of each site to show, besides steered ones (default: 10)"
+        add("--latents", type=int, default=0, metavar="N", help=others)
     elif name == "dial":
         add("--profile", default="", metavar="NAME", help="under this profile (default: without steering)")
     elif name == "load":
@@ -105,7 +107,8 @@ def _of_command(name: str, parser: argparse.ArgumentParser) -> argparse.Argument
         server("--model", default="", metavar="NAME", help="needed when several models are served")
         server("--version", default="", metavar="VERSION", help="number or label (default: the one that is served)")
     server("--timeout", type=float, default=30.0, metavar="X", help="seconds for a call (default: %(default)g)")
-    server("--client-name", default="", metavar="NAME", help="of this client, for the server's limits and its log")
+    who = "of this client, for the server's limits and its log"
+    server("--client-name", type=_name, default="", metavar="NAME", help=who)
     server("--tls-ca", type=Path, metavar="PATH", help="connect with TLS; PEM file with the server's authority")
     server("--tls-certificate", type=Path, metavar="PATH", help="PEM file with a certificate of yours")
     server("--tls-key", type=Path, metavar="PATH", help="PEM file with its key")
@@ -143,10 +146,11 @@ def main(arguments: Sequence[str], prog: str = PROG) -> int:
     if (options.tls_certificate is None) != (options.tls_key is None):  # gRPC ends the process
         flags.error("--tls-certificate and --tls-key belong together; allowed: both or none")
     for name in ("concurrency", "seconds", "images_per_call", "timeout"):
-        if getattr(options, name, 1) <= 0:
-            flags.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: more than 0")
-    if getattr(options, "rate", 0) < 0:
-        flags.error(f"--rate is {options.rate}; allowed: 0 (by --concurrency) or more")
+        if not 0 < getattr(options, name, 1) < math.inf:
+            flags.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: a number above 0")
+    for name, zero in (("rate", "by --concurrency"), ("within_ms", "not reported")):
+        if not 0 <= getattr(options, name, 0) < math.inf:
+            flags.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: 0 ({zero}) or more")
     try:
         status = _load(options) if options.command == "load" else _ask(options)
         sys.stdout.flush()
@@ -189,19 +193,14 @@ def _of_images(client: Client, options: argparse.Namespace) -> str:
     """The answers to predict, compare or explain, as text or JSON."""
     names, colour = [str(path) for path in options.images], has_colour()
     asked: Asked = {"profile": options.profile, "model": options.model, "version": options.version}
-    asked |= {"open": options.open, "closed": options.closed}
-    if options.strength is not None:
-        asked["strength"] = options.strength
-    if options.budget is not None:
-        asked["budget"] = options.budget
+    asked |= {"strength": options.strength, "budget": options.budget, "open": options.open, "closed": options.closed}
     if options.command == "compare":
         compared = in_calls(client.compare, options.images, asked)
         return answer_json(names, compared) if options.json else compare_table(names, compared, colour)
     if options.command == "explain":
         explained = in_calls(partial(client.explain, latents=options.latents), options.images, asked)
         return answer_json(names, explained) if options.json else explain_table(names, explained)
-    if options.min_budget is not None:
-        asked["min_budget"] = options.min_budget
+    asked["min_budget"] = options.min_budget
     predicted = in_calls(partial(client.predict, top_k=options.top_k), options.images, asked)
     return answer_json(names, predicted) if options.json else predict_table(names, predicted, colour)
 
@@ -249,14 +248,24 @@ def _units(text: str) -> list[str]:
     return units
 
 
+def _name(text: str) -> str:
+    try:
+        return printable("name", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class Refused(Exception):
     """What the server refused or lacks. For a failed call with images: its status, the server's sentence, and the file
     that this is about."""
 
 
 def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -> Answer:
-    """The answers for all images as one, with the receipt of the last call. No call exceeds IMAGES_PER_CALL or
-    BYTES_PER_CALL, except for a single larger file.
+    """The answers for all images as one. No call exceeds IMAGES_PER_CALL or BYTES_PER_CALL, except for a single larger
+    file.
+
+    The receipt is that of the last call, with the usage and compute of all images, the times and near gates of all
+    calls together, and the lowest budget that was applied.
 
     Raises Refused.
     """
@@ -277,6 +286,8 @@ def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -
         if whole is None:
             whole = answer
         else:
+            answer.receipt.CopyFrom(_joined(whole.receipt, done, answer.receipt, len(images)))
+            whole.ClearField("receipt")
             whole.MergeFrom(answer)
         done += len(images)
         if len(images) < len(paths) and sys.stderr.isatty():
@@ -284,6 +295,21 @@ def in_calls(call: Callable[..., Answer], paths: Sequence[Path], asked: Asked) -
             print(f"\r{done} of {len(paths)} images", end=end, file=sys.stderr, flush=True)
     assert whole is not None, "the command line has at least one image"
     return whole
+
+
+def _joined(before: pb.Receipt, images_before: int, last: pb.Receipt, images: int) -> pb.Receipt:
+    """The receipt of both calls: see in_calls."""
+    joined = pb.Receipt()
+    joined.CopyFrom(last)
+    for name in ("head_usage", "mlp_usage", "compute_fraction"):
+        of_both = images_before * getattr(before, name) + images * getattr(last, name)
+        setattr(joined, name, of_both / (images_before + images))
+    for name in ("gates_near_threshold", "queue_seconds", "inference_seconds"):
+        setattr(joined, name, getattr(before, name) + getattr(last, name))
+    joined.brownout = before.brownout or last.brownout
+    if applied := [receipt.budget_applied for receipt in (before, last) if receipt.HasField("budget_applied")]:
+        joined.budget_applied = min(applied)
+    return joined
 
 
 def _discard_output() -> None:

@@ -63,15 +63,21 @@ class Report:
     """Latency of the failed calls."""
     in_time: float | None
     """Share of all calls, failed ones included, that were answered within `Load.within`; None: not counted."""
+    compute_fraction: float
+    """Mean of the images of answered calls, 0 to 1."""
+    lowered: float
+    """Share of the answered calls whose budget the server lowered."""
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count} {code}" for code, count in sorted(self.errors.items())) or "none"
+        lowered = f"; budget lowered in {100 * self.lowered:.1f}% of the answered calls" if self.lowered else ""
         in_time = "" if self.in_time is None else f"; in time: {100 * self.in_time:.1f}% of all calls"
         return (
             f"{self.calls} calls with {self.images} images in {self.seconds:.1f} s: "
             f"{self.images_per_second:.1f} images/s\n"
             f"latency p50 {self.p50_ms:.1f} ms, p90 {self.p90_ms:.1f} ms, p99 {self.p99_ms:.1f} ms; "
-            f"errors: {failed}{in_time}"
+            f"errors: {failed}{in_time}\n"
+            f"compute fraction {self.compute_fraction:.3f}{lowered}"
         )
 
     def to_json(self) -> str:
@@ -102,6 +108,8 @@ async def run(
         requests.append(request)
     following, named = itertools.cycle(requests), metadata({}, load.client_name)
     latencies: list[float] = []
+    compute: list[float] = []
+    lowered: list[bool] = []
     failed: list[float] = []
     errors: Counter[str] = Counter()
     async with opened(grpc.aio, address, credentials, attempts=1) as channel:
@@ -112,8 +120,10 @@ async def run(
 
         async def call(due: float) -> None:
             try:
-                await stub.Predict(next(following), timeout=load.timeout, metadata=named)
+                receipt = (await stub.Predict(next(following), timeout=load.timeout, metadata=named)).receipt
                 latencies.append(time.perf_counter() - due)
+                compute.append(receipt.compute_fraction)
+                lowered.append(receipt.brownout)
             except grpc.aio.AioRpcError as error:
                 failed.append(time.perf_counter() - due)
                 errors[error.code().name] += 1
@@ -143,7 +153,11 @@ async def run(
     error_p99 = 1000 * float(np.percentile(failed or [0.0], 99))
     quick = sum(latency <= load.within for latency in latencies)
     in_time = quick / max(1, len(latencies) + len(failed)) if load.within else None
-    return Report(len(latencies), count, taken, count / taken, p50, p90, p99, dict(errors), error_p99, in_time)
+    answered = max(1, len(latencies))
+    return Report(
+        len(latencies), count, taken, count / taken, p50, p90, p99, dict(errors), error_p99, in_time,
+        sum(compute) / answered, sum(lowered) / answered,
+    )  # fmt: skip
 
 
 async def _progress(begun: float, seconds: float, latencies: list[float]) -> None:

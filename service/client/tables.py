@@ -110,38 +110,39 @@ def compare_table(names: Sequence[str], answer: pb.CompareResponse, colour: bool
 
 
 def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
-    """For each image and site: the gates, and the latents with their effect on each gate."""
+    """For each image and site: the gates, and the latents with their effect on each gate. Latents that are 0, with and
+    without steering, affect none and are only counted."""
     parts = []
     for name, explanation in zip(names, answer.explanations, strict=True):
         best = explanation.prediction.classes[0]
         parts.append(f"{name}: {best.label} {best.probability:.2f}, head usage {explanation.prediction.head_usage:.2f}")
         count = len(explanation.prediction.head_mask[0].kept)
         for site in explanation.sites:
-            units = [
-                f"head {index}" if index < count else f"MLP group {index - count}"
-                for index in range(len(site.gate_logits))
-            ]
+            units = [f"h{index}" if index < count else f"m{index - count}" for index in range(len(site.gate_logits))]
             rows = [
                 ["unsteered gate", "", "", *(f"{v:+.2f}" for v in site.unsteered_gate_logits)],
                 ["gate", "", "", *(f"{v:+.2f}" for v in site.gate_logits)],
             ]
-            for latent in site.latents:
+            shown = [latent for latent in site.latents if latent.value or latent.steered_value]
+            for latent in shown:
                 changed = f"{latent.steered_value:.2f}" if latent.steered_value != latent.value else ""
                 effects = [f"{v:+.2f}" for v in latent.gate_effects]
                 rows.append([f"latent {latent.latent}", f"{latent.value:.2f}", changed, *effects])
-            parts.append(f"\nsite {site.site} (block {site.block}), {site.active_latents} latents active")
+            hidden = len(site.latents) - len(shown)
+            left_out = f"; {hidden} inactive ones left out" if hidden else ""
+            parts.append(f"\nsite {site.site} (block {site.block}), {site.active_latents} latents active{left_out}")
             parts.append(table(["", "value", "steered", *units], rows))
         parts.append("")
     return "\n".join(parts).rstrip()
 
 
 def dial_table(curve: Sequence[pb.DialPoint]) -> str:
-    """One row per point of the dial: its budget, the accuracy, and its position."""
+    """One row per point of the dial: the compute fraction that was measured, the accuracy, and its position."""
     rows = [
         [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
         for p in curve
     ]
-    return table(["budget", "accuracy", "as measured", "position"], rows)
+    return table(["compute", "accuracy", "as measured", "position"], rows)
 
 
 COLUMNS, LINES = 68, 14
@@ -195,8 +196,8 @@ Served = tuple[oi.RepositoryIndexResponse.ModelIndex, pb.GetModelResponse | None
 
 
 def models_table(models: Sequence[Served]) -> str:
-    """One row per version: its state; what it reads and runs if it is served, else the reason why not."""
-    rows = []
+    """One row per version: its state, and what it reads and runs if it is served. Below, why others are not."""
+    rows, reasons = [], []
     for entry, model in models:
         row = [entry.name, entry.version, entry.state]
         if model:
@@ -206,10 +207,12 @@ def models_table(models: Sequence[Served]) -> str:
                 f"{model.lowest_budget:.2f} to 1" if model.dial else "none", f"{model.graph} {model.provider}",
             ]  # fmt: skip
         else:
-            row += ["-"] * 7 + [entry.reason]
+            row += ["-"] * 8
+            reasons.append(f"{entry.name} version {entry.version}: {entry.reason}")
         rows.append(row)
     columns = ["model", "version", "state", "input", "classes", "gated blocks", "heads", "MLP groups", "profiles"]
-    return table([*columns, "budgets", "runs"], rows)
+    shown = table([*columns, "budgets", "runs"], rows)
+    return "\n".join([shown, "", *reasons]) if reasons else shown
 
 
 def models_json(models: Sequence[Served]) -> str:

@@ -25,12 +25,14 @@ class PredictRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., steering: _Optional[_Union[Steering, _Mapping]] = ..., top_k: _Optional[int] = ..., budget: _Optional[float] = ..., min_budget: _Optional[float] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("encoded", "pixels")
+    __slots__ = ("encoded", "pixels", "shape")
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     encoded: bytes
     pixels: bytes
-    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[bytes] = ...) -> None: ...
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Steering(_message.Message):
     __slots__ = ("profile", "terms", "strength", "gates_sae_digest", "open", "closed")

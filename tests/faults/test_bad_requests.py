@@ -41,7 +41,7 @@ def named(request: pb.PredictRequest, **fields: Any) -> pb.PredictRequest:
     return request
 
 
-def with_image(**source: bytes) -> pb.PredictRequest:
+def with_image(**source: Any) -> pb.PredictRequest:
     return pb.PredictRequest(images=[pb.Image(**source)])
 
 
@@ -93,6 +93,8 @@ def twice() -> oip.ModelInferRequest:
 STEERING_V1 = [
     Case("wrong size", lambda: with_image(pixels=bytes(783)),
          "images[0].pixels has 783 bytes; allowed: 784 (uint8, 28 x 28 x 1)"),
+    Case("wrong size", lambda: with_image(pixels=bytes(784), shape=[1, 28, 28]),
+         "images[0].shape is [1, 28, 28]; allowed: [28, 28, 1], or none"),
     Case("empty batch", lambda: typed(0), "images has 0 entries; allowed: 1 to 256"),
     Case("batch over the limit", lambda: typed(257), "images has 257 entries; allowed: 1 to 256"),
     Case("unknown model", lambda: named(typed(), model="resnet"), "model is 'resnet'; allowed: 'fashion_mnist'",
