@@ -41,7 +41,7 @@ def non_inferiority(before: Right, after: Right, margin: float, clusters: NDArra
     gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
     # 2 n q^2 - b q + c = 0: the maximum likelihood of P(lost) = q, P(gained) = q - margin
     b, c = gained + lost + margin * (2 * n + lost - gained), lost * margin * (1 + margin)
-    q = (b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
+    q = (b + math.sqrt(max(0.0, b * b - 8 * n * c))) / (4 * n)  # a root of 0 may be rounded to one below it
     return float(norm.sf((gained - lost + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))))
 
 
@@ -73,7 +73,7 @@ def power(images: float, discordance: float, margin: float, level: float) -> flo
 def effective_images(values: Rightness, clusters: NDArray[np.int64] | None) -> float:
     """The number of independent images whose mean has the standard error of values (B,). clusters: as in
     standard_error."""
-    error = standard_error(values, clusters)
+    error = 0.0 if clusters is None else standard_error(values, clusters)
     return len(values) * (standard_error(values) / error) ** 2 if error else float(len(values))
 
 
@@ -132,7 +132,7 @@ def change_interval(
     change = after.astype(np.float64) - before.astype(np.float64)
     if not change.any():
         return 0.0, 0.0
-    if clusters is not None:
+    if clusters is not None or len(change) == 1:
         return hierarchical_interval(change[None], clusters)
     result = bootstrap(
         (change,), np.mean, n_resamples=RESAMPLES, batch=100, confidence_level=CONFIDENCE, method="percentile",
