@@ -251,6 +251,8 @@ def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
     ("flags", "message"),
     [
         (["vit", "--vit.dim", "-3"], "--vit.dim is '-3': Input should be greater than or equal to 8"),
+        (["vit", "--seed", "-1"], "--seed is '-1': Input should be greater than or equal to 0"),
+        (["vit", "--seed", f"{2**32}"], f"--seed is '{2**32}': Input should be less than {2**32}"),
         (["vit", "--vit.nonsense", "1"], "python -m training: error: unrecognized arguments: --vit.nonsense 1"),
         (["vit", "--vit.gated-blocks", "0"], "vit.gated_blocks is '0'; allowed: 'all', 'last', or numbers"),
         (["vit", "--vit.model", "no_such_model"], "vit.model is 'no_such_model'"),
