@@ -25,7 +25,7 @@ from export.bundle import Bundle, BundleError
 from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
-from training.data.splits import DataError, balanced, load
+from training.data.splits import DataError, load, subset
 from training.evaluation.selective import (
     Method,
     chosen,
@@ -168,8 +168,7 @@ def main(arguments: Sequence[str]) -> int:
     except (BundleError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    pool = data.train.take(balanced(data.train.classes, min(1.0, POOL / len(data.train)), settings.seed)[0])
-    selection = data.selection.take(balanced(data.selection.classes, CHOOSING / len(data.selection), settings.seed)[0])
+    pool, selection = subset(data.train, POOL, settings.seed), subset(data.selection, CHOOSING, settings.seed)
     splits = {"pool": pool, "selection": selection, **({"test": data.test} if options.split == "test" else {})}
     network, tokens = from_first_gate(steered.model, list(splits.values()))
     known = {name: examples(network, split) for name, split in zip(splits, tokens, strict=True)}
