@@ -82,9 +82,7 @@ def load_sae(run: Run) -> Sae:
 
 
 def _stored(run: Run) -> Sae:
-    stored = run.read_tensors("sae")
-    assert stored is not None
-    return from_tensors(stored.tensors)
+    return from_tensors(run.tensors("sae"))
 
 
 class Fitting(nn.Module):
