@@ -2,6 +2,7 @@
 python -m export verify <bundle>                         check that a bundle is complete and right  (no torch)"""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
     add(
         "--compact-threshold",
         metavar="SHARE",
-        type=float,
+        type=_share,
         default=0.01,
         help="share of its images below which a head or MLP group counts as not used; default: %(default)s",
     )
@@ -107,14 +108,14 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
     add(
         "--verify-images",
         metavar="N",
-        type=int,
+        type=_count,
         default=40,
         help="images to compare with PyTorch, each under up to 40 steerings; default: %(default)s",
     )
     add(
         "--accuracy-images",
         metavar="N",
-        type=int,
+        type=_count,
         default=2000,
         help="images to compare accuracy on; default: %(default)s",
     )
@@ -154,6 +155,22 @@ def _listed(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number of images, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: 0 to 1")
+    return share
 
 
 if __name__ == "__main__":

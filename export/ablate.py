@@ -14,7 +14,7 @@ from export.bundle import BundleError
 from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
-from training.data.splits import Data, DataError, balanced, load
+from training.data.splits import Data, DataError, load, subset
 from training.evaluation.ablation import Learned, compare_variants, learn, table, variants
 from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
@@ -61,15 +61,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _learned_once(settings: Settings, run: Run, digest: str, data: Data, model: GatedVit, sae: Sae) -> Learned:
+    made_of = run.digest(also=(digest, settings.fingerprint("profiles"), dict(data.digests)))
     stored = run.read_tensors("ablation")
-    if stored and stored[1]["digest"] == digest:
+    if stored and stored.meta["digest"] == made_of:
         tensors, meta = stored
         return Learned(tensors["class_bias"], tensors["bias"], terms_from_json(meta["terms"]))
-    share = min(1.0, settings.profiles.pool / len(data.train))
-    pool = data.train.take(balanced(data.train.classes, share, settings.seed)[0])
+    pool = subset(data.train, settings.profiles.pool, settings.seed)
     learnt = learn(settings.profiles, model, sae, pool, len(data.labels), settings.seed + 3, settings.bf16)
     tensors = {"class_bias": learnt.class_bias, "bias": learnt.bias}
-    run.write_tensors("ablation", tensors, {"digest": digest, "terms": terms_to_json(learnt.terms)})
+    run.write_tensors("ablation", tensors, {"digest": made_of, "terms": terms_to_json(learnt.terms)})
     return learnt
 
 

@@ -18,7 +18,7 @@ from export.bundle import BundleError
 from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import Settings
-from training.data.splits import DataError, balanced, load
+from training.data.splits import DataError, load, subset
 from training.evaluation.dictionaries import KS, STABLE_AT, SWEEP, compared, effects, fitted, stabilities
 from training.evaluation.probing import can_probe, dictionaries, probed
 from training.model.first_gate import from_first_gate
@@ -50,10 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     except (BundleError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    splits = [
-        split.take(balanced(split.classes, min(1.0, count / len(split)), settings.seed)[0])
-        for split, count in ((data.train, TRAIN), (data.selection, HELD_OUT))
-    ]
+    splits = [subset(data.train, TRAIN, settings.seed), subset(data.selection, HELD_OUT, settings.seed)]
     model, tokens = from_first_gate(steered.model, splits)
     train, held_out = (residuals(model, split, "dictionaries: residuals") for split in tokens)
     seed, bf16, sae = settings.seed, settings.bf16, steered.sae

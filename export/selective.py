@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from export.bundle import Bundle, BundleError
 from export.rebuild import rebuild
 from training.checkpoint import Run
 from training.config import SaeSettings, Settings
-from training.data.splits import DataError, balanced, load
+from training.data.splits import DataError, load, subset
 from training.evaluation.selective import (
     Method,
     chosen,
@@ -78,7 +77,9 @@ class Search:
     selection: Examples
     dictionaries: dict[str, Sae]
     targets: dict[str, Target]
-    folder: Path
+    run: Run
+    made_of: str
+    """Digest of everything else that the results follow from."""
     settings: SelectiveSettings
     seed: int
     bf16: bool
@@ -119,7 +120,7 @@ class Search:
         return values
 
     def _save(self) -> None:
-        Run(self.folder).write_json("selective.found.json", self.stamped())
+        self.run.write_json("selective.found.json", self.stamped())
 
     def method(self, key: Key) -> Method:
         """The method of a key, as found."""
@@ -132,7 +133,7 @@ class Search:
 
     def stamped(self) -> dict[str, Any]:
         """The content of the file of results."""
-        return {"digest": self.bundle.manifest.gates_sae_digest, "settings": vars(self.settings), "found": self.found}
+        return {"digest": self.made_of, "settings": vars(self.settings), "found": self.found}
 
     def _method(self, method: str, value: dict[str, Any]) -> Method:
         if method == PROBE:
@@ -167,14 +168,15 @@ def main(arguments: Sequence[str]) -> int:
     except (BundleError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    pool = data.train.take(balanced(data.train.classes, min(1.0, POOL / len(data.train)), settings.seed)[0])
-    selection = data.selection.take(balanced(data.selection.classes, CHOOSING / len(data.selection), settings.seed)[0])
+    pool, selection = subset(data.train, POOL, settings.seed), subset(data.selection, CHOOSING, settings.seed)
     splits = {"pool": pool, "selection": selection, **({"test": data.test} if options.split == "test" else {})}
     network, tokens = from_first_gate(steered.model, list(splits.values()))
     known = {name: examples(network, split) for name, split in zip(splits, tokens, strict=True)}
+    run = Run(options.out)
+    made_of = run.digest(also=(bundle.manifest.gates_sae_digest, settings.fingerprint("profiles"), dict(data.digests)))
     search = Search(
         bundle, network, count(steered.model), known["pool"], known["selection"],
-        _dictionaries(options.out, steered.sae, known["pool"], settings), targets, options.out,
+        _dictionaries(run, made_of, steered.sae, known["pool"], settings), targets, run, made_of,
         SelectiveSettings(), settings.seed, settings.bf16,
     )  # fmt: skip
     file = options.out / "selective.found.json"
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
     contexts = list(settings.profiles.contexts)
     keys = list(_keys(contexts, options.images, data.labels if options.classes else ()))
     images = known[options.split]
-    merged, records, run = _compositions(search, contexts, images), [], Run(options.out)
+    merged, records = _compositions(search, contexts, images), []
     result = {
         "split": options.split,
         "images": len(images),
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
         entry, values = search.entry(key), search.measure(key, options.split, images)
         records.append({**_record(key, entry["strength"], values), "selection": entry["tried"]})
         run.write_json(f"selective.{options.split}.json", {**result, "records": records, "composed": merged})
-    _write_profiles(search, contexts, run, records, options.split)
+    _write_profiles(search, contexts, options.split, images)
     print(table([*records, *merged]))
     return 0
 
@@ -228,37 +230,36 @@ def _compositions(search: Search, contexts: Sequence[str], images: Examples) -> 
     return records
 
 
-def _write_profiles(
-    search: Search, contexts: Sequence[str], run: Run, records: Sequence[dict[str, Any]], split: str
-) -> None:
+def _write_profiles(search: Search, contexts: Sequence[str], split: str, images: Examples) -> None:
     """Write the contexts' profiles for --profiles-dir of the server."""
     profiles = []
     for context in contexts:
-        record = next(r for r in records if (r["context"], r["images"], r["method"]) == (context, SERVED, LATENTS))
+        key = (context, SERVED, LATENTS)
+        values = search.measure(key, split, images)
         classes = tuple(search.bundle.manifest.labels[c] for c in search.targets[context])
-        terms = search.terms((context, SERVED, LATENTS))
         profiles.append(
             SteeringProfile(
-                f"selective: {context}", classes, "selective", terms,
-                {"split": split, **{name: record[name] for name in MEASURED}}, kind="selective",
+                f"selective: {context}", classes, "selective", search.terms(key),
+                {"split": split, **{name: values[name] for name in MEASURED}}, kind="selective",
             )
         )  # fmt: skip
     digest = {"gates_sae_digest": search.bundle.manifest.gates_sae_digest}
-    run.write_json("selective.profiles.json", {**digest, **profiles_to_json(profiles)})
+    search.run.write_json("selective.profiles.json", {**digest, **profiles_to_json(profiles)})
 
 
-def _dictionaries(folder: Path, sae: Sae, pool: Examples, settings: Settings) -> dict[str, Sae]:
+def _dictionaries(run: Run, made_of: str, sae: Sae, pool: Examples, settings: Settings) -> dict[str, Sae]:
     """The bundle's dictionary and those of the rivals, equally sparse on the pool. The frozen decoder is kept in the
-    folder."""
+    folder, with `made_of`."""
     active = torch.stack([(sae.encode(s, x) > 0).float().mean() for s, x in enumerate(pool.residuals)]).mean().item()
-    path = folder / "frozen.safetensors"
-    if not path.is_file():
+    stored = run.read_tensors("frozen")
+    if stored and stored.meta.get("made_of") == made_of:
+        random_decoder = from_tensors(stored.tensors)
+    else:
         options = SaeSettings(latents=sae.latents, k=round(active * sae.latents), epochs=FROZEN_EPOCHS)
         train, held_out = pool.residuals[:, ::2], pool.residuals[:, 1::2]
-        fitted = frozen(train, held_out, options, settings.seed + 1, settings.bf16)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in fitted.state_dict().items()}, path)
-    return {LATENTS: sae, PCA: principal(pool.residuals, active), FROZEN: from_tensors(load_file(path))}
+        random_decoder = frozen(train, held_out, options, settings.seed + 1, settings.bf16)
+        run.write_tensors("frozen", random_decoder.state_dict(), {"made_of": made_of})
+    return {LATENTS: sae, PCA: principal(pool.residuals, active), FROZEN: random_decoder}
 
 
 def _probe_to_json(value: Probe) -> dict[str, Any]:

@@ -333,6 +333,31 @@ def test_mean_and_deviation_are_those_of_the_training_pixels() -> None:
     assert found.spec.std == (round(pixels.std().item(), 4),)
 
 
+IDX = b"\0\0\x08"
+PAIR = IDX + b"\3" + bytes([0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28])
+"""The header of two images."""
+TWO = bytes(2 * 784)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (gzip.compress(PAIR + TWO)[:-9], b"", r"images-idx3-ubyte\.gz is not a whole IDX .*: Compressed file ended"),
+        (gzip.compress(PAIR + bytes(784)), b"", r"images-idx3-ubyte\.gz is not a whole IDX .* cannot reshape"),
+        (gzip.compress(b"other"), b"", r"images-idx3-ubyte\.gz is not a whole IDX .*: it begins with b'oth'"),
+        (b"", b"", r"images-idx3-ubyte\.gz is not a whole IDX file"),
+        (gzip.compress(PAIR + TWO), IDX, r"labels-idx1-ubyte is not a whole IDX file of uint8: index out of range"),
+        (gzip.compress(PAIR + TWO), IDX + b"\1\0\0\0\3abc", r"has 2 images and 3 labels of train; allowed: as many"),
+    ],
+    ids=["cut short", "a body too short", "no IDX file", "empty", "a header too short", "more labels than images"],
+)
+def test_unusable_files_of_fashion_mnist_are_named(images: bytes, labels: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(images)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(DataError, match=message):
+        load(DataSettings(root=tmp_path), 0)
+
+
 def test_splits_are_disjoint_balanced_and_the_same_each_time() -> None:
     settings = DataSettings(max_train=1000, max_test=200, selection_fraction=0.2)
     one, two = load(settings, 7), load(settings, 7)
@@ -343,6 +368,7 @@ def test_splits_are_disjoint_balanced_and_the_same_each_time() -> None:
     train = {image.numpy().tobytes() for image in one.train.images}
     assert not train & {image.numpy().tobytes() for image in one.selection.images}
     assert not torch.equal(one.selection.images, load(settings, 8).selection.images)
+    assert torch.equal(of_training.subset(one.test, 1000, 7).images, one.test.images), "all, as there are no more"
 
 
 def test_a_resumed_epoch_sees_the_batches_that_it_would_have_seen() -> None:

@@ -134,6 +134,17 @@ def test_the_loss_of_a_batch_by_hand(taught: bool, model: GatedVit, split: Split
     assert record["usage"].item() == pytest.approx((spent.sum() + whole.sum()).item() / len(split), rel=1e-5)
 
 
+def test_a_batch_of_open_images_alone_has_no_error(
+    model: GatedVit, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "draw", lambda images, device: torch.ones(images, device=device))
+    vit, batch = VitSettings(dial=True, mlp_groups=2), Batch(split.images[:2], split.classes[:2])
+    settings = Settings(step="vit", out=tmp_path, bf16=False, vit=vit)  # type: ignore[call-arg]
+    loss, record = training.dial_step(model, model, None, 0.0, settings, batch, count(model))
+    assert loss.isfinite()
+    assert (record["error"], record["usage"]) == (0, 1)
+
+
 def test_the_finished_dial_spends_what_its_knots_say(model: GatedVit, split: Split) -> None:
     macs = count(model)
     dial = training.calibrate(model, split, macs)

@@ -116,6 +116,9 @@ def test_non_inferiority_of_a_published_trial() -> None:
     assert significance.non_inferiority(right((90, True), (10, False)), right((80, True), (20, False)), 0.1) == 0.5
     before, after = right((1, True), (5, False), (4, True)), right((1, False), (5, True), (4, True))
     assert significance.non_inferiority(before, after, 0.0) == pytest.approx(norm.sf(4 / math.sqrt(6)))
+    # 14 (1 + 0.01) = 2 * 707 * 0.01, so both roots are q = 0.01; as a float, their difference squared is below 0
+    before, after = right((707, True)), right((693, True), (14, False))
+    assert significance.non_inferiority(before, after, 0.01) == pytest.approx(norm.sf(-6.93 / math.sqrt(707 * 0.0099)))
 
 
 def test_non_inferiority_counts_designs_that_change_together_once() -> None:
@@ -333,6 +336,14 @@ def test_the_interval_of_a_change_covers_it_and_is_paired() -> None:
     assert low == pytest.approx(0.03 - 1.96 * 0.0094, abs=0.003)
     assert high == pytest.approx(0.03 + 1.96 * 0.0094, abs=0.003)
     assert significance.change_interval(before, before) == (0.0, 0.0)
+    assert significance.change_interval(right((1, True)), right((1, False))) == (-1.0, -1.0)
+
+
+@pytest.mark.parametrize("clusters", [None, np.arange(5)])
+def test_independent_images_count_as_many(clusters: NDArray[np.int64] | None) -> None:
+    values = np.array([1.0, 0.0, -1.0, 0.0, 0.0])
+    assert significance.effective_images(values, clusters) == pytest.approx(5)
+    assert significance.effective_images(np.ones(1), None) == 1, "a single image has no standard error"
 
 
 def test_auroc_of_a_score_by_hand() -> None:

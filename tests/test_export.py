@@ -253,9 +253,13 @@ def test_a_compact_bundle_finds_its_profile_in_either_unicode_form(name: str) ->
     [
         (("--precision", "fp8"), "'fp8'; allowed: some of fp32,int8,fp16, each once"),
         (("--attention", "masked,masked"), "'masked,masked'; allowed: some of dispatch,masked,fused, each once"),
+        (("--verify-images", "0"), "argument --verify-images: '0'; allowed: a number of images, 1 or more"),
+        (("--accuracy-images=-5",), "argument --accuracy-images: '-5'; allowed: a number of images, 1 or more"),
+        (("--compact-threshold", "nan"), "argument --compact-threshold: 'nan'; allowed: 0 to 1"),
+        (("--compact-threshold", "1.5"), "argument --compact-threshold: '1.5'; allowed: 0 to 1"),
     ],
 )
-def test_unknown_graphs_are_refused_before_anything_is_done(
+def test_unusable_flags_are_refused_before_anything_is_done(
     tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     done = run_main(export_main, str(tmp_path), str(tmp_path / "models"), "--name", "x", *flags)

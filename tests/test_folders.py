@@ -200,6 +200,15 @@ def test_files_that_are_as_long_and_end_alike_are_no_copies(tmp_path: Path) -> N
         read(tmp_path)
 
 
+def test_files_that_cannot_be_read_are_no_copies_but_named(tmp_path: Path) -> None:
+    label_folders(tmp_path)
+    for name in ("x.png", "y.png"):  # opened by anyone, read by nobody
+        (tmp_path / "a" / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"2 images are not readable(.|\n)*a/x\.png is not a readable image"):
+        read(tmp_path)
+    assert sum(sizes(read(tmp_path, skip_unreadable=True))) == 10
+
+
 def test_settings_remember_copies_only_where_they_matter() -> None:
     """Earlier runs have no such setting; an export reads the data as the run did."""
     assert "copies" not in DataSettings().model_dump(mode="json")

@@ -40,6 +40,22 @@ def test_the_cache_gives_the_logits_of_the_full_forward(gated: tuple[int, ...], 
             torch.testing.assert_close(cache.logits(kept.expand(40, units)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_cache_keeps_no_other_tokens_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GatedVit(create_vit(VitSettings(dim=32, depth=2, heads=4), SPEC, 5), (1,), SPEC).eval()
+    cat = torch.cat
+    kept: list[torch.Tensor] = []
+
+    def watched(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        if parts[0].ndim == 2:  # vectors of images
+            kept.extend(parts)
+        return cat(parts, dim)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    store(model, Split(torch.zeros(40, 28, 28, 1, dtype=torch.uint8), torch.zeros(40)), size=16)
+    assert len(kept) == 6, "three batches of residuals and of heads"
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept)
+
+
 @pytest.mark.parametrize("groups", [0, 4])
 def test_a_last_block_takes_the_place_of_the_model(groups: int) -> None:
     """The same logits, gates and gradients, steered and unsteered, for any rows of several splits."""

@@ -104,6 +104,39 @@ def test_each_job_is_a_step_of_its_seed_with_the_flags_given(tmp_path: Path) -> 
         assert list(settings.others) == (others if job.name == "report" else [])
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], jobs_of(1, dial=True, taught=True)),
+        (["--vit.teacher=none"], jobs_of(1, dial=True)),
+        (["--no-vit.dial", "--vit.teacher", "none", "--vit.mlp-groups", "0"], jobs_of(1)),
+        (["--preset", "smoke"], jobs_of(1)),
+        (["--preset", "smoke", "--vit.dial"], jobs_of(1, dial=True)),
+    ],
+)
+def test_the_controls_are_those_of_the_settings(
+    flags: list[str], expected: dict[Job, list[Job]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(jobs: dict[Job, list[Job]], *_: Any) -> None:
+        assert jobs == expected
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "seed-0-vit.log").touch()
+        raise JobFailed(Job(0, "vit"), 1, ())
+
+    monkeypatch.setattr(reproduce, "run_jobs", fail)
+    assert reproduce.main(["--out", str(tmp_path), *flags]) == 1
+
+
+def test_invalid_settings_are_named_before_any_job(tmp_path: Path) -> None:
+    for flag, message in (
+        ("--vit.depth=1", "--vit.depth is '1': Input should be greater than or equal to 2"),
+        ("--vit.nonsense", "error: unrecognized arguments: --vit.nonsense"),
+    ):
+        done = run_main(reproduce.main, "--out", str(tmp_path / "runs"), flag)
+        assert (done.returncode, message in done.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Restore the number of threads, which steps in this process set."""

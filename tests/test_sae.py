@@ -141,6 +141,13 @@ def test_a_fit_explains_its_residuals_and_keeps_k_after_the_conversion(kind: str
     assert abs((z > 0).float().sum(1).mean().item() - 3) < 0.05
 
 
+def test_a_fit_that_diverges_stops_there() -> None:
+    torch.manual_seed(0)
+    fitting = Fitting(few_causes(), SaeSettings(latents=24, k=3, epochs=20, batch_size=200, learning_rate=1e30))
+    with pytest.raises(RunError, match=r"autoencoders is (nan|inf) at step \d+; allowed: a finite number"):
+        fitting.fit(0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-50, 50))
 def test_folding_leaves_latents_and_reconstruction_unchanged(seed: int, spread: float, centre: float) -> None:

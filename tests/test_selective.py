@@ -1,7 +1,10 @@
 """Selective profiles: which images keep their answers to the bit, and the search for such profiles."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -9,12 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import MODELS
 from small_models import SPEC, images, of_kind
 
+from export import ablate
+from export import selective as selective_program
 from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import inputs_of, open_session, run_onnx
-from training.data.splits import Split
+from training.checkpoint import Run
+from training.config import Settings
+from training.data.splits import Data, Split
+from training.evaluation.ablation import Learned
 from training.evaluation.dictionaries import effects, projection
 from training.evaluation.selective import chosen, drawn, examples, measured, of_probe, of_terms, under
 from training.evaluation.selective_criteria import verdict
@@ -142,3 +151,55 @@ def test_projections_keep_what_their_components_explain() -> None:
     rebuilt = projection(x, 2)(0, x[0])[1]
     unexplained = (x[0] - rebuilt).square().sum() / (x[0] - x[0].mean(0)).square().sum()
     assert unexplained.item() == pytest.approx((1 + 0.25) / (16 + 4 + 1 + 0.25), rel=0.15)
+
+
+def test_results_are_kept_for_the_same_bundle_seed_and_images_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small search on the committed bundle: without the number of examples of the profiles for the server."""
+    for name, value in {"POOL": 300, "CHOOSING": 100, "SERVED": 6, "FROZEN_EPOCHS": 1}.items():
+        monkeypatch.setattr(selective_program, name, value)
+    monkeypatch.setattr(selective_program, "SelectiveSettings", lambda: SelectiveSettings(terms=4, steps=2, rows=4))
+    folder = next((MODELS / "fashion_mnist").iterdir())
+
+    def run(seed: int) -> tuple[bytes, ...]:
+        arguments = [str(folder), "--out", str(tmp_path), "--images", "3", "--seed", str(seed)]
+        assert selective_program.main(arguments) == 0
+        names = ("frozen.safetensors", "selective.found.json", "selective.profiles.json")
+        return tuple((tmp_path / name).read_bytes() for name in names)
+
+    first = run(0)
+    written = (tmp_path / "frozen.safetensors").stat().st_mtime_ns
+    assert run(0) == first
+    assert (tmp_path / "frozen.safetensors").stat().st_mtime_ns == written, "not fitted again"
+    assert all(one != other for one, other in zip(run(1), first, strict=True))
+    profiles = profiles_from_json({
+        key: value for key, value in json.loads(first[2]).items() if key != "gates_sae_digest"
+    })  # fmt: skip
+    assert [profile.name for profile in profiles] == [f"selective: {name}" for name in ("tops", "footwear", "rest")]
+    assert "linear probe" in capsys.readouterr().out
+
+
+def test_an_ablation_learns_anew_for_another_bundle_seed_or_set_of_images(
+    steered: SteeredVit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[tuple[Any, ...]] = []
+
+    def learn(*arguments: Any) -> Learned:
+        learnt.append(arguments)
+        return Learned(torch.zeros(2, 2, 5), torch.zeros(2, 5), {0: (SteeringTerm(len(learnt), 2.0),)})
+
+    monkeypatch.setattr(ablate, "learn", learn)
+    split = Split(torch.from_numpy(images(20)), torch.arange(20) % 2)
+
+    def terms(digest: str, seed: int, files: str) -> Terms:
+        data = Data(("a", "b"), SPEC, split, split, split, digests={"training images": files})
+        made = Settings(step="evaluate", out=tmp_path, preset="smoke", seed=seed)  # type: ignore[call-arg]
+        return ablate._learned_once(made, Run(tmp_path), digest, data, steered.model, steered.sae).terms
+
+    kept = ("bundle", 0, "digest")
+    first = terms(*kept)
+    assert terms(*kept) == first
+    for other in (("another", 0, "digest"), ("bundle", 1, "digest"), ("bundle", 0, "another")):
+        assert terms(*other) != first
+    assert len(learnt) == 4

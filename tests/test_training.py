@@ -17,6 +17,7 @@ from training.checkpoint import Run, RunError
 from training.config import DENSE, DataSettings, Settings, VitSettings
 from training.data.splits import load
 from training.evaluation.controls import narrower, width_of
+from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
 from training.model.inference import Outcome, effect
 from training.model.macs import Macs, count
@@ -80,6 +81,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert not (tmp_path / "broken" / "vit.state.safetensors").exists()
 
 
+def test_a_training_that_diverges_stops_there(tmp_path: Path) -> None:
+    settings = tiny(tmp_path, TINY.model_copy(update={"learning_rate": 1e30}))
+    data = load(settings.data, settings.seed)
+    message = r"the loss is (nan|inf) at step \d+ of phase 'backbone'; allowed: a finite number\. Lower"
+    with pytest.raises(RunError, match=message):
+        fit.fit_vit(settings, data, Run(tmp_path))
+
+
 @pytest.mark.slow
 def test_a_shared_backbone_is_the_one_that_the_run_would_have_trained(whole: Path, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
@@ -141,6 +150,14 @@ def test_a_run_continues_only_with_the_images_and_labels_it_began_with(
     del old["result"]["data"]
     part.write_json("vit.json", old)
     fit.check_images(part, more)
+
+
+def test_a_missing_file_of_a_finished_stage_is_named(tmp_path: Path) -> None:
+    spec = ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,))
+    result = {"image": spec.to_json(), "labels": ["a", "b"]}
+    Run(tmp_path).finish("vit", tiny(tmp_path).fingerprint("vit"), result)
+    with pytest.raises(RunError, match=r"vit\.safetensors is missing\. Restore it, or remove the JSON file"):
+        fit.load_vit(Run(tmp_path))
 
 
 def test_offsets_spare_the_first_image_and_most_others() -> None:
@@ -251,6 +268,8 @@ def test_contexts_that_are_given_replace_those_of_the_preset() -> None:
     ("flags", "message"),
     [
         (["vit", "--vit.dim", "-3"], "--vit.dim is '-3': Input should be greater than or equal to 8"),
+        (["vit", "--seed", "-1"], "--seed is '-1': Input should be greater than or equal to 0"),
+        (["vit", "--seed", f"{2**32}"], f"--seed is '{2**32}': Input should be less than {2**32}"),
         (["vit", "--vit.nonsense", "1"], "python -m training: error: unrecognized arguments: --vit.nonsense 1"),
         (["vit", "--vit.gated-blocks", "0"], "vit.gated_blocks is '0'; allowed: 'all', 'last', or numbers"),
         (["vit", "--vit.model", "no_such_model"], "vit.model is 'no_such_model'"),

@@ -18,10 +18,7 @@ def main(arguments: list[str], prog: str = "python -m training") -> int:
     try:
         settings = parse(arguments, prog)
     except ValidationError as error:
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"])).replace("_", "-")
-            value = "missing" if problem["type"] == "missing" else repr(problem["input"])
-            print(f"--{name} is {value}: {problem['msg']}", file=sys.stderr)
+        show(error)
         return 2
     from training.steps import run_steps  # imports torch: only once the settings are valid
 
@@ -32,6 +29,14 @@ def parse(arguments: list[str], prog: str = "python -m training") -> Settings:
     """The settings of a command line. Raises pydantic's ValidationError; exits on --help and unknown flags, as argparse
     does."""
     return CliApp.run(Settings, cli_args=arguments, cli_settings_source=source(prog))
+
+
+def show(error: ValidationError) -> None:
+    """Print each invalid setting to standard error, as a flag."""
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"])).replace("_", "-")
+        value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+        print(f"--{name} is {value}: {problem['msg']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

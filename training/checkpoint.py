@@ -158,6 +158,16 @@ class Run:
             meta = json.loads((file.metadata() or {}).get("meta", "{}"))
         return Stored(load_file(path), meta)
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file that a finished stage has written. Raises RunError when it is missing."""
+        stored = self.read_tensors(name)
+        if stored is None:
+            raise RunError(
+                f"{self.folder / name}.safetensors is missing. "
+                "Restore it, or remove the JSON file of its stage and run the step again"
+            )
+        return stored.tensors
+
     def remove_tensors(self, name: str) -> None:
         """Remove the file of `write_tensors`, if it is there."""
         if processes.is_main():

@@ -96,8 +96,8 @@ class DataSettings(Group):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of the resize."""
     mean: tuple[float, ...] | None = None
-    """Mean per channel, of pixels scaled to 0..1 (default: measured on training images; for a pretrained model, its
-    own)."""
+    """Mean per channel, of pixels scaled to 0..1 (default: measured on training images). A pretrained model should get
+    the one that it was trained with."""
     std: tuple[float, ...] | None = None
     """Standard deviation per channel, with the same default."""
     selection_fraction: float = Field(0.1, gt=0, lt=0.5)
@@ -304,10 +304,10 @@ class Settings(BaseSettings):
         "folder",
     ] = "fashion-mnist"
     """The preset that sets the defaults."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of all random numbers."""
     bf16: bool = True
-    """bfloat16 autocast in training, if the hardware supports it natively. Evaluation is always in float32."""
+    """bfloat16 autocast in training; slow on hardware that only emulates it. Evaluation is always in float32."""
     save_every: float = Field(60, ge=0)
     """Seconds between two saved states of a stage: the most work that an interruption loses."""
     threads: int = Field(0, ge=0)

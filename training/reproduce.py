@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from training.presets import PRESETS
+from pydantic import ValidationError
+
+from training.__main__ import parse, show
+from training.config import DENSE
 from training.terminal import HelpFormatter
 
 CONTROLS: dict[bool, dict[str, tuple[str, ...]]] = {
@@ -182,10 +185,11 @@ def parser(prog: str = "python -m training.reproduce") -> argparse.ArgumentParse
 
 
 def main(arguments: list[str], prog: str = "python -m training.reproduce") -> int:
-    """Run all jobs, then write and print the table of the seeds. Returns the exit status: 0, or 1 when a job fails.
+    """Run all jobs, then write and print the table of the seeds. Returns the exit status: 0, 1 when a job fails, or 2
+    when a setting is invalid.
 
-    arguments: without the program's name, which is prog; unknown flags are passed on to the jobs. A failed job ends the
-    others.
+    arguments: without the program's name, which is prog; flags of settings are passed on to the jobs. A failed job ends
+    the others.
     """
     flags_of_all = parser(prog)
     options, flags = flags_of_all.parse_known_args(arguments)
@@ -195,11 +199,12 @@ def main(arguments: list[str], prog: str = "python -m training.reproduce") -> in
         flags_of_all.error(f"--seeds is {options.seeds}, --jobs {options.jobs}; allowed: 1 or more")
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
         flags_of_all.error("--seed is not a flag here; allowed: --seeds, the number of seeds from 0 on")
-    preset = PRESETS.get(options.preset, {}).get("vit", {})
-    dial = "--vit.dial" in flags or preset.get("dial", False)
-    teacher = argparse.ArgumentParser(allow_abbrev=False)
-    teacher.add_argument("--vit.teacher", dest="name", default=preset.get("teacher"))
-    jobs = jobs_of(options.seeds, dial, teacher.parse_known_args(flags)[0].name == "dense")
+    try:
+        vit = parse(["--preset", options.preset, "--out", f"{options.out}", *flags], prog).vit
+    except ValidationError as error:
+        show(error)
+        return 2
+    jobs = jobs_of(options.seeds, vit.dial, vit.teacher == DENSE)
     processes = Processes(options, flags, max(1, cores // options.jobs), len(jobs))
     try:
         asyncio.run(run_jobs(jobs, processes.run, options.jobs))

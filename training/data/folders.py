@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from training import processes
@@ -287,7 +288,8 @@ def _without_copies(root: Path, train: Part, test: Part | None, copies: str) -> 
 
 
 def _copies(paths: Sequence[str]) -> list[list[str]]:
-    """Groups of two or more files with the same content, each sorted. Only few files are read as a whole."""
+    """Groups of two or more files with the same content, each sorted. Only few files are read as a whole. A file that
+    cannot be read is in no group."""
 
     def ending(path: str) -> bytes:
         with open(path, "rb") as file:
@@ -298,11 +300,17 @@ def _copies(paths: Sequence[str]) -> list[list[str]]:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
+    def or_itself(key: Callable[[str], object], path: str) -> object:
+        try:
+            return key(path)
+        except OSError:  # reading the image will name it
+            return path
+
     groups = [sorted(paths)]
     steps: tuple[Callable[[str], object], ...] = (os.path.getsize, ending, content)
     for key in steps:
         candidates = [path for group in groups for path in group]
-        keys = dict(zip(candidates, in_threads(key, candidates), strict=True))
+        keys = dict(zip(candidates, in_threads(partial(or_itself, key), candidates), strict=True))
         split = defaultdict(list)
         for index, group in enumerate(groups):
             for path in group:

@@ -24,7 +24,7 @@ from training.steering import SteeringError, check_name
 
 __all__ = (
     "DEBIAN_FASHION_MNIST", "FASHION_MNIST_LABELS", "Data", "DataError", "Split", "augment", "balanced",
-    "eval_transform", "load", "shuffled", "steps",
+    "eval_transform", "load", "shuffled", "steps", "subset",
 )  # fmt: skip
 MEASURED = 20_000
 """Largest number of training images on which mean and standard deviation are measured."""
@@ -66,9 +66,9 @@ def load(settings: DataSettings, seed: int) -> Data:
         held_out, rest = balanced(train.classes, settings.test_fraction, seed)
         train, test = train.take(rest), train.take(held_out)
     if settings.max_train:
-        train = train.take(balanced(train.classes, settings.max_train / len(train), seed)[0])
+        train = subset(train, settings.max_train, seed)
     if settings.max_test:
-        test = test.take(balanced(test.classes, settings.max_test / len(test), seed)[0])
+        test = subset(test, settings.max_test, seed)
     if selection is None:
         chosen, rest = balanced(train.classes, settings.selection_fraction, seed)
         train, selection = train.take(rest), train.take(chosen)
@@ -211,6 +211,12 @@ def augment(
         mirrored = torch.rand(b * processes, 1, generator=generator)[rank::processes] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     return images[torch.arange(b)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def subset(split: Split, count: int, seed: int) -> Split:
+    """About `count` random images of the split, with the same share of every class, in order; all if there are no
+    more."""
+    return split.take(balanced(split.classes, count / len(split), seed)[0])
 
 
 def balanced(classes: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

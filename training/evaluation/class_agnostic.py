@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from training.config import Settings
-from training.data.splits import Split, balanced
+from training.data.splits import Split, subset
 from training.dial import Dial
 from training.evaluation.baselines import Rival, bisect, logit_bias, matched
 from training.evaluation.changes import changes
@@ -55,7 +55,7 @@ def class_agnostic(
     everything = [tuple(range(classes))]
     each = max(5, EVERYONE // classes)
     everyone = selection.take(torch.cat([_some(selection, label, each) for label in range(classes)]))
-    sample = pool.take(balanced(pool.classes, min(1.0, SAMPLE / len(pool)), settings.seed)[0])
+    sample = subset(pool, SAMPLE, settings.seed)
     stats = measure(model, sae, macs, residuals(model, sample, "evaluate: residuals"), sample)
     options = settings.profiles.model_copy(update={"rows": ROWS, "usage_target": usage})
     unsteered = answers(model, pool).logits.log_softmax(-1)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from training.data.pixels import as_picture
 from training.data.splits import Split
 from training.model.gated_vit import GatedVit
 from training.model.sae import Sae
@@ -109,8 +109,7 @@ def _activity(
 
 def thumbnail(pixels: Tensor) -> str:
     """uint8 (height, width, channels) -> a PNG of at most THUMBNAIL x THUMBNAIL pixels, as base64."""
-    array = pixels.numpy()
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image = as_picture(pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -16,7 +16,7 @@ from training import soundness
 from training.checkpoint import Run
 from training.config import Settings
 from training.data.pixels import Split
-from training.data.splits import Data, balanced
+from training.data.splits import Data, subset
 from training.dial import Dial
 from training.evaluation import significance
 from training.evaluation.baselines import each_under, prior_bias
@@ -135,9 +135,7 @@ def _compare_controls(settings: Settings, data: Data, run: Run, results: dict[st
 def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[GatedNetwork, Data]:
     """A faster equivalent of the model, and its data: if they fit, the tokens that enter the first gated block instead
     of images. Of the training images, only those for finding profiles."""
-    train = data.train
-    pool = train.take(balanced(train.classes, min(1.0, settings.profiles.pool / len(train)), settings.seed)[0])
-    splits = [pool, data.selection, data.test]
+    splits = [subset(data.train, settings.profiles.pool, settings.seed), data.selection, data.test]
     network, entered = shortcut(model, splits)
     if network is model and tokens_size(model, splits) <= TOKENS:
         network, entered = from_first_gate(model, splits)

@@ -119,9 +119,7 @@ def rivals_of(
     """(index of the profile, its slice) -> the effect of every rival on the slice, by name. usages: the usages to
     match."""
     choices = {choice["name"]: choice["best"] for choice in run.info("profiles")["result"]["choices"]}
-    stored = run.read_tensors("gate_bias")
-    assert stored is not None
-    biases = stored[0]["bias"]
+    biases = run.tensors("gate_bias")["bias"]
     means = _class_means(model, selection)
 
     def measure(index: int, images: Slice) -> dict[str, Measured]:

@@ -125,7 +125,8 @@ def measured(macs: Macs, images: Examples, after: Outcome, target: Target) -> di
     """
     classes, before = images.split.classes, images.unsteered
     own = torch.isin(classes, torch.tensor(target))
-    change = _compute(macs, after) - _compute(macs, before)
+    compute, compute_after = (outcome.compute_fraction(macs) for outcome in (before, after))  # (B,)
+    change = compute_after - compute
     right = [(outcome.predicted == classes).double() for outcome in (before, after)]
     same = (before.logits == after.logits).all(1)
 
@@ -133,7 +134,7 @@ def measured(macs: Macs, images: Examples, after: Outcome, target: Target) -> di
         return round((right[1] - right[0])[mask].mean().item(), 5)
 
     return {
-        "compute_before": round(_compute(macs, before)[own].mean().item(), 5),
+        "compute_before": round(compute[own].mean().item(), 5),
         "saved": round(-change[own].mean().item(), 5),
         "moved": round(change[~own].abs().mean().item(), 5),
         "moved_signed": round(change[~own].mean().item(), 5),
@@ -155,11 +156,6 @@ def judged(macs: Macs, images: Examples, after: Outcome, target: Target) -> dict
         "accuracy_p": round(significance.non_inferiority(right[0], right[1], MOST_LOST, clusters), 5),
         "verdict": verdict(values["saved"], values["moved"], -values["accuracy_change"]),
     }
-
-
-def _compute(macs: Macs, outcome: Outcome) -> Tensor:
-    """(B,)"""
-    return outcome.compute_fraction(macs)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -39,7 +39,7 @@ def non_inferiority(before: Right, after: Right, margin: float, clusters: NDArra
     gained, lost = (n / len(before) * int(changed.sum()) for changed in (after & ~before, before & ~after))
     # 2 n q^2 - b q + c = 0: the maximum likelihood of P(lost) = q, P(gained) = q - margin
     b, c = gained + lost + margin * (2 * n + lost - gained), lost * margin * (1 + margin)
-    q = (b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
+    q = (b + math.sqrt(max(0.0, b * b - 8 * n * c))) / (4 * n)  # a root of 0 may be rounded to one below it
     return float(norm.sf((gained - lost + n * margin) / math.sqrt(n * (2 * q - margin * (1 + margin)))))
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from training import processes
 from training.checkpoint import Run, RunError
 from training.config import Settings
-from training.data.splits import Data, Split, balanced
+from training.data.splits import Data, Split, subset
 from training.model.gated_vit import GatedNetwork, GatedVit
 from training.model.inference import Effect, Outcome, answers, effect, steered_by
 from training.model.macs import Macs, count
@@ -96,9 +96,7 @@ def fit_profiles(settings: Settings, data: Data, run: Run, model: GatedVit, sae:
     if run.finished("profiles", fingerprint):
         return load_profiles(run)
     targets = targets_of(data.labels, settings.profiles.contexts)
-    pool = data.train.take(
-        balanced(data.train.classes, min(1.0, settings.profiles.pool / len(data.train)), settings.seed)[0]
-    )
+    pool = subset(data.train, settings.profiles.pool, settings.seed)
     network, (pool, selection) = shortcut(model, [pool, data.selection])
     rank_of, count_of = processes.state().process_index, processes.state().num_processes
     mine = list(targets.values())[rank_of::count_of]
@@ -136,7 +134,7 @@ def find(
     """For each target, the terms of every strategy and control, and the gate-logit bias (G, U), a baseline. The pool
     has training images only."""
     options = settings.profiles
-    sample = pool.take(balanced(pool.classes, min(1.0, 10_000 / len(pool)), settings.seed)[0])
+    sample = subset(pool, 10_000, settings.seed)
     stats = measure(model, sae, macs, residuals(model, sample, "profiles: residuals"), sample)
     unsteered = answers(model, pool).logits.log_softmax(-1)  # (B, C)
     proposals = {

@@ -128,7 +128,8 @@ def store(model: GatedVit, split: Split, size: int = 500) -> LastBlock:
     residuals: list[Tensor] = []
     hooks = [
         attn.proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0][:, 0])),  # (B, H*E), ungated
-        block.norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0])),
+        # a copy: a view would keep all tokens in memory
+        block.norm1.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0][:, 0].clone())),
     ]
     last = len(model.gated_blocks) - 1 if model.gated_blocks[-1] == len(model.vit.blocks) - 1 else -1
 

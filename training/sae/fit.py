@@ -3,6 +3,7 @@
 Letters: B images, S sites, L latents, D residual width.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from training import processes, soundness
-from training.checkpoint import Run, Stored, optimizer_tensors, part, restore_optimizer
+from training.checkpoint import Run, RunError, Stored, optimizer_tensors, part, restore_optimizer
 from training.config import SaeSettings, Settings
 from training.data.splits import Data
 from training.model.gated_vit import GatedVit
@@ -82,9 +83,7 @@ def load_sae(run: Run) -> Sae:
 
 
 def _stored(run: Run) -> Sae:
-    stored = run.read_tensors("sae")
-    assert stored is not None
-    return from_tensors(stored.tensors)
+    return from_tensors(run.tensors("sae"))
 
 
 class Fitting(nn.Module):
@@ -149,7 +148,8 @@ class Fitting(nn.Module):
         """Train in place, from `state` if given. Returns the training curve.
 
         save: called with a state every `save_every` seconds.
-        bf16: matrix products in bfloat16. A resumed fit equals an uninterrupted one, to the bit.
+        bf16: matrix products in bfloat16. A resumed fit equals an uninterrupted one, to the bit. Raises RunError when
+        the fit diverges.
         """
         s = self.settings
         count = self.train_residuals.shape[1]
@@ -187,6 +187,11 @@ class Fitting(nn.Module):
                 self.decoder.copy_(F.normalize(self.decoder, dim=-1))
             if step % 50 == 0 or step == total - 1:
                 point = {"fvu": error.pow(2).mean().item(), "dead": dead.float().mean().item()}
+                if not math.isfinite(point["fvu"]):
+                    raise RunError(
+                        f"the variance unexplained by the autoencoders is {point['fvu']} at step {step}; allowed: a "
+                        "finite number. Lower --sae.learning-rate"
+                    )
                 curve.append({"step": step, **{k: round(v, 5) for k, v in point.items()}})
                 progress.set_postfix({k: f"{v:.4f}" for k, v in point.items()}, refresh=False)
         return curve

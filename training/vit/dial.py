@@ -86,7 +86,7 @@ def dial_step(
     ).mean()
     loss = loss + vit.usage_weight * excess(spent[~whole], asked[~whole])
     correct = logits.argmax(-1) == (target if target.ndim == 1 else target.argmax(-1))
-    error = (spent - asked).detach()[~whole].mean()
+    error = (spent - asked).detach()[~whole].mean().nan_to_num()  # 0 of no images
     return loss, {
         "loss": loss.detach(), "accuracy": correct.float().mean(), "usage": spent.detach().mean(), "error": error,
     }  # fmt: skip

@@ -99,9 +99,7 @@ def load_vit(run: Run) -> GatedVit:
 def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes: int) -> GatedVit:
     without_weights = settings.model_copy(update={"pretrained": False, "weights": None})
     model = build(without_weights, spec, classes)
-    stored = run.read_tensors(name)
-    assert stored is not None
-    model.load_state_dict(stored.tensors)
+    model.load_state_dict(run.tensors(name))
     return model.to(processes.device()).eval().requires_grad_(False)
 
 

@@ -1,5 +1,6 @@
 """The phases of training a gated ViT: what each optimises, its training step, and the loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from training import processes
-from training.checkpoint import Run, Stored, optimizer_tensors, part, restore_optimizer
+from training.checkpoint import Run, RunError, Stored, optimizer_tensors, part, restore_optimizer
 from training.config import Settings, VitSettings
 from training.data.splits import Data, steps
 from training.data.streams import Batch, training_batches
@@ -78,7 +79,8 @@ def run_phase(
 ) -> None:
     """Train `model` through one phase. It ends with the averaged weights.
 
-    teacher: the model for distillation. state: the state that `model` was loaded from, if a run is resumed.
+    teacher: the model for distillation. state: the state that `model` was loaded from, if a run is resumed. Raises
+    RunError when the loss is not a finite number.
     """
     vit, rank = settings.vit, processes.state().process_index
     optimizer = _optimizer(model, vit, phase)
@@ -122,6 +124,12 @@ def run_phase(
         average.update(model, step)
         if step % 20 == 0 or step == total - 1:
             point = {name: value.item() for name, value in measured.items()}
+            if not math.isfinite(point["loss"]):
+                raise RunError(
+                    f"the loss is {point['loss']} at step {step} of phase {phase.name!r}; allowed: a finite number. "
+                    "Lower the learning rates (--vit.learning-rate, --vit.gate-learning-rate, "
+                    "--vit.joint-learning-rate)"
+                )
             curves.append({"phase": phase.name, "step": step, **{k: round(v, 4) for k, v in point.items()}})
             progress.set_postfix({k: f"{v:.3f}" for k, v in point.items()}, refresh=False)
         progress.update()
