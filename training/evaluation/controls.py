@@ -103,9 +103,9 @@ def _of_dial(settings: Settings, data: Data, run: Run) -> dict[str, tuple[str, d
 def fit_controls(settings: Settings, data: Data, run: Run) -> None:
     """Train the controls in `settings.only` (all, if it is empty) that are not finished."""
     models = controls(settings, data, run)
-    for name in settings.only:
-        if name not in models:
-            print(f"controls: {name}: this model has none; it has: {', '.join(models)}", flush=True)
+    for unknown in settings.only:
+        if unknown not in models:
+            print(f"controls: {unknown}: this model has none; it has: {', '.join(models)}", flush=True)
     for name, control in models.items():
         if settings.only and name not in settings.only:
             continue
