@@ -336,7 +336,6 @@ def test_the_interval_of_a_change_covers_it_and_is_paired() -> None:
     assert low == pytest.approx(0.03 - 1.96 * 0.0094, abs=0.003)
     assert high == pytest.approx(0.03 + 1.96 * 0.0094, abs=0.003)
     assert significance.change_interval(before, before) == (0.0, 0.0)
-    assert significance.change_interval(right((1, True)), right((1, False))) == (-1.0, -1.0)
 
 
 @pytest.mark.parametrize("clusters", [None, np.arange(5)])
