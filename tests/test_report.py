@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import ROOT
 
 from training.checkpoint import Run, RunError
 from training.config import VitSettings
@@ -28,6 +29,7 @@ from training.model.gated_vit import GatedVit
 from training.model.inference import steered_by
 from training.model.sae import Sae
 from training.report import gate_figures
+from training.report.dial_figures import frontier
 from training.report.figures import kind_of, spread, trained_models
 from training.report.write import oracle_at, page, shade, with_targets, write_report
 from training.steering import SteeringProfile, SteeringTerm
@@ -468,6 +470,15 @@ def test_curves_show_the_usage_that_was_asked_for() -> None:
     points = [{"phase": "gates", "step": 0}, *({"phase": "joint", "step": step} for step in (0, 30, 60, 99))]
     # 1 -> 0.5 over the first 60% of 100 steps
     assert [point.get("target") for point in with_targets(points, 0.5)] == [None, 1.0, 0.75, 0.5, 0.5]
+
+
+def test_random_units_far_below_do_not_squeeze_the_frontier() -> None:
+    results = json.loads((ROOT / "training" / "results" / "typefaces-dial.json").read_text())
+    (axis,) = frontier(results).axes
+    least = min(point["accuracy"] for point in results["dial"]["random"])
+    assert least < 0.4
+    assert axis.get_ylim()[0] > 100 * (results["dial"]["test"][""][0]["accuracy"] - 0.1)
+    assert f"x {100 * least:.1f}" in [text.get_text() for text in axis.texts]
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=20), st.floats(0.1, 4))

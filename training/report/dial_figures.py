@@ -16,7 +16,8 @@ LINES = {
 
 
 def frontier(results: Mapping[str, Any]) -> Figure:
-    """Accuracy on the test split over mean compute, with 95% intervals (Wilson)."""
+    """Accuracy on the test split over mean compute, with 95% intervals (Wilson). Random units that are worse than
+    everything else are numbers at the lower edge, so that the rest can be told apart."""
     figure = Figure(figsize=(9.2, 5.6), layout="constrained")
     axis = figure.subplots()
     style(axis)
@@ -24,9 +25,6 @@ def frontier(results: Mapping[str, Any]) -> Figure:
     for name, (colour, dashes, marker, meaning) in LINES.items():
         if points := controls.get(name, {}).get("dial"):
             axis.plot(*_line(points), color=colour, ls=dashes, marker=marker, ms=5, lw=1.6, label=meaning)
-    axis.plot(
-        *_line(results["dial"]["random"]), color=GREY, ls="", marker="x", ms=6, label="the same network, random units"
-    )
     points = results["dial"]["test"][""]
     spent, accuracy = _line(points)
     low, high = np.array([p["accuracy_interval"] for p in points]).T
@@ -46,6 +44,16 @@ def frontier(results: Mapping[str, Any]) -> Figure:
         axis.plot(
             *_line(plain), ls="", marker="D", ms=6.5, color=INK, zorder=4, label="plain ViTs, each trained for its size"
         )
+    floor = axis.get_ylim()[0]
+    spent_at_random, at_random = _line(results["dial"]["random"])
+    axis.plot(spent_at_random, at_random, color=GREY, ls="", marker="x", ms=6, label="the same network, random units")
+    axis.set_ylim(bottom=floor)
+    for place, value in zip(spent_at_random, at_random, strict=True):
+        if value < floor:
+            axis.annotate(
+                f"x {value:.1f}", (place, floor), (0, 18), textcoords="offset points", ha="center", fontsize=9,
+                color=GREY, arrowprops={"arrowstyle": "->", "color": GREY},
+            )  # fmt: skip
     axis.set_xlabel("Compute of an image, as a share of the whole network's (mean)")
     axis.set_ylabel("Accuracy on the test split, %")
     axis.set_xlim(max(0.0, min(spent.min(), *[p["compute_fraction"] for p in plain], 1.0) - 0.04), 1.02)
