@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import MODELS
 from small_models import SPEC, images, of_kind
 
 from export import ablate
 from export import selective as selective_program
+from export.bundle import Bundle
 from export.certify import run_torch
 from export.graph import SteeredVit, build
 from export.session import inputs_of, open_session, run_onnx
@@ -154,16 +154,15 @@ def test_projections_keep_what_their_components_explain() -> None:
 
 
 def test_results_are_kept_for_the_same_bundle_seed_and_images_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A small search on the committed bundle: without the number of examples of the profiles for the server."""
     for name, value in {"POOL": 300, "CHOOSING": 100, "SERVED": 6, "FROZEN_EPOCHS": 1}.items():
         monkeypatch.setattr(selective_program, name, value)
     monkeypatch.setattr(selective_program, "SelectiveSettings", lambda: SelectiveSettings(terms=4, steps=2, rows=4))
-    folder = next((MODELS / "fashion_mnist").iterdir())
 
     def run(seed: int) -> tuple[bytes, ...]:
-        arguments = [str(folder), "--out", str(tmp_path), "--images", "3", "--seed", str(seed)]
+        arguments = [str(bundle.folder), "--out", str(tmp_path), "--images", "3", "--seed", str(seed)]
         assert selective_program.main(arguments) == 0
         names = ("frozen.safetensors", "selective.found.json", "selective.profiles.json")
         return tuple((tmp_path / name).read_bytes() for name in names)
