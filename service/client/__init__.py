@@ -37,7 +37,7 @@ Answer = TypeVar("Answer")
 
 
 class Asked(TypedDict, total=False):
-    """Options of every call with images. None is as good as leaving one out."""
+    """Options of every call with images. None: not given."""
 
     profile: str | None
     """Name of a profile of the model; either this or terms."""
@@ -220,7 +220,7 @@ class AsyncClient:
     async def explain(
         self, images: Images, *, latents: int = 0, top_k: int = 0, **asked: Unpack[Asked]
     ) -> pb.ExplainResponse:
-        """As Client.explain. latents: number to return for each site, besides those that are steered; 0: ten."""
+        """As Client.explain: the active latents and their effects on the gates."""
         request = pb.ExplainRequest(latents=latents, top_k=top_k)
         return await self._ask(self._stub.Explain, filled(request, images, asked), asked)
 
