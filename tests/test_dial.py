@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import isotonic_regression
 from small_models import SPEC, STEERED, images, model_of, small
 
 from training.config import Settings, VitSettings
@@ -17,8 +18,11 @@ from training.data.splits import Data
 from training.data.streams import Batch
 from training.dial import ALL_OPEN, Dial, DialError, Point, check_curve, position
 from training.evaluation.dial import (
+    CHANCE,
     ROUNDS,
+    TOLERANCE,
     Along,
+    allowance,
     asked,
     at_positions,
     compare_areas,
@@ -187,6 +191,9 @@ def test_positions_by_hand() -> None:
     assert position(0.5, points) == pytest.approx(0.7), "the last position of those that spend as much"
     assert position(0.7, points) == pytest.approx(0.85)
     assert position(0.1, points) == pytest.approx(0.4), "as little as there is"
+    assert position(0.4025, points) == pytest.approx(0.5), "just above a point: that point"
+    assert position(0.405, points) == pytest.approx(0.505)
+    assert position(0.998, points) == pytest.approx(0.999), "just below a point: between the two"
 
 
 @pytest.mark.parametrize(
@@ -216,10 +223,16 @@ def test_a_broken_dial_is_refused(budget: np.ndarray, bias: np.ndarray, message:
 
 def test_curves_are_made_monotone_and_say_what_was_measured() -> None:
     macs = Macs(100, (10,))
-    gates = [torch.tensor([[[a, b]], [[c, d]]]) for a, b, c, d in ((1, 0, 1, 0), (0, 1, 0, 0), (1, 1, 1, 1))]
+    copies = 5000  # so many that nothing is allowed for new images
+    gates = [
+        torch.tensor([[[a, b]], [[c, d]]]).repeat(copies, 1, 1)
+        for a, b, c, d in ((1, 0, 1, 0), (0, 1, 0, 0), (1, 1, 1, 1))
+    ]
     right = [torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2)]
-    outcomes = [Outcome(logits, gate > 0, gate - 0.5, 2) for logits, gate in zip(right, gates, strict=True)]
-    points = curve(np.array([0.8, 0.9, 1.0]), outcomes, torch.tensor([0, 0]), macs)
+    outcomes = [
+        Outcome(logits.repeat(copies, 1), gate > 0, gate - 0.5, 2) for logits, gate in zip(right, gates, strict=True)
+    ]
+    points = curve(np.array([0.8, 0.9, 1.0]), outcomes, torch.zeros(2 * copies, dtype=torch.int64), macs)
     # spent: 0.9, 0.85, 1; correct: 1, 0.5, 0.5
     assert [point.compute_fraction for point in points] == pytest.approx([0.875, 0.875, 1.0])
     assert [point.accuracy for point in points] == pytest.approx([2 / 3, 2 / 3, 2 / 3])
@@ -228,9 +241,9 @@ def test_curves_are_made_monotone_and_say_what_was_measured() -> None:
 
 @pytest.mark.parametrize(("first", "last", "power"), [(0.86, 0.88, 1), (0.8, 0.995, 6)], ids=["a slope", "a jump"])
 def test_a_budget_in_a_steep_part_of_a_curve_gets_a_point_of_its_own(first: float, last: float, power: int) -> None:
-    """1,000 images that open their only unit, 0.6 of the compute, between two positions, one after the other; in a
+    """100,000 images that open their only unit, 0.6 of the compute, between two positions, one after the other; in a
     jump, half of them within 0.003 from the first."""
-    macs, images = Macs(1000, (600,)), 1000
+    macs, images = Macs(1000, (600,)), 100_000
     thresholds = first + (last - first) * torch.linspace(0, 1, images) ** power
 
     def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
@@ -300,6 +313,11 @@ def test_curves_are_of_held_out_and_training_images_and_results_of_the_test_spli
     for name, tested in results["dial"]["test"].items():
         distances = [abs(point["compute_fraction"] - point["budget"]) for point in tested]
         assert results["dial"]["largest_error"][name] == pytest.approx(max(distances), abs=1e-5)
+    excess = [point["compute_fraction"] - point["budget"] for point in results["dial"]["test"]["b"]]
+    assert results["dial"]["exceeded"] == {
+        "budgets": len(excess), "over": int(np.sum(np.array(excess) > TOLERANCE)),
+        "most": pytest.approx(max(excess), abs=1e-5),
+    }  # fmt: skip
     largest = max(*macs.per_head, *macs.per_mlp_group) / macs.dense
     for point in results["dial"]["random"]:
         assert point["compute_fraction"] == pytest.approx(point["budget"], abs=largest), "to within a unit"
@@ -313,11 +331,12 @@ def test_curves_are_of_held_out_and_training_images_and_results_of_the_test_spli
         held_out, drawn = (measured(of, name, [point["budget"] for point in points]) for of in (selection, train))
         if name:
             each = [
-                (own.compute_fraction(macs).sum(), other.compute_fraction(macs)[0])
+                np.append(own.compute_fraction(macs), [other.compute_fraction(macs)[0]] * min(copies, 12))
                 for own, other in zip(held_out, drawn, strict=True)
             ]
-            spent = [(own + min(copies, 12) * other).item() / (12 + min(copies, 12)) for own, other in each]
-            assert np.mean([p["compute_fraction"] for p in points]) == pytest.approx(np.mean(spent), abs=1e-6)
+            mean = isotonic_regression([spent.mean() for spent in each]).x
+            expected = np.maximum.accumulate(mean + [allowance(spent) for spent in each])
+            assert [p["compute_fraction"] for p in points] == pytest.approx(np.minimum(expected, 1), abs=1e-6)
         classes = selection.classes[selection.classes == 1] if name else selection.classes
         right = [(outcome.predicted == classes).double().mean().item() for outcome in held_out]
         assert [point["measured_accuracy"] for point in points] == pytest.approx(right, abs=1e-6)
@@ -326,6 +345,28 @@ def test_curves_are_of_held_out_and_training_images_and_results_of_the_test_spli
         spent = [outcome.compute_fraction(macs).mean().item() for outcome in outcomes]
         assert [point["compute_fraction"] for point in tested] == pytest.approx(spent, abs=1e-5)
         assert {point["images"] for point in tested} == {len(outcomes[0].logits)} == {8 if name else 40}
+
+
+def test_the_allowance_by_hand() -> None:
+    """The standard error of 101 images is 0.2 / 10, and that of the difference from as many new ones 0.0283."""
+    spent = 0.5 + 0.2 * np.array([-1, 1] * 50 + [0]) * math.sqrt(101 / 100)
+    assert allowance(spent) == pytest.approx(3.0902 * 0.0283 - 0.01, abs=1e-4)
+    assert allowance(np.tile(spent, 1000)) == 0, "a sample so large that its mean is known"
+    assert allowance(np.tile(spent, 1000), np.tile(np.arange(101), 1000)) == pytest.approx(allowance(spent), abs=1e-6)
+    assert allowance(spent[:1]) == allowance(spent, np.zeros(101)) == 0, "one image or design says nothing"
+
+
+@pytest.mark.parametrize("of_design", [1, 8], ids=["independent images", "eight of each design"])
+def test_new_images_do_not_exceed_a_budget_by_more_than_the_tolerance(of_design: int) -> None:
+    """4,000 pairs of samples: the mean of the second against that of the first and its allowance."""
+    draw, designs = np.random.default_rng(0), 300
+    clusters = np.repeat(np.arange(designs), of_design)
+    samples = draw.choice([0.4, 0.55, 0.9], (4000, 2, designs), p=[0.4, 0.3, 0.3])
+    first, second = (samples[:, k].repeat(of_design, axis=1) for k in (0, 1))
+    excess = second.mean(1) - first.mean(1)
+    allowed = np.array([allowance(of_images, clusters) for of_images in first])
+    assert np.mean(excess > TOLERANCE) > 0.2, "without an allowance"
+    assert np.mean(excess - allowed > TOLERANCE) < 3 * CHANCE
 
 
 def test_areas_under_two_dials_by_hand() -> None:

@@ -26,6 +26,9 @@ MIN_KNOTS = 7
 """Smallest number of knots of a dial."""
 MIN_POINTS = 9
 """Smallest number of points of a curve."""
+NEAR, FINE = 0.003, 0.01
+"""Compute fractions. Between two points of a curve that are further than FINE apart, compute may jump anywhere. So a
+budget at most NEAR above the lower point gets this point, which was measured, and no position beyond."""
 
 
 class DialError(ValueError):
@@ -39,7 +42,8 @@ class Point:
     budget: Number
     """The position, on the scale of the budgets of the dial's knots."""
     compute_fraction: Number
-    """Mean over the images. It never falls from one point of a curve to the next."""
+    """The budget that this position is for: the mean over the images, and an allowance where they are few
+    (evaluation/dial.py). It never falls from one point of a curve to the next."""
     accuracy: Number
     """Made monotone by isotonic regression."""
     measured_accuracy: Number
@@ -105,7 +109,7 @@ class Dial:
 
 
 def position(budget: float, curve: Sequence[Point]) -> float:
-    """The position on the dial at which a model with this curve spends the budget on average.
+    """The position on the dial at which a model with this curve spends the budget on average, or NEAR less.
 
     For a budget below or above the curve: the nearer end. Where several positions cost the same: the most accurate,
     which is the highest.
@@ -113,6 +117,8 @@ def position(budget: float, curve: Sequence[Point]) -> float:
     spent = np.array([point.compute_fraction for point in curve])
     above = int(np.searchsorted(spent, max(budget, spent[0]), side="right"))
     left, right = above - 1, min(above, len(curve) - 1)
+    if spent[right] - spent[left] > FINE and budget - spent[left] <= NEAR:
+        return curve[left].budget
     return float(np.interp(budget, spent[[left, right]], [curve[left].budget, curve[right].budget]))
 
 

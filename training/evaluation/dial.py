@@ -2,12 +2,14 @@
 
 Curves turn budgets into positions as in the server. Their accuracy is that on the selection slice; their compute is the
 mean over it and as many training images, because compute needs no labels, and a larger sample is nearer to new images
-(on typefaces: six times the designs). The same budgets are then requested on the test split; the compute spent there
-shows how accurate the dial is.
+(on typefaces: six times the designs). Where it is still small, an allowance is added (`allowance`), so that other
+images do not exceed a budget by more than TOLERANCE. The same budgets are then requested on the test split; the compute
+spent there shows how accurate the dial is.
 
 A profile is measured on its own images: those of its classes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,13 +18,14 @@ import numpy as np
 import torch
 from scipy.interpolate import interp1d
 from scipy.optimize import isotonic_regression
+from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
 from training.checkpoint import Run, RunError
 from training.data.pixels import Split
 from training.data.splits import Data
-from training.dial import MIN_POINTS, Dial, Point, position
+from training.dial import FINE, MIN_POINTS, NEAR, Dial, Point, position
 from training.evaluation.baselines import random_units
 from training.evaluation.criteria import verdict
 from training.evaluation.significance import not_below, standard_error, wilson
@@ -36,9 +39,10 @@ DRAWS = 3
 """Number of draws of random units."""
 HELD_OUT = 2000
 """Largest number of selection images that the curve of a profile is measured on."""
-NEAR, FINE = 0.003, 0.01
-"""Compute fractions: a budget that is further than NEAR from both of its neighbours on a curve, which are further than
-FINE apart, gets a point of its own."""
+TOLERANCE = 0.01
+"""Compute fraction by which other images may exceed a budget on average."""
+CHANCE = 0.001
+"""The largest probability of more than that, for as many images as the curve is measured on."""
 ROUNDS = 12
 """Number of rounds that add such points."""
 TRIES = 4
@@ -112,7 +116,8 @@ def measure_dial(
     """The measurements for results.json, and the correct answers along the dial without steering.
 
     `dials`: the curves, by profile. `dial`: compute and accuracy on the test split at the same budgets, the same with
-    random units, and the largest distance between requested and spent compute.
+    random units, the largest distance between requested and spent compute, and how far budgets under profiles were
+    exceeded.
     """
     steered = [Steered(p.name, steered_by(sae, p.terms), tuple(map(data.labels.index, p.classes))) for p in profiles]
     budgets = budgets_of(dial)
@@ -129,9 +134,14 @@ def measure_dial(
     by_chance = [random_order(float(b), model, data.test, macs, seed) for b in chosen]
     error = {n: max(abs(p["compute_fraction"] - p["budget"]) for p in points) for n, points in tested.items()}
     largest = {name: round(value, 5) for name, value in error.items()}
+    dial_of_test = {"test": tested, "random": by_chance, "largest_error": largest}
+    if steered:
+        excess = [p["compute_fraction"] - p["budget"] for of in steered for p in tested[of.name]]
+        over = [value for value in excess if value > TOLERANCE]
+        dial_of_test["exceeded"] = {"budgets": len(excess), "over": len(over), "most": round(max(excess), 5)}
     return {
         "dials": {name: [asdict(point) for point in points] for name, points in curves.items()},
-        "dial": {"test": tested, "random": by_chance, "largest_error": largest},
+        "dial": dial_of_test,
     }, unsteered.along
 
 
@@ -240,7 +250,15 @@ def calibrated(
         of_splits = [at_positions(dial, model, split, steer, positions) for split in splits]
         return [held_out.joined(more) for held_out, more in zip(*of_splits, strict=True)]
 
-    return fine_curve(budgets, at, selection.classes, macs)
+    return fine_curve(budgets, at, selection.classes, macs, _clusters(*splits))
+
+
+def _clusters(selection: Split, train: Split) -> np.ndarray | None:
+    """Those of both; training images whose design is not known count as independent."""
+    held_out, drawn = selection.clusters, train.clusters
+    if held_out is None:
+        return None
+    return np.concatenate([held_out, held_out.max() + 1 + (np.arange(len(train)) if drawn is None else drawn)])
 
 
 def fine_curve(
@@ -248,6 +266,7 @@ def fine_curve(
     at: Callable[[Sequence[float] | np.ndarray], list[Outcome]],
     classes: Tensor,
     macs: Macs,
+    clusters: np.ndarray | None = None,
 ) -> list[Point]:
     """`curve` through the positions `budgets` and, where it is steep, through the positions at which it reaches the
     budgets: units that are closed for almost every image open at about the same position. Places are interpolated and
@@ -255,7 +274,7 @@ def fine_curve(
     measured = dict(zip(map(float, budgets), at(budgets), strict=True))
 
     def through() -> list[Point]:
-        return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs)
+        return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs, clusters)
 
     for turn in range(ROUNDS):
         points, known = through(), sorted(measured)
@@ -282,18 +301,32 @@ def _one_unit_apart(left: Outcome, right: Outcome) -> bool:
 
 
 def curve(
-    budgets: Sequence[float] | np.ndarray, outcomes: Sequence[Outcome], classes: Tensor, macs: Macs
+    budgets: Sequence[float] | np.ndarray,
+    outcomes: Sequence[Outcome],
+    classes: Tensor,
+    macs: Macs,
+    clusters: np.ndarray | None = None,
 ) -> list[Point]:
-    """The curve with one point per position: the mean compute of all images, and the accuracy on the first of them,
-    whose classes are given; both made monotone."""
-    spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
+    """The curve with one point per position: the mean compute of all images and its allowance, and the accuracy on the
+    first of them, whose classes are given; both made monotone. clusters: of all images, as in Split."""
+    each = [outcome.compute_fraction(macs).numpy() for outcome in outcomes]
+    mean = isotonic_regression([of_images.mean() for of_images in each]).x
+    spent = np.maximum.accumulate(mean + [allowance(of_images, clusters) for of_images in each]).clip(max=1)
     held_out = [outcome.predicted[: len(classes)] for outcome in outcomes]
     right = np.array([float((predicted == classes).double().mean()) for predicted in held_out])
-    rising = zip(isotonic_regression(spent).x, isotonic_regression(right).x, strict=True)
+    rising = zip(spent, isotonic_regression(right).x, right, strict=True)
     return [
-        Point(round(float(b), 6), round(float(s), 6), round(float(a), 6), round(float(raw), 6))
-        for b, (s, a), raw in zip(budgets, rising, right, strict=True)
+        Point(*(round(float(value), 6) for value in (budget, *values)))
+        for budget, values in zip(budgets, rising, strict=True)
     ]
+
+
+def allowance(spent: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """What to add to the mean of spent (B,) so that the mean of as many new images exceeds it by more than TOLERANCE
+    with a probability of CHANCE at most, by the normal approximation; 0 where the sample is large, and for a single
+    image or cluster, of which nothing is known. clusters (B,): as in Split."""
+    error = standard_error(spent, clusters) * math.sqrt(2)  # of the difference of two such means
+    return max(0.0, float(norm.isf(CHANCE)) * error - TOLERANCE) if math.isfinite(error) else 0.0
 
 
 def asked(budget: float, outcome: Outcome, split: Split, macs: Macs) -> dict[str, Any]:

@@ -221,13 +221,21 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
 
     x (B, N, D), gate (B, H) or None for all open. Returns (B, Q, D).
     """
-    b, n, _ = x.shape
+    b, n, d = x.shape
     h, e = attn.num_heads, attn.head_dim
+    qkv: Tensor = attn.qkv.weight
+    qkv_bias: Tensor | None = attn.qkv.bias
+    out: Tensor = attn.proj.weight
+    if gate is not None and (ran := units_that_run(gate)) is not None:
+        gate, out = gate[:, ran], out.unflatten(1, (h, e))[:, ran].flatten(1)
+        qkv = qkv.view(3, h, e, d)[:, ran].view(-1, d)
+        qkv_bias = None if qkv_bias is None else qkv_bias.view(3, h, e)[:, ran].flatten()
+        h = len(ran)
     if queries == n:
-        q, k, v = attn.qkv(x).reshape(b, n, 3, h, e).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
+        q, k, v = F.linear(x, qkv, qkv_bias).reshape(b, n, 3, h, e).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
     else:
-        w_q, w_kv = attn.qkv.weight.split([h * e, 2 * h * e])
-        b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([h * e, 2 * h * e])
+        w_q, w_kv = qkv.split([h * e, 2 * h * e])
+        b_q, b_kv = (None, None) if qkv_bias is None else qkv_bias.split([h * e, 2 * h * e])
         q = F.linear(x[:, :queries], w_q, b_q).reshape(b, queries, h, e).transpose(1, 2)  # (B, H, Q, E)
         k, v = F.linear(x, w_kv, b_kv).reshape(b, n, 2, h, e).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
@@ -238,8 +246,9 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
         mixed = attn.attn_drop(weights).to(v.dtype) @ v  # (B, H, Q, E)
     if gate is not None:
         mixed = mixed * gate[:, :, None, None].to(mixed.dtype)
-    projected: Tensor = attn.proj_drop(attn.proj(mixed.transpose(1, 2).reshape(b, queries, h * e)))
-    return projected
+    projected = F.linear(mixed.transpose(1, 2).reshape(b, queries, h * e), out, attn.proj.bias)
+    dropped: Tensor = attn.proj_drop(projected)
+    return dropped
 
 
 def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -247,9 +256,31 @@ def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None or not gate.shape[1]:
         whole: Tensor = module(x)
         return whole
-    hidden = module.drop1(module.act(module.fc1(x))).unflatten(-1, (gate.shape[1], -1))  # (B, N, M, neurons)
-    out: Tensor = module.drop2(module.fc2((hidden * gate[:, None, :, None].to(hidden.dtype)).flatten(-2)))
+    w1, b1 = module.fc1.weight, module.fc1.bias
+    w2: Tensor = module.fc2.weight
+    if (ran := units_that_run(gate)) is None:
+        hidden = module.fc1(x)
+    else:
+        kept = torch.arange(len(w1)).unflatten(0, (gate.shape[1], -1))[ran].flatten()
+        hidden = F.linear(x, w1[kept], None if b1 is None else b1[kept])
+        w2, gate = w2[:, kept], gate[:, ran]
+    hidden = module.drop1(module.act(hidden)).unflatten(-1, (gate.shape[1], -1))  # (B, N, M, neurons)
+    gated = (hidden * gate[:, None, :, None].to(hidden.dtype)).flatten(-2)
+    out: Tensor = module.drop2(F.linear(gated, w2, module.fc2.bias))
     return out
+
+
+def units_that_run(gate: Tensor) -> Tensor | None:
+    """The indices of units that run for at least one image of the batch; None: compute all. gate: (B, H) or (B, M).
+
+    Without gradients, on a CPU, the others are not computed. With no unit at all the first is, for its shape.
+    """
+    if torch.is_grad_enabled() or gate.is_cuda:
+        return None
+    ran = gate.any(0)
+    if ran.all():
+        return None
+    return ran.nonzero()[:, 0] if ran.any() else torch.zeros(1, dtype=torch.int64)
 
 
 def check_supported(vit: nn.Module) -> None:

@@ -20,7 +20,7 @@ from training.model.macs import Macs
 from training.model.sae import Sae
 from training.steering import Terms, to_arrays
 
-BATCH = 500
+BATCH = 200
 """Images in a forward pass."""
 NEAR = 0.1
 """A gate counts as near its threshold, in reports, if its |logit| is below this."""
@@ -122,16 +122,20 @@ def answers(
     decide: Decide = keep_positive,
     gate_bias: Tensor | None = None,
 ) -> Outcome:
-    """The model's answers on a split, in float32, on the CPU. gate_bias: float32 (G, U), the same for every image."""
+    """The model's answers on a split, in float32, on the CPU. gate_bias: float32 (G, U), the same for every image.
+
+    Images of a class come in the same batches: they close the same units, and what a whole batch closes is skipped.
+    """
     logits, gates, gate_logits = [], [], []
     bias = None if gate_bias is None else gate_bias[None]
-    for start in range(0, len(split), BATCH):
-        images = split.images[start : start + BATCH]
-        of_batch, out = model(images, steer, decide, bias)
+    order = split.classes.argsort(stable=True)
+    for rows in order.split(BATCH):
+        of_batch, out = model(split.images[rows], steer, decide, bias)
         logits.append(of_batch.cpu())
         gates.append(torch.cat([out["head_gate"], out["mlp_gate"]], 2).cpu() > 0.5)
         gate_logits.append(out["gate_logit"].cpu())
-    return Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits), model.heads)
+    by_class = Outcome(torch.cat(logits), torch.cat(gates), torch.cat(gate_logits), model.heads)
+    return by_class.take(order.argsort())
 
 
 def gate_diagnostics(outcome: Outcome, classes: Tensor) -> dict[str, list[Any]]:
