@@ -3,6 +3,7 @@
 The criteria (criteria.py) were set before a test image was read, and apply to all classes together.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -134,11 +135,15 @@ def _compare_controls(settings: Settings, data: Data, run: Run, results: dict[st
 
 def _from_the_gates(settings: Settings, model: GatedVit, data: Data) -> tuple[GatedNetwork, Data]:
     """A faster equivalent of the model, and its data: if they fit, the tokens that enter the first gated block instead
-    of images. Of the training images, only those for finding profiles."""
+    of images. Of the training images, only those for finding profiles. The whole network skips the units that a batch
+    closes."""
     splits = [subset(data.train, settings.profiles.pool, settings.seed), data.selection, data.test]
     network, entered = shortcut(model, splits)
-    if network is model and tokens_size(model, splits) <= TOKENS:
-        network, entered = from_first_gate(model, splits)
+    if network is model:
+        if tokens_size(model, splits) <= TOKENS:
+            model, entered = from_first_gate(model, splits)
+        network = copy.copy(model)
+        network.skipping = True
     return network, replace(data, train=entered[0], selection=entered[1], test=entered[2])
 
 

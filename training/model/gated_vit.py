@@ -11,6 +11,7 @@ Q query tokens.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol, TypedDict, cast
 
 import torch
@@ -133,6 +134,9 @@ class GatedVit(nn.Module):
     mean: Tensor
     std: Tensor
     heads: int
+    skipping: bool = False
+    """Without gradients, do not compute the units that no image of a batch runs: faster where images of one class come
+    together, but the last bits of an answer then depend on the other images of its batch."""
 
     def __init__(
         self,
@@ -191,9 +195,9 @@ class GatedVit(nn.Module):
                 logits.append(logit)
                 gates.append(gate)
             queries = self.leaving if index == last else x.shape[1]
-            mixed = attention(cast(Attention, block.attn), block.norm1(x), head_gate, queries)
+            mixed = attention(cast(Attention, block.attn), block.norm1(x), head_gate, queries, self.skipping)
             x = x[:, :queries] + block.drop_path1(block.ls1(mixed))
-            x = x + block.drop_path2(block.ls2(mlp(cast(Mlp, block.mlp), block.norm2(x), mlp_gate)))
+            x = x + block.drop_path2(block.ls2(mlp(cast(Mlp, block.mlp), block.norm2(x), mlp_gate, self.skipping)))
         gates_of_units = torch.stack(gates, 1)
         out: Intermediates = {
             "residual": torch.stack(residuals, 1),
@@ -216,21 +220,22 @@ class GatedVit(nn.Module):
         return tokens
 
 
-def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> Tensor:
+def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int, skipping: bool = False) -> Tensor:
     """Attention of the first `queries` tokens over all tokens, each head multiplied by its gate.
 
-    x (B, N, D), gate (B, H) or None for all open. Returns (B, Q, D).
+    x (B, N, D), gate (B, H) or None for all open. skipping: as of GatedVit. Returns (B, Q, D).
     """
     b, n, d = x.shape
     h, e = attn.num_heads, attn.head_dim
     qkv: Tensor = attn.qkv.weight
     qkv_bias: Tensor | None = attn.qkv.bias
-    out: Tensor = attn.proj.weight
-    if gate is not None and (ran := units_that_run(gate)) is not None:
-        gate, out = gate[:, ran], out.unflatten(1, (h, e))[:, ran].flatten(1)
+    out: Callable[[Tensor], Tensor] = attn.proj
+    if gate is not None and skipping and (ran := units_that_run(gate)) is not None:
+        weight = attn.proj.weight.unflatten(1, (h, e))[:, ran].flatten(1)
+        out = partial(F.linear, weight=weight, bias=attn.proj.bias)
         qkv = qkv.view(3, h, e, d)[:, ran].view(-1, d)
         qkv_bias = None if qkv_bias is None else qkv_bias.view(3, h, e)[:, ran].flatten()
-        h = len(ran)
+        gate, h = gate[:, ran], len(ran)
     if queries == n:
         q, k, v = F.linear(x, qkv, qkv_bias).reshape(b, n, 3, h, e).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
     else:
@@ -246,41 +251,37 @@ def attention(attn: Attention, x: Tensor, gate: Tensor | None, queries: int) -> 
         mixed = attn.attn_drop(weights).to(v.dtype) @ v  # (B, H, Q, E)
     if gate is not None:
         mixed = mixed * gate[:, :, None, None].to(mixed.dtype)
-    projected = F.linear(mixed.transpose(1, 2).reshape(b, queries, h * e), out, attn.proj.bias)
-    dropped: Tensor = attn.proj_drop(projected)
-    return dropped
+    projected: Tensor = attn.proj_drop(out(mixed.transpose(1, 2).reshape(b, queries, h * e)))
+    return projected
 
 
-def mlp(module: Mlp, x: Tensor, gate: Tensor | None) -> Tensor:
-    """The MLP of tokens x (B, N, D), each group of hidden neurons multiplied by its gate (B, M); None or M = 0: all."""
+def mlp(module: Mlp, x: Tensor, gate: Tensor | None, skipping: bool = False) -> Tensor:
+    """The MLP of tokens x (B, N, D), each group of hidden neurons multiplied by its gate (B, M); None or M = 0: all.
+    skipping: as of GatedVit."""
     if gate is None or not gate.shape[1]:
         whole: Tensor = module(x)
         return whole
-    w1, b1 = module.fc1.weight, module.fc1.bias
-    w2: Tensor = module.fc2.weight
-    if (ran := units_that_run(gate)) is None:
-        hidden = module.fc1(x)
-    else:
-        kept = torch.arange(len(w1)).unflatten(0, (gate.shape[1], -1))[ran].flatten()
-        hidden = F.linear(x, w1[kept], None if b1 is None else b1[kept])
-        w2, gate = w2[:, kept], gate[:, ran]
-    hidden = module.drop1(module.act(hidden)).unflatten(-1, (gate.shape[1], -1))  # (B, N, M, neurons)
-    gated = (hidden * gate[:, None, :, None].to(hidden.dtype)).flatten(-2)
-    out: Tensor = module.drop2(F.linear(gated, w2, module.fc2.bias))
+    first: Callable[[Tensor], Tensor] = module.fc1
+    second: Callable[[Tensor], Tensor] = module.fc2
+    if skipping and (ran := units_that_run(gate)) is not None:
+        kept = torch.arange(len(module.fc1.weight)).unflatten(0, (gate.shape[1], -1))[ran].flatten()
+        bias = None if module.fc1.bias is None else module.fc1.bias[kept]
+        first = partial(F.linear, weight=module.fc1.weight[kept], bias=bias)
+        second = partial(F.linear, weight=module.fc2.weight[:, kept], bias=module.fc2.bias)
+        gate = gate[:, ran]
+    hidden = module.drop1(module.act(first(x))).unflatten(-1, (gate.shape[1], -1))  # (B, N, M, neurons)
+    out: Tensor = module.drop2(second((hidden * gate[:, None, :, None].to(hidden.dtype)).flatten(-2)))
     return out
 
 
 def units_that_run(gate: Tensor) -> Tensor | None:
-    """The indices of units that run for at least one image of the batch; None: compute all. gate: (B, H) or (B, M).
-
-    Without gradients, on a CPU, the others are not computed. With no unit at all the first is, for its shape.
-    """
-    if torch.is_grad_enabled() or gate.is_cuda:
+    """The indices of the units that run for any image of the batch, one at least; None: compute all units, because all
+    run or gradients are needed. gate: (B, H) or (B, M)."""
+    if torch.is_grad_enabled():
         return None
     ran = gate.any(0)
-    if ran.all():
-        return None
-    return ran.nonzero()[:, 0] if ran.any() else torch.zeros(1, dtype=torch.int64)
+    ran[0] |= ~ran.any()
+    return None if ran.all() else ran.nonzero()[:, 0]
 
 
 def check_supported(vit: nn.Module) -> None:

@@ -124,7 +124,7 @@ def answers(
 ) -> Outcome:
     """The model's answers on a split, in float32, on the CPU. gate_bias: float32 (G, U), the same for every image.
 
-    Images of a class come in the same batches: they close the same units, and what a whole batch closes is skipped.
+    Images of a class come in the same batches: they close the same units (GatedVit.skipping).
     """
     logits, gates, gate_logits = [], [], []
     bias = None if gate_bias is None else gate_bias[None]
