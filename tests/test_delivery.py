@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -343,6 +344,20 @@ def test_a_bundle_comes_from_a_folder_that_fsspec_reads(tmp_path: Path) -> None:
     assert "FileNotFoundError" in refusal("pull", f"file://{tmp_path}/none", tmp_path / "no")
     assert "Protocol not known: ftps" in refusal("pull", "ftps://example.com/small/1", tmp_path / "no")
     assert "allowed: https, or http with --plain-http" in refusal("pull", "http://example.com/1", tmp_path / "no")
+
+
+def test_a_pull_that_cannot_write_names_the_file_and_is_resumed(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        message = refusal("pull", f"file://{FOLDER}", tmp_path / "models")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(r"OSError: .*File too large: '.*/models/small/\.1\.pull-\w+/dispatch\.fp32\.onnx'", message)
+    assert not (tmp_path / "models" / "small" / "1").exists()
+    steervit("pull", f"file://{FOLDER}", tmp_path / "models")
+    assert contents(tmp_path / "models" / "small" / "1") == contents(FOLDER)
 
 
 def test_a_bundle_comes_from_a_mirror_of_hugging_face_hub(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -181,9 +182,9 @@ def fetch_all(source: Source, files: Mapping[str, FileEntry], folder: Path) -> N
 
 
 def _fetch(source: Source, name: str, entry: FileEntry, path: Path) -> None:
-    """Write a file, or the rest of it. Raises Interrupted, or DeliveryError when it has another digest."""
+    """Write a file, or the rest of it. Raises Interrupted; DeliveryError when it has another digest; and OSError."""
     sha256 = hashlib.sha256()
-    with open(path, "a+b") as file:
+    with _naming(path), open(path, "a+b") as file:
         file.seek(0)
         while part := file.read(1 << 20):
             sha256.update(part)
@@ -204,8 +205,17 @@ def _fetch(source: Source, name: str, entry: FileEntry, path: Path) -> None:
         raise DeliveryError(f"{name} has {size} bytes and the SHA-256 {sha256.hexdigest()}; allowed: {entry}")
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors within, such as a full disk, with the path, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with _naming(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
