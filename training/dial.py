@@ -29,6 +29,9 @@ MIN_POINTS = 9
 NEAR, FINE = 0.003, 0.01
 """Compute fractions. Between two points of a curve that are further than FINE apart, compute may jump anywhere. So a
 budget at most NEAR above the lower point gets this point, which was measured, and no position beyond."""
+STEEP = 8.0
+"""Compute fraction per position. Points that are further than FINE apart, with a slope above this, are the sides of a
+jump: units open for almost every image at once. A budget in it gets the lower side, or the upper one if within NEAR."""
 
 
 class DialError(ValueError):
@@ -109,7 +112,7 @@ class Dial:
 
 
 def position(budget: float, curve: Sequence[Point]) -> float:
-    """The position on the dial at which a model with this curve spends the budget on average, or NEAR less.
+    """The position on the dial at which a model with this curve spends the budget on average; in a jump, less.
 
     For a budget below or above the curve: the nearer end. Where several positions cost the same: the most accurate,
     which is the highest.
@@ -117,9 +120,13 @@ def position(budget: float, curve: Sequence[Point]) -> float:
     spent = np.array([point.compute_fraction for point in curve])
     above = int(np.searchsorted(spent, max(budget, spent[0]), side="right"))
     left, right = above - 1, min(above, len(curve) - 1)
-    if spent[right] - spent[left] > FINE and budget - spent[left] <= NEAR:
-        return curve[left].budget
-    return float(np.interp(budget, spent[[left, right]], [curve[left].budget, curve[right].budget]))
+    low, high = curve[left].budget, curve[right].budget
+    if (rise := spent[right] - spent[left]) > FINE:
+        if budget - spent[left] <= NEAR:
+            return low
+        if rise > STEEP * (high - low):
+            return high if spent[right] - budget <= NEAR else low
+    return float(np.interp(budget, spent[[left, right]], [low, high]))
 
 
 def check_curve(curve: Sequence[Point], name: str) -> None:

@@ -286,8 +286,9 @@ def fine_curve(
             if turn >= TRIES and _one_unit_apart(measured[known[end - 1]], measured[known[end]]):
                 continue
             if min(budget - spent[end - 1], spent[end] - budget) > NEAR:
-                middle = (points[end - 1].budget + points[end].budget) / 2
-                places.add(round(middle if turn % 2 else position(budget, points), 6))
+                sides = [points[end - 1].budget, points[end].budget]
+                place = np.mean(sides) if turn % 2 else np.interp(budget, spent[[end - 1, end]], sides)
+                places.add(round(float(place), 6))
         added = sorted(places - measured.keys())
         if not added:
             break
@@ -307,11 +308,12 @@ def curve(
     macs: Macs,
     clusters: np.ndarray | None = None,
 ) -> list[Point]:
-    """The curve with one point per position: the mean compute of all images and its allowance, and the accuracy on the
-    first of them, whose classes are given; both made monotone. clusters: of all images, as in Split."""
+    """The curve with one point per position: the mean compute of all images and its allowance, or that of a lower
+    position if it is higher, because budgets are bounds; and the accuracy on the first images, whose classes are given,
+    made monotone. clusters: of all images, as in Split."""
     each = [outcome.compute_fraction(macs).numpy() for outcome in outcomes]
-    mean = isotonic_regression([of_images.mean() for of_images in each]).x
-    spent = np.maximum.accumulate(mean + [allowance(of_images, clusters) for of_images in each]).clip(max=1)
+    bounds = [of_images.mean() + allowance(of_images, clusters) for of_images in each]
+    spent = np.maximum.accumulate(bounds).clip(max=1)
     held_out = [outcome.predicted[: len(classes)] for outcome in outcomes]
     right = np.array([float((predicted == classes).double().mean()) for predicted in held_out])
     rising = zip(spent, isotonic_regression(right).x, right, strict=True)
