@@ -39,9 +39,8 @@ TYPEFACES: dict[str, Any] = {"dataset": "typefaces", "flip": False, "shift": 0, 
 PRESETS: dict[str, dict[str, Any]] = {
     # python -m training all --preset fashion-mnist --out runs/fm/seed-0      (with its controls: make reproduce)
     # Fashion-MNIST, ViT 192 x 6 blocks x 6 heads, 25 tokens, with a dial. One core of an AMD EPYC, the other busy: its
-    # teacher 55 min, vit 86, sae 4, profiles 10, evaluate 45 (an estimate, as parts were measured anew). Seed 0: test
-    # accuracy 0.928 at a budget of 0.44, 0.932 at 1 (its teacher 0.926): the committed bundle. Heads alone, as before
-    # the dial:
+    # teacher 55 min, vit 86, sae 4, profiles 10, evaluate 37. Seed 0: test accuracy 0.928 at a budget of 0.44, 0.932 at
+    # 1 (its teacher 0.926): the committed bundle. Heads alone, as before the dial:
     # --no-vit.dial --vit.teacher none --vit.mlp-groups 0 --vit.backbone-epochs 6 --vit.gate-epochs 0.5
     # --vit.joint-epochs 5.5 --vit.joint-learning-rate 8e-4 --vit.usage-weight 4: in three seeds 0.919, 0.915, 0.913 at
     # head usage 0.50.
@@ -68,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DATA=typefaces; alone, after make typefaces)
     # 0-9A-Za-z at 28 pixels, degraded anew in each epoch; ViT 48 x 6 blocks x 4 heads, because wider ones are limited
     # by the data (NOTES.md). One core of an AMD EPYC or Intel Xeon, the other busy: its teacher 20 to 27 min, vit 24
-    # to 28, sae and profiles 9, evaluate 40 (an estimate: 27 to 31 without training images in the curves). Seed 0: test
+    # to 28, sae and profiles 9, evaluate 27 (36 with all controls). Seed 0: test
     # accuracy 0.727 at a budget of 0.45, 0.753 at 1 (its teacher 0.758): the bundle in deploy/typefaces.
     "typefaces": {
         "data": TYPEFACES,
