@@ -45,8 +45,8 @@ class Point:
     budget: Number
     """The position, on the scale of the budgets of the dial's knots."""
     compute_fraction: Number
-    """The budget that this position is for: the mean over the images, and an allowance where they are few
-    (evaluation/dial.py). It never falls from one point of a curve to the next."""
+    """The budget that selects this position: the mean over the images, with an allowance where they are few. It never
+    falls from one point of a curve to the next."""
     accuracy: Number
     """Made monotone by isotonic regression."""
     measured_accuracy: Number
