@@ -67,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DATA=typefaces; alone, after make typefaces)
     # 0-9A-Za-z at 28 pixels, degraded anew in each epoch; ViT 48 x 6 blocks x 4 heads, because wider ones are limited
     # by the data (NOTES.md). One core of an AMD EPYC or Intel Xeon, the other busy: its teacher 20 to 27 min, vit 24
-    # to 28, sae and profiles 9, evaluate 27 (36 with all controls). Seed 0: test
-    # accuracy 0.727 at a budget of 0.45, 0.753 at 1 (its teacher 0.758): the bundle in deploy/typefaces.
+    # to 28, sae and profiles 9, evaluate 27 (36 with all controls). Seed 0: test accuracy 0.727
+    # at a budget of 0.45, 0.753 at 1 (its teacher 0.758): the bundle in deploy/typefaces.
     "typefaces": {
         "data": TYPEFACES,
         "vit": {

@@ -44,7 +44,7 @@ TOLERANCE = 0.01
 CHANCE = 0.001
 """The largest probability of more than that, for as many images as the curve is measured on."""
 ROUNDS = 12
-"""Number of rounds that add such points."""
+"""Number of rounds that add points to a curve where it is steep."""
 TRIES = 4
 """Number of rounds after which an interval counts as a jump if every image runs the same units at its start, and one
 more at its end: gates that do not look at the image (`static`) open each unit for all images at once."""
@@ -254,7 +254,8 @@ def calibrated(
 
 
 def _clusters(selection: Split, train: Split) -> np.ndarray | None:
-    """Those of both; training images whose design is not known count as independent."""
+    """Split.clusters of the images of both splits, in this order; training images of unknown designs count as
+    independent."""
     held_out, drawn = selection.clusters, train.clusters
     if held_out is None:
         return None
