@@ -76,14 +76,14 @@ async def test_a_default_budget_is_shown_as_the_budget() -> None:
     with serving(MODELS, "--default-budget", "0.6") as running:
         async with AsyncClient(running.address) as client:
             model, image = await client.model(), SHIRT.read_bytes()
-            by_default, own = [
-                result_of(await ask(client, model, image, Question(budget=budget))) for budget in (None, 0.8)
-            ]
+            questions = Question(), Question(budget=0.8), Question(profile="Shirt", strength=0.0)
+            by_default, own, off = [result_of(await ask(client, model, image, question)) for question in questions]
     assert by_default.settings == ("no profile, budget 0.60", "no profile, budget 0.60")
     assert own.settings == ("no profile, budget 0.60", "no profile, budget 0.80")
     assert by_default.dial
     assert by_default.dial.budget
     assert by_default.dial.caption.startswith("Budget 0.60, without steering: accuracy 0.9")
+    assert off.dial == by_default.dial, "strength 0: the server takes the curve without steering"
 
 
 def test_a_file_that_is_no_image_is_refused_in_a_sentence(page: Page, tmp_path: Path) -> None:

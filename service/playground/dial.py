@@ -41,7 +41,7 @@ def dial_of(answers: Answers) -> DialView | None:
     if not model.dial:
         return None
     measured = {"without steering": model.dial}
-    if profile and profile.dial:
+    if profile and profile.dial and question.steers:
         measured[f"profile {question.profile}"] = profile.dial
     points = {name: [(p.compute_fraction, p.accuracy) for p in curve] for name, curve in measured.items()}
     every = [point for curve in points.values() for point in curve]
