@@ -73,9 +73,9 @@ def _parameters(
         elif name == "strength":
             strength = _number(name, value)
         elif name == "budget":
-            budget = _number(name, value)
+            budget = round(_number(name, value), 6)  # as in steering.v1
         elif name == "min_budget":
-            min_budget = _number(name, value)
+            min_budget = round(_number(name, value), 6)
         elif not RESERVED.fullmatch(name):
             raise InvalidRequest(f"parameter {name!r} is unknown; allowed: profile, strength, budget, min_budget")
     return profile, strength, budget, min_budget

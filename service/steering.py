@@ -98,8 +98,7 @@ def resolve(
         raise DigestMismatch(
             f"steering.gates_sae_digest is {made_for!r}; allowed: {served!r}, which is served, or none"
         )
-    if not abs(strength) <= MAX_STRENGTH:  # false for NaN too
-        raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    check_strength(strength)
     own = UNBIASED
     if profile:
         entry = named(bundle, profile, "steering.profile")
@@ -124,6 +123,12 @@ def resolve(
         off=not strength and not forced,
         budget=budget,
     )
+
+
+def check_strength(strength: float) -> None:
+    """Raise InvalidRequest for a strength that is not allowed."""
+    if not abs(strength) <= MAX_STRENGTH:  # false for NaN too
+        raise InvalidRequest(f"steering.strength is {strength}; allowed: {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
 
 
 def with_bias(arrays: SteeringArrays, bias: Bias | None) -> SteeringArrays:

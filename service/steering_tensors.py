@@ -6,7 +6,6 @@ compares the two.
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from export.bundle import Bundle
 from service.dial import as_gate_bias, budget_bias, require_biases
 from service.errors import InvalidRequest
-from service.steering import Steering, with_bias
+from service.steering import Steering, check_strength, with_bias
 from training.steering import (
     MAX_BIAS,
     SteeringArrays,
@@ -40,6 +39,7 @@ def from_tensors(
 
     Raises InvalidRequest, which names the image, the site and what is wrong with a term, and what budget_bias raises.
     """
+    check_strength(strength)
     latents = bundle.manifest.latents
     if arrays.latent.shape[1] != len(latents) or arrays.latent.shape[2] < 1:
         raise InvalidRequest(
@@ -48,8 +48,6 @@ def from_tensors(
     terms = (arrays.scale != 1) | (arrays.shift != 0)  # NaN too
     scale, shift = _at_strength(arrays, strength)
     invalid = _invalid(arrays, terms, latents) | (terms & (_outside(scale) | _outside(shift)))
-    if not math.isfinite(strength):
-        invalid[0] = True
     if invalid.any():
         raise _error(bundle, arrays, int(invalid.any((1, 2)).argmax()), strength)
     applied = _ordered(
@@ -63,7 +61,7 @@ def from_tensors(
     name = digests[0] if same else _hash("".join(digests))
     own = SteeringArrays(*(array[rows] for array in _parts(applied)))
     own = with_bias(own, budget_bias(bundle, budget, ""))
-    return Steering(own, "", bool(terms.any()), name, budget=budget)
+    return Steering(own, "", bool(terms.any()), name, off=not strength, budget=budget)
 
 
 def with_biases(bundle: Bundle, steering: Steering, gate_bias: NDArray[np.float32], strength: float) -> Steering:

@@ -153,6 +153,14 @@ def test_json_has_what_the_server_answered(server: ServerProcess, client: Client
     assert answer("load", "--seconds", "0.2", *SHIRTS)["errors"] == {}
 
 
+def test_units_of_repeated_flags_are_all_forced(server: ServerProcess, client: Client) -> None:
+    flags = ("--open", "1/h0,2/m1", "--open", "2/h1", "--closed", "3/m0", "--closed", "4/h2")
+    done = run_main(main, "predict", *flags, "--address", server.address, "--json", *SHIRTS)
+    images = [Path(ROOT / name).read_bytes() for name in SHIRTS]
+    same = client.predict(images, open=["1/h0", "2/m1", "2/h1"], closed=["3/m0", "4/h2"])
+    assert json.loads(done.stdout)["receipt"]["steering_digest"] == same.receipt.steering_digest
+
+
 def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
     at = ("--address", server.address)
     for status, reason, arguments in (
@@ -169,6 +177,8 @@ def test_exit_statuses_and_their_reasons(server: ServerProcess) -> None:
         (2, "--within-ms is -1.0; allowed: 0 (not reported) or more", ("load", "--within-ms", "-1", SHIRTS[0])),
         (2, "--timeout is inf; allowed: a number above 0", ("predict", "--timeout", "inf", SHIRTS[0])),
         (2, r"name is 'a\nb'; allowed: printable ASCII", ("models", "--client-name", "a\nb")),
+        (2, "top_k is 99999999999; allowed: a number that fits the field", ("predict", "--top-k", "9" * 11, SHIRTS[0])),
+        (2, r"profile is '\udcff'; allowed: Unicode text", ("load", "--profile", "\udcff", SHIRTS[0])),
         (2, "--port is 'many': ", ("doctor", "--repository", "deploy/models", "--port", "many")),
     ):
         done = run_main(main, *arguments)

@@ -65,6 +65,10 @@ def test_wrong_arguments_of_the_client_give_an_error_and_no_plausible_answer(
         (TypeError, r"images\[0\] is a PosixPath; allowed: bytes", [SAMPLES / "Shirt"], {}),
         (TypeError, "version is 6; allowed: str", [image], {"version": 6}),
         (TypeError, "budget is '0.5'; allowed: float", [image], {"budget": "0.5"}),
+        (TypeError, "latent is 1.5; allowed: int", [image], {"terms": {0: [SteeringTerm(1.5)]}}),  # type: ignore[arg-type]
+        (ValueError, "site is -1; allowed: a number that fits the field", [image], {"terms": {-1: [SteeringTerm(1)]}}),
+        (ValueError, r"profile is '\\udcff'; allowed: Unicode text", [image], {"profile": "\udcff"}),
+        (ValueError, "top_k is 4294967296; allowed: a number that fits the field", [image], {"top_k": 2**32}),
         (TypeError, r"units are '2/h5'; allowed: a list, such as \['2/h5'\]", [image], {"open": "2/h5"}),
         (ValueError, "request_id is 'caf\xe9'; allowed: printable ASCII", [image], {"request_id": "caf\xe9"}),
         (grpc.RpcError, r"images\[0\].shape is \[1, 28, 28\]; allowed: \[28, 28, 1\]", [image.transpose(2, 0, 1)], {}),

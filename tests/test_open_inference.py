@@ -276,6 +276,16 @@ def test_reserved_parameters_are_let_through(stub: GRPCInferenceServiceStub) -> 
     assert len(stub.ModelInfer(made, timeout=10).outputs) == 1
 
 
+@pytest.mark.parametrize(("sent", "read"), [(1.0000000000000002, 1.0), (float(np.float32(0.7)), 0.7)])
+def test_budgets_are_rounded_as_in_the_typed_api(stub: GRPCInferenceServiceStub, sent: float, read: float) -> None:
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, 28, 28, 1]}
+    parameters = {name: pb.InferParameter(double_param=sent) for name in ("budget", "min_budget")}
+    request = pb.ModelInferRequest(
+        model_name="fashion_mnist", inputs=[image], parameters=parameters, raw_input_contents=[bytes(784)]
+    )
+    assert stub.ModelInfer(request, timeout=20).parameters["budget"].double_param == read
+
+
 def test_encoded_images_come_in_one_or_two_dimensions(stub: GRPCInferenceServiceStub) -> None:
     files = [path.read_bytes() for path in sorted((SAMPLES / "Shirt").glob("*.png"))[:3]]
 

@@ -14,9 +14,11 @@ from processes import MODELS, ROOT, SAMPLES, ServerProcess, run_main, serving, s
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-from service.client import Client
+from service.client import AsyncClient, Client
 from service.pb import steering_pb2 as pb
 from service.playground.__main__ import main
+from service.playground.asking import Question, ask
+from service.playground.views import result_of
 
 SHIRT = SAMPLES / "Shirt" / "00562.png"
 STATIC = ROOT / "service" / "playground" / "static"
@@ -68,6 +70,20 @@ def test_from_an_upload_to_a_changed_map_of_the_heads(page: Page, client: Client
     assert not CHANGED & set(page.states().values())
     assert {re.sub(r"^blob:", "", url)[: len(page.url)] for url in page.requested()} == {page.url}
     assert page.driver.get_log("browser") == []
+
+
+async def test_a_default_budget_is_shown_as_the_budget() -> None:
+    with serving(MODELS, "--default-budget", "0.6") as running:
+        async with AsyncClient(running.address) as client:
+            model, image = await client.model(), SHIRT.read_bytes()
+            questions = Question(), Question(budget=0.8), Question(profile="Shirt", strength=0.0)
+            by_default, own, off = [result_of(await ask(client, model, image, question)) for question in questions]
+    assert by_default.settings == ("no profile, budget 0.60", "no profile, budget 0.60")
+    assert own.settings == ("no profile, budget 0.60", "no profile, budget 0.80")
+    assert by_default.dial
+    assert by_default.dial.budget
+    assert by_default.dial.caption.startswith("Budget 0.60, without steering: accuracy 0.9")
+    assert off.dial == by_default.dial, "strength 0: the server takes the curve without steering"
 
 
 def test_a_file_that_is_no_image_is_refused_in_a_sentence(page: Page, tmp_path: Path) -> None:

@@ -19,16 +19,26 @@ BAG = next((SAMPLES / "Bag").glob("*.png"))
 FILE = BAG.read_bytes()
 IMAGES = [pb.Image(encoded=FILE), pb.Image(pixels=bytes(784), shape=[28, 28, 1])]
 TERMS = [pb.SteeringTerm(site=1, latent=7, scale=0.5, shift=2.0), pb.SteeringTerm(site=4, latent=511)]
+FORCED = pb.Steering(
+    profile="Bag",
+    open=[pb.Unit(block=2, head=5), pb.Unit(block=3, mlp_group=0)],
+    closed=[pb.Unit(block=4, head=1)],
+)
 VALID: dict[str, list[pb.PredictRequest | pb.CompareRequest | pb.ExplainRequest | oi.ModelInferRequest]] = {
     PREDICT: [
         pb.PredictRequest(images=IMAGES, steering=pb.Steering(profile="Shirt", strength=0.5), top_k=3),
         pb.PredictRequest(
             model="fashion_mnist", version=COMMITTED.name, images=IMAGES, steering=pb.Steering(terms=TERMS)
         ),
+        pb.PredictRequest(images=IMAGES, steering=FORCED, budget=0.6, min_budget=0.5),
     ],
-    "/steering.v1.SteeringService/Compare": [pb.CompareRequest(images=IMAGES, steering=pb.Steering(terms=TERMS))],
+    "/steering.v1.SteeringService/Compare": [
+        pb.CompareRequest(images=IMAGES, steering=pb.Steering(terms=TERMS)),
+        pb.CompareRequest(images=IMAGES, steering=FORCED, budget=1.0),
+    ],
     "/steering.v1.SteeringService/Explain": [
-        pb.ExplainRequest(images=IMAGES, steering=pb.Steering(terms=TERMS), latents=3)
+        pb.ExplainRequest(images=IMAGES, steering=pb.Steering(terms=TERMS), latents=3),
+        pb.ExplainRequest(images=IMAGES, steering=FORCED, budget=0.6),
     ],
 }
 
@@ -46,6 +56,11 @@ STEERED = {
     "steering_scale": ("FP32", [2, 5, 3], struct.pack("<30f", *[1.0] * 30)),
     "steering_shift": ("FP32", [2, 5, 3], bytes(2 * 5 * 3 * 4)),
 }
+BIASED = infer(
+    image=("UINT8", [2, 28, 28, 1], bytes(2 * 784)), gate_bias=("FP32", [2, 5, 10], struct.pack("<100f", *range(100)))
+)
+for name, value in {"budget": 0.6, "min_budget": 0.5}.items():
+    BIASED.parameters[name].double_param = value
 TYPED = oi.ModelInferRequest(
     model_name="fashion_mnist",
     inputs=[{"name": "image", "datatype": "UINT8", "shape": [1, 28, 28, 1], "contents": {"uint_contents": [0] * 784}}],
@@ -54,6 +69,7 @@ TYPED = oi.ModelInferRequest(
 VALID[INFER] = [
     infer(image=("UINT8", [2, 28, 28, 1], bytes(2 * 784)), **STEERED),
     infer(encoded_image=("BYTES", [1], struct.pack("<I", len(FILE)) + FILE)),
+    BIASED,
     TYPED,
 ]
 

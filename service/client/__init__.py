@@ -64,6 +64,10 @@ class Asked(TypedDict, total=False):
     """ID of the call in the server's log: printable ASCII."""
 
 
+class WrongValue(ValueError):
+    """A number or text that a field of the request cannot hold."""
+
+
 def service_config(attempts: int) -> dict[str, Any]:
     """gRPC's service config: calls go to all serving addresses of a name in turn, and are retried after UNAVAILABLE and
     RESOURCE_EXHAUSTED, when the server says so, unless most calls fail."""
@@ -125,18 +129,18 @@ class Client:
 
     def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """top_k: classes to return; 0: five."""
-        return self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
+        return self._ask(self._stub.Predict, filled(put(pb.PredictRequest(), top_k=top_k), images, asked), asked)
 
     def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         """The images unsteered and steered, side by side."""
-        return self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
+        return self._ask(self._stub.Compare, filled(put(pb.CompareRequest(), top_k=top_k), images, asked), asked)
 
     def explain(
         self, images: Images, *, latents: int = 0, top_k: int = 0, **asked: Unpack[Asked]
     ) -> pb.ExplainResponse:
         """The active latents and their effects on the gates. latents: number to return for each site, besides those
         that are steered; 0: ten. top_k: classes to return; 0: five."""
-        request = pb.ExplainRequest(latents=latents, top_k=top_k)
+        request = put(pb.ExplainRequest(), latents=latents, top_k=top_k)
         return self._ask(self._stub.Explain, filled(request, images, asked), asked)
 
     def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
@@ -211,17 +215,17 @@ class AsyncClient:
 
     async def predict(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.PredictResponse:
         """As Client.predict. top_k: classes to return; 0: five."""
-        return await self._ask(self._stub.Predict, filled(pb.PredictRequest(top_k=top_k), images, asked), asked)
+        return await self._ask(self._stub.Predict, filled(put(pb.PredictRequest(), top_k=top_k), images, asked), asked)
 
     async def compare(self, images: Images, *, top_k: int = 0, **asked: Unpack[Asked]) -> pb.CompareResponse:
         """As Client.compare: the images unsteered and steered, side by side."""
-        return await self._ask(self._stub.Compare, filled(pb.CompareRequest(top_k=top_k), images, asked), asked)
+        return await self._ask(self._stub.Compare, filled(put(pb.CompareRequest(), top_k=top_k), images, asked), asked)
 
     async def explain(
         self, images: Images, *, latents: int = 0, top_k: int = 0, **asked: Unpack[Asked]
     ) -> pb.ExplainResponse:
         """As Client.explain: the active latents and their effects on the gates."""
-        request = pb.ExplainRequest(latents=latents, top_k=top_k)
+        request = put(pb.ExplainRequest(), latents=latents, top_k=top_k)
         return await self._ask(self._stub.Explain, filled(request, images, asked), asked)
 
     async def model(self, model: str = "", version: str = "") -> pb.GetModelResponse:
@@ -290,7 +294,7 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
     )  # fmt: skip
     for site, of_site in (asked.get("terms") or {}).items():
         for term in of_site:
-            request.steering.terms.add(site=site, latent=term.latent, scale=term.scale, shift=term.shift)
+            put(request.steering.terms.add(), site=site, latent=term.latent, scale=term.scale, shift=term.shift)
     for field, units in ((request.steering.open, asked.get("open")), (request.steering.closed, asked.get("closed"))):
         if isinstance(units, str):
             raise TypeError(f"units are {units!r}; allowed: a list, such as ['2/h5']")
@@ -303,7 +307,8 @@ def filled(request: Request, images: Images, asked: Asked) -> Request:
 
 
 def put(message: Filled, **fields: object) -> Filled:
-    """The message with these fields; None: left out. Raises TypeError for a value of the wrong type."""
+    """The message with these fields; None: left out. Raises TypeError for a value of the wrong type, and
+    WrongValue."""
     for name, value in fields.items():
         if value is not None:
             try:
@@ -311,6 +316,9 @@ def put(message: Filled, **fields: object) -> Filled:
             except TypeError as error:
                 kind = type(getattr(message, name)).__name__
                 raise TypeError(f"{name} is {value!r}; allowed: {kind}") from error
+            except ValueError as error:
+                kind = "Unicode text" if isinstance(value, str) else "a number that fits the field"
+                raise WrongValue(f"{name} is {value!r}; allowed: {kind}") from error
     return message
 
 

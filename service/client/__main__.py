@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 
 from export.arguments import with_names
-from service.client import Asked, Client, printable, unit
+from service.client import Asked, Client, WrongValue, printable, unit
 from service.client.load import Load, run
 from service.client.tables import (
     answer_json,
@@ -132,7 +132,7 @@ def _add_steering(name: str, parser: argparse.ArgumentParser) -> None:
         units = "head 5 of block 2 and MLP group 0 of block 3 are 2/h5,3/m0"
         for flag, what in (("--open", "run"), ("--closed", "do not run")):
             what = f"units that {what}, whatever their gates decide: {units}"
-            add(flag, type=_units, default=[], metavar="UNITS", help=what)
+            add(flag, type=_units, action="extend", default=[], metavar="UNITS", help=what)
 
 
 def main(arguments: Sequence[str], prog: str = PROG) -> int:
@@ -161,6 +161,8 @@ def main(arguments: Sequence[str], prog: str = PROG) -> int:
         print(f"{error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         _discard_output()
         return 1
+    except WrongValue as error:
+        flags.error(str(error))
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
-from service.client import metadata, opened
+from service.client import metadata, opened, put
 from service.pb import steering_pb2 as pb
 from service.pb.steering_pb2_grpc import SteeringServiceStub
 
@@ -96,15 +96,12 @@ async def run(
     requests = []
     turn = itertools.cycle(images)
     for profile in load.profiles * math.ceil(len(images) / len(load.profiles)):
-        request = pb.PredictRequest(model=load.model, version=load.version, top_k=1)
+        request = put(pb.PredictRequest(top_k=1), model=load.model, version=load.version)
         for _ in range(load.images_per_call):
             image = next(turn)
             request.images.add(pixels=image) if raw else request.images.add(encoded=image)
-        request.steering.profile = profile
-        if load.budget is not None:
-            request.budget = load.budget
-        if load.min_budget is not None:
-            request.min_budget = load.min_budget
+        put(request, budget=load.budget, min_budget=load.min_budget)
+        put(request.steering, profile=profile)
         requests.append(request)
     following, named = itertools.cycle(requests), metadata({}, load.client_name)
     latencies: list[float] = []

@@ -60,7 +60,8 @@ def _number(query: Mapping[str, str], name: str, default: float) -> float:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for one image. The first of each pair is without steering or budget, the second as asked."""
+    """The answers for one image. The first of each pair is without steering, at the model's default budget if it has
+    one; the second is as asked."""
 
     question: Question
     model: pb.GetModelResponse
@@ -71,6 +72,13 @@ class Answers:
     """Inference time: the fastest of ROUNDS calls."""
     explanations: tuple[pb.ImageExplanation, pb.ImageExplanation]
     profile: pb.GetProfileResponse | None
+
+    @property
+    def budgets(self) -> tuple[float | None, float | None]:
+        """The budgets of both answers; None: no budget."""
+        settings, own = self.model.settings, self.question.budget
+        default = settings.default_budget if settings.HasField("default_budget") else None
+        return default, default if own is None else own
 
 
 async def ask(client: AsyncClient, model: pb.GetModelResponse, image: bytes, question: Question) -> Answers:

@@ -41,7 +41,7 @@ def dial_of(answers: Answers) -> DialView | None:
     if not model.dial:
         return None
     measured = {"without steering": model.dial}
-    if profile and profile.dial:
+    if profile and profile.dial and question.steers:
         measured[f"profile {question.profile}"] = profile.dial
     points = {name: [(p.compute_fraction, p.accuracy) for p in curve] for name, curve in measured.items()}
     every = [point for curve in points.values() for point in curve]
@@ -57,12 +57,12 @@ def dial_of(answers: Answers) -> DialView | None:
         places = tuple(place(*point) for point in curve)
         curves.append(Curve(name, " ".join(f"{x},{y}" for x, y in places), places, tuple(curve)))
     spent = answers.predictions[1].compute_fraction
-    budget, caption = None, "No budget is set."
-    if question.budget is not None:
+    (_, asked), budget, caption = answers.budgets, None, "No budget is set."
+    if asked is not None:
         own = curves[-1]
-        accuracy = float(np.interp(question.budget, [x for x, _ in own.points], [y for _, y in own.points]))
-        budget = place(min(max(question.budget, x0), x1), accuracy)
-        caption = f"Budget {question.budget:.2f}, {own.name}: accuracy {accuracy:.3f} as measured."
+        accuracy = float(np.interp(asked, [x for x, _ in own.points], [y for _, y in own.points]))
+        budget = place(min(max(asked, x0), x1), accuracy)
+        caption = f"Budget {asked:.2f}, {own.name}: accuracy {accuracy:.3f} as measured."
     return DialView(
         curves=tuple(curves),
         x_ticks=tuple((place(x, y0)[0], f"{x:.2f}") for x in (x0, (x0 + x1) / 2, x1)),

@@ -95,8 +95,8 @@ def result_of(answers: Answers) -> Result:
     if question.profile:
         settings[1] = f"profile {question.profile}, strength {question.strength:g}"
     if answers.model.dial:
-        settings[0] += ", no budget"
-        settings[1] += ", no budget" if question.budget is None else f", budget {question.budget:.2f}"
+        for index, budget in enumerate(answers.budgets):
+            settings[index] += ", no budget" if budget is None else f", budget {budget:.2f}"
     ran = f"{receipt.model} version {receipt.version}, graph {receipt.graph}, bundle {receipt.bundle_digest}"
     return Result(
         summary=_summary(answers, counts),
