@@ -36,13 +36,14 @@ from training.evaluation.baselines import (
     static_units,
     threshold_shift,
 )
-from training.evaluation.changes import CHANGES, changes, placements, ratio, write_values
+from training.evaluation.changes import CHANGES, DIFFERENCES, changes, placements, ratio, write_values
 from training.evaluation.class_agnostic import class_knowledge
 from training.evaluation.criteria import MARGINS, criteria
 from training.evaluation.dial import Along, asked, compare_areas, compare_at
 from training.evaluation.protocol import _profile_entry, _whole
 from training.evaluation.rivals import Measured, Slice, _measured, compare
-from training.evaluation.seeds import _intervals
+from training.evaluation.seeds import RIVALS, _interval
+from training.evaluation.seeds import table as table_of_seeds
 from training.evaluation.selective import judged
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -128,7 +129,7 @@ def test_non_inferiority_counts_designs_that_change_together_once() -> None:
     assert p == pytest.approx(norm.sf(1.709), rel=0.05)
     assert significance.non_inferiority(before, after, 0.1) < p / 100
     few = significance.non_inferiority(before[:5], before[:5], 0.01, np.array([0, 0, 1, 1, 1]))
-    assert few == pytest.approx(norm.sf(math.sqrt(5 / 99))), "nothing is shown by five images"
+    assert few == pytest.approx(norm.sf(math.sqrt(2 / 99))), "nothing is shown by two designs"
     rng, shown, designs = np.random.default_rng(0), 0, np.arange(112).repeat(7)
     before = np.ones(784, bool)
     for _ in range(1000):
@@ -196,7 +197,10 @@ def test_a_loss_of_the_margin_is_rejected_by_the_normal_approximation() -> None:
     values = np.array([0.02, -0.02] * 50)  # standard error 0.02 sqrt(100 / 99) / 10
     assert significance.not_below(values, 0.004) == pytest.approx(norm.sf(0.004 / (0.002 * math.sqrt(100 / 99))))
     assert significance.not_below(values - 0.004, 0.004) == pytest.approx(0.5)
-    assert significance.not_below(np.zeros(5), 0.01) == 0.0
+    # nothing changes: each of five images, or two designs, keeps its answer with a probability of 0.99
+    assert significance.not_below(np.zeros(5), 0.01) == pytest.approx(0.99**5)
+    assert significance.not_below(np.zeros(5), 0.01, np.array([0, 0, 1, 1, 1])) == pytest.approx(0.99**2)
+    assert significance.not_below(np.zeros(1), 0.01) == 0.5, "a single image has no standard error"
     assert significance.not_below(np.full(5, -0.01), 0.01) == 1.0
 
 
@@ -214,21 +218,38 @@ def test_images_of_a_design_count_once_if_they_are_alike() -> None:
     assert significance.change_interval(np.zeros(10), np.ones(10), np.repeat([0, 1, 2], [1, 2, 7])) == (1, 1)
 
 
-def test_hierarchical_intervals_in_cases_with_a_known_answer() -> None:
+def test_intervals_over_images_and_seeds_in_cases_with_a_known_answer() -> None:
     rng = np.random.default_rng(1)
     plain = rng.choice([-1.0, 0.0, 0.0, 1.0, 1.0], 500)
-    # one seed: the plain bootstrap of its images
     expected = significance.change_interval(np.zeros(500), plain)
-    assert significance.hierarchical_interval(plain[None]) == pytest.approx(expected, abs=0.01)
-    # the same in every seed: the plain bootstrap again, since all seeds have the same images
-    assert significance.hierarchical_interval(np.stack([plain] * 3)) == pytest.approx(expected, abs=0.01)
-    # all images of a seed alike: two seeds are drawn alike half of the time
-    assert significance.hierarchical_interval(np.array([[-0.5] * 9, [0.5] * 9])) == (-0.5, 0.5)
-    # all images of a cluster alike: the plain bootstrap of the clusters, of whatever size they are
-    clusters = np.repeat(np.arange(50), 10)
-    found = significance.hierarchical_interval(plain[:50].repeat(10)[None], clusters)
+    assert significance.cluster_interval(plain) == pytest.approx(expected, abs=0.01)
+    # the same in every seed: the error of the images, since all seeds have the same images
+    of_seeds = significance.seeds_interval(np.stack([plain] * 3))
+    assert of_seeds == pytest.approx(expected, abs=0.01)
+    # all images of a seed alike: Student's t of three numbers, of mean 0.2 and standard deviation 0.1
+    low, high = significance.seeds_interval(np.array([[0.1] * 9, [0.2] * 9, [0.3] * 9]))
+    assert (low, high) == pytest.approx((0.2 - 4.303 * 0.1 / math.sqrt(3), 0.2 + 4.303 * 0.1 / math.sqrt(3)), abs=1e-4)
+    assert significance.seeds_interval(np.full((3, 9), 0.25)) == (0.25, 0.25)
+    # all images of a cluster alike: as if the clusters were the images
+    clusters, spread = np.repeat(np.arange(50), 10), rng.normal(0.0, 0.2, (3, 1))
+    few = plain[:50] + spread
+    found = significance.seeds_interval(few.repeat(10, 1), clusters)
+    assert found == pytest.approx(significance.seeds_interval(few))
+    found = significance.cluster_interval(plain[:50].repeat(10), clusters)
     assert found == pytest.approx(significance.change_interval(np.zeros(50), plain[:50]), abs=0.03)
     assert found[1] - found[0] > 2 * (expected[1] - expected[0])
+    assert significance.seeds_interval(plain[:30].reshape(3, 10), np.zeros(10, int)) == (-1, 1), "a single cluster"
+
+
+@pytest.mark.parametrize(("of_seed", "of_image", "of_both"), [(1, 0.01, 0.01), (0.2, 1, 1), (0, 1, 0), (0, 0, 1)])
+def test_intervals_over_three_seeds_cover_the_mean(of_seed: float, of_image: float, of_both: float) -> None:
+    """Seeds, images, or both of them differ; the mean of their population is 0. With 400 draws, 3 standard errors."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        values = of_seed * rng.normal(size=(3, 1)) + of_image * rng.normal(size=40) + of_both * rng.normal(size=(3, 40))
+        low, high = significance.seeds_interval(values)
+        covered += low <= 0 <= high
+    assert covered / 400 > 0.95 - 0.033
 
 
 def test_four_images_of_a_design_that_answer_alike_count_as_one_in_every_result() -> None:
@@ -288,15 +309,59 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 def test_seeds_have_an_interval_only_over_the_same_images(tmp_path: Path) -> None:
     runs = [Run(tmp_path / name) for name in "abc"]
-    for run, change in zip(runs, (-0.5, 0.5, 0.5), strict=True):
-        values = {metric: torch.full((9,), change, dtype=torch.float64) for metric in MARGINS}
+    for run, change in zip(runs, (-0.01, 0.01, 0.01), strict=True):
+        values = {"recall": torch.full((9,), change, dtype=torch.float64)}
         run.write_tensors(CHANGES, values, {"images": "9 of them" if run != runs[2] else None})
-    assert _intervals(runs[:2], CHANGES) == {metric: [-0.5, 0.5] for metric in MARGINS}
-    assert _intervals(runs, CHANGES) == {}
+    assert _interval(runs[:2], CHANGES, "recall") == pytest.approx([-0.127, 0.127], abs=1e-3), "12.7 times 0.01"
+    assert _interval(runs, CHANGES, "recall") is None
+    assert _interval(runs[:2], CHANGES, "precision") is None
     split = Split(torch.zeros(9, 2, 2, 1), torch.zeros(9), factors=torch.arange(9)[:, None] // 3)
     write_values(runs[0], CHANGES, {"recall": np.repeat([-0.5, 0.5, 0.5], 3)}, split, "9 of them")
-    assert _intervals(runs[:1], CHANGES) == {"recall": [-0.5, 0.5]}, "of three designs, drawn as a whole"
-    assert _intervals([*runs[:2], Run(tmp_path / "older")], CHANGES) == {}
+    assert _interval(runs[:1], CHANGES, "recall") == [-0.5, 0.5], "of three designs, drawn as a whole"
+    assert _interval([*runs[:2], Run(tmp_path / "older")], CHANGES, "recall") is None
+
+
+def evaluated(folder: Path, seed: int, **differences: float) -> Run:
+    """An evaluated run with 9 test images, to which the dial differs by so much from these controls."""
+    run, whole = Run(folder), {"accuracy": 0.9, "head_usage": 0.5, "compute_fraction": 0.7, "recall": 0.9}
+    changes_of = {"recall": 0.01 * seed, "precision": 0.0, "overall_accuracy": 0.0}
+    run.write_json("results.json", {
+        "seed": seed, "ungated": whole, "neutral": whole, "mean_change": changes_of, "success": [], "pattern": [],
+        "profiles": [{"classes": ["a"], "before": whole, "after": whole}], "rivals": {RIVALS[0]: whole},
+        "controls": {n: {**whole, "dial_at_its_compute": {"difference": d}} for n, d in differences.items()},
+    })  # fmt: skip
+    for name, values in ((CHANGES, changes_of), (DIFFERENCES, differences)):
+        tensors = {key: torch.full((9,), value, dtype=torch.float64) for key, value in values.items()}
+        run.write_tensors(name, tensors, {"images": "9 of them"})
+    measures = ("fvu", "gate_agreement", "gate_agreement_clear", "dead_training", "dead")
+    run.finish("sae", {"seed": seed}, {"fidelity": [dict.fromkeys(measures, 0.5)]})
+    run.finish("profiles", {"seed": seed, "vit": {"dim": 24}}, {})
+    return run
+
+
+def test_controls_that_some_seeds_lack_are_compared_over_the_others(tmp_path: Path) -> None:
+    """`small` has three seeds, `heads` the first alone, `wide` the last two. All images of a seed are alike."""
+    runs = [
+        evaluated(tmp_path / "0", 0, small=0.01, heads=0.05),
+        evaluated(tmp_path / "1", 1, small=0.02, wide=0.1),
+        evaluated(tmp_path / "2", 2, small=0.03, wide=0.1),
+    ]
+    found = table_of_seeds(runs)
+    assert found["dial_seeds"] == {"small": [0, 1, 2], "heads": [0], "wide": [1, 2]}
+    reach = 4.303 * 0.01 / math.sqrt(3)
+    assert found["dial_intervals"]["small"] == pytest.approx([0.02 - reach, 0.02 + reach], abs=1e-4)
+    assert found["dial_intervals"]["heads"] == [0.05, 0.05]
+    assert found["dial_intervals"]["wide"] == [0.1, 0.1]
+    runs[1].remove_tensors(DIFFERENCES)
+    assert table_of_seeds(runs)["dial_intervals"] == {"heads": [0.05, 0.05]}
+    assert table_of_seeds(runs)["dial_seeds"] == found["dial_seeds"]
+    assert found["mean"]["recall_change"] == 0.01
+    assert found["intervals"]["recall"] == pytest.approx([0.01 - reach, 0.01 + reach], abs=1e-4)
+    with pytest.raises(RunError, match=r"the runs have the seeds 0, 1, 1; allowed: each once"):
+        table_of_seeds([*runs[:2], runs[1]])
+    runs[2].finish("profiles", {"seed": 2, "vit": {"dim": 48}}, {})
+    with pytest.raises(RunError, match=r"0 and .*2 have different settings \(vit.dim: 24 and 48\); allowed: diff"):
+        table_of_seeds(runs)
 
 
 def test_verdicts_by_hand() -> None:

@@ -133,10 +133,12 @@ def results_of(seed: int) -> dict[str, Any]:
                 "seed": s, "ungated": draw.random(), "neutral_accuracy": draw.random(), "neutral_usage": draw.random(),
                 "usage": draw.random(), "recall_change": draw.uniform(-0.1, 0.1), "worst_recall_change": -0.1,
                 "overall_change": -0.02, "precision_change": 0.031, "rivals": {"random": rival(draw)},
+                **({"static": {"accuracy": 0.9, "dial_difference": 0.01 * s}} if s else {}),
             }
             for s in range(3)
         ],
         "intervals": {"recall": [-0.005, 0.01], "precision": [-0.02, -0.001], "overall_accuracy": [0.0, 0.003]},
+        "dial_intervals": {"static": [-0.01, 0.04]}, "dial_seeds": {"static": [1, 2]},
         "latents": [{"name": "dog", "classes": ["dog"], "images": 40, "terms_in_all": 9, "terms": [term, term]}],
     }  # fmt: skip
 
@@ -345,7 +347,8 @@ def test_every_number_of_the_tables_is_that_of_results_json(seed: int) -> None:
     usage = np.array([s["usage"] for s in r["seeds"]])
     assert over[4] == f"{usage.mean():.3f} ± {usage.std(ddof=1):.3f}"
     of_random = [s["rivals"]["random"] for s in r["seeds"]]
-    assert tables["seeds"][1][1] == ["random", *(f"{point(v['recall'])} ({v['head_usage']:.2f})" for v in of_random)]
+    assert tables["seeds"][1][1] == ["static", "none", "+1.00", "+2.00", "2 of 3", "+1.50", "[-1.00, +4.00]"]
+    assert tables["seeds"][2][1] == ["random", *(f"{point(v['recall'])} ({v['head_usage']:.2f})" for v in of_random)]
 
 
 def test_what_the_class_adds_is_said_whichever_way_it_falls() -> None:
@@ -433,6 +436,20 @@ def test_mlp_groups_stand_beside_heads() -> None:
     assert after.images[1].get_array()[1, 3] == r["profiles"][1]["mlp_usage_after"][0][0]
     assert [axis.get_ylabel() for axis in gate_figures.usage_per_block(r).axes] == ["head usage", "MLP usage"]
     assert len(gate_figures.gates(r).axes[0].get_xticklabels()) == 5
+
+
+def test_a_model_that_spends_less_than_the_dial_can_is_named() -> None:
+    r = results_of(7)
+    point = {"budget": 0.5, "compute_fraction": 0.5, "compute_of_classes": [0.4, 0.6], "head_usage": 0.3, "accuracy": 1}
+    r["dial"] = {"test": {"": [point]}, "largest_error": {"": 0.001}}
+    against = {"difference": -0.005, "standard_error": 0.001, "p": 0.98, "margin": 0.002, "verdict": "not met"}
+    dense = r["controls"]["dense"]
+    r["controls"] = {
+        "dense": dense | {"dial_at_its_compute": against}, "plain-40": dense | {"compute_fraction": 0.38}
+    }  # fmt: skip
+    text, reader = read(r)
+    assert [cells[0] for cells in reader.tables["dial"][1][1:]] == ["dense"]
+    assert "so without a comparison: plain-40 (0.380)." in text
 
 
 def test_no_class_with_the_pattern_is_said_in_words() -> None:

@@ -177,6 +177,7 @@ def test_the_jobs_of_a_seed_go_from_data_to_the_report(reproduced: Path) -> None
 
 
 STAND_IN = """
+import json
 import pathlib
 import shutil
 import sys
@@ -185,7 +186,10 @@ print("started")
 with open("started.txt", "a") as file:
     file.write("|".join(sys.argv[1:]) + chr(10))
 if sys.argv[1] == "evaluate":
-    shutil.copytree("reproduced", sys.argv[sys.argv.index("--out") + 1], dirs_exist_ok=True)
+    out, seed = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--out", "--seed"))
+    shutil.copytree("reproduced", out, dirs_exist_ok=True)
+    results = pathlib.Path(out, "results.json")
+    results.write_text(json.dumps({**json.loads(results.read_text()), "seed": int(seed)}))
 """
 
 

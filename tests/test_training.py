@@ -15,7 +15,7 @@ from training import reproduce
 from training.__main__ import main, parse
 from training.checkpoint import Run, RunError
 from training.config import DENSE, DataSettings, Settings, VitSettings
-from training.data.splits import load
+from training.data.splits import Data, Split, load
 from training.evaluation.controls import narrower, width_of
 from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
@@ -150,6 +150,40 @@ def test_a_run_continues_only_with_the_images_and_labels_it_began_with(
     del old["result"]["data"]
     part.write_json("vit.json", old)
     fit.check_images(part, more)
+
+
+def test_an_interrupted_training_continues_only_in_its_precision_and_with_its_teacher(tmp_path: Path) -> None:
+    settings = tiny(tmp_path / "run", TINY.model_copy(update={"teacher": tmp_path / "teacher"}))
+    none = Split(torch.zeros(0, 28, 28, 1), torch.zeros(0))
+    data = Data(("a", "b"), ImageSpec(28, 28, 1, 28, "bicubic", (0.3,), (0.4,)), none, none, none)
+    run, teacher = Run(settings.out), Run(tmp_path / "teacher")
+    teacher.write_tensors("vit", {"weight": torch.zeros(1)})
+    model = fit.build(settings.vit, data.spec, 2)
+    phases.save(settings, data, run, model, 0, 0, [], {})
+    with pytest.raises(
+        RunError, match=r"vit\.state\.safetensors was made with other settings \(bf16: True stored, False requested\)"
+    ):
+        fit.fit_vit(settings.model_copy(update={"bf16": False}), data, run)
+    teacher.write_tensors("vit", {"weight": torch.ones(1)})
+    with pytest.raises(RunError, match=r"other settings \(teacher: \w{64} stored, \w{64} requested\)"):
+        fit.fit_vit(settings, data, run)
+    meta = {"phase": 0, "step": 0, "curves": []}  # of an older run
+    run.write_state("vit", settings.fingerprint("vit"), model.state_dict(prefix="model."), meta)
+    with pytest.raises(RunError, match="teacher, which has no finished model"):
+        fit.fit_vit(settings, data, run)
+
+
+def test_a_run_continues_wherever_its_images_are_cached(tmp_path: Path) -> None:
+    settings, run = tiny(tmp_path), Run(tmp_path)
+    run.finish("vit", settings.fingerprint("vit"), {})
+
+    def with_data(**changes: Any) -> dict[str, Any]:
+        data = settings.data.model_copy(update=changes)
+        return settings.model_copy(update={"data": data}).fingerprint("vit")
+
+    assert run.finished("vit", with_data(cache=tmp_path, download=True))
+    with pytest.raises(RunError, match=r"other settings \(data\.shift: 2 stored, 1 requested\)"):
+        run.finished("vit", with_data(cache=tmp_path, shift=1))
 
 
 def test_a_missing_file_of_a_finished_stage_is_named(tmp_path: Path) -> None:

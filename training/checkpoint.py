@@ -31,6 +31,8 @@ FORMAT = 2
 """Format version of the run folder; incremented when the meaning of a file changes or something is added."""
 MADE_OF = {"sae": "vit", "profiles": "sae"}
 """The stage whose tensors a stage starts from."""
+PLACES = ("data.cache", "data.download")
+"""Settings that are recorded though no result depends on them."""
 
 
 class RunError(Exception):
@@ -59,7 +61,7 @@ class Run:
         path = self._stage(stage)
         if not path.is_file():
             return False
-        _check_same(path, self.info(stage)["settings"], settings)
+        check_same(path, self.info(stage)["settings"], settings)
         return True
 
     def has(self, stage: str) -> bool:
@@ -119,7 +121,7 @@ class Run:
         if state:
             path = self.folder / f"{stage}.state.safetensors"
             _check_format(path, state.meta)
-            _check_same(path, state.meta["settings"], settings)
+            check_same(path, state.meta["settings"], settings)
             self._check_made_of(stage, path, state.meta)
         return state
 
@@ -217,8 +219,9 @@ def _check_format(path: Path, meta: dict[str, Any]) -> None:
         )
 
 
-def _check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
-    different = sorted(_differences(made, asked))
+def check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise RunError unless these are the same settings. path: the file that was made with the first."""
+    different = [f"{name}: {stored} stored, {requested} requested" for name, stored, requested in changed(made, asked)]
     if different:
         raise RunError(
             f"{path} was made with other settings ({'; '.join(different)}). "
@@ -226,12 +229,13 @@ def _check_same(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None
         )
 
 
-def _differences(made: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    differences = []
-    for key in made.keys() | asked.keys():
-        a, b = made.get(key), asked.get(key)
+def changed(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The name and both values of each setting that differs, by name; of PLACES, none."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key), second.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            differences += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            differences.append(f"{prefix}{key}: {a} stored, {b} requested")
-    return differences
+            found += changed(a, b, f"{prefix}{key}.")
+        elif a != b and f"{prefix}{key}" not in PLACES:
+            found.append((f"{prefix}{key}", a, b))
+    return found

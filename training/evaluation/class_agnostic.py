@@ -19,7 +19,7 @@ from training.dial import Dial
 from training.evaluation.baselines import Rival, bisect, logit_bias, matched
 from training.evaluation.changes import changes
 from training.evaluation.criteria import MARGINS
-from training.evaluation.significance import hierarchical_interval, mean
+from training.evaluation.significance import cluster_interval, mean
 from training.model.gated_vit import GatedNetwork
 from training.model.inference import Outcome, answers, effect, steered_by
 from training.model.macs import Macs
@@ -103,7 +103,7 @@ def class_knowledge(
         adds = {}
         for metric in MARGINS:
             of_images = np.mean([value[metric] for value in values], 0)
-            interval = hierarchical_interval(of_images[None], split.clusters)
+            interval = cluster_interval(of_images, split.clusters)
             adds[metric] = {
                 "change": round(float(of_images.mean()), 5),
                 "interval": [round(end, 5) for end in interval],

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from training.checkpoint import Run
+from training.checkpoint import Run, RunError, changed
 from training.evaluation.changes import CHANGES, CLUSTERS, DIFFERENCES
-from training.evaluation.significance import hierarchical_interval, mean
+from training.evaluation.criteria import MARGINS
+from training.evaluation.significance import cluster_interval, mean, seeds_interval
 from training.model.inference import usage_of
 
 RIVALS = (
@@ -59,30 +60,63 @@ def row(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(runs: Sequence[Run]) -> dict[str, Any]:
-    """The rows of evaluated runs, with mean, lowest and highest values. Raises RunError when a run is not evaluated."""
+    """The rows of evaluated runs, with mean, lowest and highest values; the seeds that have each control with which the
+    dial is compared (`dial_seeds`); and 95% intervals of means over seeds and images: of the changes under profiles
+    (`intervals`), and of the dial's differences from each control, over the seeds that have it (`dial_intervals`).
+
+    Raises RunError when a run is not evaluated, when two have the same seed, and when they have different settings.
+    """
     rows = []
     for run in runs:
+        _check_alike(runs[0], run)
         rows.append({**row(run.results()), "sae": _fidelity(run)})
-    intervals = {"intervals": _intervals(runs, CHANGES), "dial_intervals": _intervals(runs, DIFFERENCES)}
-    summary: dict[str, Any] = {"seeds": rows, **_over(rows), **intervals}
+    seeds = [r["seed"] for r in rows]
+    if len(set(seeds)) < len(seeds):
+        raise RunError(f"the runs have the seeds {', '.join(map(str, seeds))}; allowed: each once")
+    having = {name: [r["seed"] for r in rows if _compared(r.get(name))] for r in rows for name in r}
+    of_dial = {name: of_control for name, of_control in having.items() if of_control}
+    of_seed = dict(zip(seeds, runs, strict=True))
+    of_images = {name: _interval([of_seed[s] for s in with_it], DIFFERENCES, name) for name, with_it in of_dial.items()}
+    summary: dict[str, Any] = {
+        "seeds": rows,
+        **_over(rows),
+        "intervals": {metric: ends for metric in MARGINS if (ends := _interval(runs, CHANGES, metric))},
+        "dial_seeds": of_dial,
+        "dial_intervals": {name: ends for name, ends in of_images.items() if ends},
+    }
     if all("last_block" in r for r in rows):
         summary["last_block"] = _over([r["last_block"] for r in rows])
     return summary
 
 
-def _intervals(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
-    """For each metric in the tensors of this name (CHANGES or DIFFERENCES), the 95% interval of its mean over seeds and
-    images; empty unless all runs have the same test images."""
-    stored = [run.read_tensors(name) for run in runs]
-    present = [of_run for of_run in stored if of_run]
-    images = {meta["images"] for _, meta in present}
-    if len(present) < len(runs) or len(images) > 1 or None in images:
-        return {}
-    of_all = [metric for metric in present[0][0] if all(metric in tensors for tensors, _ in present)]
-    over = {metric: np.stack([tensors[metric].numpy() for tensors, _ in present]) for metric in of_all}
-    clusters = over.pop(CLUSTERS)[0] if CLUSTERS in over else None
-    intervals = {metric: hierarchical_interval(values, clusters) for metric, values in over.items()}
-    return {metric: [round(end, 5) for end in ends] for metric, ends in intervals.items()}
+def _check_alike(first: Run, run: Run) -> None:
+    """Raise RunError unless the runs have the same settings, up to the seed."""
+    ours, theirs = ({**of.info("profiles")["settings"], "seed": None} for of in (first, run))
+    different = [f"{name}: {a} and {b}" for name, a, b in changed(ours, theirs)]
+    if different:
+        raise RunError(
+            f"{first.folder} and {run.folder} have different settings ({'; '.join(different)}); allowed: different "
+            "seeds alone"
+        )
+
+
+def _compared(control: object) -> bool:
+    """Whether an entry of a row is a control that the dial is compared with."""
+    return isinstance(control, dict) and "dial_difference" in control
+
+
+def _interval(runs: Sequence[Run], name: str, metric: str) -> list[float] | None:
+    """The 95% interval of the mean over seeds and images of a metric in the tensors of this name (CHANGES or
+    DIFFERENCES); of one seed, over images alone. None unless all runs have the metric, of the same test images."""
+    stored = [of_run for run in runs if (of_run := run.read_tensors(name)) and metric in of_run.tensors]
+    images = {of_run.meta["images"] for of_run in stored}
+    if len(stored) < len(runs) or len(images) > 1 or None in images:
+        return None
+    tensors = stored[0].tensors
+    clusters = tensors[CLUSTERS].numpy() if CLUSTERS in tensors else None
+    values = np.stack([of_run.tensors[metric].numpy() for of_run in stored])
+    ends = seeds_interval(values, clusters) if len(values) > 1 else cluster_interval(values[0], clusters)
+    return [round(end, 5) for end in ends]
 
 
 def _fidelity(run: Run) -> dict[str, float]:

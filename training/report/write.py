@@ -32,12 +32,13 @@ def write_report(run: Run, others: Sequence[Run] = ()) -> None:
     """Read results.json, vit.json and sae.json of a run, and write report.html and the pictures as PNG files next to
     them.
 
-    others: runs of other seeds, for the table of seeds. Raises RunError when a run is not evaluated.
+    others: runs of other seeds, for the table of seeds. Raises RunError when a run is not evaluated, and as `table`
+    does.
     """
     results = run.results()
     if others:
         of_seeds = table([run, *others])
-        results |= {key: of_seeds[key] for key in ("seeds", "intervals", "dial_intervals")}
+        results |= {key: of_seeds[key] for key in ("seeds", "intervals", "dial_intervals", "dial_seeds")}
     vit, sae = run.info("vit"), run.info("sae")["result"]
     points = vit["result"]["curves"]
     if not results.get("dial"):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from training import processes, soundness
-from training.checkpoint import Run, RunError, part
-from training.config import DENSE, Settings, VitSettings
+from training.checkpoint import Run, RunError, changed, check_same, part
+from training.config import Settings, VitSettings
 from training.data.splits import Data
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -30,7 +30,7 @@ from training.model.gated_vit import (
 from training.model.inference import Outcome, answers, gate_diagnostics, usages
 from training.model.macs import count
 from training.vit.dial import calibrate
-from training.vit.phases import phases_of, run_phase, save
+from training.vit.phases import origin, phases_of, run_phase, save, teacher_run
 
 OF_BACKBONE = (
     "model", "weights", "pretrained", "dim", "depth", "heads", "patch", "unpadded", "mlp_ratio",
@@ -52,7 +52,9 @@ def fit_vit(settings: Settings, data: Data, run: Run) -> GatedVit:
     first: int = 0
     curves: list[dict[str, Any]] = []
     if state:
-        _check_images(run.folder / "vit.state.safetensors", state.meta, data)
+        path, now, then = run.folder / "vit.state.safetensors", origin(settings, run), state.meta.get("origin", {})
+        _check_images(path, state.meta, data)
+        check_same(path, {name: then.get(name, value) for name, value in now.items()}, now)
         first, curves = state.meta["phase"], state.meta["curves"]
         model.load_state_dict(part(state.tensors, "model"))  # the state may have been saved after the last phase
     elif vit.backbone is not None:
@@ -104,9 +106,9 @@ def _stored(run: Run, name: str, settings: VitSettings, spec: ImageSpec, classes
 
 
 def _teacher(folder: Path | None, run: Run) -> GatedVit | None:
-    if folder is None:
+    other = teacher_run(folder, run)
+    if other is None:
         return None
-    other = Run(run.folder / "controls" / DENSE if folder == DENSE else folder)
     if not other.has("vit"):
         raise RunError(f"vit.teacher is {other.folder}, which has no finished model: train it there first")
     return load_vit(other)
@@ -141,8 +143,8 @@ def _shared_backbone(folder: Path, settings: Settings, data: Data) -> dict[str, 
     stored = run.read_tensors("backbone")
     if stored is None:
         raise RunError(f"vit.backbone is {folder}, which has no backbone.safetensors: run the step 'vit' there first")
-    theirs, ours = stored.meta, _backbone_settings(settings)
-    different = sorted(name for name in ours if theirs.get(name) != ours[name])
+    ours = _backbone_settings(settings)
+    different = [name for name, *_ in changed({name: stored.meta.get(name) for name in ours}, ours)]
     if different:
         raise RunError(f"vit.backbone is {folder}, trained with another {', '.join(different)}")
     check_images(run, data)
@@ -185,6 +187,7 @@ def _finish(settings: Settings, data: Data, run: Run, model: GatedVit, curves: l
         **({"mlp_groups": model.mlp_groups} if model.mlp_groups else {}),
         **dial,
         "macs": macs.to_json(),
+        "origin": origin(settings, run),
         "selection": {**measured, "images": len(selection)},
         "diagnostics": gate_diagnostics(gated, selection.classes),
         "curves": curves,

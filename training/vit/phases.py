@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from training import processes
 from training.checkpoint import Run, RunError, Stored, optimizer_tensors, part, restore_optimizer
-from training.config import Settings, VitSettings
+from training.config import DENSE, Settings, VitSettings
 from training.data.splits import Data, steps
 from training.data.streams import Batch, training_batches
 from training.model.gated_vit import Gate, GatedVit, keep_all, lowered, straight_through
@@ -180,8 +181,31 @@ def save(
     tensors: dict[str, Tensor],
 ) -> None:
     """Write the state for resuming before `step` of `phase`: the model and the additional `tensors`."""
-    meta = {"phase": phase, "step": step, "curves": curves, "data": dict(data.digests)}
+    meta = {
+        "phase": phase,
+        "step": step,
+        "curves": curves,
+        "data": dict(data.digests),
+        "origin": origin(settings, run),
+    }
     run.write_state("vit", settings.fingerprint("vit"), {**model.state_dict(prefix="model."), **tensors}, meta)
+
+
+def origin(settings: Settings, run: Run) -> dict[str, Any]:
+    """What the model of a run depends on beside its fingerprint and its images: whether it is trained in bfloat16, and
+    the weights of its teacher, by their digest."""
+    found: dict[str, Any] = {"bf16": settings.bf16}
+    teacher = teacher_run(settings.vit.teacher, run)
+    if teacher is not None and (teacher.folder / "vit.safetensors").is_file():
+        found["teacher"] = teacher.digest("vit.safetensors")
+    return found
+
+
+def teacher_run(folder: Path | None, run: Run) -> Run | None:
+    """The run of the teacher. folder: vit.teacher."""
+    if folder is None:
+        return None
+    return Run(run.folder / "controls" / DENSE if folder == DENSE else folder)
 
 
 def _optimizer(model: GatedVit, vit: VitSettings, phase: Phase) -> torch.optim.Optimizer:
