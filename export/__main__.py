@@ -24,7 +24,7 @@ def main(arguments: Sequence[str], prog: str = COMMANDS) -> int:
     try:
         verifying = arguments[:1] == ["verify"]
         bundle = _verify(arguments[1:], prog) if verifying else _export(arguments, prog)
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if bundle is None:
@@ -128,6 +128,7 @@ def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
     from export.write import ExportSettings, write
     from training.checkpoint import Run, RunError
     from training.data.splits import DataError
+    from training.model.gated_vit import UnsupportedModel
 
     settings = ExportSettings(
         name=options.name,
@@ -142,7 +143,7 @@ def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
     )
     try:
         return write(Run(options.run), options.repository, settings)
-    except (ExportError, RunError, DataError) as error:
+    except (ExportError, RunError, DataError, UnsupportedModel) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return None
 
