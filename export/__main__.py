@@ -82,7 +82,7 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
         type=_listed(PRECISIONS),
         default="fp32",
         help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so not of dispatch; "
-        "default: %(default)s",
+        "fused has no int8; default: %(default)s",
     )
     add(
         "--compact-for",

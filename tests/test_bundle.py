@@ -182,13 +182,14 @@ def served(folder: Path) -> None:
         (
             "image",
             lambda rows: rows[:, :8],
-            r"image has the shape \[8, 16, 3\] an image; the manifest says \[16, ",
+            r"golden\.npz: image has the shape \[8, 16, 3\] an image; .* \[16, 16, 3\]",
         ),
         ("steering_latent", lambda rows: rows + 99, "cannot be run: .*out of data bounds, idx=99"),
         ("steering_shift", lambda rows: rows[:, :1], r"steering_shift has the shape \[1, 2\] an image; .* \[2, 2\]"),
         ("steering_scale", lambda rows: rows[0, 0, 0], "cannot be run: "),
         ("fp32.logits", lambda rows: rows[:3], "cannot be run: .*broadcast"),
-        ("fp32.gate_logit", lambda rows: rows[:, :1], "cannot be run: "),
+        ("fp32.logits", lambda rows: rows[0, 0], r"golden\.npz: logits has the shape \[\] an image; .* \[5\]"),
+        ("fp32.gate_logit", lambda rows: rows[:, :1], r"golden\.npz: gate_logit has the shape \[1, 3\] an image"),
         ("fp32.margin", lambda _: np.inf, r"golden\.npz: fp32\.margin is inf; allowed: a finite number, 0 or more"),
         ("fp32.tolerance", lambda _: np.nan, r"golden\.npz: fp32\.tolerance is nan; allowed: a finite number"),
     ],
@@ -208,8 +209,8 @@ def test_golden_rows_that_do_not_fit_are_refused_by_verify_and_by_the_server(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": ["a", "b"]}, r"logits has the shape \[5\] an image; the manifest says \[2\]"),
-        ({"heads": 2}, r"head_gate has the shape \[2, 3\] an image; the manifest says \[2, 2\]"),
+        ({"labels": ["a", "b"]}, r"golden\.npz: logits has the shape \[5\] an image; the manifest says \[2\]"),
+        ({"heads": 2}, r"golden\.npz: gate_logit has the shape \[2, 3\] an image; the manifest says \[2, 2\]"),
         ({"schema_version": 3}, "there is no input gate_bias; allowed: one"),
         ({"gates_sae_digest": "0" * 16}, "sae.safetensors has the digest c8fc.* the manifest says '0000000000000000'"),
         ({"dim": 48}, r"encoder has the shape \[2, 12, 24\]; the manifest says .* the width 48"),
