@@ -171,7 +171,7 @@ class _Differences:
         length = np.linalg.norm(expected["residual"], axis=2).clip(1e-12)  # (B, G)
         apart = np.linalg.norm(outputs["residual"] - expected["residual"], axis=2)
         self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
-        self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any(2).any(1)))
+        self.logit = max(self.logit, _worst(outputs, expected, "logits", np.asarray(~flips.any((1, 2)))))
         last = {name: value[-1:] for name, value in outputs.items()}
         same = (unit_gates(alone) == unit_gates(last)).all((1, 2))
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))
