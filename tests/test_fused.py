@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from small_models import KINDS, SPEC, STEERED, assert_same, images, of_kind, rows, with_other_gates
+from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, of_kind, rows, small, with_other_gates
 
 from export.bundle import INPUTS, OUTPUTS, BundleError, Golden
 from export.certify import LIMITS, run_torch
@@ -52,6 +52,13 @@ def test_every_kind_of_model_gives_pytorchs_answers(kind: str) -> None:
         others = {node.op_type for node in model.graph.node} - CAPTURED
         assert kind in AS_EXPORTED or not others, others
         assert not {"NonZero", "If", "Loop", "Scan", "GatherND", "ScatterND"} & others
+
+
+def test_a_model_for_images_of_any_size_gives_pytorchs_answers() -> None:
+    """Its patches are a grid, of which timm makes tokens only where it adds the positions."""
+    steered = model_of(small(dynamic_img_size=True))
+    graph = build(steered, SPEC, "fused", {})
+    assert_same(run_onnx(open_session(graph.SerializeToString(), "fused"), rows(9)), run_torch(steered, rows(9)))
 
 
 TERMS: dict[str, Terms] = {
