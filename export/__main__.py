@@ -24,7 +24,7 @@ def main(arguments: Sequence[str], prog: str = COMMANDS) -> int:
     try:
         verifying = arguments[:1] == ["verify"]
         bundle = _verify(arguments[1:], prog) if verifying else _export(arguments, prog)
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if bundle is None:
@@ -82,7 +82,7 @@ def parser(prog: str = COMMANDS) -> argparse.ArgumentParser:
         type=_listed(PRECISIONS),
         default="fp32",
         help=f"of each graph, the default one first: {', '.join(PRECISIONS)}; fp16 is for GPUs, so not of dispatch; "
-        "default: %(default)s",
+        "fused has no int8; default: %(default)s",
     )
     add(
         "--compact-for",
@@ -128,6 +128,7 @@ def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
     from export.write import ExportSettings, write
     from training.checkpoint import Run, RunError
     from training.data.splits import DataError
+    from training.model.gated_vit import UnsupportedModel
 
     settings = ExportSettings(
         name=options.name,
@@ -142,7 +143,7 @@ def _export(arguments: Sequence[str], prog: str) -> Bundle | None:
     )
     try:
         return write(Run(options.run), options.repository, settings)
-    except (ExportError, RunError, DataError) as error:
+    except (ExportError, RunError, DataError, UnsupportedModel) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return None
 

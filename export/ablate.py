@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.bundle import BundleError
-from export.rebuild import rebuild
+from export.rebuild import with_images
 from training.checkpoint import Run
 from training.config import Settings
-from training.data.splits import Data, DataError, load, subset
+from training.data.splits import Data, DataError, subset
 from training.evaluation.ablation import Learned, compare_variants, learn, table, variants
 from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
 from training.model.macs import count
 from training.model.sae import Sae
+from training.presets import PRESETS
 from training.steering import terms_from_json, terms_to_json
 from training.terminal import print_anything
 
@@ -33,14 +34,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.ablate", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
     parser.add_argument("--out", type=Path, required=True, help="folder of what is learned and measured")
-    parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="fashion-mnist", help="of the bundle's run; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     parser.add_argument("--split", choices=("selection", "test"), default="selection", help="default: %(default)s")
     options = parser.parse_args(arguments)
     settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
     try:
-        bundle, steered = rebuild(options.bundle, settings.vit)
-        data = load(settings.data, settings.seed)
+        bundle, steered, data = with_images(options.bundle, settings)
+        if missing := [label for label in data.labels if label not in bundle.profiles]:
+            raise BundleError(f"{options.bundle} has no profile {missing[0]!r}; allowed: one for each label")
     except (BundleError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -322,11 +322,11 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
     try:
         check_inside(folder / "manifest.json", root)
         content = (folder / "manifest.json").read_bytes()
-        manifest = Manifest.from_json(json.loads(content))
+        manifest = Manifest.from_json(_json("manifest.json", content))
         for name, entry in manifest.files.items():
             check_inside(folder / name, root)
             _check_file(folder, name, entry)
-        profiles = profiles_from_json(json.loads((folder / "profiles.json").read_bytes()))
+        profiles = profiles_from_json(_json("profiles.json", (folder / "profiles.json").read_bytes()))
         for profile in profiles:
             check_profile(profile, manifest, f"profile {profile.name!r}")
         digests = {profile.name: digest(profile.terms, profile.gate_bias) for profile in profiles}
@@ -344,11 +344,17 @@ def load_bundle(folder: Path, root: Path | None = None) -> Bundle:
         raise BundleError(f"{folder}: {error}") from error
     except SteeringError as error:
         raise BundleError(f"{folder / 'profiles.json'}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{folder}: not JSON: {error}") from error
     by_name = {profile.name: profile for profile in profiles}
     name = hashlib.sha256(content).hexdigest()[:16]
     return Bundle(folder, manifest, by_name, name, read_dial(manifest.dial), manifest.dials)
+
+
+def _json(name: str, content: bytes) -> Any:
+    """The JSON value of a file. Raises BundleError."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{name}: not JSON: {error}") from error
 
 
 def check_profile(profile: SteeringProfile, manifest: Manifest, where: str) -> None:
@@ -368,11 +374,15 @@ def load_golden(folder: Path, key: str) -> Golden:
         with np.load(folder / "golden.npz", allow_pickle=False) as arrays:
             if not len(arrays["image"]):
                 raise BundleError(f"{folder / 'golden.npz'}: image has 0 rows; allowed: 1 or more")
+            limits = {name: float(arrays[f"{key}.{name}"]) for name in ("tolerance", "margin")}
+            for name, limit in limits.items():
+                if not 0 <= limit < np.inf:
+                    path = folder / "golden.npz"
+                    raise BundleError(f"{path}: {key}.{name} is {limit}; allowed: a finite number, 0 or more")
             return Golden(
                 {name: arrays[name] for name in (*INPUTS, *[GATE_BIAS] * (GATE_BIAS in arrays))},
                 {name: arrays[f"{key}.{name}"] for name in ("logits", "gate_logit")},
-                float(arrays[f"{key}.tolerance"]),
-                float(arrays[f"{key}.margin"]),
+                **limits,
             )
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{folder / 'golden.npz'}: {type(error).__name__}: {error}") from error
@@ -403,14 +413,18 @@ def versions(model_folder: Path) -> list[int]:
 
 
 def new_folder(repository: Path, name: str, version: int) -> Path:
-    """The folder of a new bundle. Raises BundleError unless name and version are allowed and the version is new."""
+    """The folder of a new bundle. Raises BundleError unless name and version are allowed, the version is new, and the
+    folder can be written."""
     if not NAME.fullmatch(name):
         raise BundleError(f"name is {name!r}; allowed: {NAME.pattern}")
     if not VERSION.fullmatch(str(version)):
         raise BundleError(f"version is {version}; allowed: a positive integer of at most 18 digits")
     folder = repository / name / str(version)
-    if folder.exists():
+    if os.path.exists(folder):
         raise BundleError(f"{folder} already exists; allowed: another version")
+    there = next(path for path in folder.parents if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise BundleError(f"{folder} cannot be written: {there} is not a folder that may be changed")
     return folder
 
 
@@ -494,4 +508,4 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != entry.sha256:
-        raise BundleError(f"{name} has the SHA-256 {sha256}; the manifest says {entry.sha256}")
+        raise BundleError(f"{name} has the SHA-256 {sha256}; the manifest says {entry.sha256!a:.80}")

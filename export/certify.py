@@ -13,7 +13,7 @@ from onnxruntime import InferenceSession
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Golden
 from export.graph import SteeredVit
 from export.session import Arrays, inputs_of, not_finite, open_session, run_onnx
-from export.verify import gate_names, unit_gates
+from export.verify import flipped, gate_names, unit_gates
 from training.steering import NEUTRAL, SteeringTerm, Terms, at_strength
 
 
@@ -161,19 +161,17 @@ class _Differences:
 
     def add(self, outputs: Arrays, expected: Arrays, alone: Arrays) -> None:
         """Add a batch. alone: the outputs of its last row in a batch of its own."""
-        flips = unit_gates(outputs) != unit_gates(expected)
+        flips, of_blocks = flipped(unit_gates(outputs), unit_gates(expected))
         self.rows, self.gates, self.flipped = (
             self.rows + len(flips), self.gates + flips.size, self.flipped + int(flips.sum()),
         )  # fmt: skip
-        of_block = flips.any(2)
-        reached = np.cumsum(of_block, 1) - of_block == 0  # (B, G): up to the first block with a difference
-        first = flips & reached[:, :, None]
+        first, reached = flips & of_blocks, of_blocks[:, :, 0]
         self.flip_distance = max(self.flip_distance, float(np.abs(expected["gate_logit"])[first].max(initial=0)))
         self.gate_logit = max(self.gate_logit, _worst(outputs, expected, "gate_logit", reached))
         length = np.linalg.norm(expected["residual"], axis=2).clip(1e-12)  # (B, G)
         apart = np.linalg.norm(outputs["residual"] - expected["residual"], axis=2)
         self.residual = max(self.residual, float((apart / length)[reached].max(initial=0)))
-        self.logit = max(self.logit, _worst(outputs, expected, "logits", ~flips.any((1, 2))))
+        self.logit = max(self.logit, _worst(outputs, expected, "logits", np.asarray(~flips.any((1, 2)))))
         last = {name: value[-1:] for name, value in outputs.items()}
         same = (unit_gates(alone) == unit_gates(last)).all((1, 2))
         self.neighbour = max(self.neighbour, _worst(alone, last, "logits", same))

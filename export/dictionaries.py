@@ -15,13 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 from export.bundle import BundleError
-from export.rebuild import rebuild
+from export.rebuild import with_images
 from training.checkpoint import Run
 from training.config import Settings
-from training.data.splits import DataError, load, subset
+from training.data.splits import DataError, subset
 from training.evaluation.dictionaries import KS, STABLE_AT, SWEEP, compared, effects, fitted, stabilities
 from training.evaluation.probing import can_probe, dictionaries, probed
 from training.model.first_gate import from_first_gate
+from training.presets import PRESETS
 from training.sae.activations import residuals
 from training.sae.fidelity import fidelity, reconstruction
 from training.sae.fit import Fitting
@@ -40,13 +41,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.dictionaries", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
     parser.add_argument("--out", type=Path, required=True, help="folder of what is measured")
-    parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="fashion-mnist", help="of the bundle's run; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     options = parser.parse_args(arguments)
     settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
     try:
-        bundle, steered = rebuild(options.bundle, settings.vit)
-        data = load(settings.data, settings.seed)
+        bundle, steered, data = with_images(options.bundle, settings)
     except (BundleError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

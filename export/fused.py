@@ -107,11 +107,11 @@ def _stem(g: Builder, model: GatedVit, spec: ImageSpec) -> tuple[str, Tensor]:
     """The tokens that enter the first block, and an example of them. Unless the patches are a plain product and the
     positions are added, PyTorch's exporter writes this part, in float32."""
     vit, pixels = model.vit, torch.zeros(2, *spec.shape, dtype=torch.uint8)
+    patch = vit.patch_embed
     with torch.no_grad():
         tokens = model.embed(pixels)
-        positions = _positions(vit)
-    patch = vit.patch_embed
-    if positions is None or not _plain_patches(patch):
+        positions = _positions(vit) if _plain_patches(patch) else None
+    if positions is None:
         return g.call(Stem(model), INPUTS[0], pixels, "stem", vit), tokens
     proj = cast(nn.Conv2d, patch.proj)
     (rows, columns), (high, wide) = patch.grid_size, proj.kernel_size

@@ -5,6 +5,7 @@ dropped the bias of the keys and moved that of the values behind the output proj
 answers with other parameters.
 """
 
+import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,16 +13,16 @@ from pathlib import Path
 import onnx
 import torch
 from onnx import numpy_helper
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export.bundle import Bundle, BundleError, load_bundle, load_golden
 from export.certify import run_torch
 from export.graph import SteeredVit
-from export.verify import check_golden
-from training.config import VitSettings
+from export.verify import check_graph, load_weights
+from training.config import Settings, VitSettings
+from training.data.splits import Data, load
 from training.model.backbone import create_vit
-from training.model.gated_vit import GatedVit
+from training.model.gated_vit import GatedVit, UnsupportedModel
 from training.model.sae import Sae
 
 GRAPH = "dispatch.fp32.onnx"
@@ -31,30 +32,43 @@ GRAPH = "dispatch.fp32.onnx"
 def rebuild(folder: Path, settings: VitSettings) -> tuple[Bundle, SteeredVit]:
     """The bundle and its model, frozen. settings: those that it was trained with; conv_stem models only.
 
-    Raises BundleError when the bundle has no such graph, its weights do not fit the settings, or the model does not
-    give the golden answers.
+    Raises BundleError when the bundle has no such graph or is compact, its weights do not fit the settings, or the
+    model does not give the golden answers.
     """
     bundle, path = load_bundle(folder), folder / GRAPH
     if not path.is_file() or settings.model != "conv_stem":
         raise BundleError(f"{path} of a {settings.model} model cannot be rebuilt; allowed: conv_stem, and {GRAPH}")
+    if bundle.manifest.compact is not None:
+        raise BundleError(f"{folder} is compact, without the weights of closed units; allowed: a bundle that is not")
     weights = {w.name: torch.from_numpy(numpy_helper.to_array(w).copy()) for w in onnx.load(path).graph.initializer}
     manifest = bundle.manifest
-    vit = create_vit(settings, manifest.image, len(manifest.labels))
-    model = GatedVit(vit, manifest.gated_blocks, manifest.image, manifest.mlp_groups)
-    stored = load_file(folder / "sae.safetensors")
+    stored = {name: torch.from_numpy(value) for name, value in load_weights(folder, manifest).items()}
     gates = {name: value for name, value in stored.items() if name.startswith("gates.")}
     sae = Sae(*stored["encoder"].shape)
     try:
+        vit = create_vit(settings, manifest.image, len(manifest.labels))
+        model = GatedVit(vit, manifest.gated_blocks, manifest.image, manifest.mlp_groups)
         wrong = model.load_state_dict({**_state(model, weights), **gates}, strict=False)
         sae.load_state_dict({name: value for name, value in stored.items() if name not in gates})
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, UnsupportedModel) as error:
         first = " ".join(str(error).split("\n\t")[:2])
         raise BundleError(f"{path} does not fit the settings of its model: {first}") from error
     unset = [name for name in wrong.missing_keys if not name.endswith(("running_mean", "running_var", "tracked"))]
     assert unset == wrong.unexpected_keys == []
     steered = SteeredVit(model, sae).eval().requires_grad_(False)
-    check_golden(partial(run_torch, steered), load_golden(folder, "fp32"), path)
+    check_graph(partial(run_torch, steered), load_golden(folder, "fp32"), path, manifest)
     return bundle, steered
+
+
+def with_images(folder: Path, settings: Settings) -> tuple[Bundle, SteeredVit, Data]:
+    """As rebuild, with the images of the bundle's run. settings: those of the run. Also raises DataError when they
+    cannot be read, and BundleError when they have other labels."""
+    bundle, steered = rebuild(folder, settings.vit)
+    data, labels = load(settings.data, settings.seed), bundle.manifest.labels
+    if data.labels != labels:
+        shown = reprlib.repr(labels), reprlib.repr(data.labels)
+        raise BundleError(f"{folder} has the labels {shown[0]}; those of preset {settings.preset!r} are {shown[1]}")
+    return bundle, steered, data
 
 
 def _state(model: GatedVit, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from export.bundle import Bundle, BundleError
-from export.rebuild import rebuild
-from training.checkpoint import Run
+from export.rebuild import with_images
+from training.checkpoint import Run, RunError
 from training.config import SaeSettings, Settings
-from training.data.splits import DataError, load, subset
+from training.data.splits import DataError, subset
 from training.evaluation.selective import (
     Method,
     chosen,
@@ -44,6 +44,7 @@ from training.model.first_gate import from_first_gate
 from training.model.gated_vit import GatedVit
 from training.model.macs import Macs, count
 from training.model.sae import Sae, from_tensors
+from training.presets import PRESETS
 from training.profiles.fit import targets_of
 from training.profiles.selective import Examples, SelectiveSettings, Task, composed, selective
 from training.profiles.strategies import Target
@@ -151,7 +152,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.selective", description=__doc__)
     parser.add_argument("bundle", type=Path, help="a folder <repository>/<model>/<version>")
     parser.add_argument("--out", type=Path, required=True, help="folder of what is found and measured")
-    parser.add_argument("--preset", default="fashion-mnist", help="of the bundle's run; default: %(default)s")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default="fashion-mnist", help="of the bundle's run; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bundle's run; default: %(default)s")
     parser.add_argument("--split", choices=SPLITS, default="selection", help="default: %(default)s")
     parser.add_argument(
@@ -162,10 +165,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     settings = Settings(step="evaluate", out=options.out, preset=options.preset, seed=options.seed)
     try:
-        bundle, steered = rebuild(options.bundle, settings.vit)
-        data = load(settings.data, settings.seed)
+        bundle, steered, data = with_images(options.bundle, settings)
         targets = targets_of(data.labels, settings.profiles.contexts)
-    except (BundleError, DataError) as error:
+    except (BundleError, DataError, RunError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     pool, selection = subset(data.train, POOL, settings.seed), subset(data.selection, CHOOSING, settings.seed)

@@ -49,6 +49,7 @@ from training.data.splits import Split
 from training.dial import ALL_OPEN, Point
 from training.fields import read
 from training.image_spec import ImageSpec
+from training.model.gated_vit import GatedVit
 from training.profiles.fit import load_profiles
 from training.sae.fit import load_sae
 from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
@@ -76,6 +77,14 @@ class ExportSettings:
     """Profiles that get a graph of their own; None: all."""
     verify_images: int = 40
     accuracy_images: int = 2000
+
+    def __post_init__(self) -> None:
+        """Raises BundleError when no graph is of these kinds."""
+        if not any(_fit_for(precision, self.attentions) for precision in self.precisions):
+            raise BundleError(
+                f"--precision is {','.join(self.precisions)} with --attention {','.join(self.attentions)}; "
+                "allowed with fused: fp32 or fp16 too, or --attention dispatch or masked too"
+            )
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def _read(run: Run, settings: ExportSettings) -> Source:
     dial, dials = _dial(made, results)
     compacted, units = None, model.heads + model.mlp_groups
     if settings.compact_for is not None:
-        profile = _named(profiles, settings.compact_for)
+        profile = _of_terms_alone(_named(profiles, settings.compact_for))
         compacted = compact(model, sae, profile, labels, selection, settings.compact_threshold)
         profiles = [replace(profile, evaluation={"split": "selection", "after": compacted.after.to_json()})]
         model, evaluation, dial, dials = compacted.model, {}, (), {}
@@ -200,14 +209,13 @@ def _graphs(
     """Write every graph into the folder and compare it with PyTorch; golden rows by precision."""
     selection, sae = source.selection, source.steered.sae
     real, labelled = (_spread(len(selection), count) for count in (settings.verify_images, settings.accuracy_images))
-    dial = read_dial(source.dial)
     reference = Reference(
         source.steered,
         selection.images[real].numpy(),
         steerings(source.terms, [sae.latents] * sae.sites),
         selection.images[labelled].numpy(),
         selection.classes[labelled].numpy(),
-        biases=() if dial is None else list(dial.gate_bias),
+        biases=_biases(source),
     )
     graphs: list[Graph] = []
     first: dict[str, Path] = {}
@@ -226,6 +234,28 @@ def _graphs(
             first.setdefault(precision, path)
     golden = reference.golden(first)
     return graphs, golden if source.compacted else _with_biases(golden, source.steered, first)
+
+
+def _biases(source: Source) -> list[NDArray[np.float32]]:
+    """The gate biases (G, U) to compare: the dial's knots, those of profiles, and those that force units: all open, all
+    closed, and every one at random. None for a compact model."""
+    if source.compacted:
+        return []
+    model, dial = source.steered.model, read_dial(source.dial)
+    of_profiles = []
+    for profile in (profile for profile in source.profiles if profile.gate_bias):
+        bias = np.zeros((len(model.gated_blocks), model.heads + model.mlp_groups), np.float32)
+        for block, of_block in profile.gate_bias.items():
+            bias[model.gated_blocks.index(block)] = of_block
+        of_profiles.append(bias)
+    return [*([] if dial is None else dial.gate_bias), *of_profiles, *_forced(model)]
+
+
+def _forced(model: GatedVit) -> NDArray[np.float32]:
+    """(3, G, U): gate biases that open all units, close all, and do either with each."""
+    shape = len(model.gated_blocks), model.heads + model.mlp_groups
+    opened = np.stack([np.ones(shape), np.zeros(shape), np.random.default_rng(0).random(shape) < 0.5])
+    return np.where(opened, np.float32(ALL_OPEN), np.float32(-ALL_OPEN))
 
 
 def _with_biases(golden: Mapping[str, Golden], steered: SteeredVit, graphs: Mapping[str, Path]) -> dict[str, Golden]:
@@ -256,13 +286,7 @@ def _fit_for(precision: str, attentions: Sequence[str]) -> Sequence[str]:
 def _to_specialise(profiles: Sequence[SteeringProfile], settings: ExportSettings) -> list[SteeringProfile]:
     """The profiles that get graphs of their own. Raises BundleError for unknown ones and those with gate biases."""
     names = [profile.name for profile in profiles] if settings.specialise is None else settings.specialise
-    chosen = [_named(profiles, name, "--specialise") for name in names]
-    for profile in chosen:
-        if profile.gate_bias:
-            raise BundleError(
-                f"--specialise: profile {profile.name!r} has a gate_bias; allowed: profiles of terms alone"
-            )
-    return chosen
+    return [_of_terms_alone(_named(profiles, name, "--specialise"), "--specialise") for name in names]
 
 
 def _specialised(
@@ -309,14 +333,16 @@ def _specialised(
 
 def _ranges(source: Source) -> dict[str, Range]:
     """The ranges for int8, from held-out images without steering and under every profile in turn, half of them at some
-    budget."""
+    budget or, in a model without a dial, with units forced."""
     images = source.selection.images[_spread(len(source.selection), CALIBRATION_IMAGES)].numpy()
     tried = [{}, *source.terms]
     rows = [tried[index % len(tried)] for index in range(len(images))]
-    biases = None
-    if dial := read_dial(source.dial):
-        drawn = np.random.default_rng(0)
-        biases = dial.at(drawn.uniform(dial.lowest, 1, len(images)))
+    biases, drawn = None, np.random.default_rng(0)
+    if not source.compacted:
+        dial, forced = read_dial(source.dial), _forced(source.steered.model)
+        biases = (
+            dial.at(drawn.uniform(dial.lowest, 1, len(images))) if dial else forced[drawn.integers(3, size=len(images))]
+        )
         biases[drawn.random(len(images)) < 0.5] = 0
 
     def batch(part: NDArray[np.int64]) -> Arrays:
@@ -337,6 +363,12 @@ def _named(profiles: Sequence[SteeringProfile], name: str, flag: str = "--compac
         if profile.name == canonical(name):
             return profile
     raise BundleError(f"{flag} is {name!r}; allowed: {', '.join(repr(p.name) for p in profiles)}")
+
+
+def _of_terms_alone(profile: SteeringProfile, flag: str = "--compact-for") -> SteeringProfile:
+    if profile.gate_bias:
+        raise BundleError(f"{flag}: profile {profile.name!r} has a gate_bias; allowed: profiles of terms alone")
+    return profile
 
 
 def _show(compacted: Compact, profile: SteeringProfile, units: int, how: str = "compact") -> None:

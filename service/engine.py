@@ -14,10 +14,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Bundle, BundleError, Golden, Graph, load_golden
+from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS, Bundle, Golden, Graph, load_golden
 from export.contained import check_contained
 from export.session import Arrays, session_options
-from export.verify import check_golden
+from export.verify import check_graph, check_takes_biases
 from service import cuda
 from service.cuda import Gpu
 from service.loaded import Bounds, EngineError, Loaded
@@ -132,8 +132,7 @@ class Engine:
             return Loaded(path, options, self.provider, used, bounds)
 
         self._general = load(self.graph.file, self.graph.attention)
-        if bundle.manifest.takes_biases and GATE_BIAS not in self._general.inputs:
-            raise BundleError(f"{bundle.folder / self.graph.file}: there is no input {GATE_BIAS}; allowed: one")
+        check_takes_biases(self._general.inputs, bundle.manifest, bundle.folder / self.graph.file)
         self._specialised: dict[str, Loaded] = {}
         """Graphs for one profile, by the digest of its terms."""
         if specialised or (specialised is None and used):
@@ -174,13 +173,7 @@ class Engine:
             outputs = self.run(image, steering, residual=True, digest=digest)
             return {name: getattr(outputs, name) for name in (*OUTPUTS, MLP_GATE)}
 
-        try:
-            self._check_shapes(golden, path, digest)
-            check_golden(answers, golden, path)
-        except BundleError:
-            raise
-        except Exception as error:  # from onnxruntime or numpy: the rows do not fit the graph
-            raise BundleError(f"{path}: the rows of golden.npz cannot be run: {error}") from error
+        check_graph(answers, golden, path, self.bundle.manifest)
 
     def _terms(self, golden: Golden) -> int:
         """The largest number of terms per image and site in profiles and golden rows. Requests may have more."""
@@ -224,29 +217,6 @@ class Engine:
             residual=others[0] if others else None,
             seconds=seconds,
         )  # fmt: skip
-
-    def _check_shapes(self, golden: Golden, path: Path, digest: str) -> None:
-        """Raise BundleError unless inputs and outputs have the shapes of the manifest, by which answers are read."""
-        manifest = self.bundle.manifest
-        blocks, sites = len(manifest.gated_blocks), len(manifest.sites)
-        image, *steering = (golden.inputs[name][:1] for name in INPUTS)
-        biases = [(GATE_BIAS, golden.inputs[GATE_BIAS][:1])] if GATE_BIAS in golden.inputs else []
-        outputs = self.run(image, SteeringArrays(*steering), residual=True, digest=digest)
-        for name, value, allowed in (
-            ("image", image, manifest.image.shape),
-            ("logits", outputs.logits, (len(manifest.labels),)),
-            ("head_gate", outputs.head_gate, (blocks, manifest.heads)),
-            (MLP_GATE, outputs.mlp_gate, (blocks, manifest.mlp_groups)),
-            ("gate_logit", outputs.gate_logit, (blocks, manifest.units)),
-            *((name, array, (blocks, manifest.units)) for name, array in biases),
-            ("residual", outputs.residual, (sites, manifest.dim)),
-            *((name, array, (sites, array.shape[2])) for name, array in zip(INPUTS[1:], steering, strict=True)),
-        ):
-            assert value is not None
-            if value.shape[1:] != allowed:
-                raise BundleError(
-                    f"{path}: {name} has the shape {list(value.shape[1:])} an image; the manifest says {list(allowed)}"
-                )
 
 
 def choose_graph(bundle: Bundle, provider: str, name: str) -> Graph:

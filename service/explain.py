@@ -7,14 +7,12 @@ Letters: L latents, D residual width, U units (heads, then MLP groups), T terms,
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from export.bundle import BundleError
+from export.bundle import Bundle
+from export.verify import load_weights
 from training.steering import GATE_BOUND, GATE_EPSILON, SteeringArrays
 
 Floats = NDArray[np.float32]
@@ -43,12 +41,9 @@ class Explanation:
 class Explainer:
     """Computes explanations in numpy, with the autoencoders and gates of a bundle."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, bundle: Bundle):
         """Raises BundleError."""
-        try:
-            self._weights = load_file(folder / "sae.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{folder / 'sae.safetensors'} cannot be read: {error}") from error
+        self._weights = load_weights(bundle.folder, bundle.manifest)
 
     def explain(
         self, site: int, residual: Floats, steering: SteeringArrays, bias: Floats | None, count: int

@@ -71,7 +71,7 @@ class Model:
             self.default_budget = max(settings.default_budget, bundle.dial.lowest)
         instances = start(bundle, settings, surroundings)
         self.engine, self.plan = instances.engines[0], instances.plan
-        self._explainer = Explainer(bundle.folder)  # read now: its file has just been checked
+        self._explainer = Explainer(bundle)  # read now: its file has just been checked
         self.statistics = Statistics()
         self._in_flight = 0
         self._resolved = _resolver(bundle)

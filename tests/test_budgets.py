@@ -99,7 +99,8 @@ def test_a_bundle_has_the_dial_and_the_curves_that_it_was_written_from(bundle: B
     assert bundle.curves.keys() == {"", "b", "own", "replaced"}
     assert bundle.profiles["own"] == PROFILES[1]
     assert verify(bundle.folder).manifest == manifest
-    assert [graph.certificate["biases"] for graph in manifest.graphs] == [len(manifest.dial)] * 3
+    forced = 3  # all open, all closed, either
+    assert [graph.certificate["biases"] for graph in manifest.graphs] == [len(manifest.dial) + 2 + forced] * 3
     golden = load_golden(bundle.folder, "fp32")
     assert (golden.inputs["gate_bias"] != 0).any((1, 2)).sum() == len(golden.inputs["image"]) // 3
 
@@ -138,6 +139,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "few knots": (lambda m: m.update(dial=m["dial"][2:]), "dial: budget is [0.5"),
     "falling bias": (lambda m: m["dial"][3]["gate_bias"][1].__setitem__(6, -9), "falling at (knot, gated block, unit)"),
     "a unit less": (lambda m: [row.pop() for k in m["dial"] for row in k["gate_bias"]], "gate_bias is (2, 6)"),
+    "not all open": (
+        lambda m: [k["gate_bias"][1].__setitem__(6, min(k["gate_bias"][1][6], 7.5)) for k in m["dial"]],
+        "8.0], [8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 7.5]]; allowed: 8.0 or more at budget 1",
+    ),
     "too large": (lambda m: m["dial"][-1]["gate_bias"][0].__setitem__(0, 1e4), "gate_bias is 10000.0; allowed: -1000"),
     "text": (lambda m: m["dial"][0].update(budget="0.3"), "dial[0].budget is '0.3'; allowed: a valid number"),
     "no curve": (lambda m: m["dials"].pop(""), "dials is ['b', 'own', 'replaced']; allowed: '' (without"),

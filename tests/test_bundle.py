@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,6 +37,7 @@ from export.certify import (
 from export.graph import SteeredVit, build
 from export.verify import verify
 from service.engine import Engine
+from service.explain import Explainer
 from training.config import VitSettings
 from training.image_spec import ImageSpec
 from training.model.backbone import create_vit
@@ -128,8 +131,11 @@ def test_whole_numbers_may_have_a_decimal_point_and_unknown_fields_are_ignored(c
 
 
 def test_what_is_not_json_is_refused(copy: Path) -> None:
+    replace_file(copy, "profiles.json", b"{")
+    with pytest.raises(BundleError, match=r"profiles\.json: not JSON: Expecting"):
+        load_bundle(copy)
     (copy / "manifest.json").write_bytes(b"\xff{")
-    with pytest.raises(BundleError, match="not JSON"):
+    with pytest.raises(BundleError, match=r"manifest\.json: not JSON: "):
         load_bundle(copy)
 
 
@@ -159,6 +165,74 @@ def test_golden_rows_there_must_be(copy: Path) -> None:
     replace_file(copy, "golden.npz", (copy / "golden.npz").read_bytes())
     for check in (verify, lambda folder: Engine(load_bundle(folder), "cpu", 1)):
         with pytest.raises(BundleError, match=r"golden\.npz: image has 0 rows; allowed: 1 or more"):
+            check(copy)
+
+
+def served(folder: Path) -> None:
+    """Check a bundle as a server does."""
+    bundle = load_bundle(folder)
+    Explainer(bundle)
+    Engine(bundle, "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("image", lambda rows: rows.astype(np.float32), "cannot be run: .*Unexpected input data type"),
+        (
+            "image",
+            lambda rows: rows[:, :8],
+            r"golden\.npz: image has the shape \[8, 16, 3\] an image; .* \[16, 16, 3\]",
+        ),
+        ("steering_latent", lambda rows: rows + 99, "cannot be run: .*out of data bounds, idx=99"),
+        ("steering_shift", lambda rows: rows[:, :1], r"steering_shift has the shape \[1, 2\] an image; .* \[2, 2\]"),
+        ("steering_scale", lambda rows: rows[0, 0, 0], "cannot be run: "),
+        ("fp32.logits", lambda rows: rows[:3], "cannot be run: .*broadcast"),
+        ("fp32.logits", lambda rows: rows[0, 0], r"golden\.npz: logits has the shape \[\] an image; .* \[5\]"),
+        ("fp32.gate_logit", lambda rows: rows[:, :1], r"golden\.npz: gate_logit has the shape \[1, 3\] an image"),
+        ("fp32.margin", lambda _: np.inf, r"golden\.npz: fp32\.margin is inf; allowed: a finite number, 0 or more"),
+        ("fp32.tolerance", lambda _: np.nan, r"golden\.npz: fp32\.tolerance is nan; allowed: a finite number"),
+    ],
+)
+def test_golden_rows_that_do_not_fit_are_refused_by_verify_and_by_the_server(
+    copy: Path, name: str, change: Callable[[NDArray[Any]], Any], message: str
+) -> None:
+    golden = dict(np.load(copy / "golden.npz"))
+    golden[name] = change(golden[name])
+    np.savez(copy / "golden.npz", **golden)
+    sign(copy)
+    for check in (verify, served):
+        with pytest.raises(BundleError, match=message):
+            check(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["a", "b"]}, r"golden\.npz: logits has the shape \[5\] an image; the manifest says \[2\]"),
+        ({"heads": 2}, r"golden\.npz: gate_logit has the shape \[2, 3\] an image; the manifest says \[2, 2\]"),
+        ({"schema_version": 3}, "there is no input gate_bias; allowed: one"),
+        ({"gates_sae_digest": "0" * 16}, "sae.safetensors has the digest c8fc.* the manifest says '0000000000000000'"),
+        ({"dim": 48}, r"encoder has the shape \[2, 12, 24\]; the manifest says .* the width 48"),
+        (
+            {"sites": [{"block": 1, "latents": 12}, {"block": 2, "latents": 13}]},
+            r"encoder has the shape \[2, 12, 24\]; the manifest says 2 sites of \[12, 13\] latents",
+        ),
+    ],
+)
+def test_a_manifest_of_another_model_is_refused_by_verify_and_by_the_server(
+    copy: Path, changes: dict[str, object], message: str
+) -> None:
+    rewrite(copy, **changes)
+    for check in (verify, served):
+        with pytest.raises(BundleError, match=message):
+            check(copy)
+
+
+def test_truncated_autoencoders_are_refused_by_verify_and_by_the_server(copy: Path) -> None:
+    replace_file(copy, "sae.safetensors", (copy / "sae.safetensors").read_bytes()[:-5])
+    for check in (verify, served):
+        with pytest.raises(BundleError, match=r"sae\.safetensors cannot be read: "):
             check(copy)
 
 

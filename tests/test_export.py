@@ -272,6 +272,10 @@ def test_unusable_flags_are_refused_before_anything_is_done(
     ("flags", "message"),
     [
         (("--name", "../x"), "name is '../x'; allowed: [A-Za-z0-9]"),
+        (
+            ("--name", "x", "--attention", "fused", "--precision", "int8"),
+            "--precision is int8 with --attention fused; allowed with fused: fp32 or fp16 too, or --attention dispatch",
+        ),
         (("--name", "x", "--version", "0"), "version is 0; allowed: a positive integer"),
         (
             ("--name", "fashion_mnist", "--version", COMMITTED.name),
@@ -279,12 +283,19 @@ def test_unusable_flags_are_refused_before_anything_is_done(
         ),
     ],
 )
-def test_names_and_versions_are_refused_before_the_run_is_read(
+def test_names_versions_and_graphs_are_refused_before_the_run_is_read(
     tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     done = run_main(export_main, str(tmp_path / "no-run"), str(MODELS), *flags)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_a_repository_that_cannot_be_written_is_refused_before_the_run_is_read(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    done = run_main(export_main, str(tmp_path / "no-run"), str(tmp_path / "models"), "--name", "x")
+    assert done.returncode == 1
+    assert f"x/1 cannot be written: {tmp_path / 'models'} is not a folder that may be changed" in done.stderr
 
 
 def test_weights_count_in_every_storage() -> None:

@@ -1,18 +1,21 @@
 """The graphs for GPUs, run on the CPU: against PyTorch, for the kinds of timm models; and whether a GPU can capture
 them."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
-from small_models import KINDS, SPEC, STEERED, assert_same, images, of_kind, rows, with_other_gates
+from small_models import KINDS, SPEC, STEERED, assert_same, images, model_of, of_kind, rows, small, with_other_gates
 
-from export.bundle import INPUTS, OUTPUTS
+from export.bundle import INPUTS, OUTPUTS, BundleError, Golden
 from export.certify import LIMITS, run_torch
 from export.compact import _close
 from export.fused import build_fused
 from export.graph import SteeredVit, build
 from export.precision import Float
-from export.session import inputs_of, open_session, run_onnx
+from export.session import Arrays, inputs_of, open_session, run_onnx
+from export.verify import check_golden
 from training.steering import SteeringTerm, Terms
 
 pytestmark = pytest.mark.slow
@@ -51,6 +54,13 @@ def test_every_kind_of_model_gives_pytorchs_answers(kind: str) -> None:
         assert not {"NonZero", "If", "Loop", "Scan", "GatherND", "ScatterND"} & others
 
 
+def test_a_model_for_images_of_any_size_gives_pytorchs_answers() -> None:
+    """Its patches are a grid, of which timm makes tokens only where it adds the positions."""
+    steered = model_of(small(dynamic_img_size=True))
+    graph = build(steered, SPEC, "fused", {})
+    assert_same(run_onnx(open_session(graph.SerializeToString(), "fused"), rows(9)), run_torch(steered, rows(9)))
+
+
 TERMS: dict[str, Terms] = {
     "none": {},
     "shifts alone": {0: (SteeringTerm(3, 1.0, 2.0), SteeringTerm(5, 1.0, -3.0)), 1: (SteeringTerm(0, 1.0, 1.5),)},
@@ -87,3 +97,35 @@ def test_a_graph_for_one_steering_has_its_terms_and_heads_alone(terms: str, kept
     general = build_fused(model, steered.sae, SPEC, {}, np.float32, kept)
     assert_same(run_onnx(open_session(general.SerializeToString(), "fused"), inputs), expected)
     assert graph.ByteSize() < general.ByteSize()
+
+
+def test_golden_rows_may_have_a_gate_on_its_threshold() -> None:
+    """As those of a graph for one profile, which are chosen for all graphs: another machine may decide otherwise."""
+    steered, inputs = of_kind("plain"), inputs_of(images(9), [STEERED] * 9, 2)
+
+    def answers(logit: float, other: float = 0.0) -> Arrays:
+        """Those of the model whose first gate has this logit for the first image. other: what the classifier adds."""
+        model = with_other_gates(steered.model)
+        linear = model.gates[0].linear
+        for _ in range(20):  # logits are bounded, so a step falls short
+            linear.bias[0] += logit - float(run_torch(SteeredVit(model, steered.sae), inputs)["gate_logit"][0, 0, 0])
+        outputs = run_torch(SteeredVit(model, steered.sae), inputs)
+        return {**outputs, "logits": outputs["logits"] + other}
+
+    def check(found: Arrays, margin: float = 0.05, rows: int = 9) -> float:
+        expected = answers(0.001)
+        golden = Golden(
+            {name: value[:rows] for name, value in inputs.items()},
+            {name: expected[name][:rows] for name in ("logits", "gate_logit")}, 1e-3, margin,
+        )  # fmt: skip
+        return check_golden(lambda part: {k: v[: len(part["image"])] for k, v in found.items()}, golden, Path("x.onnx"))
+
+    below = answers(-0.001)
+    assert np.abs(below["logits"] - answers(0.001)["logits"])[0].max() > 2e-3
+    assert check(below) < 1e-4
+    with pytest.raises(BundleError, match=r"gates of golden\.npz are not reproduced"):
+        check(below, margin=0.0005)
+    with pytest.raises(BundleError, match=r"logits differ from golden\.npz by 0\.2"):
+        check(answers(-0.001, 0.2))
+    with pytest.raises(BundleError, match=r"in each row of golden\.npz a gate decides differently"):
+        check(below, rows=1)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import ROOT, until
 from safetensors.torch import load_file
-from small_models import SPEC, STEERED, assert_same, images, of_kind, rows
+from small_models import SPEC, STEERED, assert_same, images, of_kind, rows, source_of
 
+from export import write
 from export.bundle import GATE_BIAS, INPUTS, MLP_GATE, OUTPUTS
 from export.calibration import calibrate
 from export.certify import GateMismatch, Reference, run_torch
@@ -26,6 +28,7 @@ from export.graph import SteeredVit, build
 from export.precision import Int8
 from export.rebuild import _state
 from export.session import Arrays, open_session, run_onnx
+from export.write import ExportSettings
 from training.__main__ import main
 from training.checkpoint import Run, Stored
 from training.config import VitSettings
@@ -191,6 +194,39 @@ def test_a_certificate_covers_gate_biases(steered: SteeredVit) -> None:
     assert "biases" not in plain.certify(deaf, "dispatch", "fp32").to_json()
     with pytest.raises(GateMismatch, match=r"a gate with logit .* decides differently"):
         reference.certify(deaf, "dispatch", "fp32")
+
+
+OWN = SteeringProfile("own", ("c",), "by hand", {}, gate_bias={2: (0, 0, 0, 0, 0, 0, 2.5)})
+
+
+@pytest.mark.parametrize(("limit", "profiles"), [(3.0, ()), (2.0, (OWN,))])
+def test_a_model_without_a_dial_is_compared_under_the_biases_that_a_server_takes(
+    steered: SteeredVit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+    profiles: Sequence[SteeringProfile],
+) -> None:
+    """A graph that takes smaller biases only: its own golden rows, which it has in float16, would not tell."""
+
+    def limited(*arguments: Any) -> onnx.ModelProto:
+        model = build(*arguments)
+        bounds = [onnx.numpy_helper.from_array(np.float32(sign * limit), f"limit{sign}") for sign in (-1, 1)]
+        model.graph.initializer.extend(bounds)
+        for node in model.graph.node:
+            node.input[:] = ["limited" if name == GATE_BIAS else name for name in node.input]
+        names = [GATE_BIAS, *(bound.name for bound in bounds)]
+        model.graph.node.insert(0, onnx.helper.make_node("Clip", names, ["limited"]))
+        return model
+
+    source = source_of(steered, profiles)
+    options = ExportSettings("m", attentions=("masked",), precisions=("fp16",), verify_images=3, accuracy_images=4)
+    monkeypatch.setattr(write, "build", limited)
+    if profiles:  # the profile's own biases alone would tell
+        monkeypatch.setattr(write, "_forced", lambda _: ())
+    with pytest.raises(GateMismatch):
+        write.write_source(source, tmp_path, options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_groups_come_back_from_the_weights_of_a_graph() -> None:

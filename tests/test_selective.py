@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import SMALL, run_main
 from small_models import SPEC, images, of_kind
 
-from export import ablate
+from export import ablate, dictionaries, rebuild
 from export import selective as selective_program
 from export.bundle import Bundle
 from export.certify import run_torch
@@ -202,3 +204,35 @@ def test_an_ablation_learns_anew_for_another_bundle_seed_or_set_of_images(
     for other in (("another", 0, "digest"), ("bundle", 1, "digest"), ("bundle", 0, "another")):
         assert terms(*other) != first
     assert len(learnt) == 4
+
+
+PROGRAMS = {"ablate": ablate.main, "selective": selective_program.main, "dictionaries": dictionaries.main}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_bundle_of_another_run_is_refused(
+    program: str, tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(folder: Path, *flags: str) -> str:
+        done = run_main(PROGRAMS[program], str(folder), "--out", str(tmp_path), *flags)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert f"{rebuild.GRAPH} does not fit the settings of its model: " in said(SMALL / "small" / "1")
+    assert "of a deit_small_patch16_224 model cannot be rebuilt" in said(bundle.folder, "--preset", "folder")
+    assert run_main(PROGRAMS[program], str(bundle.folder), "--out", str(tmp_path), "--preset", "hats").returncode == 2
+    monkeypatch.setattr(rebuild, "rebuild", lambda *_: (bundle, None))
+    monkeypatch.setattr(rebuild, "load", lambda *_: SimpleNamespace(labels=("left", "right")))
+    assert "has the labels ('T-shirt', " in (error := said(bundle.folder))
+    assert "those of preset 'fashion-mnist' are ('left', 'right')" in error
+
+
+def test_an_ablation_needs_a_profile_of_each_label(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = replace(bundle, profiles={name: bundle.profiles[name] for name in bundle.profiles if name != "Coat"})
+    images_ = SimpleNamespace(labels=bundle.manifest.labels)
+    monkeypatch.setattr(ablate, "with_images", lambda *_: (some, None, images_))
+    done = run_main(ablate.main, str(bundle.folder), "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "has no profile 'Coat'; allowed: one for each label" in done.stderr

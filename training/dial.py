@@ -140,4 +140,5 @@ def check_curve(curve: Sequence[Point], name: str) -> None:
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
     if not condition:
-        raise DialError(f"dial: {field} is {value}; allowed: {allowed}")
+        shown = value.tolist() if isinstance(value, np.ndarray) else value  # in one line
+        raise DialError(f"dial: {field} is {shown}; allowed: {allowed}")
