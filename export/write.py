@@ -52,7 +52,7 @@ from training.image_spec import ImageSpec
 from training.model.gated_vit import GatedVit
 from training.profiles.fit import load_profiles
 from training.sae.fit import load_sae
-from training.steering import SteeringProfile, Terms, canonical, digest, profiles_to_json
+from training.steering import SteeringProfile, Terms, bias_array, canonical, digest, profiles_to_json
 from training.vit.fit import check_images, load_vit
 
 CALIBRATION_IMAGES = 256
@@ -242,12 +242,9 @@ def _biases(source: Source) -> list[NDArray[np.float32]]:
     if source.compacted:
         return []
     model, dial = source.steered.model, read_dial(source.dial)
-    of_profiles = []
-    for profile in (profile for profile in source.profiles if profile.gate_bias):
-        bias = np.zeros((len(model.gated_blocks), model.heads + model.mlp_groups), np.float32)
-        for block, of_block in profile.gate_bias.items():
-            bias[model.gated_blocks.index(block)] = of_block
-        of_profiles.append(bias)
+    biased = [profile.gate_bias for profile in source.profiles if profile.gate_bias]
+    units = model.heads + model.mlp_groups
+    of_profiles = [bias_array(bias, model.gated_blocks, units).astype(np.float32) for bias in biased]
     return [*([] if dial is None else dial.gate_bias), *of_profiles, *_forced(model)]
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from export.bundle import Bundle, Manifest
 from service.errors import InvalidRequest, Lacking
 from training.dial import position
-from training.steering import UNBIASED, GateBias
+from training.steering import UNBIASED, GateBias, bias_array
 
 Bias = NDArray[np.float32]
 FORCED = 1e4
@@ -98,9 +98,7 @@ def steering_bias(bundle: Bundle, gate_bias: GateBias, strength: float, forced: 
     if not gate_bias and not forced:
         return None
     require_biases(bundle, f"steering.open and steering.closed name {len(forced.open) + len(forced.closed)} units")
-    bias = np.zeros((len(manifest.gated_blocks), manifest.units), np.float32)
-    for block, of_block in gate_bias.items():
-        bias[manifest.gated_blocks.index(block)] = np.multiply(of_block, strength)
+    bias = (bias_array(gate_bias, manifest.gated_blocks, manifest.units) * strength).astype(np.float32)
     if both := set(forced.open) & set(forced.closed):
         raise InvalidRequest(f"steering.open and steering.closed both have {both.pop()}; allowed: one of them")
     for value, field, units in ((FORCED, "open", forced.open), (-FORCED, "closed", forced.closed)):

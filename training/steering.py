@@ -205,6 +205,11 @@ def check_gate_bias(gate_bias: GateBias, blocks: Sequence[int], units: int, wher
             raise SteeringError(f"{where}: a bias of block {block} is {outside[0]}; allowed: -1e6 to 1e6")
 
 
+def bias_array(gate_bias: GateBias, blocks: Sequence[int], units: int) -> NDArray[np.float64]:
+    """float64 (G, U): the biases of every gated block, 0 where there are none. blocks: the gated blocks."""
+    return np.array([gate_bias.get(block, [0.0] * units) for block in blocks], np.float64)
+
+
 def to_arrays(rows: Sequence[Terms], sites: int) -> SteeringArrays:
     """Terms of B images as arrays (B, sites, T). T: the largest number of terms of an image at a site, at least 1."""
     count = max((len(of_site) for row in rows for of_site in row.values()), default=0)
