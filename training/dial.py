@@ -26,12 +26,11 @@ MIN_KNOTS = 7
 """Smallest number of knots of a dial."""
 MIN_POINTS = 9
 """Smallest number of points of a curve."""
-NEAR, FINE = 0.003, 0.01
-"""Compute fractions. Between two points of a curve that are further than FINE apart, compute may jump anywhere. So a
-budget at most NEAR above the lower point gets this point, which was measured, and no position beyond."""
-STEEP = 8.0
+FINE = 0.01
+"""Compute fraction. Points of a curve that are no further apart need none between them."""
+STEEP = 16.0
 """Compute fraction per position. Points that are further than FINE apart, with a slope above this, are the sides of a
-jump: units open for almost every image at once. A budget in it gets the lower side, or the upper one if within NEAR."""
+jump: units open for almost every image at once. A budget in it gets the lower side."""
 
 
 class DialError(ValueError):
@@ -121,11 +120,8 @@ def position(budget: float, curve: Sequence[Point]) -> float:
     above = int(np.searchsorted(spent, max(budget, spent[0]), side="right"))
     left, right = above - 1, min(above, len(curve) - 1)
     low, high = curve[left].budget, curve[right].budget
-    if (rise := spent[right] - spent[left]) > FINE:
-        if budget - spent[left] <= NEAR:
-            return low
-        if rise > STEEP * (high - low):
-            return high if spent[right] - budget <= NEAR else low
+    if spent[right] - spent[left] > max(FINE, STEEP * (high - low)):
+        return low
     return float(np.interp(budget, spent[[left, right]], [low, high]))
 
 

@@ -12,6 +12,7 @@ A profile is measured on its own images: those of its classes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from training.checkpoint import Run, RunError
 from training.data.pixels import Split
 from training.data.splits import Data
-from training.dial import FINE, MIN_POINTS, NEAR, Dial, Point, position
+from training.dial import FINE, MIN_POINTS, STEEP, Dial, Point, position
 from training.evaluation.baselines import random_units
 from training.evaluation.criteria import verdict
 from training.evaluation.significance import not_below, standard_error, wilson
@@ -43,11 +44,11 @@ TOLERANCE = 0.01
 """Compute fraction by which other images may exceed a budget on average."""
 CHANCE = 0.001
 """The largest probability of more than that, for as many images as the curve is measured on."""
-ROUNDS = 12
-"""Number of rounds that add points to a curve where it is steep."""
-TRIES = 4
-"""Number of rounds after which an interval counts as a jump if every image runs the same units at its start, and one
-more at its end: gates that do not look at the image (`static`) open each unit for all images at once."""
+OVER, UNDER, WIDE = 0.006, 0.015, 0.1
+"""Compute fractions. Interpolation between two points at most WIDE apart is right if what is spent is predicted to be
+OVER above what is asked for at most, or UNDER below."""
+SHARES = np.linspace(0, 1, 201)
+"""Shares of an interval at which compute is predicted."""
 ALONG = "along"
 """Name of the tensors in a run folder: the Along of its model."""
 UNSTEERED = ""
@@ -263,43 +264,58 @@ def _clusters(selection: Split, train: Split) -> np.ndarray | None:
 
 
 def fine_curve(
-    budgets: Sequence[float] | np.ndarray,
+    positions: Sequence[float] | np.ndarray,
     at: Callable[[Sequence[float] | np.ndarray], list[Outcome]],
     classes: Tensor,
     macs: Macs,
     clusters: np.ndarray | None = None,
 ) -> list[Point]:
-    """`curve` through the positions `budgets` and, where it is steep, through the positions at which it reaches the
-    budgets: units that are closed for almost every image open at about the same position. Places are interpolated and
-    halved in turn, because interpolation alone nears a jump slowly. at: returns the outcomes at positions."""
-    measured = dict(zip(map(float, budgets), at(budgets), strict=True))
-
-    def through() -> list[Point]:
-        return curve(sorted(measured), [measured[place] for place in sorted(measured)], classes, macs, clusters)
-
-    for turn in range(ROUNDS):
-        points, known = through(), sorted(measured)
-        spent = np.array([point.compute_fraction for point in points])
-        places = set()
-        for budget, end in zip(budgets, np.searchsorted(spent, budgets), strict=True):
-            if not 0 < end < len(spent) or spent[end] - spent[end - 1] <= FINE:
-                continue
-            if turn >= TRIES and _one_unit_apart(measured[known[end - 1]], measured[known[end]]):
-                continue
-            if min(budget - spent[end - 1], spent[end] - budget) > NEAR:
-                sides = [points[end - 1].budget, points[end].budget]
-                place = np.mean(sides) if turn % 2 else np.interp(budget, spent[[end - 1, end]], sides)
-                places.add(round(float(place), 6))
-        added = sorted(places - measured.keys())
-        if not added:
+    """`curve` through these positions and as many more as it takes: until interpolation is right between any two, or
+    until they are the sides of a jump, for units that are closed for almost every image open at about the same
+    position. at: returns the outcomes at positions."""
+    measured: dict[float, Outcome] = {}
+    new = [round(float(place), 6) for place in positions]  # as in points
+    for turn in count():
+        measured |= zip(new, at(new), strict=True)
+        places = sorted(measured)
+        points = curve(places, [measured[place] for place in places], classes, macs, clusters)
+        missing: set[float] = set()
+        for low, high in pairwise(points):
+            if high.compute_fraction - low.compute_fraction > FINE and high.budget - low.budget > FINE / STEEP:
+                path = predicted(measured[low.budget], measured[high.budget], macs)
+                # every third time the middle, so that wrong predictions come to an end
+                missing.update(_missing(low, high, path, halve=turn % 3 == 2))
+        new = sorted(missing - measured.keys())
+        if not new:
             break
-        measured |= zip(added, at(added), strict=True)
-    return through()
+    return points
 
 
-def _one_unit_apart(left: Outcome, right: Outcome) -> bool:
-    of_all = all(bool((outcome.gate == outcome.gate[0]).all()) for outcome in (left, right))
-    return of_all and int((left.gate[0] != right.gate[0]).sum()) == 1
+def predicted(start: Outcome, end: Outcome, macs: Macs) -> np.ndarray:
+    """How much of the rise in mean compute from start to end is reached at SHARES of the way between their positions,
+    0 to 1, if gate logits change evenly. They almost do: only the gates of earlier blocks bend their paths."""
+    low, high = start.gate_logit.double(), end.gate_logit.double()
+    opened = end.gate.double() - start.gate.double()
+    changed = opened != 0
+    crossing = -low[changed] / (high[changed] - low[changed])
+    costs = (opened * macs.costs(start.heads))[changed]
+    spent, _ = np.histogram(crossing.numpy(), SHARES, weights=costs.numpy())
+    path = np.maximum.accumulate(np.concatenate([[0.0], spent.cumsum()]))
+    return path / path[-1] if path[-1] > 0 else SHARES
+
+
+def _missing(low: Point, high: Point, path: np.ndarray, *, halve: bool) -> list[float]:
+    """The positions to measure between two points: none if interpolation is right there; where half of the rise is
+    reached; or both sides of a jump. path: as predicted."""
+    rise, width = high.compute_fraction - low.compute_fraction, high.budget - low.budget
+    above = rise * (path - SHARES)
+    if rise <= min(WIDE, STEEP * width) and above.max() <= OVER and above.min() >= -UNDER:
+        return []
+    middle = 0.5 if halve else float(np.interp(0.5, path, SHARES))
+    around = middle + np.array([-0.45, 0.45]) * FINE / STEEP / width
+    jump = rise * np.ptp(np.interp(around, SHARES, path)) > FINE
+    shares = np.clip(around if jump else [middle], 0.02, 0.98)
+    return [round(low.budget + float(share) * width, 6) for share in shares]
 
 
 def curve(
