@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from processes import COMMITTED, MODELS, SAMPLES, ServerProcess, run_module, serving, start_server, stop_server, until
 from refusals import refusal
 
 from service.client import Asked, AsyncClient, Client, filled
+from service.client.tables import dial_table, spread
 from service.pb import open_inference_pb2 as oi
 from service.pb import steering_pb2 as pb
 from service.pb.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -267,3 +270,24 @@ def _status(server: ServerProcess) -> str:
         return server.page("readyz")
     except OSError as error:  # urllib raises for 503
         return str(error)
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=100).map(sorted), most=st.integers(2, 30))
+def test_points_that_stand_for_a_curve_are_nearest_to_even_steps(values: list[float], most: int) -> None:
+    chosen = spread(values, most)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) <= most
+    assert len(values) > most or len(chosen) == len(values)
+    distances = np.abs(np.array(values) - np.linspace(values[0], values[-1], most)[:, None])
+    assert (distances[:, chosen].min(1) == distances.min(1)).all()
+
+
+def test_the_table_of_a_long_curve_says_what_it_leaves_out() -> None:
+    curve = [
+        pb.DialPoint(position=c, compute_fraction=c, accuracy=0.9, measured_accuracy=0.9)
+        for c in np.linspace(0.5, 1, 101)
+    ]
+    of_all, of_some = dial_table(curve[:9]).splitlines(), dial_table(curve).splitlines()
+    assert len(of_all) == 2 + 9
+    assert of_some[-1] == "15 of 101 points; --json has all"
+    assert [line.split()[0] for line in of_some[2:-1]][::7] == ["0.500", "0.750", "1.000"]

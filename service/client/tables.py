@@ -136,17 +136,29 @@ def explain_table(names: Sequence[str], answer: pb.ExplainResponse) -> str:
     return "\n".join(parts).rstrip()
 
 
-def dial_table(curve: Sequence[pb.DialPoint]) -> str:
-    """One row per point of the dial: the compute fraction that was measured, the accuracy, and its position."""
-    rows = [
-        [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
-        for p in curve
-    ]
-    return table(["compute", "accuracy", "as measured", "position"], rows)
-
-
+ROWS = 15
+"""Largest number of rows of the table of a dial."""
 COLUMNS, LINES = 68, 14
 """Size of the plot without its axes; with them it is 78 columns wide."""
+
+
+def dial_table(curve: Sequence[pb.DialPoint]) -> str:
+    """A row for each point of the dial, or for ROWS that are spread over compute: the compute fraction that was
+    measured, the accuracy, and the position."""
+    rows = [
+        [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
+        for p in (curve[index] for index in spread([p.compute_fraction for p in curve]))
+    ]
+    note = f"\n{len(rows)} of {len(curve)} points; --json has all" if len(rows) < len(curve) else ""
+    return table(["compute", "accuracy", "as measured", "position"], rows) + note
+
+
+def spread(values: Sequence[float], most: int = ROWS) -> list[int]:
+    """The indices of at most this many rising values, evenly spread between the first and the last."""
+    if len(values) <= most:
+        return list(range(len(values)))
+    evenly = np.linspace(values[0], values[-1], most)
+    return sorted({int(np.abs(np.array(values) - value).argmin()) for value in evenly})
 
 
 def dial_plot(curve: Sequence[pb.DialPoint]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.client.tables import spread
 from service.playground.asking import Answers
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 210, 44, 10, 12, 40
@@ -16,10 +17,11 @@ class Curve:
 
     name: str
     line: str
-    """The points of an SVG polyline."""
+    """All points, of an SVG polyline."""
     places: tuple[tuple[float, float], ...]
+    """Where `points` lie."""
     points: tuple[tuple[float, float], ...]
-    """(compute fraction, accuracy)"""
+    """(compute fraction, accuracy), spread over the curve."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,16 @@ def dial_of(answers: Answers) -> DialView | None:
 
     curves = []
     for name, curve in points.items():
-        places = tuple(place(*point) for point in curve)
-        curves.append(Curve(name, " ".join(f"{x},{y}" for x, y in places), places, tuple(curve)))
+        line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
+        some = tuple(curve[index] for index in spread([compute for compute, _ in curve]))
+        curves.append(Curve(name, line, tuple(place(*point) for point in some), some))
     spent = answers.predictions[1].compute_fraction
     (_, asked), budget, caption = answers.budgets, None, "No budget is set."
     if asked is not None:
-        own = curves[-1]
-        accuracy = float(np.interp(asked, [x for x, _ in own.points], [y for _, y in own.points]))
+        name, own = list(points.items())[-1]
+        accuracy = float(np.interp(asked, *np.transpose(own)))
         budget = place(min(max(asked, x0), x1), accuracy)
-        caption = f"Budget {asked:.2f}, {own.name}: accuracy {accuracy:.3f} as measured."
+        caption = f"Budget {asked:.2f}, {name}: accuracy {accuracy:.3f} as measured."
     return DialView(
         curves=tuple(curves),
         x_ticks=tuple((place(x, y0)[0], f"{x:.2f}") for x in (x0, (x0 + x1) / 2, x1)),
