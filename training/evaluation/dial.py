@@ -38,8 +38,8 @@ from training.steering import SteeringProfile
 
 DRAWS = 3
 """Number of draws of random units."""
-HELD_OUT = 2000
-"""Largest number of selection images that the curve of a profile is measured on."""
+HELD_OUT, HELD_OUT_UNSTEERED = 2000, 6000
+"""Largest numbers of selection images that the curve of a profile, and that without steering, is measured on."""
 TOLERANCE = 0.01
 """Compute fraction by which other images may exceed a budget on average."""
 CHANCE = 0.001
@@ -165,7 +165,8 @@ def budgets_of(dial: Dial) -> np.ndarray:
 def measure_unsteered(knots: Dial, model: GatedNetwork, data: Data, macs: Macs, seed: int) -> Unsteered:
     """Measure the dial of a model without steering."""
     budgets, test = budgets_of(knots), data.test
-    points = calibrated(budgets, knots, model, None, data.selection, data.train, macs, seed)
+    held_out = some(data.selection, HELD_OUT_UNSTEERED, seed)
+    points = calibrated(budgets, knots, model, None, held_out, data.train, macs, seed)
     outcomes = at_positions(knots, model, test, None, [position(budget, points) for budget in budgets])
     tested = [asked(b, o, test, macs) for b, o in zip(budgets, outcomes, strict=True)]
     spent = np.array([float(outcome.compute_fraction(macs).mean()) for outcome in outcomes])
@@ -246,12 +247,17 @@ def calibrated(
 ) -> list[Point]:
     """The fine_curve of these selection images and as many random training images (fewer if there are fewer)."""
     splits = selection, some(train, len(selection), seed)
+    with tqdm(desc="evaluate: curve", unit="position", dynamic_ncols=True, leave=False) as bar:
 
-    def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
-        of_splits = [at_positions(dial, model, split, steer, positions) for split in splits]
-        return [held_out.joined(more) for held_out, more in zip(*of_splits, strict=True)]
+        def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
+            outcomes = []
+            for place in positions:
+                held_out, more = (at_positions(dial, model, split, steer, [place])[0] for split in splits)
+                outcomes.append(held_out.joined(more))
+                bar.update()
+            return outcomes
 
-    return fine_curve(budgets, at, selection.classes, macs, _clusters(*splits))
+        return fine_curve(budgets, at, selection.classes, macs, _clusters(*splits))
 
 
 def _clusters(selection: Split, train: Split) -> np.ndarray | None:
