@@ -28,7 +28,7 @@ MIN_POINTS = 9
 """Smallest number of points of a curve."""
 FINE = 0.01
 """Compute fraction. Points of a curve that are no further apart need none between them."""
-STEEP = 16.0
+STEEP = 100.0
 """Compute fraction per position. Points that are further than FINE apart, with a slope above this, are the sides of a
 jump: units open for almost every image at once. A budget in it gets the lower side."""
 

@@ -44,11 +44,13 @@ TOLERANCE = 0.01
 """Compute fraction by which other images may exceed a budget on average."""
 CHANCE = 0.001
 """The largest probability of more than that, for as many images as the curve is measured on."""
-OVER, UNDER, WIDE = 0.006, 0.015, 0.1
+OVER, UNDER, WIDE = 0.006, 0.015, 0.02
 """Compute fractions. Interpolation between two points at most WIDE apart is right if what is spent is predicted to be
 OVER above what is asked for at most, or UNDER below."""
-SHARES = np.linspace(0, 1, 201)
+SHARES = np.linspace(0, 1, 2001)
 """Shares of an interval at which compute is predicted."""
+PATIENCE = 6
+"""Number of rounds after which every other one halves intervals, so that wrong predictions come to an end."""
 ALONG = "along"
 """Name of the tensors in a run folder: the Along of its model."""
 UNSTEERED = ""
@@ -257,7 +259,8 @@ def calibrated(
                 bar.update()
             return outcomes
 
-        return fine_curve(budgets, at, selection.classes, macs, _clusters(*splits))
+        # between two knots, gate biases change evenly
+        return fine_curve(np.union1d(budgets, dial.budget), at, selection.classes, macs, _clusters(*splits))
 
 
 def _clusters(selection: Split, train: Split) -> np.ndarray | None:
@@ -289,8 +292,7 @@ def fine_curve(
         for low, high in pairwise(points):
             if high.compute_fraction - low.compute_fraction > FINE and high.budget - low.budget > FINE / STEEP:
                 path = predicted(measured[low.budget], measured[high.budget], macs)
-                # every third time the middle, so that wrong predictions come to an end
-                missing.update(_missing(low, high, path, halve=turn % 3 == 2))
+                missing.update(_missing(low, high, path, halve=turn > PATIENCE and turn % 2 == 0))
         new = sorted(missing - measured.keys())
         if not new:
             break
@@ -317,7 +319,7 @@ def _missing(low: Point, high: Point, path: np.ndarray, *, halve: bool) -> list[
     above = rise * (path - SHARES)
     if rise <= min(WIDE, STEEP * width) and above.max() <= OVER and above.min() >= -UNDER:
         return []
-    middle = 0.5 if halve else float(np.interp(0.5, path, SHARES))
+    middle = 0.5 if halve else SHARES[np.searchsorted(path, 0.5)]
     around = middle + np.array([-0.45, 0.45]) * FINE / STEEP / width
     jump = rise * np.ptp(np.interp(around, SHARES, path)) > FINE
     shares = np.clip(around if jump else [middle], 0.02, 0.98)
