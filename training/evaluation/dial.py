@@ -249,7 +249,7 @@ def calibrated(
 ) -> list[Point]:
     """The fine_curve of these selection images and as many random training images (fewer if there are fewer)."""
     splits = selection, some(train, len(selection), seed)
-    with tqdm(desc="evaluate: curve", unit="position", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(desc="evaluate: curve", unit="position", mininterval=5, dynamic_ncols=True, leave=False) as bar:
 
         def at(positions: Sequence[float] | np.ndarray) -> list[Outcome]:
             outcomes = []
