@@ -146,7 +146,7 @@ def dial_table(curve: Sequence[pb.DialPoint]) -> str:
     """A row for each point of the dial, or for ROWS that are spread over compute: the compute fraction that was
     measured, the accuracy, and the position."""
     rows = [
-        [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.3f}"]
+        [f"{p.compute_fraction:.3f}", f"{p.accuracy:.4f}", f"{p.measured_accuracy:.4f}", f"{p.position:.4f}"]
         for p in (curve[index] for index in spread([p.compute_fraction for p in curve]))
     ]
     note = f"\n{len(rows)} of {len(curve)} points; --json has all" if len(rows) < len(curve) else ""
