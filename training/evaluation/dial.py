@@ -247,7 +247,8 @@ def calibrated(
     macs: Macs,
     seed: int,
 ) -> list[Point]:
-    """The fine_curve of these selection images and as many random training images (fewer if there are fewer)."""
+    """The fine_curve of these selection images and as many random training images (fewer if there are fewer), from the
+    positions `budgets` and the knots on: gate biases change evenly between two knots."""
     splits = selection, some(train, len(selection), seed)
     with tqdm(desc="evaluate: curve", unit="position", mininterval=5, dynamic_ncols=True, leave=False) as bar:
 
@@ -259,7 +260,6 @@ def calibrated(
                 bar.update()
             return outcomes
 
-        # between two knots, gate biases change evenly
         return fine_curve(np.union1d(budgets, dial.budget), at, selection.classes, macs, _clusters(*splits))
 
 
@@ -301,7 +301,8 @@ def fine_curve(
 
 def predicted(start: Outcome, end: Outcome, macs: Macs) -> np.ndarray:
     """How much of the rise in mean compute from start to end is reached at SHARES of the way between their positions,
-    0 to 1, if gate logits change evenly. They almost do: only the gates of earlier blocks bend their paths."""
+    0 to 1, if gate logits change evenly; between two knots they do, but for the effect of units of earlier blocks.
+    Returns float64, one value for each of SHARES."""
     low, high = start.gate_logit.double(), end.gate_logit.double()
     opened = end.gate.double() - start.gate.double()
     changed = opened != 0
@@ -314,7 +315,7 @@ def predicted(start: Outcome, end: Outcome, macs: Macs) -> np.ndarray:
 
 def _missing(low: Point, high: Point, path: np.ndarray, *, halve: bool) -> list[float]:
     """The positions to measure between two points: none if interpolation is right there; where half of the rise is
-    reached; or both sides of a jump. path: as predicted."""
+    reached; or both sides of a jump. path: as predicted. halve: the middle, in place of half of the rise."""
     rise, width = high.compute_fraction - low.compute_fraction, high.budget - low.budget
     above = rise * (path - SHARES)
     if rise <= min(WIDE, STEEP * width) and above.max() <= OVER and above.min() >= -UNDER:
